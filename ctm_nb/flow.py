@@ -87,7 +87,7 @@ class GaussianMixture:
         self.stds = self._positive("stds", stds)  # (K,)
         weights = self._positive("weights", 1. if weights is None else weights)
         self.weights = weights / weights.sum()  # (K,)
-        self.dim = self.means.shape[1]
+        self.dim = self.means.shape[1]  # d
         self.mean = self.weights @ self.means  # (d,)
         self.sigma_data = (self.weights @ ((self.means - self.mean).pow(2).mean(1) + self.stds**2)).sqrt().item()
 
@@ -97,11 +97,14 @@ class GaussianMixture:
         if not (values > 0).all(): raise ValueError(f"{name} must all be > 0, got {values.tolist()}")
         return values.expand(k)
 
+    def _check(self, x):
+        if x.ndim != 2 or x.shape[1] != self.dim: raise ValueError(f"x must have shape (B, {self.dim}), got {tuple(x.shape)}")
+
 # %% ../nbs/00_flow.ipynb #a50caf3b
 @patch
 def _joint(self:GaussianMixture, x, t):
     "Log of each term of the mixture at `x`, (B, K), with the variances `stds**2 + t**2`, (B, K); both float64."
-    if x.ndim != 2 or x.shape[1] != self.dim: raise ValueError(f"x must have shape (B, {self.dim}), got {tuple(x.shape)}")
+    self._check(x)
     x = x.double()
     t = expand(t, x)  # (B, 1)
     if not (t >= 0).all(): raise ValueError(f"t must be >= 0, got t={t.min().item()}")
@@ -199,7 +202,7 @@ def flow(self:GaussianMixture,
 
     Raises `ValueError` unless `0 <= s <= t` in every row."""
     t, s = check_times(x, t, s)
-    self._joint(x, t)  # checks the shape of x
+    self._check(x)
     c, x64 = self.stds.min().item(), x.detach().double().cpu().numpy()
     a, b = (np.arcsinh(v.cpu().numpy() / c) for v in (t, s))  # (B,) each row's tau at lambda = 0 and 1
     if (a == b).all(): return x.detach().clone()
