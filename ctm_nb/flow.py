@@ -48,11 +48,12 @@ def noise(
 )->torch.Tensor: # (B, *shape_of_one) float32, on the CPU
     "Standard normal noise whose entry `i` depends on `(seed, ids[i], draw)` and on nothing else."
     ids = [int(i) for i in ids]
-    if min([seed, draw, *ids]) < 0: raise ValueError(f"seed, ids and draw must be >= 0, got {seed=}, {draw=}, smallest id {min(ids, default=0)}")
+    for name, value in dict(seed=seed, draw=draw, ids=min(ids, default=0)).items():
+        if value < 0: raise ValueError(f"{name} must be >= 0, got {name}={value}")
     out = np.empty((len(ids), *shape_of_one), dtype=np.float32)
-    for row, i in zip(out, ids):
+    for row, i in enumerate(ids):
         bits = np.random.Philox(key=np.array([seed, i], np.uint64), counter=np.array([0, 0, draw, 0], np.uint64))
-        np.random.Generator(bits).standard_normal(dtype=np.float32, out=row)
+        out[row] = np.random.Generator(bits).standard_normal(shape_of_one, np.float32)
     return torch.from_numpy(out)
 
 # %% ../nbs/00_flow.ipynb #81482e5b
