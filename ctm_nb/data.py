@@ -188,7 +188,7 @@ def find_images(
         raise ValueError(f"{folder} is an EDM data set (dataset.json): its folders are not classes, and its labels can't be read yet")
     if not files: raise ValueError(f"no images in {folder}: expected {', '.join(sorted(SUFFIXES))} there or in one sub-folder a class")
     if None in names and set(names) != {None}:
-        raise ValueError(f"{folder} holds {names.count(None)} images beside sub-folders with images: expected only the one or only the other")
+        raise ValueError(f"{folder} holds {names.count(None)} images beside sub-folders with images: expected one or the other")
     return files, names
 
 # %% ../nbs/01_data.ipynb #e80aa277

@@ -88,7 +88,7 @@ class GaussianMixture:
         self.stds = self._positive("stds", stds)  # (K,)
         weights = self._positive("weights", 1. if weights is None else weights)
         self.weights = weights / weights.sum()  # (K,)
-        self.dim = self.means.shape[1]  # d
+        self.dim, self.data_shape = self.means.shape[1], tuple(self.means.shape[1:])  # d and (d,)
         self.mean = self.weights @ self.means  # (d,)
         self.sigma_data = (self.weights @ ((self.means - self.mean).pow(2).mean(1) + self.stds**2)).sqrt().item()
 

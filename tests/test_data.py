@@ -135,7 +135,8 @@ def test_every_broken_file_is_listed_once(folder):
     with pytest.raises(ValueError) as e:
         load_data(folder)
     text = str(e.value)
-    assert text.startswith("5 of 26 images in") and all(name in text for name in ("cut.png", "cut.jpeg", "cut.webp", "empty.png", "text.jpg"))
+    assert text.startswith("5 of 26 images in")
+    assert all(name in text for name in ("cut.png", "cut.jpeg", "cut.webp", "empty.png", "text.jpg"))
     for i in range(60): (folder/"dog"/f"x{i}.png").write_bytes(b"")
     with pytest.raises(ValueError, match="(?s)65 of 86 images.*and 15 more"):
         load_data(folder)
@@ -221,7 +222,7 @@ def test_sampler_far_in_the_future():
     assert IndexSampler(1797, 64, position=10**12).next().shape == (64,)
 
 
-@pytest.mark.parametrize("bad", [dict(n=0, batch_size=1), dict(n=5, batch_size=0), dict(n=5, batch_size=1, position=-1), dict(n=5, batch_size=1, seed=-1)])
+@pytest.mark.parametrize("bad", [dict(n=0), dict(batch_size=0), dict(position=-1), dict(seed=-1)])
 def test_sampler_bad_input(bad):
     with pytest.raises(ValueError, match="must be >="):
-        IndexSampler(**bad)
+        IndexSampler(**{"n": 5, "batch_size": 1, **bad})

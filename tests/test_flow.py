@@ -88,7 +88,7 @@ def test_mixture_bad_input(bad, message):
 
 @pytest.mark.parametrize("t, s, message", [
     (1., 2., r"s must be <= t, got s=2.0 > t=1.0 \(row 0\)"), (1., -.1, r"s must be >= 0, got s=-0.1 \(row 0\)"),
-    (float("nan"), .1, "s must be <= t"), (1., float("nan"), "s must be >= 0"), ([1., 1.], .1, "3 rows")])
+    (1., 1.0001, "s must be <= t"), (float("nan"), .1, "s must be <= t"), (1., float("nan"), "s must be >= 0"), ([1., 1.], .1, "3 rows")])
 def test_times_are_checked(toy, t, s, message):
     x = torch.zeros(3, 2)
     for call in (toy.flow, toy.G, toy.g):
