@@ -37,7 +37,6 @@ setup(
         f"Development Status :: {STATUS[cfg['status']]}",
         f"Intended Audience :: {cfg['audience']}",
         "Intended Audience :: Science/Research",
-        "License :: OSI Approved :: Apache Software License",
         f"Natural Language :: {cfg['language']}",
         *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

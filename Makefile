@@ -1,0 +1,60 @@
+# Everything here needs only python3 (3.10 or newer), git and make. The first target that needs it creates $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SETUP := settings.ini setup.py pyproject.toml
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check nbtest pytest export readme clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.demo ## install, then train, sample and score the digits preset into runs/digits
+	$(BIN)/ctm_nb_train
+
+test: $(VENV)/.dev ## install, then check, nbtest and pytest
+	@$(MAKE) --no-print-directory check
+	@$(MAKE) --no-print-directory nbtest
+	@$(MAKE) --no-print-directory pytest
+
+check: $(VENV)/.dev ## would export, clean or readme change a file?
+	$(BIN)/python .ci/check.py
+
+# One process a notebook, as in Jupyter: what one changes in torch or matplotlib can neither break another nor save it.
+nbtest: $(VENV)/.dev ## run the notebooks, two at a time with one thread each
+	@find nbs -maxdepth 1 -name '[!_.]*.ipynb' | sort | OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/nbdev_test --timing --do_print --path
+
+pytest: $(VENV)/.dev ## run tests/
+	$(BIN)/python -m pytest tests
+
+export: $(VENV)/.dev ## write ctm_nb/ from the notebooks, clean them, make README.md
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	$(BIN)/python .ci/readme.py
+
+readme: $(VENV)/.dev ## make README.md from nbs/index.ipynb
+	$(BIN)/python .ci/readme.py
+
+clean: ## remove the environment and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache
+	find ctm_nb nbs tests .ci -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 10) and sys.exit("ctm_nb needs Python 3.10 or newer, $(PYTHON) is %d.%d" % v[:2])'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "creating $(VENV) failed (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+
+# uv installs in a fraction of pip's time; where it can't be had, or can't reach the index that pip is configured for, pip does it.
+define install
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || echo "no uv, using pip" >&2
+	@if [ -x $(BIN)/uv ] && $(BIN)/uv pip install --python $(BIN)/python -e "$(1)"; then :; else $(BIN)/python -m pip install -e "$(1)"; fi
+endef
+
+$(VENV)/.demo: $(SETUP) | $(BIN)/python
+	$(call install,.)
+	@touch $@
+
+$(VENV)/.dev: $(SETUP) | $(BIN)/python
+	$(call install,.[dev])
+	@touch $(VENV)/.demo $@

@@ -1,0 +1,108 @@
+"""The project around the code: one version, commands that exist, files that the container needs, nobody's machine in the text."""
+import ast
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+parser = ConfigParser(delimiters=["="])
+parser.read(ROOT/"settings.ini", encoding="utf-8")
+CFG = parser["DEFAULT"]
+SCRIPTS = dict(s.split("=") for s in CFG["console_scripts"].split())
+
+
+def tracked():
+    "Files of the project: what git knows or would add, else everything outside hidden folders."
+    done = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True)
+    names = done.stdout.split("\0")[:-1] if done.returncode == 0 else [p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*")]
+    return [ROOT/n for n in names if (ROOT/n).is_file() and not n.startswith((".venv/", ".git/", "runs/"))]
+
+
+def test_one_version():
+    import ctm_nb
+    assert ctm_nb.__version__ == CFG["version"] == metadata.version(CFG["lib_name"])
+    assert "version = " not in (ROOT/"pyproject.toml").read_text()
+
+
+def test_setup_translates_settings():
+    "What setup.py hands to setuptools, caught by a stand-in for `setup`."
+    code = "import setuptools, json; setuptools.setup = lambda **kw: print(json.dumps(kw)); exec(open('setup.py').read(), {'__file__': 'setup.py'})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    import json
+    kw = json.loads(done.stdout)
+    assert (kw["name"], kw["version"]) == (CFG["lib_name"], CFG["version"])
+    assert kw["install_requires"] == CFG["requirements"].split() and kw["extras_require"]["dev"] == CFG["dev_requirements"].split()
+    assert kw["python_requires"] == ">=" + CFG["min_python"] and kw["packages"] == [CFG["lib_path"]]
+    assert kw["entry_points"]["console_scripts"] == CFG["console_scripts"].split()
+
+
+def test_requirements_cover_the_imports():
+    "Each module of ours imports the standard library, ourselves and declared requirements, nothing else."
+    names = {re.split(r"[<>=!~\[]", r)[0] for r in CFG["requirements"].split()}
+    allowed = {dict(pillow="PIL").get(n, n).replace("scikit-learn", "sklearn") for n in names} | set(sys.stdlib_module_names) | {CFG["lib_path"]}
+    for path in (ROOT/CFG["lib_path"]).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            found = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in found: assert name.split(".")[0] in allowed, f"{path.name} imports {name}, which settings.ini does not require"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_commands_resolve(script):
+    module, _, function = SCRIPTS[script].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    assert shutil.which(script, path=os.path.dirname(sys.executable)), f"{script} is not installed beside {sys.executable}"
+
+
+def test_no_path_of_a_machine():
+    path = re.compile(r"""(?:^|[\s"'(=`\[])(?:/(?:home|Users|root|work|mnt|opt)/\w[^\s"')]*|[A-Z]:\\+Users\\)""", re.M)
+    for file in tracked():
+        try: text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError: continue
+        assert not (m := path.search(text)), f"{file.relative_to(ROOT)} names {m[0].strip()}"
+
+
+def test_ci_is_executable_and_makefile_parses():
+    run = ROOT/".ci"/"run"
+    assert os.access(run, os.X_OK) and run.read_text().startswith("#!/usr/bin/env bash\n")
+    subprocess.run(["bash", "-n", run], check=True)
+    plan = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True)
+    assert plan.returncode == 0, plan.stderr
+    for step in (".ci/check.py", "nbdev_test", "pytest tests"): assert step in plan.stdout
+
+
+def instructions(dockerfile):
+    "(instruction, argument) of each line, continuation lines joined."
+    text = re.sub(r"\\\n", " ", re.sub(r"^\s*#.*\n", "", dockerfile.read_text(), flags=re.M))
+    return [tuple(line.split(None, 1)) for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("dockerfile", sorted((ROOT/"docker").glob("*Dockerfile*")), ids=lambda p: p.name)
+def test_dockerfile(dockerfile):
+    steps = instructions(dockerfile)
+    known = {"FROM", "ARG", "ENV", "WORKDIR", "COPY", "RUN", "USER", "VOLUME", "ENTRYPOINT", "CMD", "EXPOSE", "LABEL", "SHELL"}
+    assert {i for i, _ in steps} <= known and steps[0][0] in ("FROM", "ARG")
+    kept = {line[1:] for line in (ROOT/".dockerignore").read_text().split() if line.startswith("!")}
+    for kind, arg in steps:
+        if kind == "COPY":
+            for source in [a for a in shlex.split(arg) if not a.startswith("--")][:-1]:
+                assert (ROOT/source).exists(), f"COPY {source}: no such file"
+                assert source in kept, f"COPY {source}: kept out by .dockerignore"
+        if kind == "RUN":
+            subprocess.run(["sh", "-n", "-c", arg], check=True)
+            for command in re.split(r"&&|\|\||;", arg):
+                assert shlex.split(command)[0] in {"pip", "apt-get", "useradd", "mkdir", "chown", "rm", "python"}, command
+    users = [arg for kind, arg in steps if kind == "USER"]
+    assert users and users[-1] not in ("root", "0"), "the container must not run as root"
+    entry = ast.literal_eval(dict(steps)["ENTRYPOINT"])
+    assert entry[0] in SCRIPTS
+    minimum = {re.split(r"[<>=]", r)[0]: r for r in CFG["requirements"].split()}
+    for name in ("torch", "torchvision"): assert any(f'"{minimum[name]}"' in arg for kind, arg in steps if kind == "RUN"), f"{minimum[name]} expected"
