@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DISTANCES', 'draw_k', 'draw_indices', 'grid_time', 'teacher_jump', 'l2', 'pseudo_huber', 'to_end', 'ctm_pair',
-           'ctm_loss', 'dsm_sigma', 'dsm_loss', 'adaptive_weight']
+           'ctm_loss', 'dsm_sigma', 'dsm_loss', 'adaptive_weight', 'ctm_dsm_objective']
 
 # %% ../nbs/05_distill.ipynb #a6e65d13
 import math
@@ -12,16 +12,17 @@ import math
 import torch
 from torch import Tensor
 
-from .edm import SOLVERS, edm_loss, lognormal_sigma, solve
-from .flow import RHO, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, expand
+from .edm import SOLVERS, edm_loss, jump, lognormal_sigma, solve
+from .flow import RHO, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, perturb
 
 # %% ../nbs/05_distill.ipynb #54072086
 def draw_k(
     K: int,  # longest stretch, in grid steps
     generator: torch.Generator,  # source of randomness (CPU)
-) -> int:  # 1..K, with probability proportional to k
+    power: float = 1.,  # 1 as published, 0 for equal probabilities
+) -> int:  # 1..K, with probability proportional to k**power
     "Length of the teacher's stretch for one iteration."
-    return 1 + int(torch.multinomial(torch.arange(1, K + 1).float(), 1, generator=generator))
+    return 1 + int(torch.multinomial(torch.arange(1, K + 1).float() ** power, 1, generator=generator))
 
 # %% ../nbs/05_distill.ipynb #3b2ed024
 def draw_indices(
@@ -162,3 +163,27 @@ def adaptive_weight(
     "Weight of `other` that makes both losses pull equally on the last layer (VQGAN Eq. 7; CTM Sec. 3.3)."
     a, b = (torch.autograd.grad(v, last_layer, retain_graph=True)[0].norm() for v in (loss, other))
     return (a / (b + 1e-4)).clamp(low, high)
+
+# %% ../nbs/05_distill.ipynb #20384acb
+def ctm_dsm_objective(
+    student,  # G_theta, a CTM
+    target,  # G_ema, its parameters frozen
+    x_t: Tensor, x_u: Tensor,  # (B, ...) data at t and the teacher's solution at u
+    t: Tensor, u: Tensor, s: Tensor,  # (B,) t >= u >= s
+    x0: Tensor, sigma: Tensor, eps: Tensor,  # (B, ...), (B,), (B, ...) for the denoising loss
+    y: Tensor | None = None,  # (B,) class indices
+    distance=l2,  # per-sample distance
+) -> dict:  # "objective" to call backward on; "loss_ctm", "loss_dsm", "lambda_dsm" without gradient
+    "CTM + adaptively weighted DSM with one pass and one way back through each network.  # CTM Alg. 1"
+    B, last, sd = len(x_t), student.net.last_layer, student.sigma_data
+    with torch.no_grad(): goal = to_end(target, student.G(x_u, u, s, y), s, y)
+    both = lambda a, b: torch.cat([a, b])
+    g = student.g(both(x_t, perturb(x0, sigma, eps)), both(t, sigma), both(s, sigma), None if y is None else both(y, y))
+    x_s, D = jump(x_t, t, s, g[:B]), g[B:]
+    leaf = x_s.detach().requires_grad_()
+    ctm = distance(to_end(target, leaf, s, y), goal).mean()  # CTM Eq. 8
+    dsm = edm_loss(lambda *_: D, x0, sigma, eps, y, sd).mean()  # CTM Eq. 9, the denoiser's answer is known already
+    v, = torch.autograd.grad(ctm, leaf)
+    projected = (v * x_s).sum()
+    lam = adaptive_weight(projected, dsm, last)
+    return {"objective": projected + lam * dsm, "loss_ctm": ctm.detach(), "loss_dsm": dsm.detach(), "lambda_dsm": lam}

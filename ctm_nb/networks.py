@@ -286,8 +286,8 @@ class MLP(nn.Module):
     ) -> Tensor:  # (B, dim)
         label = self.map_label(y.clamp(min=0)) * (y >= 0)[:, None] if self.config["n_classes"] and y is not None else 0.
         width = self.config["width"]
-        emb = F.silu(self.map_layer0(sinusoidal_embedding(100 * c_noise_t, width) + label))
-        emb_s = None if c_noise_s is None else F.silu(self.map_layer0_s(sinusoidal_embedding(100 * c_noise_s, width) + label))
+        emb = F.silu(self.map_layer0(sinusoidal_embedding(10 * c_noise_t, width) + label))
+        emb_s = None if c_noise_s is None else F.silu(self.map_layer0_s(sinusoidal_embedding(10 * c_noise_s, width) + label))
         h = self.inp(x)
         for block in self.blocks: h = block(h, emb, emb_s)
         return self.out(F.silu(h))

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .data import ImageData, IndexSampler, image_grid, load_data, to_uint8
-from .distill import DISTANCES, adaptive_weight, ctm_loss, draw_indices, draw_k, dsm_loss, dsm_sigma, grid_time, teacher_jump
+from .distill import DISTANCES, ctm_dsm_objective, ctm_loss, draw_indices, draw_k, dsm_sigma, grid_time, teacher_jump
 from .edm import SOLVERS, Denoiser, edm_loss, lognormal_sigma
 from .flow import perturb
 from .interchange import describe
@@ -84,6 +84,7 @@ class DistillConfig(OptimConfig):
     "CTM + DSM."
     N: int = 18  # points of the time grid
     K: int = 17  # longest stretch of the teacher, in grid steps
+    k_power: float = 1.  # the stretch has length k with probability proportional to k**k_power
     solver: str = "heun"  # of the teacher's stretch
     max_evals: int | None = None  # at most so many teacher evaluations a stretch; None: the full grid
     distance: str = "l2"  # a key of distill.DISTANCES
@@ -149,8 +150,8 @@ def set_value(
     known = {f"{s.name}.{f.name}": (getattr(config, s.name), f) for s in fields(config) for f in fields(getattr(config, s.name))}
     if not equals: raise ValueError(f"expected section.key=value, got {assignment!r}")
     if key not in known:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.)
-        raise ValueError(f"unknown key {key!r}; the nearest is {near[0]!r}")
+        near = difflib.get_close_matches(key.lower(), folded := {k.lower(): k for k in known}, n=1, cutoff=0.)
+        raise ValueError(f"unknown key {key!r}; the nearest is {folded[near[0]]!r}")
     section, f = known[key]
     try: setattr(section, f.name, parse_value(text, f.type))
     except ValueError as e: raise ValueError(f"{key} must be {getattr(f.type, '__name__', f.type)}, got {text!r} ({e})") from None
@@ -258,7 +259,8 @@ class Trainer:
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.run.device == "auto" else config.run.device)
         self.data = load_data(config.data.source, "train", image_size=config.data.image_size)
         self.total = config.teacher.steps + config.distill.steps
-        self.step, self.seconds, self.scores = 0, 0., []
+        self.data_sha256 = self.data.sha256()
+        self.step, self.seconds, self.logged_at = 0, 0., 0.
         self._claim_folder()
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         self.begin_teacher()
@@ -322,9 +324,8 @@ def _begin(self: Trainer, o: OptimConfig, model: torch.nn.Module):
     self.optim = o
     extra = {"decoupled_weight_decay": False} if o.optimizer == "radam" else {}
     self.optimizer = OPTIMIZERS[o.optimizer](model.parameters(), lr=o.lr, betas=(.9, o.beta2), weight_decay=0., foreach=True, **extra)
-    first = 0 if self.stage == "teacher" else self.config.teacher.steps
-    self.begun_at, self.window = first, []
-    self.sampler = IndexSampler(len(self.data), o.batch, self.config.run.seed, position=(self.step - first) * o.batch)
+    self.begun_at, self.window = 0 if o is self.config.teacher else self.config.teacher.steps, []
+    self.sampler = IndexSampler(len(self.data), o.batch, self.config.run.seed, position=(self.step - self.begun_at) * o.batch)
 
 # %% ../nbs/11_training.ipynb #c6b45abd
 @patch
@@ -346,35 +347,34 @@ def teacher_losses(self: Trainer) -> dict:  # name -> number or scalar; "loss" i
 
 # %% ../nbs/11_training.ipynb #10f6bab4
 @patch
-def distill_losses(self: Trainer) -> dict:  # name -> number or scalar; "loss" is what to minimise
+def distill_losses(self: Trainer) -> dict:  # name -> number or scalar
     "One batch of soft matching and denoising.  # CTM Alg. 1"
     x0, y, gen = self.next_batch()
     c, net, B = self.config.distill, self.config.network, len(x0)
     draw, grid = lambda *shape: torch.randn(*shape, generator=gen).to(self.device), dict(sigma_min=net.sigma_min, sigma_max=net.sigma_max)
     student, target, teacher = (self.parts[k] for k in ("model", "target", "teacher"))
-    k = draw_k(c.K, gen)
+    k = draw_k(c.K, gen, c.k_power)
     i, j = draw_indices(B, k, c.N, gen)
     t, u, s = (grid_time(v, c.N, **grid).to(x0) for v in (i, i + k, j))
     x_t = perturb(x0, t, draw(*x0.shape))
     x_u, n_evals = teacher_jump(teacher.D, x_t, i, k, c.N, y, c.solver, c.max_evals, **grid)
-    out = {"loss_ctm": ctm_loss(student, target, x_t, x_u, t, u, s, y, DISTANCES[c.distance]).mean(), "teacher_evals": n_evals}
-    if not c.dsm: return {"loss": out["loss_ctm"], **out}
+    distance = DISTANCES[c.distance]
+    if not c.dsm: return {"loss_ctm": (loss := ctm_loss(student, target, x_t, x_u, t, u, s, y, distance).mean()), "loss": loss, "teacher_evals": n_evals}
     sigma = dsm_sigma(torch.randn(B, generator=gen), torch.rand(B, generator=gen), **grid).to(x0)
-    out["loss_dsm"] = dsm_loss(student, x0, sigma, draw(*x0.shape), y, net.sigma_data).mean()
-    out["lambda_dsm"] = adaptive_weight(out["loss_ctm"], out["loss_dsm"], student.net.last_layer)
-    return {"loss": out["loss_ctm"] + out["lambda_dsm"] * out["loss_dsm"], **out}
+    out = ctm_dsm_objective(student, target, x_t, x_u, t, u, s, x0, sigma, draw(*x0.shape), y, distance)
+    return {"loss": out["loss_ctm"] + out["lambda_dsm"] * out["loss_dsm"], **out, "teacher_evals": n_evals}
 
 # %% ../nbs/11_training.ipynb #f1244ecb
 @patch
 def update(self: Trainer,
-    losses: dict,  # from `teacher_losses` or `distill_losses`
+    losses: dict,  # from `teacher_losses` or `distill_losses`; "objective", if there, is what to differentiate instead of "loss"
 ) -> dict:  # numbers of this step for the log
     """One optimizer step.
 
     Raises FloatingPointError, with nothing changed, if the loss or its gradient is not finite."""
     model, lr = self.parts["model"], lr_at(self.optim, self.step - self.begun_at)
     self.optimizer.zero_grad(set_to_none=True)
-    losses["loss"].backward()
+    losses.pop("objective", losses["loss"]).backward()
     losses = {k: v.detach() if torch.is_tensor(v) else v for k, v in losses.items()}
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     numbers = {k: float(v) for k, v in {**losses, "grad_norm": norm}.items()}
@@ -412,9 +412,9 @@ def save(self: Trainer) -> Path:  # the checkpoint's folder
     classes, kinds = self.data.classes, [k for k in ("teacher", "ctm") if k in self.parts]
     about = {k: {"part": k, "description": describe(self.parts[k], classes)} for k in kinds}
     state = {"optimizer": self.optimizer.state_dict(), "emas": {k: e.state_dict() for k, e in self.emas.items()},
-             "seconds": self.seconds, "log_lines": self.log.mark(), "begun": "distill" if "ctm" in self.parts else "teacher"}
+             "seconds": self.seconds, "logged_at": self.logged_at, "log_lines": self.log.mark(), "window": self.window, "begun": "distill" if "ctm" in self.parts else "teacher"}
     path = save_checkpoint(self.folder / "checkpoints", self.step, {k: m.state_dict() for k, m in self.parts.items()}, state,
-        {"config": asdict(self.config), "models": about, "data_sha256": self.data.sha256()}, replace=True)
+        {"config": asdict(self.config), "models": about, "data_sha256": self.data_sha256}, replace=True)
     prune_checkpoints(self.folder / "checkpoints", self.config.run.keep)
     return path
 
@@ -429,10 +429,11 @@ def resume(self: Trainer,
     c = load_checkpoint(path)
     if changed := differences(c.meta["config"], asdict(self.config)):
         raise ValueError(f"{path} is a checkpoint of another configuration: {'; '.join(changed)}")
-    if c.meta["data_sha256"] != self.data.sha256(): raise ValueError(f"{path} was trained on other images than {self.config.data.source!r} holds now")
-    if c.state["begun"] == "distill": self.step = self.config.teacher.steps; self.begin_distill()
-    self.step, self.seconds = c.step, c.state["seconds"]
-    self._begin(self.config.distill if c.state["begun"] == "distill" else self.config.teacher, self.parts["model"])
+    if c.meta["data_sha256"] != self.data_sha256: raise ValueError(f"{path} was trained on other images than {self.config.data.source!r} holds now")
+    self.step, self.seconds, self.logged_at = c.step, c.state["seconds"], c.state["logged_at"]
+    if c.state["begun"] == "distill": self.begin_distill()
+    else: self.begin_teacher()
+    self.window = c.state["window"]
     for name, module in self.parts.items(): module.load_state_dict(c.models[name])
     for name, ema in self.emas.items(): ema.load_state_dict(c.state["emas"][name])
     self.optimizer.load_state_dict(c.state["optimizer"])
@@ -447,8 +448,7 @@ def log_window(self: Trainer):
     keys = [k for k in self.window[-1] if k not in ("stage", "loss")]
     means = {k: float(np.mean([w[k] for w in self.window if k in w])) for k in keys}
     images, now = self.sampler.position, self.seconds
-    rate = len(self.window) * self.optim.batch / max(now - getattr(self, "_logged_at", 0.), 1e-9)
-    self._logged_at = now
+    rate, self.logged_at = len(self.window) * self.optim.batch / max(now - self.logged_at, 1e-9), now
     memory = torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     self.log.append(stage=self.window[-1]["stage"], step=self.step, images=images, **means, images_per_sec=rate, peak_memory_mb=memory, seconds=now)
     for k, v in means.items(): self.board.add_scalar(k, v, self.step)
@@ -489,7 +489,9 @@ def save_grid(self: Trainer,
     path, grid = self.folder / "samples" / f"step_{self.step:08d}.png", image_grid(self.sample_grid(columns), columns)
     zoom = max(1, 32 // self.data.image_size)
     path.parent.mkdir(exist_ok=True)
-    Image.fromarray(grid.repeat(zoom, 0).repeat(zoom, 1)).save(path)
+    picture = grid.repeat(zoom, 0).repeat(zoom, 1)
+    Image.fromarray(picture).save(path)
+    self.board.add_image("samples", picture, self.step, dataformats="HW" if picture.ndim == 2 else "HWC")
     return path
 
 # %% ../nbs/11_training.ipynb #67a1a5b4
@@ -561,7 +563,7 @@ def run(self: Trainer) -> list:  # records of scores.json; empty where scores we
                 numbers = self.train_step()
                 bar.update(); bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
                 if self.step % every.log_every == 0 or self.step == end: self.log_window()
-                if self.step % every.sample_every == 0 or self.step == end: self.board.add_image("samples", np.array(Image.open(self.save_grid()).convert("RGB")), self.step, dataformats="HWC")
+                if self.step % every.sample_every == 0 or self.step == end: self.save_grid()
                 if self.step % every.save_every == 0 or self.step == end: self.save()
     if not (self.folder / "samples" / "final.png").exists(): self.save_picture()
     if done.exists(): return json.loads(done.read_text())

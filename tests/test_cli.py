@@ -1,0 +1,53 @@
+"""The command as a process: light to start, clear when wrong."""
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def call(*words, cwd=None):
+    code = "from ctm_nb.cli import ctm_nb_train; ctm_nb_train()"
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
+
+
+def test_help_imports_nothing_heavy():
+    code = "import ctm_nb.cli, sys; print([m for m in ('torch', 'numpy', 'sklearn', 'matplotlib', 'PIL') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    r = call("--help")
+    assert r.returncode == 0 and "--set" in r.stdout and "one-step" in r.stdout
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--set", "distil.lr=1"], "nearest is 'distill.lr'"), (["--preset", "digitz"], "digitz"), (["--data", "no/such/folder"], "no/such/folder"),
+    (["--set", "distill.K=99"], "distill.K"), (["--set", "evaluate.n=5"], "evaluate.n")])
+def test_mistakes_are_one_line_and_write_nothing(tmp_path, words, message):
+    r = call(*words, cwd=tmp_path)
+    assert r.returncode == 2 and message in r.stderr and r.stderr.count("\n") == 1 and not r.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_empty_folder_of_images(tmp_path):
+    (tmp_path / "empty").mkdir()
+    r = call("--data", "empty", cwd=tmp_path)
+    assert r.returncode == 2 and "empty" in r.stderr and r.stderr.count("\n") == 1
+
+
+def test_dry_run_writes_nothing_and_says_everything(tmp_path):
+    r = call("--dry-run", "--set", "distill.lr=1e-3", "run.seed=7", "--set", "teacher.batch=3", cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+    for text in ("distill.lr=0.001", "run.seed=7", "teacher.batch=3", "1352 training and 445 held-out", "runs/digits"): assert text in r.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_whole_run_scores_and_repeats(tmp_path):
+    words = ["--preset", "tiny", "--set", "teacher.steps=6", "distill.steps=4"]
+    first = call(*words, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    records = json.loads((tmp_path / "runs" / "tiny" / "scores.json").read_text())
+    samplers = {json.dumps(r["sampler"]) for r in records}
+    assert len(samplers) == 4 and {r["metric"] for r in records} >= {"frechet_distance", "precision", "recall", "class_accuracy"}
+    for r in records: assert {"metric", "value", "n_samples", "reference", "features", "sampler", "seed", "checkpoint"} <= r.keys() and len(r["reference"]["sha256"]) == 64
+    stamp = (tmp_path / "runs" / "tiny" / "scores.json").stat().st_mtime_ns
+    again = call(*words, cwd=tmp_path)
+    assert again.returncode == 0 and again.stdout == first.stdout and (tmp_path / "runs" / "tiny" / "scores.json").stat().st_mtime_ns == stamp

@@ -1,0 +1,125 @@
+"""The traps of the distillation step."""
+import copy
+
+import pytest
+import torch
+
+from ctm_nb.distill import adaptive_weight, ctm_loss, ctm_pair, draw_indices, draw_k, dsm_loss, dsm_sigma, grid_time, pseudo_huber, teacher_jump
+from ctm_nb.edm import Denoiser, solve
+from ctm_nb.flow import rho_grid, toy_mixture
+from ctm_nb.networks import DDPMpp
+from ctm_nb.trajectory import student_from
+
+GEN = lambda seed=0: torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def trio():
+    "Teacher, student and average with weights that say something."
+    torch.manual_seed(0)
+    teacher = Denoiser(DDPMpp(8, 1, 10, model_channels=8, channel_mult=(1, 1), n_blocks=1, attention=(4,)))
+    for p in teacher.parameters(): p.data.add_(.1 * torch.randn_like(p))
+    student = student_from(teacher)
+    for p in student.parameters(): p.data.add_(.02 * torch.randn_like(p))
+    return teacher.requires_grad_(False), student, copy.deepcopy(student).requires_grad_(False)
+
+
+def example(B=4, k=5, N=18):
+    i, j = draw_indices(B, k, N, GEN())
+    t, u, s = (grid_time(v, N).float() for v in (i, i + k, j))
+    return torch.randn(B, 1, 8, 8, generator=GEN(1)) * (1 + t.view(-1, 1, 1, 1)), i, k, t, u, s, torch.arange(B) % 10
+
+
+@pytest.mark.parametrize("B", [1, 4])
+def test_gradient_flows_through_the_frozen_map_only(trio, B):
+    teacher, student, target = trio
+    x_t, i, k, t, u, s, y = example(B)
+    x_u, n = teacher_jump(teacher.D, x_t, i, k, 18, y)
+    assert n == 2 * k and not x_u.requires_grad
+    estimate, goal = ctm_pair(student, target, x_t, x_u, t, u, s, y)
+    assert estimate.requires_grad and not goal.requires_grad
+    ctm_loss(student, target, x_t, x_u, t, u, s, y).mean().backward()
+    assert all(p.grad is None for p in [*target.parameters(), *teacher.parameters()])
+    assert student.net.last_layer.grad.abs().max() > 0
+
+
+def test_detached_map_teaches_nothing(trio):
+    "The trap itself: were the estimate's map inside no_grad, no gradient could reach the student."
+    teacher, student, target = trio
+    x_t, i, k, t, u, s, y = example()
+    with torch.no_grad(): estimate, _ = ctm_pair(student, target, x_t, x_t, t, u, s, y)
+    assert not estimate.requires_grad
+
+
+@pytest.mark.parametrize("k", [1, 5, 17])
+@pytest.mark.parametrize("N", [18, 40])
+def test_indices_cover_their_range_and_no_more(k, N):
+    i, j = draw_indices(20000, k, N, GEN())
+    assert i.min() == 0 and i.max() == N - 1 - k and (j >= i + k).all() and j.max() == N - 1
+    first = j[i == i.max()]
+    assert (first == N - 1).all()  # one choice left
+
+
+def test_k_is_drawn_in_proportion():
+    gen = GEN()
+    counts = torch.bincount(torch.tensor([draw_k(4, gen) for _ in range(20000)]), minlength=5)[1:] / 20000
+    torch.testing.assert_close(counts, torch.tensor([.1, .2, .3, .4]), atol=.015, rtol=0)
+
+
+def test_grid_matches_and_last_time_is_the_smallest():
+    torch.testing.assert_close(grid_time(torch.arange(40), 40), rho_grid(40), rtol=1e-10, atol=0)
+    assert grid_time(torch.tensor(17), 18).float() >= .002 * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("method, max_evals, expected", [("heun", None, 12), ("dpm", None, 6), ("dpm", 4, 4), ("heun", 4, 4), ("dpm", 1, 1), ("heun", 1, 2)])
+def test_evaluations_are_counted_as_made(trio, method, max_evals, expected):
+    calls, (teacher, *_) = [], trio
+    x_t, i, k, *_, y = example(k=6)
+    def D(x, t, y): calls.append(1); return teacher.D(x, t, y)
+    _, n = teacher_jump(D, x_t, i, k, 18, y, method, max_evals)
+    assert n == len(calls) == expected
+
+
+def test_finer_stretches_come_closer_to_the_flow():
+    toy = toy_mixture()
+    i = torch.full((300,), 6)
+    t, u = grid_time(i, 18), grid_time(i + 6, 18)
+    x_t = toy.sample(300, seed=0).double() + t[:, None] * torch.randn(300, 2, generator=GEN(), dtype=torch.float64)
+    exact = toy.flow(x_t, t, u)
+    gap = lambda m, n: float((teacher_jump(toy.D, x_t, i, 6, 18, None, m, n)[0] - exact).norm(dim=1).median())
+    assert gap("dpm", None) < gap("dpm", 3) < gap("dpm", 1) and gap("heun", None) < gap("heun", 4) < gap("heun", 2)
+
+
+def test_dsm_is_the_teachers_loss_at_the_start(trio):
+    teacher, *_ = trio
+    student = student_from(teacher)
+    x0, sigma = torch.rand(6, 1, 8, 8) * 2 - 1, dsm_sigma(torch.randn(6, generator=GEN()), torch.rand(6, generator=GEN()))
+    eps, y = torch.randn(6, 1, 8, 8), torch.arange(6)
+    torch.testing.assert_close(dsm_loss(student, x0, sigma, eps, y), dsm_loss(teacher, x0, sigma, eps, y), rtol=1e-4, atol=1e-6)
+
+
+def test_weight_balances_the_last_layer(trio):
+    teacher, student, target = trio
+    x_t, i, k, t, u, s, y = example()
+    x_u, _ = teacher_jump(teacher.D, x_t, i, k, 18, y)
+    a = ctm_loss(student, target, x_t, x_u, t, u, s, y, pseudo_huber).mean()
+    b = dsm_loss(student, torch.rand(4, 1, 8, 8), torch.full((4,), .5), torch.randn(4, 1, 8, 8), y).mean()
+    lam, w = adaptive_weight(a, b, student.net.last_layer), student.net.last_layer
+    norm = lambda loss: torch.autograd.grad(loss, w, retain_graph=True)[0].norm()
+    torch.testing.assert_close(norm(lam * b), norm(a), rtol=1e-2, atol=0)
+
+
+def test_no_overflow_at_the_ends(trio):
+    _, student, _ = trio
+    x = 80 * torch.randn(4, 1, 8, 8)
+    for t, s in ((80., 80.), (80., .002), (80., 0.), (.002, .002), (.002, 0.)):
+        assert torch.isfinite(student.G(x, t, s, torch.arange(4))).all()
+
+
+def test_solver_rows_are_independent(trio):
+    teacher, *_ = trio
+    x, times = 5 * torch.randn(3, 1, 8, 8), torch.tensor([[5., 3., 1.], [2., 1., .5], [.5, .2, .01]])
+    y = torch.arange(3)
+    for method in ("euler", "heun", "dpm"):
+        whole, one = solve(teacher.D, x, times, y, method), solve(teacher.D, x[1:2], times[:, 1], y[1:2], method)
+        torch.testing.assert_close(whole[1:2], one, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,80 @@
+"""What the notebook does not show: odd batches, odd labels, odd shapes, wrong arguments."""
+import pytest
+import torch
+
+from ctm_nb.edm import Denoiser
+from ctm_nb.networks import DDPMpp, MLP, build_network, init_, network_config, with_s_branch
+from ctm_nb.trajectory import student_from
+
+SMALL = dict(model_channels=8, channel_mult=(1, 2), n_blocks=1, attention=(4,))
+
+
+def lively(net):
+    "Silent last layers hide mistakes: give every layer random weights."
+    torch.manual_seed(0)
+    for p in net.parameters(): p.data.add_(.1 * torch.randn_like(p))
+    return net.eval()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("n_classes", [0, 10])
+def test_batch_of_one_equals_row_of_batch(channels, n_classes):
+    net = lively(DDPMpp(8, channels, n_classes, s_branch=True, **SMALL))
+    x, c = torch.randn(5, channels, 8, 8), torch.linspace(-1.5, 1, 5)
+    y = torch.arange(5) if n_classes else None
+    with torch.no_grad(): whole, one = net(x, c, c - .2, y), net(x[2:3], c[2:3], c[2:3] - .2, None if y is None else y[2:3])
+    torch.testing.assert_close(whole[2:3], one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda: DDPMpp(8, 1, 10, **SMALL), lambda: MLP(2, n_classes=10, width=16)])
+def test_no_label_is_minus_one_is_none(make):
+    net = lively(make())
+    x = torch.randn(3, *((1, 8, 8) if isinstance(net, DDPMpp) else (2,)))
+    c = torch.zeros(3)
+    with torch.no_grad():
+        assert torch.equal(net(x, c, y=None), net(x, c, y=torch.full((3,), -1)))
+        assert (net(x, c, y=torch.tensor([1, 2, 3])) - net(x, c)).abs().max() > 1e-4
+
+
+def test_label_reaches_both_branches():
+    net = lively(DDPMpp(8, 1, 10, s_branch=True, **SMALL))
+    c, y = torch.zeros(2), torch.tensor([1, 2])
+    assert (net.embed(c, y, "_s") - net.embed(c, None, "_s")).abs().max() > 1e-4
+    assert (net.embed(c, y) - net.embed(c, None)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("size, mult, attention", [(8, (1, 1), ()), (16, (1, 2, 2), (8, 4)), (32, (1, 1, 1), (8,))])
+def test_shapes(size, mult, attention):
+    net = DDPMpp(size, 3, model_channels=8, channel_mult=mult, n_blocks=2, attention=attention)
+    assert net(torch.randn(2, 3, size, size), torch.zeros(2)).shape == (2, 3, size, size)
+
+
+def test_channels_last_changes_nothing():
+    net = lively(DDPMpp(8, 3, **SMALL))
+    x, c = torch.randn(4, 3, 8, 8), torch.zeros(4)
+    with torch.no_grad(): a = net(x, c); b = net.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), c)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_impossible_arguments_are_named():
+    with pytest.raises(ValueError, match="image_size must be divisible by 4"): DDPMpp(6, channel_mult=(1, 1, 1))
+    with pytest.raises(ValueError, match="init must be"): with_s_branch(DDPMpp(8, 1, **SMALL), "zeros")
+    with pytest.raises(ValueError, match="has an s-branch"): DDPMpp(8, 1, s_branch=True, **SMALL)(torch.randn(1, 1, 8, 8), torch.zeros(1))
+    with pytest.raises(ValueError, match="family"): build_network("unet")
+
+
+def test_student_keeps_teacher_and_config():
+    teacher = Denoiser(lively(DDPMpp(8, 1, 10, **SMALL)), sigma_data=.7, sigma_min=.01, sigma_max=50.)
+    student = student_from(teacher)
+    assert (student.sigma_data, student.sigma_min, student.sigma_max) == (.7, .01, 50.)
+    assert network_config(student.net) == {**network_config(teacher.net), "s_branch": True}
+    x, t, y = 10 * torch.randn(6, 1, 8, 8), torch.tensor([80., 20., 5., 1., .1, .01]).clamp(max=50), torch.arange(6)
+    with torch.no_grad():
+        for f in (0., .5, 1.): torch.testing.assert_close(student.g(x, t, f * t, y), teacher.D(x, t, y), rtol=1e-5, atol=1e-6)
+
+
+def test_last_layer_sees_every_gradient():
+    net = lively(DDPMpp(8, 1, **SMALL))
+    net(torch.randn(2, 1, 8, 8), torch.zeros(2)).square().sum().backward()
+    assert net.last_layer is dict(net.named_parameters())["dec.8x8_aux_conv.weight"] and net.last_layer.grad.abs().max() > 0
+    assert isinstance(init_(torch.nn.Linear(2, 2), 0), torch.nn.Linear)

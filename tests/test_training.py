@@ -1,0 +1,164 @@
+"""A run is killed, resumed, refused, starved of labels; its numbers must not notice, or it must say so."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ctm_nb.data import digits
+from ctm_nb.interchange import load
+from ctm_nb.sampling import sample
+from ctm_nb.state import CheckpointError, load_checkpoint
+from ctm_nb.training import PRESETS, Config, Trainer, differences, make_config, markdown_table, score_table, set_value
+from dataclasses import asdict
+
+TINY = ["teacher.steps=12", "distill.steps=9", "run.save_every=4", "run.log_every=3", "run.sample_every=100", "evaluate.n=0"]
+COMMAND = [sys.executable, "-c", "from ctm_nb.cli import ctm_nb_train; ctm_nb_train()", "--preset", "tiny", "--set", *TINY]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def final_state(folder):
+    c = load_checkpoint(folder / "checkpoints" / "step_00000021")
+    lines = [json.loads(l) for l in (folder / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds", "images_per_sec", "peak_memory_mb")
+    return c, [{k: v for k, v in l.items() if k not in clock} for l in lines]
+
+
+def assert_same(a, b):
+    (a, log_a), (b, log_b) = final_state(a), final_state(b)
+    assert log_a == log_b
+    assert a.models.keys() == b.models.keys()
+    for part in a.models:
+        for k, v in a.models[part].items(): assert torch.equal(v, b.models[part][k]), (part, k)
+    for k, v in a.state["optimizer"]["state"].items():
+        for name, t in v.items(): assert torch.equal(torch.as_tensor(t), torch.as_tensor(b.state["optimizer"]["state"][k][name])), (k, name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    subprocess.run([*COMMAND, "--runs", folder, "--name", "a"], check=True, env=ENV, capture_output=True)
+    return folder / "a"
+
+
+def test_the_log_says_what_was_promised(undisturbed):
+    _, lines = final_state(undisturbed)
+    assert [(l["stage"], l["step"]) for l in lines] == [("teacher", n) for n in (3, 6, 9, 12)] + [("ctm_dsm", n) for n in (15, 18, 21)]
+    assert {"loss_edm", "lr", "grad_norm", "images"} <= lines[0].keys()
+    assert {"loss_ctm", "loss_dsm", "lambda_dsm", "teacher_evals", "lr", "grad_norm"} <= lines[-1].keys()
+    full = json.loads((undisturbed / "metrics.jsonl").read_text().splitlines()[0])
+    assert all(full[k] > 0 for k in ("images_per_sec", "peak_memory_mb", "seconds"))
+
+
+def test_killed_at_any_moment_it_ends_the_same(undisturbed, tmp_path):
+    "SIGKILL after random delays until the run gets through; weights, averages, optimizer and log must be those of the undisturbed run."
+    rng, kills = np.random.default_rng(0), 0
+    while True:
+        p = subprocess.Popen([*COMMAND, "--runs", tmp_path, "--name", "b"], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        started = time.monotonic()
+        while p.poll() is None and not list((tmp_path / "b").glob("metrics.jsonl")) and time.monotonic() - started < 120: time.sleep(.01)
+        try: p.wait(timeout=float(rng.uniform(.02, 1.2)) if kills < 5 else 120)
+        except subprocess.TimeoutExpired:
+            p.send_signal(signal.SIGKILL); p.wait(); kills += 1
+            continue
+        break
+    assert p.returncode == 0 and kills >= 1
+    assert_same(undisturbed, tmp_path / "b")
+
+
+def test_resume_inside_a_log_window_and_a_stage(undisturbed, tmp_path):
+    config = make_config("tiny", TINY)
+    for stop in (5, 12, 13, 21):
+        trainer = Trainer(config, tmp_path / "c")
+        while trainer.step < stop:
+            trainer.train_step()
+            if trainer.step % 3 == 0: trainer.log_window()
+        trainer.save()
+    assert_same(undisturbed, tmp_path / "c")
+
+
+def test_another_configuration_is_refused_by_name(undisturbed):
+    with pytest.raises(ValueError, match=r"distill\.lr: 0\.0004 -> 0\.1"): Trainer(make_config("tiny", [*TINY, "distill.lr=.1"]), undisturbed)
+    Trainer(make_config("tiny", [*TINY, "run.keep=7"]), undisturbed)  # harmless
+
+
+def test_damaged_checkpoint_is_named(undisturbed, tmp_path):
+    import shutil
+    shutil.copytree(undisturbed, tmp_path / "d")
+    part = tmp_path / "d" / "checkpoints" / "step_00000021" / "model.safetensors"
+    data = bytearray(part.read_bytes()); data[-3] ^= 1; part.write_bytes(data)
+    with pytest.raises(CheckpointError, match="model.safetensors"): Trainer(make_config("tiny", TINY), tmp_path / "d")
+
+
+def test_foreign_folder_is_not_touched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="not empty"): Trainer(make_config("tiny", TINY), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_nan_stops_before_the_update(tmp_path):
+    trainer = Trainer(make_config("tiny", TINY), tmp_path / "e")
+    trainer.train_step()
+    trainer.data.images = trainer.data.images.clone()
+    before = {k: v.clone() for k, v in trainer.parts["model"].state_dict().items()}
+    trainer.next_batch = lambda: (torch.full((2, 1, 8, 8), float("nan")), torch.tensor([0, 1]), torch.Generator().manual_seed(0))
+    with pytest.raises(FloatingPointError, match="loss_edm.*step 1"): trainer.train_step()
+    for k, v in trainer.parts["model"].state_dict().items(): assert torch.equal(v, before[k])
+    assert trainer.step == 1 and trainer.emas["teacher"].n_updates == 1
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_own_folder_of_colour_images(tmp_path, labelled):
+    images = tmp_path / "pictures"
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        path = images / ("ab"[i % 2] if labelled else "") / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(path)
+    config = make_config("tiny", [f"data.source={images}", "teacher.steps=3", "distill.steps=3"])
+    if labelled: config.evaluate.n = 0
+    assert Trainer(config, tmp_path / "run").run() == []
+    m = load(tmp_path / "run")
+    assert m.classes == (["a", "b"] if labelled else []) and sample(m, 3).shape == (3, 3, 8, 8)
+    assert (tmp_path / "run" / "samples" / "final.png").exists()
+
+
+def test_a_run_is_reproducible_and_depends_on_its_seed(tmp_path):
+    def weights(name, seed):
+        t = Trainer(make_config("tiny", [*TINY, f"run.seed={seed}"]), tmp_path / name)
+        for _ in range(14): t.train_step()
+        return t.parts["model"].net.last_layer
+    assert torch.equal(weights("f", 0), weights("g", 0)) and not torch.equal(weights("h", 1), weights("i", 2))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_valid_and_survive_json(preset):
+    config = make_config(preset)
+    assert differences(json.loads(json.dumps(asdict(config))), asdict(config)) == []
+
+
+@pytest.mark.parametrize("assignment, message", [
+    ("distill.k=3", "nearest is 'distill.K'"), ("nothing", "section.key=value"), ("distill.dsm=maybe", "true or false"),
+    ("network.channel_mult=1,x", "channel_mult"), ("teacher.steps=", "teacher.steps must be int")])
+def test_bad_assignments(assignment, message):
+    with pytest.raises(ValueError, match=re.escape(message)): set_value(Config(), assignment)
+
+
+@pytest.mark.parametrize("assignment", ["teacher.steps=0", "teacher.batch=0", "teacher.lr=nan", "distill.ema=1", "distill.K=0", "distill.N=1", "distill.init=zero",
+    "distill.max_evals=0", "network.dropout=1", "network.sigma_min=0", "network.model_channels=7", "run.keep=0", "evaluate.n=-1", "distill.optimizer=sgd"])
+def test_impossible_values_name_their_key(assignment):
+    with pytest.raises(ValueError, match=re.escape(assignment.split("=")[0])): make_config("digits", [assignment])
+
+
+def test_table_is_made_of_the_records():
+    record = lambda metric, value, **s: {"metric": metric, "value": value, "sampler": s or None}
+    rows = score_table([record("frechet_distance", 1.), record("frechet_distance", 2.345, solver="ctm", steps=1), record("precision", .5, solver="ctm", steps=1)])
+    assert markdown_table(rows, ("frechet_distance", "precision")).splitlines()[-1] == "| CTM, 1 step | 2.35 | 0.500 |" or "2.34" in markdown_table(rows)
+    assert len(digits()) == 1352
