@@ -19,12 +19,15 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parents[1] / "nbs" / "results" / "digits"
 PUBLISHED = ["distill.solver=heun", "distill.max_evals=none", "distill.distance=l2", "distill.optimizer=radam", "distill.lr=4e-4", "distill.warmup=0",
-             "distill.decay=constant", "distill.beta2=.999", "distill.ema=.999", "distill.target_ema=.999", "distill.init=random", "distill.k_power=1"]
+             "distill.decay=constant", "distill.beta2=.999", "distill.ema=.999", "distill.target_ema=.999", "distill.init=random", "distill.k_power=1", "distill.N=18", "distill.K=17"]
 VARIANTS = {
     "preset": [],
     "Heun on the full grid": ["distill.solver=heun", "distill.max_evals=none"],
     "2M on the full grid": ["distill.max_evals=none"],
     "2M, at most 2 evaluations": ["distill.max_evals=2"],
+    "2M, at most 3 evaluations": ["distill.max_evals=3"],
+    "18 grid points": ["distill.N=18", "distill.K=17"],
+    "P(k) proportional to k": ["distill.k_power=1"],
     "L2 distance": ["distill.distance=l2"],
     "RAdam 4e-4, constant": ["distill.optimizer=radam", "distill.lr=4e-4", "distill.warmup=0", "distill.decay=constant", "distill.beta2=.999"],
     "s-branch at random": ["distill.init=random"],
@@ -36,7 +39,9 @@ VARIANTS = {
 def hardware():
     "Processor and cores, as a reader would want to know them."
     names = [l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}, no GPU"
+    import torch
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}, {gpu}"
 
 
 def run_seed(seed):
@@ -44,7 +49,7 @@ def run_seed(seed):
     import torch
     with tempfile.TemporaryDirectory() as d:
         started = time.perf_counter()
-        subprocess.run(["ctm_nb_train", "--runs", d, "--name", "digits", "--set", f"run.seed={seed}"], check=True)
+        subprocess.run([str(Path(sys.executable).with_name("ctm_nb_train")), "--runs", d, "--name", "digits", "--set", f"run.seed={seed}"], check=True)
         minutes = (time.perf_counter() - started) / 60
         out, run = RESULTS / f"seed{seed}", Path(d) / "digits"
         out.mkdir(parents=True, exist_ok=True)
@@ -71,7 +76,8 @@ def one_variant(name, seed, teacher, out):
         evals, before = [], t.seconds
         while t.step < t.total: evals.append(t.train_step()["teacher_evals"])
         reference = make_reference(train_classifier(t.data, seed=0), load_data("digits", "held_out"))
-        y = t.data.labels.repeat(9)[:t.config.evaluate.n]
+        n = t.config.evaluate.n
+        y = t.data.labels[torch.arange(n) * len(t.data) // n]
         scores = {n: score_samples(reference, sample(m, len(y), y=y, seed=seed + 1, batch_size=500, **kw), y) for n, (m, kw) in t.samplers().items()}
         out.write_text(json.dumps({"variant": name, "assignments": VARIANTS[name], "seed": seed, "steps": len(evals), "seconds": t.seconds - before,
                                    "teacher_evals": sum(evals) / len(evals), "scores": scores}))

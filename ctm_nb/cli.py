@@ -7,9 +7,11 @@ __all__ = ['one_line_errors', 'plan', 'mean_evals', 'train_parser', 'ctm_nb_trai
 
 # %% ../nbs/12_cli.ipynb #eb035495
 import argparse
+import json
 import logging
 import sys
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from . import __version__
@@ -40,20 +42,23 @@ def plan(
 ) -> str:
     "What a run is going to do, as text."
     from ctm_nb.data import load_data
-    from ctm_nb.training import make_network
-    train, held_out = (load_data(config.data.source, s, image_size=config.data.image_size) for s in ("train", "held_out"))
-    t, d, e = config.teacher, config.distill, config.evaluate
+    from ctm_nb.training import differences, make_network, no_scores_because
+    train = load_data(config.data.source, "train", image_size=config.data.image_size)
+    t, d, e, why, here = config.teacher, config.distill, config.evaluate, no_scores_because(config, train), folder / "config.json"
+    changed = differences(json.loads(here.read_text()), asdict(config)) if here.exists() else []
+    place = "refused, a run of another configuration is there: " + "; ".join(changed) if changed else "continues the run there" if here.exists() else "new"
     weights = sum(p.numel() for p in make_network(config, train).parameters())
     classes = f"{train.n_classes} classes ({', '.join(train.classes[:10])}{', ...' if train.n_classes > 10 else ''})" if train.n_classes else "no classes"
     return "\n".join([
-        f"data      {train.name}: {len(train)} training and {len(held_out)} held-out images, {train.channels} x {train.image_size} x {train.image_size}, {classes}",
+        f"data      {train.name}: {len(train)} training images, {train.channels} x {train.image_size} x {train.image_size}, {classes}",
         f"network   {config.network.family}, {weights / 1e6:.2f} M parameters",
         f"teacher   {t.steps} steps of {t.batch} images",
         f"student   {d.steps} steps of {d.batch} images, {mean_evals(d):.1f} teacher evaluations a step ({d.solver}), distance {d.distance}",
-        f"memory    about {weights * 4 * 8 / 2**20:.0f} MiB for weights, averages and optimizer, and as much on disk for each of {config.run.keep} checkpoints",
-        f"scores    {e.n} samples: teacher with {2 * e.teacher_steps - 1} evaluations, student with {', '.join(map(str, e.steps))}" if e.n and train.n_classes
-        else "scores    none: they need labelled images" if e.n else "scores    none asked for",
-        f"writes    {folder}/ ({'continues the run there' if (folder / 'config.json').exists() else 'new'})"])
+        f"memory    about {weights * 4 * 8 / 2**20:.0f} MiB for eight copies of the weights (networks, averages, optimizer), activations not counted; "
+        f"a checkpoint takes a little less, {config.run.keep} are kept",
+        f"scores    none: {why}" if why else
+        f"scores    {e.n} samples: teacher with {2 * e.teacher_steps - 1} evaluations, student with {', '.join(map(str, e.steps))}",
+        f"writes    {folder}/ ({place})"])
 
 # %% ../nbs/12_cli.ipynb #1613d238
 def mean_evals(
@@ -88,7 +93,7 @@ def ctm_nb_train(
     "Train a teacher, distil it, draw samples and score them (the console command)."
     a = train_parser().parse_args(argv)
     with one_line_errors("ctm_nb_train"):
-        train(a.preset, a.data, a.runs / (a.name or (Path(a.data).stem if a.data else a.preset)), a.set, a.dry_run)
+        train(a.preset, a.data, a.runs / (a.name or (Path(a.data).expanduser().resolve().stem if a.data else a.preset)), a.set, a.dry_run)
 
 # %% ../nbs/12_cli.ipynb #c6e440eb
 def train(
@@ -111,5 +116,4 @@ def train(
 
 # %% ../nbs/12_cli.ipynb #685b1ca0
 def _flat(config):
-    from dataclasses import asdict
     return [f"{section}.{key}={','.join(map(str, v)) if isinstance(v, (tuple, list)) else v}" for section, values in asdict(config).items() for key, v in values.items()]

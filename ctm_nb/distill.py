@@ -48,7 +48,7 @@ def grid_time(
     sigma_max: float = SIGMA_MAX,  # time at index 0
     rho: float = RHO,  # warp
 ) -> Tensor:  # same shape, float64
-    "The rho-grid as a function of a real index.  # EDM Eq. 5; CTM App. C"
+    "The rho-grid as a function of a real index.  # EDM Eq. 5"
     top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return (top + index.double() / (N - 1) * (bottom - top)) ** rho
 
@@ -84,7 +84,7 @@ def pseudo_huber(
     b: Tensor,  # (B, ...)
     c: float = .03,  # per pixel: below it the distance is squared, above it linear
 ) -> Tensor:  # (B,), divided by the root of the number of pixels
-    "Smoothed Euclidean distance, root mean square beyond c (iCT Sec. 3.3)."
+    "Smoothed Euclidean distance, root mean square beyond c (Song & Dhariwal 2023)."
     return (l2(a, b) + c ** 2).sqrt() - c
 
 # %% ../nbs/05_distill.ipynb #9bc65b5d
@@ -111,7 +111,7 @@ def ctm_pair(
     s: Tensor,  # (B,) s >= sigma_min
     y: Tensor | None = None,  # (B,) class indices
 ) -> tuple[Tensor, Tensor]:  # estimate (with gradient) and target (without), each (B, ...)
-    "Both sides of the soft-matching loss, taken to the end of the trajectory.  # CTM Eq. 8"
+    "Both sides of the soft-matching loss, taken to the end of the trajectory.  # CTM: soft-matching loss"
     with torch.no_grad(): goal = to_end(target, student.G(x_u, u, s, y), s, y)
     return to_end(target, student.G(x_t, t, s, y), s, y), goal
 
@@ -127,7 +127,7 @@ def ctm_loss(
     y: Tensor | None = None,  # (B,) class indices
     distance=l2,  # per-sample distance
 ) -> Tensor:  # (B,)
-    "Soft-matching loss.  # CTM Eq. 8"
+    "Soft-matching loss.  # CTM: soft-matching loss"
     return distance(*ctm_pair(student, target, x_t, x_u, t, u, s, y))
 
 # %% ../nbs/05_distill.ipynb #f2870ace
@@ -149,7 +149,7 @@ def dsm_loss(
     y: Tensor | None = None,  # (B,) class indices
     sigma_data: float = SIGMA_DATA,  # standard deviation of the data
 ) -> Tensor:  # (B,)
-    "Denoising loss of the student at s = t.  # CTM Eq. 9"
+    "Denoising loss of the student at s = t.  # CTM: DSM loss"
     return edm_loss(student.D, x0, sigma, eps, y, sigma_data)
 
 # %% ../nbs/05_distill.ipynb #007797dc
@@ -160,7 +160,7 @@ def adaptive_weight(
     low: float = 0.,  # smallest weight
     high: float = 1e4,  # largest weight
 ) -> Tensor:  # scalar without gradient
-    "Weight of `other` that makes both losses pull equally on the last layer (VQGAN Eq. 7; CTM Sec. 3.3)."
+    "Weight of `other` that makes both losses pull equally on the last layer (VQGAN Eq. 7; CTM: adaptive weight)."
     a, b = (torch.autograd.grad(v, last_layer, retain_graph=True)[0].norm() for v in (loss, other))
     return (a / (b + 1e-4)).clamp(low, high)
 
@@ -174,15 +174,15 @@ def ctm_dsm_objective(
     y: Tensor | None = None,  # (B,) class indices
     distance=l2,  # per-sample distance
 ) -> dict:  # "objective" to call backward on; "loss_ctm", "loss_dsm", "lambda_dsm" without gradient
-    "CTM + adaptively weighted DSM with one pass and one way back through each network.  # CTM Alg. 1"
+    "CTM + adaptively weighted DSM, one pass with gradient and one way back through each network.  # CTM: training step"
     B, last, sd = len(x_t), student.net.last_layer, student.sigma_data
     with torch.no_grad(): goal = to_end(target, student.G(x_u, u, s, y), s, y)
     both = lambda a, b: torch.cat([a, b])
     g = student.g(both(x_t, perturb(x0, sigma, eps)), both(t, sigma), both(s, sigma), None if y is None else both(y, y))
     x_s, D = jump(x_t, t, s, g[:B]), g[B:]
     leaf = x_s.detach().requires_grad_()
-    ctm = distance(to_end(target, leaf, s, y), goal).mean()  # CTM Eq. 8
-    dsm = edm_loss(lambda *_: D, x0, sigma, eps, y, sd).mean()  # CTM Eq. 9, the denoiser's answer is known already
+    ctm = distance(to_end(target, leaf, s, y), goal).mean()  # CTM: soft-matching loss
+    dsm = edm_loss(lambda *_: D, x0, sigma, eps, y, sd).mean()  # CTM: DSM loss, the denoiser's answer is known already
     v, = torch.autograd.grad(ctm, leaf)
     projected = (v * x_s).sum()
     lam = adaptive_weight(projected, dsm, last)

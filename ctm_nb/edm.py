@@ -74,7 +74,7 @@ def edm_loss(
     y: Tensor | None = None,  # (B,) class indices
     sigma_data: float = SIGMA_DATA,  # standard deviation of the data
 ) -> Tensor:  # (B,) weighted squared error, mean over pixels
-    "Weighted denoising loss.  # EDM Eq. 2, Table 1; CTM Eq. 9 when D = g(., t, t)"
+    "Weighted denoising loss.  # EDM Eq. 2, Table 1; CTM: DSM loss when D = g(., t, t)"
     r = expand(sigma, x0)
     w = (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2
     return w * (D(x0 + r * eps, sigma, y) - x0).square().flatten(1).mean(1)
@@ -95,7 +95,7 @@ def jump(
     u: float | Tensor,  # 0 <= u, (B,) or scalar, where to go
     x0: Tensor,  # (B, ...) guess of the clean data
 ) -> Tensor:  # (B, ...) data at noise level u
-    "(u/t) x + (1 - u/t) x0: exact if the guess stays the same on the way.  # CTM Eq. 4 with x0 = g"
+    "(u/t) x + (1 - u/t) x0: exact if the guess stays the same on the way.  # CTM: decomposition of G, with x0 = g"
     r = expand(u, x) / expand(t, x)
     return r * x + (1 - r) * x0
 

@@ -238,7 +238,7 @@ def G(self:GaussianMixture,
     y=None, # ignored
 )->torch.Tensor: # (B, d) the same points at time s
     "The exact jump, under the name and signature of a trajectory model."
-    return self.flow(x, t, s)  # CTM Eq. 3
+    return self.flow(x, t, s)  # CTM: the map G
 
 # %% ../nbs/00_flow.ipynb #ce7ff728
 @patch
@@ -253,5 +253,5 @@ def g(self:GaussianMixture,
     x64, out = x.detach().double(), self.D(x.detach().double(), t)
     jump = s < t  # (B,)
     r = (s / t)[jump, None]  # (jumping rows, 1)
-    out[jump] = (self.G(x64[jump], t[jump], s[jump]) - r * x64[jump]) / (1 - r)  # CTM Eq. 4
+    out[jump] = (self.G(x64[jump], t[jump], s[jump]) - r * x64[jump]) / (1 - r)  # CTM: decomposition of G
     return out.to(x.dtype)

@@ -20,7 +20,7 @@ def landing_time(
     gamma: float,  # share of fresh noise, in [0, 1]
     sigma_min: float,  # smallest noise level
 ) -> float:  # sigma_min <= s <= tau
-    "Where to jump before adding noise up to tau.  # CTM Alg. 3, as released"
+    "Where to jump before adding noise up to tau.  # CTM: gamma-sampling, as released"
     return math.sqrt(1 - gamma ** 2) * (tau - sigma_min) + sigma_min
 
 # %% ../nbs/07_sampling.ipynb #dbfbe696
@@ -33,7 +33,7 @@ def gamma_sample(
     draw,  # draw(i) -> (B, ...) standard normal, the i-th noise of these samples
     callback=None,  # called as callback(i, x) after stop i
 ) -> Tensor:  # (B, ...) data at times[-1]
-    "Jump from stop to stop, with fresh noise at all but the last.  # CTM Alg. 3"
+    "Jump from stop to stop, with fresh noise at all but the last.  # CTM: gamma-sampling"
     times = times.tolist()
     for i, (t, tau) in enumerate(zip(times[:-1], times[1:])):
         s = landing_time(tau, gamma, m.sigma_min)
@@ -111,11 +111,12 @@ def sample(
     times = default_times(m, max(steps, 1), solver) if times is None else torch.as_tensor(times, dtype=torch.float64).cpu()
     check_request(m, n, steps, gamma, solver, times)
     y, device = check_labels(y, n, m.n_classes), next(m.parameters()).device if isinstance(m, torch.nn.Module) else "cpu"
+    dtype = next(m.parameters()).dtype if isinstance(m, torch.nn.Module) else None
     batch_size = n if noise_fn or not batch_size else batch_size
     out = []
     for ids in torch.arange(n).split(batch_size):
         shape = (len(ids), *m.data_shape)
-        draw = lambda i: (torch.as_tensor(noise_fn(i, shape)) if noise_fn else noise(m.data_shape, seed, ids.tolist(), draw=i)).to(device)
+        draw = lambda i: (torch.as_tensor(noise_fn(i, shape)) if noise_fn else noise(m.data_shape, seed, ids.tolist(), draw=i)).to(device, dtype)
         x, labels = draw(0) * float(times[0]), None if y is None else y[ids].to(device)
         if solver == "ctm": x = gamma_sample(m, x, times, gamma, labels, draw, callback)
         else: x = solve(m.D, x, times, labels, solver, callback)

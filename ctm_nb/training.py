@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'PRESETS', 'OPTIMIZERS', 'DataConfig', 'NetworkConfig', 'OptimConfig', 'TeacherConfig', 'DistillConfig',
            'EvaluateConfig', 'RunConfig', 'Config', 'parse_value', 'set_value', 'make_config', 'check_config',
-           'differences', 'step_generator', 'lr_at', 'Trainer', 'make_network', 'score_table', 'markdown_table']
+           'differences', 'step_generator', 'lr_at', 'Trainer', 'make_network', 'score_table', 'markdown_table',
+           'no_scores_because']
 
 # %% ../nbs/11_training.ipynb #ed5110de
 import difflib
@@ -13,7 +14,9 @@ import json
 import logging
 import math
 import resource
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -104,7 +107,7 @@ class EvaluateConfig:
 # %% ../nbs/11_training.ipynb #59c0e809
 @dataclass
 class RunConfig:
-    "How the run is carried out; these may change from one start of a run to the next."
+    "How the run is carried out; all but the seed may change from one start of a run to the next."
     seed: int = 0  # of everything
     device: str = "auto"  # "auto": a CUDA device if there is one
     save_every: int = 500  # steps between checkpoints
@@ -160,9 +163,10 @@ def set_value(
 PRESETS = {
     "digits": """
         network.model_channels=16 network.channel_mult=1,2 network.n_blocks=1 network.attention=4
-        teacher.steps=1500 teacher.batch=64 teacher.optimizer=adamw teacher.lr=2e-3 teacher.warmup=50 teacher.decay=cosine teacher.beta2=.99 teacher.ema=.99
+        teacher.steps=850 teacher.batch=128 teacher.optimizer=adamw teacher.lr=4e-3 teacher.warmup=50 teacher.decay=cosine teacher.beta2=.99 teacher.ema=.99
         distill.steps=400 distill.batch=64 distill.optimizer=adamw distill.lr=1.6e-3 distill.warmup=50 distill.decay=linear distill.beta2=.99 distill.ema=.99
-        distill.solver=dpm distill.max_evals=4 distill.distance=pseudo_huber distill.target_ema=.99""",
+        distill.N=12 distill.K=11 distill.k_power=.5 distill.solver=dpm distill.max_evals=5 distill.distance=pseudo_huber distill.target_ema=.99
+        run.save_every=100 run.sample_every=200""",
     "tiny": """
         network.model_channels=8 network.channel_mult=1,1 network.n_blocks=1 network.attention=4
         teacher.steps=30 teacher.batch=32 teacher.optimizer=adamw teacher.lr=2e-3 teacher.ema=.9
@@ -191,7 +195,8 @@ def check_config(
 ):
     "Raise ValueError naming the first impossible value."
     for name, o in (("teacher", c.teacher), ("distill", c.distill)):
-        _expect(f"{name}.steps", o.steps, o.steps >= (name == "teacher"), "at least 1 for the teacher, at least 0 for the student")
+        _expect(f"{name}.steps", o.steps, o.steps >= (least := int(name == "teacher")), f"at least {least}")
+        _expect(f"{name}.beta2", o.beta2, 0 <= o.beta2 < 1, "in [0, 1)")
         _expect(f"{name}.batch", o.batch, o.batch >= 1, "at least 1")
         _expect(f"{name}.lr", o.lr, 0 < o.lr < math.inf, "a positive number")
         _expect(f"{name}.optimizer", o.optimizer, o.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
@@ -207,14 +212,26 @@ def check_config(
     _expect("distill.init", d.init, d.init in ("teacher", "random"), "teacher or random")
     _expect("network.family", n.family, n.family in FAMILIES, f"one of {', '.join(FAMILIES)}")
     _expect("network.model_channels", n.model_channels, n.model_channels >= 8 and n.model_channels % 8 == 0, "a multiple of 8")
+    _expect("network.channel_mult", n.channel_mult, n.channel_mult and min(n.channel_mult) >= 1, "one or more numbers, each at least 1")
+    _expect("network.n_blocks", n.n_blocks, n.n_blocks >= 1, "at least 1")
+    _expect("network.sigma_data", n.sigma_data, 0 < n.sigma_data < math.inf, "a positive number")
     _expect("network.dropout", n.dropout, 0 <= n.dropout < 1, "in [0, 1)")
     _expect("network.sigma_min", n.sigma_min, 0 < n.sigma_min < n.sigma_max, "between 0 and network.sigma_max")
     for key in ("save_every", "log_every", "sample_every", "keep"): _expect(f"run.{key}", v := getattr(c.run, key), v >= 1, "at least 1")
+    _expect("run.seed", c.run.seed, c.run.seed >= 0, "at least 0")
+    _expect("run.device", c.run.device, c.run.device == "auto" or _has(c.run.device), "auto or a device of this machine (cpu, cuda, cuda:1, ...)")
+    for key in ("teacher_steps", "batch"): _expect(f"evaluate.{key}", v := getattr(c.evaluate, key), v >= 1, "at least 1")
+    _expect("evaluate.steps", c.evaluate.steps, c.evaluate.steps and min(c.evaluate.steps) >= 1, "one or more numbers, each at least 1")
     _expect("evaluate.n", c.evaluate.n, c.evaluate.n == 0 or c.evaluate.n >= 10, "0 (no scores) or at least 10")
 
 # %% ../nbs/11_training.ipynb #b9b40013
 def _expect(key, value, possible, expected):
     if not possible: raise ValueError(f"{key} must be {expected}, got {value}")
+
+def _has(device):
+    try: torch.empty(0, device=device)
+    except (RuntimeError, AssertionError): return False
+    return True
 
 # %% ../nbs/11_training.ipynb #4403ae79
 OPTIMIZERS = {"radam": torch.optim.RAdam, "adamw": torch.optim.AdamW}
@@ -259,12 +276,14 @@ class Trainer:
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.run.device == "auto" else config.run.device)
         self.data = load_data(config.data.source, "train", image_size=config.data.image_size)
         self.total = config.teacher.steps + config.distill.steps
-        self.data_sha256 = self.data.sha256()
+        self.data_sha256, self.threads = self.data.sha256(), torch.get_num_threads()
         self.step, self.seconds, self.logged_at = 0, 0., 0.
+        self.begin_teacher()  # before anything is written: it finds what check_config can't
         self._claim_folder()
-        self.log = MetricsLog(self.folder / "metrics.jsonl")
-        self.begin_teacher()
-        if found := latest_checkpoint(self.folder / "checkpoints"): self.resume(found)
+        self.log, checkpoints = MetricsLog(self.folder / "metrics.jsonl"), self.folder / "checkpoints"
+        if found := latest_checkpoint(checkpoints): self.resume(found)
+        elif (self.folder / "scores.json").exists() or any(checkpoints.glob("step_*")):
+            raise CheckpointError(f"{self.folder} has been trained, but {checkpoints} holds no complete checkpoint; restore one or choose another name")
         else: self.log.rewind(0)
 
 # %% ../nbs/11_training.ipynb #ba0a4d59
@@ -275,7 +294,7 @@ def _claim_folder(self: Trainer):
     if path.exists():
         if changed := differences(json.loads(path.read_text()), mine):
             raise ValueError(f"{self.folder} holds a run of another configuration ({'; '.join(changed)}); choose another name or remove the folder")
-    elif self.folder.exists() and any(self.folder.iterdir()):
+    elif self.folder.exists() and any(not p.name.startswith(".tmp-") for p in self.folder.iterdir()):
         raise ValueError(f"{self.folder} is not empty and holds no run (no config.json); choose another name")
     self.folder.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(mine, indent=1).encode())
@@ -313,7 +332,7 @@ def begin_distill(self: Trainer):
     "A student from the teacher's average, its two averages, its optimizer."
     c, teacher = self.config.distill, self.parts["teacher"].eval().requires_grad_(False)
     torch.manual_seed(self.config.run.seed + 1)
-    student = student_from(teacher, c.init).requires_grad_(True).train()
+    student = student_from(teacher, c.init).requires_grad_(True).eval()  # no dropout: target and estimate must be one function
     self.emas = {"target": EMA(student, c.target_ema), "ctm": EMA(student, c.ema)}
     self.parts = {"model": student, "teacher": teacher, "target": self.emas["target"].module, "ctm": self.emas["ctm"].module}
     self._begin(c, student)
@@ -325,21 +344,26 @@ def _begin(self: Trainer, o: OptimConfig, model: torch.nn.Module):
     extra = {"decoupled_weight_decay": False} if o.optimizer == "radam" else {}
     self.optimizer = OPTIMIZERS[o.optimizer](model.parameters(), lr=o.lr, betas=(.9, o.beta2), weight_decay=0., foreach=True, **extra)
     self.begun_at, self.window = 0 if o is self.config.teacher else self.config.teacher.steps, []
-    self.sampler = IndexSampler(len(self.data), o.batch, self.config.run.seed, position=(self.step - self.begun_at) * o.batch)
+    self.sampler = IndexSampler(len(self.data), o.batch, self.config.run.seed)
+    self.ahead, self.pool = {}, ThreadPoolExecutor(1)
 
 # %% ../nbs/11_training.ipynb #c6b45abd
 @patch
-def next_batch(self: Trainer) -> tuple:  # x0 (B, C, H, W), y (B,) or None, generator
-    "The next images and labels on the device, and the randomness of this step."
+def batch_of(self: Trainer,
+    step: int,  # of the run, within the present stage
+) -> tuple:  # x0 (B, C, H, W), y (B,) or None, generator
+    "Images and labels of a step, on the device, and the step's randomness."
+    if self.sampler.position != (at := (step - self.begun_at) * self.optim.batch):
+        self.sampler = IndexSampler(len(self.data), self.optim.batch, self.config.run.seed, position=at)
     idx = self.sampler.next()
     y = None if self.data.labels is None else self.data.labels[idx].to(self.device)
-    return self.data.x0(idx).to(self.device), y, step_generator(self.config.run.seed, self.step)
+    return self.data.x0(idx).to(self.device), y, step_generator(self.config.run.seed, step)
 
 # %% ../nbs/11_training.ipynb #82406129
 @patch
 def teacher_losses(self: Trainer) -> dict:  # name -> number or scalar; "loss" is what to minimise
     "One batch of the denoising loss."
-    x0, y, gen = self.next_batch()
+    x0, y, gen = self.batch_of(self.step)
     c, draw = self.config.teacher, lambda *shape: torch.randn(*shape, generator=gen).to(self.device)
     sigma = lognormal_sigma(draw(len(x0)), c.P_mean, c.P_std)
     loss = edm_loss(self.parts["model"], x0, sigma, draw(*x0.shape), y, self.config.network.sigma_data).mean()
@@ -347,24 +371,47 @@ def teacher_losses(self: Trainer) -> dict:  # name -> number or scalar; "loss" i
 
 # %% ../nbs/11_training.ipynb #10f6bab4
 @patch
-def distill_losses(self: Trainer) -> dict:  # name -> number or scalar
-    "One batch of soft matching and denoising.  # CTM Alg. 1"
-    x0, y, gen = self.next_batch()
+def distill_example(self: Trainer,
+    step: int,  # of the run
+) -> dict:  # arguments of `ctm_dsm_objective`, and "teacher_evals"
+    "One batch with the teacher's answer: all of a distillation step that does not involve the student."
+    x0, y, gen = self.batch_of(step)
     c, net, B = self.config.distill, self.config.network, len(x0)
     draw, grid = lambda *shape: torch.randn(*shape, generator=gen).to(self.device), dict(sigma_min=net.sigma_min, sigma_max=net.sigma_max)
-    student, target, teacher = (self.parts[k] for k in ("model", "target", "teacher"))
     k = draw_k(c.K, gen, c.k_power)
     i, j = draw_indices(B, k, c.N, gen)
     t, u, s = (grid_time(v, c.N, **grid).to(x0) for v in (i, i + k, j))
     x_t = perturb(x0, t, draw(*x0.shape))
-    x_u, n_evals = teacher_jump(teacher.D, x_t, i, k, c.N, y, c.solver, c.max_evals, **grid)
-    distance = DISTANCES[c.distance]
-    if not c.dsm: return {"loss_ctm": (loss := ctm_loss(student, target, x_t, x_u, t, u, s, y, distance).mean()), "loss": loss, "teacher_evals": n_evals}
+    x_u, n_evals = teacher_jump(self.parts["teacher"].D, x_t, i, k, c.N, y, c.solver, c.max_evals, **grid)
     sigma = dsm_sigma(torch.randn(B, generator=gen), torch.rand(B, generator=gen), **grid).to(x0)
-    out = ctm_dsm_objective(student, target, x_t, x_u, t, u, s, x0, sigma, draw(*x0.shape), y, distance)
-    return {"loss": out["loss_ctm"] + out["lambda_dsm"] * out["loss_dsm"], **out, "teacher_evals": n_evals}
+    return dict(x_t=x_t, x_u=x_u, t=t, u=u, s=s, x0=x0, sigma=sigma, eps=draw(*x0.shape), y=y, teacher_evals=n_evals)
 
 # %% ../nbs/11_training.ipynb #f1244ecb
+@patch
+def take_example(self: Trainer) -> dict:  # from `distill_example`
+    "The example of the present step; on a CPU the teacher starts on the next one."
+    if self.device.type != "cpu": return self.distill_example(self.step)
+    def work(step):
+        torch.set_num_threads(max(1, self.threads // 2))
+        return self.distill_example(step)
+    now = self.ahead.pop(self.step, None) or self.pool.submit(work, self.step)
+    example = now.result()
+    self.ahead = {self.step + 1: self.pool.submit(work, self.step + 1)} if self.step + 1 < self.total else {}
+    return example
+
+# %% ../nbs/11_training.ipynb #fcec9c0d
+@patch
+def distill_losses(self: Trainer) -> dict:  # name -> number or scalar
+    "Soft matching and denoising on one batch.  # CTM: training step"
+    c, e = self.config.distill, self.take_example()
+    student, target, n_evals, distance = self.parts["model"], self.parts["target"], e.pop("teacher_evals"), DISTANCES[c.distance]
+    if not c.dsm:
+        loss = ctm_loss(student, target, *(e[k] for k in ("x_t", "x_u", "t", "u", "s", "y")), distance).mean()
+        return {"loss": loss, "loss_ctm": loss, "teacher_evals": n_evals}
+    out = ctm_dsm_objective(student, target, **e, distance=distance)
+    return {"loss": out["loss_ctm"] + out["lambda_dsm"] * out["loss_dsm"], **out, "teacher_evals": n_evals}
+
+# %% ../nbs/11_training.ipynb #e5af52ca
 @patch
 def update(self: Trainer,
     losses: dict,  # from `teacher_losses` or `distill_losses`; "objective", if there, is what to differentiate instead of "loss"
@@ -386,26 +433,30 @@ def update(self: Trainer,
     for ema in self.emas.values(): ema.update(model)
     return {**numbers, "lr": lr}
 
-# %% ../nbs/11_training.ipynb #fcec9c0d
+# %% ../nbs/11_training.ipynb #9ac16513
 @patch(as_prop=True)
 def stage_key(self: Trainer) -> str:  # "teacher" or "distill"
     "Section of the configuration that the stage reads."
     return "teacher" if self.stage == "teacher" else "distill"
 
-# %% ../nbs/11_training.ipynb #e5af52ca
+# %% ../nbs/11_training.ipynb #c975bdfc
 @patch
 def train_step(self: Trainer) -> dict:  # numbers of this step
     "One step of whichever stage it is."
     if self.stage == "ctm_dsm" and "ctm" not in self.parts: self.begin_distill()
     started = time.perf_counter()
-    numbers = self.update(self.teacher_losses() if self.stage == "teacher" else self.distill_losses())
+    torch.manual_seed(step_generator(self.config.run.seed, self.step).initial_seed() ^ 1)  # for dropout
+    shared = self.stage == "ctm_dsm" and self.device.type == "cpu"
+    torch.set_num_threads(max(1, self.threads // 2) if shared else self.threads)
+    try: numbers = self.update(self.teacher_losses() if self.stage == "teacher" else self.distill_losses())
+    finally: torch.set_num_threads(self.threads)
     numbers = {"stage": self.stage, **numbers}
     self.step += 1
     self.seconds += time.perf_counter() - started
     self.window.append(numbers)
     return numbers
 
-# %% ../nbs/11_training.ipynb #7ace5ad8
+# %% ../nbs/11_training.ipynb #349193a8
 @patch
 def save(self: Trainer) -> Path:  # the checkpoint's folder
     "Write a checkpoint of everything; keep the newest few."
@@ -416,9 +467,10 @@ def save(self: Trainer) -> Path:  # the checkpoint's folder
     path = save_checkpoint(self.folder / "checkpoints", self.step, {k: m.state_dict() for k, m in self.parts.items()}, state,
         {"config": asdict(self.config), "models": about, "data_sha256": self.data_sha256}, replace=True)
     prune_checkpoints(self.folder / "checkpoints", self.config.run.keep)
+    if hasattr(self, "_board"): self._board.flush()
     return path
 
-# %% ../nbs/11_training.ipynb #747b5b60
+# %% ../nbs/11_training.ipynb #abba0137
 @patch
 def resume(self: Trainer,
     path: Path,  # a checkpoint's folder
@@ -440,21 +492,21 @@ def resume(self: Trainer,
     self.log.rewind(c.state["log_lines"])
     log.info("resumed %s at step %d of %d", self.folder, self.step, self.total)
 
-# %% ../nbs/11_training.ipynb #abba0137
+# %% ../nbs/11_training.ipynb #9c49eb31
 @patch
 def log_window(self: Trainer):
     "Append the means of the last steps to metrics.jsonl and TensorBoard."
     if not self.window: return
     keys = [k for k in self.window[-1] if k not in ("stage", "loss")]
     means = {k: float(np.mean([w[k] for w in self.window if k in w])) for k in keys}
-    images, now = self.sampler.position, self.seconds
+    images, now = (self.step - self.begun_at) * self.optim.batch, self.seconds
     rate, self.logged_at = len(self.window) * self.optim.batch / max(now - self.logged_at, 1e-9), now
     memory = torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     self.log.append(stage=self.window[-1]["stage"], step=self.step, images=images, **means, images_per_sec=rate, peak_memory_mb=memory, seconds=now)
     for k, v in means.items(): self.board.add_scalar(k, v, self.step)
     self.window = []
 
-# %% ../nbs/11_training.ipynb #6dca3778
+# %% ../nbs/11_training.ipynb #b60e25de
 @patch(as_prop=True)
 def board(self: Trainer):  # torch.utils.tensorboard.SummaryWriter
     "TensorBoard's writer, made when first needed."
@@ -463,7 +515,7 @@ def board(self: Trainer):  # torch.utils.tensorboard.SummaryWriter
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step)
     return self._board
 
-# %% ../nbs/11_training.ipynb #c5e10721
+# %% ../nbs/11_training.ipynb #5c558b31
 @patch
 def samplers(self: Trainer) -> dict:  # name -> (model, arguments of `sample`)
     "The ways in which this run draws: the teacher with Heun, the student with few jumps."
@@ -472,7 +524,7 @@ def samplers(self: Trainer) -> dict:  # name -> (model, arguments of `sample`)
     if "ctm" in self.parts: ways |= {f"{n} step{'s' * (n > 1)}": (self.parts["ctm"], dict(solver="ctm", steps=n, gamma=0.)) for n in e.steps}
     return ways
 
-# %% ../nbs/11_training.ipynb #9c49eb31
+# %% ../nbs/11_training.ipynb #86a244de
 @patch
 def sample_grid(self: Trainer,
     columns: int = 20,  # samples a way
@@ -480,7 +532,7 @@ def sample_grid(self: Trainer,
     "The same noise and classes drawn in every way."
     return torch.cat([to_uint8(sample(m, columns, seed=self.config.run.seed, **kw)) for m, kw in self.samplers().values()])
 
-# %% ../nbs/11_training.ipynb #b60e25de
+# %% ../nbs/11_training.ipynb #67a1a5b4
 @patch
 def save_grid(self: Trainer,
     columns: int = 20,  # samples a way
@@ -494,15 +546,15 @@ def save_grid(self: Trainer,
     self.board.add_image("samples", picture, self.step, dataformats="HW" if picture.ndim == 2 else "HWC")
     return path
 
-# %% ../nbs/11_training.ipynb #67a1a5b4
+# %% ../nbs/11_training.ipynb #8cd33ec3
 @patch
 def evaluate(self: Trainer) -> list:  # records of scores.json
     "Score every way of drawing against the held-out images and write scores.json."
     c, held_out = self.config, load_data(self.config.data.source, "held_out", image_size=self.config.data.image_size)
-    net = train_classifier(self.data, seed=0, device=str(self.device), progress=True)
+    net = train_classifier(self.data, seed=0, device=str(self.device), progress=sys.stderr.isatty())
     reference = make_reference(net, held_out, name=f"{self.data.name}, held out")
     records = score_records({"classifier_accuracy": reference.accuracy, **score_samples(reference, self.data.images, self.data.labels)}, reference, len(self.data))
-    y = self.data.labels.repeat(-(-c.evaluate.n // len(self.data)))[:c.evaluate.n]
+    y = self.data.labels[torch.arange(c.evaluate.n) * len(self.data) // c.evaluate.n]  # in the proportions of the data, however it is ordered
     for name, (m, kw) in self.samplers().items():
         per_batch = len(kw.get("times", ())) or kw["steps"]
         with tqdm(total=-(-c.evaluate.n // c.evaluate.batch) * per_batch, desc=f"sampling, {name}", disable=None) as bar:
@@ -512,7 +564,7 @@ def evaluate(self: Trainer) -> list:  # records of scores.json
     atomic_write(self.folder / "scores.json", json.dumps(records, indent=1).encode())
     return records
 
-# %% ../nbs/11_training.ipynb #91644dbd
+# %% ../nbs/11_training.ipynb #a989d4d5
 @patch
 def save_picture(self: Trainer,
     columns: int = 20,  # samples a way
@@ -528,7 +580,7 @@ def save_picture(self: Trainer,
     fig.savefig(path := self.folder / "samples" / "final.png")
     return path
 
-# %% ../nbs/11_training.ipynb #a989d4d5
+# %% ../nbs/11_training.ipynb #751dcbf2
 def score_table(
     records: list,  # of scores.json
 ) -> list[dict]:  # one row a sampler: {"sampler": ..., metric: value, ...}
@@ -540,7 +592,7 @@ def score_table(
         rows.setdefault(name, {"sampler": name})[r["metric"]] = r["value"]
     return list(rows.values())
 
-# %% ../nbs/11_training.ipynb #067757a0
+# %% ../nbs/11_training.ipynb #51e2e41f
 def markdown_table(
     rows: list[dict],  # from `score_table`
     columns: tuple = ("frechet_distance", "precision", "recall", "class_accuracy"),  # which metrics
@@ -551,11 +603,25 @@ def markdown_table(
     lines = [head, ["---"] * len(head), *[[row["sampler"], *(cell(row, c) for c in columns)] for row in rows]]
     return "\n".join("| " + " | ".join(l) + " |" for l in lines)
 
-# %% ../nbs/11_training.ipynb #751dcbf2
+# %% ../nbs/11_training.ipynb #d7db80d2
+def no_scores_because(
+    config: Config,  # of the run
+    data: ImageData,  # its training images
+) -> str:  # empty: the run can be scored
+    "Why a run will have no scores."
+    if config.evaluate.n == 0: return "evaluate.n is 0"
+    if data.n_classes < 2: return f"they need labelled images of at least two classes, {data.name} has {data.n_classes}"
+    if data.image_size < 8: return f"they need images of at least 8 x 8, {data.name} has {data.image_size} x {data.image_size}"
+    try: n = len(load_data(config.data.source, "held_out", image_size=config.data.image_size))
+    except ValueError as e: return str(e)
+    return "" if n >= 4 else f"they need at least 4 held-out images, {data.name} has {n}"
+
+# %% ../nbs/11_training.ipynb #b8fc9feb
 @patch
 def run(self: Trainer) -> list:  # records of scores.json; empty where scores were not asked for
     "Train what is left, then score; a finished run only reports."
-    every, done = self.config.run, self.folder / "scores.json"
+    every, done, why = self.config.run, self.folder / "scores.json", no_scores_because(self.config, self.data)
+    if why: log.warning("no scores: %s", why)
     while self.step < self.total:
         stage, end = self.stage, self.config.teacher.steps if self.stage == "teacher" else self.total
         with tqdm(total=end, initial=self.step, desc=stage, disable=None, unit="step") as bar:
@@ -564,8 +630,9 @@ def run(self: Trainer) -> list:  # records of scores.json; empty where scores we
                 bar.update(); bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
                 if self.step % every.log_every == 0 or self.step == end: self.log_window()
                 if self.step % every.sample_every == 0 or self.step == end: self.save_grid()
-                if self.step % every.save_every == 0 or self.step == end: self.save()
+                if self.step % every.save_every == 0 or self.step == end:
+                    self.save()
+                    if not sys.stderr.isatty(): log.info("%s: step %d of %d, loss %.3f, %.0f s", stage, self.step, self.total, numbers["loss"], self.seconds)
     if not (self.folder / "samples" / "final.png").exists(): self.save_picture()
     if done.exists(): return json.loads(done.read_text())
-    if self.config.evaluate.n == 0 or self.data.labels is None: return []
-    return self.evaluate()
+    return [] if why else self.evaluate()

@@ -33,7 +33,7 @@ def g(self: CTM,
     s: float | Tensor,  # landing time, 0 <= s <= t; below sigma_min it is read as sigma_min
     y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
 ) -> Tensor:  # (B, ...) guess of the clean data
-    "The network-preconditioned part of G.  # CTM Eq. 5"
+    "The network-preconditioned part of G.  # CTM: definition of g"
     return self(x, t, s, y)
 
 # %% ../nbs/04_trajectory.ipynb #268ba2b7
@@ -44,7 +44,7 @@ def G(self: CTM,
     s: float | Tensor,  # landing time, 0 <= s <= t, (B,) or scalar
     y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
 ) -> Tensor:  # (B, ...) data at noise level s
-    """The jump from t to s.  # CTM Eq. 4
+    """The jump from t to s.  # CTM: decomposition of G
 
     Raises ValueError where s > t or s < 0 (checked on the CPU; on a GPU the check would stall the stream)."""
     if not x.is_cuda: check_times(x, expand(t, x).flatten(), expand(s, x).flatten())

@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from ctm_nb.distill import adaptive_weight, ctm_loss, ctm_pair, draw_indices, draw_k, dsm_loss, dsm_sigma, grid_time, pseudo_huber, teacher_jump
+from ctm_nb.distill import adaptive_weight, ctm_dsm_objective, ctm_loss, ctm_pair, draw_indices, draw_k, dsm_loss, dsm_sigma, grid_time, l2, pseudo_huber, teacher_jump
 from ctm_nb.edm import Denoiser, solve
 from ctm_nb.flow import rho_grid, toy_mixture
 from ctm_nb.networks import DDPMpp
@@ -43,12 +43,44 @@ def test_gradient_flows_through_the_frozen_map_only(trio, B):
     assert student.net.last_layer.grad.abs().max() > 0
 
 
-def test_detached_map_teaches_nothing(trio):
-    "The trap itself: were the estimate's map inside no_grad, no gradient could reach the student."
-    teacher, student, target = trio
+def test_gradient_is_that_of_the_whole_estimate(trio):
+    "Through the frozen map, not around it: compared with a finite difference."
+    _, student, target = (m.double() for m in trio)
     x_t, i, k, t, u, s, y = example()
-    with torch.no_grad(): estimate, _ = ctm_pair(student, target, x_t, x_t, t, u, s, y)
-    assert not estimate.requires_grad
+    x_t, t, u, s = (v.double() for v in (x_t, t, u, s))
+    w, h = student.net.last_layer, 1e-5
+    d = torch.randn(w.shape, generator=GEN(3), dtype=w.dtype)
+    estimate, goal = ctm_pair(student, target, x_t, .9 * x_t, t, u, s, y)
+    slope = (torch.autograd.grad((estimate - goal).square().mean(), w)[0] * d).sum()
+    def loss(step):
+        with torch.no_grad():
+            w.add_(step * d)
+            e, _ = ctm_pair(student, target, x_t, .9 * x_t, t, u, s, y)
+            w.sub_(step * d)
+        return (e - goal).square().mean()
+    torch.testing.assert_close(slope, (loss(h) - loss(-h)) / (2 * h), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("B", [1, 5])
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("distance", [l2, pseudo_huber])
+def test_the_cheap_step_has_the_plain_steps_gradient(B, labelled, distance):
+    torch.manual_seed(0)
+    teacher = Denoiser(DDPMpp(8, 1, 10 * labelled, model_channels=8, channel_mult=(1, 1), n_blocks=1, attention=(4,)))
+    for p in teacher.parameters(): p.data.add_(.1 * torch.randn_like(p))
+    student = student_from(teacher)
+    target = copy.deepcopy(student).requires_grad_(False)
+    x_t, i, k, t, u, s, y = example(B)
+    y = y if labelled else None
+    x0, sigma, eps, x_u = torch.rand(B, 1, 8, 8), torch.linspace(.1, 5, B), torch.randn(B, 1, 8, 8), .9 * x_t
+    ctm, dsm = ctm_loss(student, target, x_t, x_u, t, u, s, y, distance).mean(), dsm_loss(student, x0, sigma, eps, y).mean()
+    lam = adaptive_weight(ctm, dsm, student.net.last_layer)
+    plain = torch.autograd.grad(ctm + lam * dsm, list(student.parameters()))
+    out = ctm_dsm_objective(student, target, x_t, x_u, t, u, s, x0, sigma, eps, y, distance)
+    cheap = torch.autograd.grad(out["objective"], list(student.parameters()))
+    torch.testing.assert_close(torch.stack([out["loss_ctm"], out["loss_dsm"], out["lambda_dsm"]]), torch.stack([ctm, dsm, lam]).detach(), rtol=1e-3, atol=1e-6)
+    scale = torch.cat([g.flatten() for g in plain]).abs().max()
+    for a, b in zip(cheap, plain): torch.testing.assert_close(a / scale, b / scale, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("k", [1, 5, 17])
