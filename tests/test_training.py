@@ -74,7 +74,7 @@ def test_killed_at_any_moment_it_ends_the_same(undisturbed, tmp_path):
         p = subprocess.Popen([*COMMAND, "--runs", tmp_path, "--name", "b"], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         started = time.monotonic()
         while p.poll() is None and stamp() == before and time.monotonic() - started < 120: time.sleep(.01)  # imports take long: wait for training
-        try: p.wait(timeout=float(rng.uniform(.0, .4)) if kills < 5 else 120)
+        try: p.wait(timeout=float(rng.uniform(.0, .4)) if kills < 3 else 120)
         except subprocess.TimeoutExpired:
             p.send_signal(signal.SIGKILL); p.wait(); kills += 1
             continue
