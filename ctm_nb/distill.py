@@ -7,8 +7,6 @@ __all__ = ['DISTANCES', 'draw_k', 'draw_indices', 'grid_time', 'teacher_jump', '
            'ctm_loss', 'dsm_sigma', 'dsm_loss', 'adaptive_weight', 'ctm_dsm_objective']
 
 # %% ../nbs/05_distill.ipynb #a6e65d13
-import math
-
 import torch
 from torch import Tensor
 

@@ -7,10 +7,7 @@ __all__ = ['SOLVERS', 'preconditioning', 'Preconditioned', 'Denoiser', 'edm_loss
            'extrapolate', 'solve']
 
 # %% ../nbs/03_edm.ipynb #1db9902a
-import math
-
 import torch
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .flow import SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, expand

@@ -9,8 +9,6 @@ __all__ = ['log', 'KINDS', 'describe', 'rebuild', 'find_checkpoint', 'load']
 import logging
 from pathlib import Path
 
-import torch
-
 from .edm import Denoiser
 from .networks import build_network, network_config
 from .state import CheckpointError, latest_checkpoint, load_checkpoint

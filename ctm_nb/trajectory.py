@@ -6,7 +6,6 @@
 __all__ = ['CTM', 'student_from']
 
 # %% ../nbs/04_trajectory.ipynb #d461b0e1
-import torch
 from fastcore.basics import patch
 from torch import Tensor
 
