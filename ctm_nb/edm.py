@@ -8,6 +8,7 @@ __all__ = ['SOLVERS', 'preconditioning', 'Preconditioned', 'Denoiser', 'edm_loss
 
 # %% ../nbs/03_edm.ipynb #1db9902a
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .flow import SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, expand
@@ -48,7 +49,19 @@ class Preconditioned(nn.Module):
         c_noise_s = None if s is None else expand(s, x).clamp(min=self.sigma_min).log().flatten().expand(len(x)) / 4
         return c_skip * x + c_out * self.net(c_in * x, t.log().flatten().expand(len(x)) / 4, c_noise_s, y)
 
-# %% ../nbs/03_edm.ipynb #baf6d5bb
+# %% ../nbs/03_edm.ipynb #4fcab717
+@patch
+def features(self: Preconditioned,
+    x: Tensor,  # (B, C, H, W) noisy data
+    t: float | Tensor,  # (B,) or scalar noise level of x
+    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
+) -> list[Tensor]:  # one (B, C_l, H_l, W_l) a resolution, finest first
+    "The encoder's activations at each resolution; a student hears s = t."
+    t = expand(t, x)
+    c_noise = t.log().flatten().expand(len(x)) / 4
+    return self.net.features(preconditioning(t, self.sigma_data)[2] * x, c_noise, c_noise if self.net.config["s_branch"] else None, y)
+
+# %% ../nbs/03_edm.ipynb #d467e9ff
 class Denoiser(Preconditioned):
     "A teacher: D(x, t), an estimate of E[x_0 | x_t = x]."
     def forward(self,
@@ -62,7 +75,7 @@ class Denoiser(Preconditioned):
         "The denoiser by its name in the paper."
         return self(x, t, y)
 
-# %% ../nbs/03_edm.ipynb #27bc5936
+# %% ../nbs/03_edm.ipynb #efeaf43b
 def edm_loss(
     D,  # denoiser: D(x, t, y) -> (B, ...)
     x0: Tensor,  # (B, ...) clean data
@@ -76,7 +89,7 @@ def edm_loss(
     w = (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2
     return w * (D(x0 + r * eps, sigma, y) - x0).square().flatten(1).mean(1)
 
-# %% ../nbs/03_edm.ipynb #95c4b442
+# %% ../nbs/03_edm.ipynb #5c0990e5
 def lognormal_sigma(
     z: Tensor,  # (B,) standard normal numbers
     mean: float = -1.2,  # of ln sigma
@@ -85,7 +98,7 @@ def lognormal_sigma(
     "Training noise levels of EDM: ln sigma is normal.  # EDM Table 1"
     return (mean + std * z).exp()
 
-# %% ../nbs/03_edm.ipynb #b26939f0
+# %% ../nbs/03_edm.ipynb #1b6f0fb2
 def jump(
     x: Tensor,  # (B, ...) data at noise level t
     t: float | Tensor,  # > 0, (B,) or scalar
@@ -96,7 +109,7 @@ def jump(
     r = expand(u, x) / expand(t, x)
     return r * x + (1 - r) * x0
 
-# %% ../nbs/03_edm.ipynb #dd922345
+# %% ../nbs/03_edm.ipynb #1ce90ed9
 def heun_step(
     D,  # denoiser: D(x, t, y)
     x: Tensor,  # (B, ...) data at t
@@ -113,7 +126,7 @@ def heun_step(
     corrected = x + expand(u - t, x) * (slope[0] + slope[1]) / 2
     return torch.where(expand(u, x) > 0, corrected, x_u)
 
-# %% ../nbs/03_edm.ipynb #1ce90ed9
+# %% ../nbs/03_edm.ipynb #f4c38c8f
 def extrapolate(
     D_t: Tensor,  # (B, ...) guess at t
     D_prev: Tensor | None,  # (B, ...) guess at the time before, or None at the first step
@@ -127,7 +140,7 @@ def extrapolate(
     ratio = torch.where(torch.isfinite(ratio), ratio, torch.zeros_like(ratio))
     return D_t + expand(ratio, D_t) / 2 * (D_t - D_prev)
 
-# %% ../nbs/03_edm.ipynb #5edea194
+# %% ../nbs/03_edm.ipynb #e5b0d04f
 def solve(
     D,  # denoiser: D(x, t, y)
     x: Tensor,  # (B, ...) data at times[0]
@@ -150,5 +163,5 @@ def solve(
         if callback: callback(i, x)
     return x
 
-# %% ../nbs/03_edm.ipynb #3a61ba87
+# %% ../nbs/03_edm.ipynb #0778dbca
 SOLVERS = {"euler": 1, "heun": 2, "dpm": 1}  # evaluations a step

@@ -222,13 +222,29 @@ def forward(self: DDPMpp,
         else: x = module(torch.cat([x, stack.pop()], 1) if "_block" in name else x, emb, emb_s)
     return x
 
-# %% ../nbs/02_networks.ipynb #415886a1
+# %% ../nbs/02_networks.ipynb #0ac8a693
+@patch
+def features(self: DDPMpp,
+    x: Tensor,  # (B, C, H, W) input of about unit variance
+    c_noise_t: Tensor,  # (B,) ln(t)/4
+    c_noise_s: Tensor | None = None,  # (B,) ln(s)/4; needed when the network has an s-branch
+    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
+) -> list[Tensor]:  # one (B, C_l, H_l, W_l) a resolution, finest first
+    "The encoder's last activations at each resolution."
+    emb, found = self.embed(c_noise_t, y), {}
+    emb_s = None if c_noise_s is None else self.embed(c_noise_s, y, "_s")
+    for name, module in self.enc.items():
+        x = module(x) if name.endswith("_conv") else module(x, emb, emb_s)
+        found[name.partition("_")[0]] = x
+    return list(found.values())
+
+# %% ../nbs/02_networks.ipynb #4e4c5814
 @patch(as_prop=True)
 def last_layer(self: DDPMpp) -> nn.Parameter:  # the weight that every gradient passes through first
     "Weight of the output convolution."
     return self.dec[list(self.dec)[-1]].weight
 
-# %% ../nbs/02_networks.ipynb #cb9f26c0
+# %% ../nbs/02_networks.ipynb #942c5f5a
 def with_s_branch(
     net: nn.Module,  # a teacher's network, without s-branch
     init: str = "teacher",  # "teacher": start exactly as the teacher; "random": as published
@@ -244,7 +260,7 @@ def with_s_branch(
     student.load_state_dict(state)
     return student
 
-# %% ../nbs/02_networks.ipynb #a2a917bb
+# %% ../nbs/02_networks.ipynb #767f8836
 class MLPBlock(nn.Module):
     "One residual round of the MLP: normalise, widen, shift by the times, narrow."
     def __init__(self,
@@ -260,7 +276,7 @@ class MLPBlock(nn.Module):
         shift = self.affine(emb) if emb_s is None else self.affine(emb) + self.affine_s(emb_s)
         return h + self.down(F.silu(self.up(self.norm(h)) + shift))
 
-# %% ../nbs/02_networks.ipynb #ad655b4d
+# %% ../nbs/02_networks.ipynb #443e90a2
 class MLP(nn.Module):
     "A residual MLP for data that are vectors, with the interface of the U-Nets."
     def __init__(self,
@@ -292,16 +308,16 @@ class MLP(nn.Module):
         for block in self.blocks: h = block(h, emb, emb_s)
         return self.out(F.silu(h))
 
-# %% ../nbs/02_networks.ipynb #833aa648
+# %% ../nbs/02_networks.ipynb #73f4d240
 @patch(as_prop=True)
 def last_layer(self: MLP) -> nn.Parameter:  # (dim, width)
     "Weight of the output layer."
     return self.out.weight
 
-# %% ../nbs/02_networks.ipynb #ebd3801a
+# %% ../nbs/02_networks.ipynb #a739d8b0
 FAMILIES = {"ddpmpp": DDPMpp, "mlp": MLP}
 
-# %% ../nbs/02_networks.ipynb #1016d7b0
+# %% ../nbs/02_networks.ipynb #21890f84
 def build_network(
     family: str,  # a key of FAMILIES
     **config,  # the network's arguments
@@ -313,7 +329,7 @@ def build_network(
     try: return FAMILIES[family](**config)
     except TypeError as e: raise ValueError(f"network {family!r}: {e}") from None
 
-# %% ../nbs/02_networks.ipynb #a739d8b0
+# %% ../nbs/02_networks.ipynb #260f04ed
 def network_config(
     net: nn.Module,  # a network of one of the FAMILIES
 ) -> dict:  # JSON-able; `build_network(**network_config(net))` builds its twin
