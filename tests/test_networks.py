@@ -3,10 +3,12 @@ import pytest
 import torch
 
 from ctm_nb.edm import Denoiser
-from ctm_nb.networks import DDPMpp, MLP, build_network, network_config, with_s_branch
+from ctm_nb.networks import ADM, DDPMpp, MLP, NCSNpp, OpenAIUNet, build_network, network_config, openai_names, with_s_branch
 from ctm_nb.trajectory import student_from
 
 SMALL = dict(model_channels=8, channel_mult=(1, 2), n_blocks=1, attention=(4,))
+IMAGE_FAMILIES = [DDPMpp, NCSNpp, ADM, OpenAIUNet]
+WIDE = dict(model_channels=16, channel_mult=(1, 2), n_blocks=1, attention=(4,), channels_per_head=8)
 
 
 def lively(net):
@@ -77,3 +79,76 @@ def test_last_layer_sees_every_gradient():
     net = lively(DDPMpp(8, 1, **SMALL))
     net(torch.randn(2, 1, 8, 8), torch.zeros(2)).square().sum().backward()
     assert net.last_layer is dict(net.named_parameters())["dec.8x8_aux_conv.weight"] and net.last_layer.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("init", ["teacher", "random"])
+@pytest.mark.parametrize("n_classes", [0, 10])
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
+def test_student_of_every_family_starts_as_its_teacher(family, n_classes, init):
+    teacher = Denoiser(lively(family(8, 3, n_classes, **WIDE)))
+    student = student_from(teacher, init).eval()
+    x, t, y = torch.randn(6, 3, 8, 8), torch.tensor([80., 20., 5., 1., .1, .002]), torch.arange(6) if n_classes else None
+    x = x * (1 + t[:, None, None, None])
+    with torch.no_grad():
+        D = teacher.D(x, t, y)
+        far = [float((student.g(x, t, f * t, y) - D).norm() / D.norm()) for f in (0., .3, 1.)]
+    assert max(far) < 1e-6 if init == "teacher" else min(far) > 1e-4
+
+
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
+def test_channels_last_and_checkpointing_change_no_gradient(family):
+    net = lively(family(8, 3, 10, s_branch=True, **WIDE)).train()
+    x, c, y = torch.randn(3, 3, 8, 8), torch.tensor([-1., 0., 1.]), torch.tensor([1, -1, 9])
+
+    def gradients(x):
+        net.zero_grad()
+        net(x, c, c - .2, y).square().mean().backward()
+        return {k: p.grad.clone() for k, p in net.named_parameters()}
+    plain = gradients(x)
+    net.checkpointing = True
+    for name, g in gradients(x).items(): torch.testing.assert_close(g, plain[name], rtol=1e-4, atol=1e-7, msg=name)
+    net.checkpointing = False
+    net.to(memory_format=torch.channels_last)
+    for name, g in gradients(x.to(memory_format=torch.channels_last)).items(): torch.testing.assert_close(g, plain[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
+def test_dropout_only_in_training_and_reproduced_by_checkpointing(family):
+    net = lively(family(8, 3, dropout=.5, **WIDE))
+    x, c = torch.randn(3, 3, 8, 8), torch.zeros(3)
+    assert torch.equal(net(x, c), net(x, c))
+    net.train()
+    assert not torch.equal(net(x, c), net(x, c))
+
+    def gradient():
+        torch.manual_seed(1)
+        net.zero_grad()
+        net(x, c).square().mean().backward()
+        return net.last_layer.grad.clone()
+    plain = gradient()
+    net.checkpointing = True
+    torch.testing.assert_close(gradient(), plain, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
+def test_label_in_the_embedding_of_s(family):
+    net = lively(family(8, 3, 10, s_branch=True, **WIDE))
+    c, y = torch.zeros(2), torch.tensor([1, 2])
+    assert (net.embed(c, y) - net.embed(c, None)).abs().max() > 1e-4
+    assert torch.equal(net.embed(c, y, "_s"), net.embed(c, None, "_s")) == (family is OpenAIUNet)
+
+
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
+def test_bfloat16_autocast_is_finite_at_both_ends(family):
+    m = student_from(Denoiser(lively(family(8, 3, **WIDE))), "random").eval()
+    t = torch.tensor([80., .002])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): out = m.g(torch.randn(2, 3, 8, 8) * t[:, None, None, None], t, t * 0)
+    assert torch.isfinite(out).all()
+
+
+def test_openai_names_are_distinct_and_complete():
+    net = OpenAIUNet(16, 3, 10, s_branch=True, model_channels=16, channel_mult=(1, 2, 2), n_blocks=2, attention=(8, 4), channels_per_head=8)
+    names = openai_names(net)
+    assert len(set(names.values())) == len(names) == sum(not k.endswith("resample_filter") for k in net.state_dict())
+    assert names["dec.8x8_up.conv0.weight"] == "output_blocks.2.2.in_layers.2.weight"  # behind the attention of the level below
+    assert names["dec.16x16_up.conv0.weight"] == "output_blocks.5.2.in_layers.2.weight"
