@@ -87,8 +87,8 @@ def _recheck(path, known):
     now = _receipt(path, known.get("url"))
     if (now["size"], now["sha256"]) != (known.get("size"), known.get("sha256")):
         was, size = known.get("sha256", "nothing"), known.get("size", 0)
-        raise DownloadError(f"{path} has changed since {known.get('date')}: {now['size']:,} bytes with SHA-256 {now['sha256'][:12]}..., recorded "
-                            f"were {size:,} with {was[:12]}...; delete it, or delete {path.name}.json to accept it")
+        raise DownloadError(f"{path} has changed since {known.get('date')}: {now['size']:,} bytes with SHA-256 {now['sha256'][:12]}..., "
+                            f"recorded were {size:,} with {was[:12]}...; delete it, or delete {path.name}.json to accept it")
     with suppress(OSError): _write_note(_beside(path, ".json"), {**known, "mtime_ns": now["mtime_ns"]})  # a shared cache may be read-only
 
 # %% ../nbs/10_download.ipynb #8387edc4
@@ -316,6 +316,7 @@ def _locked(path, patience):
     "Hold the lock of a file in the cache; raise if another process holds it and its part does not grow for `patience` seconds."
     lock, part, size, since = _beside(path, ".lock"), _beside(path, ".part"), None, time.monotonic()
     while (held := _take(lock)) is None:
+        if size is None: log.info("another process is downloading %s, waiting for it", path)
         if (now := part.stat().st_size if part.exists() else 0) != size: size, since = now, time.monotonic()
         if time.monotonic() - since > patience:
             raise DownloadError(f"another process is downloading {path} and got nothing for {patience:g} s; end it, then try again")

@@ -26,7 +26,7 @@ class PublicFile:
     url: str | None          # where to download it; None if that takes a browser
     file: str                # its name in the cache
     how: str = ""            # what to do in the browser
-    architecture: dict = field(default_factory=dict)  # keyword arguments for `load`
+    architecture: dict = field(default_factory=dict, hash=False)  # keyword arguments for `load`
 
 # %% ../nbs/10_hub.ipynb #8cada6f8
 FILES = """
