@@ -41,12 +41,12 @@ def human_size(
     return f"{n:,} bytes" if n < 10**6 else f"{n/1e6:,.1f} MB"
 
 # %% ../nbs/10_download.ipynb #308de91b
-def _refuse_page(head, source, declared=False):
+def _refuse_page(head, source, declared=False, advice="open the address in a browser to see what the host wants"):
     "Raise if the first bytes are those of a web page, or if the server has `declared` it to be one."
     if not declared and not head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"): return
     title = re.search(rb"<title[^>]*>\s*([^<\r\n]{1,60})", head, re.I)
     name = f" ({title[1].decode(errors='replace').strip()!r})" if title else ""
-    raise DownloadError(f"{source} is a web page{name} where a file was expected; open the address in a browser to see what the host wants")
+    raise DownloadError(f"{source} is a web page{name} where a file was expected; {advice}")
 
 # %% ../nbs/10_download.ipynb #75364d58
 def _beside(path, ending):
@@ -94,7 +94,7 @@ def _recheck(path, known):
 # %% ../nbs/10_download.ipynb #8387edc4
 def _accept(path):
     "A receipt for a file that was put into the cache by hand."
-    with open(path, "rb") as f: _refuse_page(f.read(2048), path)
+    with open(path, "rb") as f: _refuse_page(f.read(2048), path, advice="delete it and save the file itself")
     known = _receipt(path)
     log.info("%s: %s, SHA-256 %s", path, human_size(known["size"]), known["sha256"])
     with suppress(OSError): _write_note(_beside(path, ".json"), known)
@@ -165,7 +165,11 @@ def _request(url, start, note, timeout):
     import requests
     headers = {"Accept-Encoding": "identity", "User-Agent": f"ctm_nb/{__version__}"}
     if start: headers.update({"Range": f"bytes={start}-", "If-Range": note["etag"] or note["modified"]})
-    return requests.get(url, headers=headers, stream=True, timeout=timeout)
+    response = requests.get(url, headers=headers, stream=True, timeout=timeout)
+    if url.startswith("https:") and not response.url.startswith("https:"):
+        response.close()
+        raise DownloadError(f"{shown_url(url)}: the server sends us on to {shown_url(response.url)}, which is not https")
+    return response
 
 # %% ../nbs/10_download.ipynb #1097fb65
 HINTS = {401: "it wants a login", 403: "it does not give the file to everybody", 404: "nothing is there, the file may have moved",
@@ -187,8 +191,9 @@ def _refuse_type(response, url):
 def _announced(response):
     "Validators and full size of the file that an answer belongs to; None for what it does not say."
     h = response.headers
+    if h.get("Content-Encoding", "identity") != "identity": return dict(etag=None, modified=None, size=None)  # of a compressed copy
     etag, rest = h.get("ETag"), re.match(r"bytes \d+-\d+/(\d+)", h.get("Content-Range", ""))
-    length = rest[1] if rest else h.get("Content-Length", "") if h.get("Content-Encoding", "identity") == "identity" else ""
+    length = rest[1] if rest else h.get("Content-Length", "")
     strong = etag if etag and not etag.startswith("W/") else None
     return dict(etag=strong, modified=h.get("Last-Modified"), size=int(length) if length.isdigit() else None)
 

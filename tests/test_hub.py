@@ -1,5 +1,6 @@
 """What the notebooks `10_download` and `10_hub` show on a few cases, here on many, against a server that misbehaves as told."""
 import errno
+import gzip
 import hashlib
 import json
 import os
@@ -45,10 +46,11 @@ class Host(BaseHTTPRequestHandler):
         body, status = plan.body, plan.status or (206 if start else 200)
         if start >= len(body) > 0: body, status, start = b"", 416, 0
         shift = plan.shift if start else 0
-        end = min(plan.cuts.pop(0) if plan.cuts else len(body), len(body))
+        end = plan.cuts.pop(0) if plan.cuts else len(self.server.zipped if plan.gzip else body)
         if plan.late: time.sleep(plan.late)
         headers = {"ETag": plan.etag, "Last-Modified": plan.modified, "Content-Type": plan.type, "Content-Length": (plan.claims or len(body)) - start,
                    "Content-Range": f"bytes {start + shift}-{len(body) - 1}/{len(body)}" if status == 206 else None}
+        if plan.gzip: body, headers = self.server.zipped, {**headers, "Content-Encoding": "gzip", "Content-Length": len(self.server.zipped)}
         if plan.chunked: headers.update({"Content-Length": None, "Transfer-Encoding": "chunked"})
         try:
             self.send_response(status)
@@ -72,7 +74,7 @@ class Host(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Host)
-    server.daemon_threads = True
+    server.daemon_threads, server.zipped = True, gzip.compress(BODY)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -88,7 +90,7 @@ def host(server, tmp_path, monkeypatch):
 
     def serve(**plan):
         default = dict(body=BODY, etag='"v1"', modified=None, type="application/octet-stream", ranges=True, conditions=True, status=None, claims=None, cuts=[],
-                       stall=0, late=0, redirect=None, pause=None, shift=0, chunked=False)
+                       stall=0, late=0, redirect=None, pause=None, shift=0, chunked=False, gzip=False)
         assert plan.keys() <= default.keys()
         server.plan, server.log = SimpleNamespace(**{**default, **plan}), []
     serve()
@@ -146,6 +148,30 @@ def test_redirect(host):
     host.serve(redirect="/loop", body=b"")
     host.path = host.path.parent.parent/"other"/"x.pkl"
     fails(host, "redirects", url=host.url)
+
+
+@pytest.mark.parametrize("cuts", [[], [100_000]])
+def test_a_server_that_compresses_all_the_same(host, cuts):
+    "What travels is a compressed copy, and parts of it mean nothing for the file."
+    host.serve(gzip=True, cuts=list(cuts))
+    get(host)
+    check(host)
+    assert [r[1] for r in host.get()] == [None]*(1 + len(cuts))
+
+
+def test_the_request_asks_for_the_plain_bytes(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("requests.get", lambda url, **k: asked.update(k) or SimpleNamespace(url=url))
+    dl._request("https://a.org/x", 7, dict(etag=None, modified="yesterday"), (1, 2))
+    headers = asked["headers"]
+    assert asked["timeout"] == (1, 2) and (headers["Accept-Encoding"], headers["Range"], headers["If-Range"]) == ("identity", "bytes=7-", "yesterday")
+
+
+def test_https_is_not_left(monkeypatch):
+    closed = []
+    monkeypatch.setattr("requests.get", lambda url, **k: SimpleNamespace(url="http://b.org/x?secret", close=lambda: closed.append(1)))
+    with pytest.raises(DownloadError, match="https://a.org/x: the server sends us on to http://b.org/x, which is not https"): dl._request("https://a.org/x", 0, {}, 1)
+    assert closed
 
 
 def test_progress_goes_to_stderr(host, capfd):
@@ -416,6 +442,19 @@ def test_many_threads_at_once(host):
     check(host)
 
 
+def test_a_lock_on_a_removed_file_is_none(host, monkeypatch):
+    "The holder removes the lock file just before we lock it, and somebody else makes a new one."
+    host.path.parent.mkdir()
+    lock, flock = host.path.with_name("x.pkl.lock"), dl.fcntl.flock
+    for again in (lock.touch, lambda: None):
+        monkeypatch.setattr(dl.fcntl, "flock", lambda *a: (lock.unlink(), again(), flock(*a)))
+        assert dl._take(lock) is None
+    monkeypatch.undo()
+    held = dl._take(lock)
+    assert held and dl._take(lock) is None
+    held.close()
+
+
 def test_a_neighbour_that_hangs(host):
     host.path.parent.mkdir()
     code = "import fcntl, sys, time; f = open(sys.argv[2] + '.lock', 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); time.sleep(60)"
@@ -616,6 +655,9 @@ def test_by_browser(host):
     with pytest.raises(DownloadError, match=r"ctm-imagenet64.pt is a web page \('Google Drive - Virus scan warning'\)"): fetch("ctm-imagenet64")
     path.write_bytes(BODY)
     assert fetch("ctm-imagenet64") == path
+    check(host, path=path)
+    path.unlink()
+    assert fetch("ctm-imagenet64", mirror=host.at, progress=False) == path and host.get()[0][0] == "/ctm-imagenet64.pt"
     check(host, path=path)
 
 
