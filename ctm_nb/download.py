@@ -116,23 +116,33 @@ def is_whole(
     return True
 
 # %% ../nbs/10_download.ipynb #db9acfaa
+def _within(seconds, call):
+    "The result of a call that may hang; `TimeoutError` after `seconds`."
+    done = []
+    def run():
+        try: done.append((call(), None))
+        except Exception as e: done.append((None, e))
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not done: raise TimeoutError(f"no result within {seconds:g} s")
+    result, error = done[0]
+    if error: raise error
+    return result
+
+# %% ../nbs/10_download.ipynb #104ccc5e
 def _resolve(url, seconds):
     "Raise unless the host's name can be resolved within `seconds`."
     from requests.utils import get_environ_proxies, select_proxy
     if select_proxy(url, get_environ_proxies(url)): return
-    host, answer = urlsplit(url).hostname, []
-    def look():
-        try: answer.append(socket.getaddrinfo(host, None))
-        except (OSError, UnicodeError) as e: answer.append(e)
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not answer: raise DownloadError(f"{shown_url(url)}: the name {host} was not resolved within {seconds:g} s; is there a network?")
-    if isinstance(answer[0], Exception):
-        why = getattr(answer[0], "strerror", None) or answer[0]
-        raise DownloadError(f"{shown_url(url)}: the name {host} cannot be resolved ({why}); is there a network?")
+    host = urlsplit(url).hostname
+    try: _within(seconds, lambda: socket.getaddrinfo(host, None))
+    except TimeoutError: why = f"was not resolved within {seconds:g} s"
+    except (OSError, UnicodeError) as e: why = f"cannot be resolved ({getattr(e, 'strerror', None) or e})"
+    else: return
+    raise DownloadError(f"{shown_url(url)}: the name {host} {why}; is there a network?")
 
-# %% ../nbs/10_download.ipynb #104ccc5e
+# %% ../nbs/10_download.ipynb #a67c67bd
 def _causes(e):
     "An exception and those it came from."
     while e is not None:
@@ -150,7 +160,7 @@ def _reason(e, url, timeout):
     if isinstance(e, failed.SSLError): return f"the certificate of {host} is not accepted ({detail})"
     return f"cannot connect to {host} ({detail})" if isinstance(e, failed.ConnectionError) else detail
 
-# %% ../nbs/10_download.ipynb #3669d8cf
+# %% ../nbs/10_download.ipynb #1097fb65
 @contextmanager
 def _plain_words(url, timeout):
     "Turn what `requests` raises into a `DownloadError` of one line."
@@ -159,19 +169,21 @@ def _plain_words(url, timeout):
     except failed.ChunkedEncodingError as e: raise _Cut(f"{shown_url(url)}: the connection was cut") from e
     except failed.RequestException as e: raise DownloadError(f"{shown_url(url)}: {_reason(e, url, timeout)}") from e
 
-# %% ../nbs/10_download.ipynb #a67c67bd
+# %% ../nbs/10_download.ipynb #468090e6
 def _request(url, start, note, timeout):
     "An open answer to a GET, from byte `start` if the file is still the one in `note`."
     import requests
     headers = {"Accept-Encoding": "identity", "User-Agent": f"ctm_nb/{__version__}"}
     if start: headers.update({"Range": f"bytes={start}-", "If-Range": note["etag"] or note["modified"]})
-    response = requests.get(url, headers=headers, stream=True, timeout=timeout)
+    most = sum(timeout)
+    try: response = _within(most, lambda: requests.get(url, headers=headers, stream=True, timeout=timeout))
+    except TimeoutError as e: raise DownloadError(f"{shown_url(url)}: {urlsplit(url).hostname} did not answer within {most:g} s") from e
     if url.startswith("https:") and not response.url.startswith("https:"):
         response.close()
         raise DownloadError(f"{shown_url(url)}: the server sends us on to {shown_url(response.url)}, which is not https")
     return response
 
-# %% ../nbs/10_download.ipynb #1097fb65
+# %% ../nbs/10_download.ipynb #090426f1
 HINTS = {401: "it wants a login", 403: "it does not give the file to everybody", 404: "nothing is there, the file may have moved",
          407: "the proxy wants a login", 429: "too many requests, try later"}
 
@@ -187,7 +199,7 @@ def _refuse_type(response, url):
     if "text/html" in response.headers.get("Content-Type", "").lower():
         _refuse_page(next(response.iter_content(2048), b""), shown_url(url), declared=True)
 
-# %% ../nbs/10_download.ipynb #090426f1
+# %% ../nbs/10_download.ipynb #73158aac
 def _announced(response):
     "Validators and full size of the file that an answer belongs to; None for what it does not say."
     h = response.headers
@@ -197,21 +209,21 @@ def _announced(response):
     strong = etag if etag and not etag.startswith("W/") else None
     return dict(etag=strong, modified=h.get("Last-Modified"), size=int(length) if length.isdigit() else None)
 
-# %% ../nbs/10_download.ipynb #cfd65c7a
+# %% ../nbs/10_download.ipynb #d37a213e
 def _resume_point(path, url):
     "How many bytes are here that can be continued, and the note on their file; 0 and {} without a validator."
     part, note = _beside(path, ".part"), _read_note(_beside(path, ".part.json"))
     if not part.exists() or note.get("url") != shown_url(url) or not (note.get("etag") or note.get("modified")): return 0, {}
     return (part.stat().st_size, note) if part.stat().st_size else (0, {})
 
-# %% ../nbs/10_download.ipynb #d37a213e
+# %% ../nbs/10_download.ipynb #ea26490c
 def _continues(response, start, note):
     "Does this answer bring the rest of the file in `note`, from byte `start`?"
     now = _announced(response)
     begins = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
     return response.status_code == 206 and begins and all(now[k] in (None, note[k]) for k in now)
 
-# %% ../nbs/10_download.ipynb #d7e6a3ad
+# %% ../nbs/10_download.ipynb #54e9bd6d
 def _begin(url, path, timeout):
     "An open answer, how many bytes it may leave out because they are here, and the note on its file."
     start, note = _resume_point(path, url)
@@ -223,7 +235,7 @@ def _begin(url, path, timeout):
     _refuse_status(response, url)
     return response, 0, dict(url=shown_url(url), **_announced(response))
 
-# %% ../nbs/10_download.ipynb #54e9bd6d
+# %% ../nbs/10_download.ipynb #4fb885b2
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no space, no quota, file too large for a limit
 
 def _start_anew(path, note):
@@ -236,7 +248,7 @@ def _need_room(path, n):
     if n and (free := shutil.disk_usage(path.parent).free) < n:
         raise PlaceError(f"no room for {path.name} in {path.parent}: {human_size(n)} are needed, {human_size(free)} are free")
 
-# %% ../nbs/10_download.ipynb #4fb885b2
+# %% ../nbs/10_download.ipynb #d47e0278
 PIECE = 1 << 13  # bytes read at a time
 
 def _receive(response, path, start, total, progress):
@@ -256,7 +268,7 @@ def _receive(response, path, start, total, progress):
         if e.errno not in FULL: raise
         raise PlaceError(f"no room for {part} ({e.strerror})") from e
 
-# %% ../nbs/10_download.ipynb #bfb38a9c
+# %% ../nbs/10_download.ipynb #266796a2
 def _transfer(url, path, timeout, progress):
     "Bring the part file to its full length, from where it stands."
     start, note = _resume_point(path, url)
@@ -275,7 +287,7 @@ def _transfer(url, path, timeout, progress):
     _beside(path, ".part").unlink()
     raise DownloadError(f"{shown_url(url)}: {got:,} bytes came where {note['size']:,} were announced")
 
-# %% ../nbs/10_download.ipynb #266796a2
+# %% ../nbs/10_download.ipynb #4d198b05
 def _publish(url, path, sha256):
     "Turn a complete part file into the file, with its receipt."
     part, found = _beside(path, ".part"), _receipt(_beside(path, ".part"), url)
@@ -290,7 +302,7 @@ def _publish(url, path, sha256):
     finally: os.close(folder)
     log.info("%s: %s, SHA-256 %s", path, human_size(found["size"]), found["sha256"])
 
-# %% ../nbs/10_download.ipynb #4d198b05
+# %% ../nbs/10_download.ipynb #d224ec24
 def _bring(url, path, timeout, progress, sha256):
     "Download and publish; after a cut connection, try once more."
     try:
@@ -305,7 +317,7 @@ def _bring(url, path, timeout, progress, sha256):
         for ending in (".part", ".part.json"): _beside(path, ending).unlink(missing_ok=True)
         raise
 
-# %% ../nbs/10_download.ipynb #d224ec24
+# %% ../nbs/10_download.ipynb #59d5f2e7
 def _take(lock):
     "An open file that holds the lock, or None if another process has it."
     f = open(lock, "a")
@@ -315,7 +327,7 @@ def _take(lock):
     except (BlockingIOError, FileNotFoundError): pass
     f.close()
 
-# %% ../nbs/10_download.ipynb #a0929464
+# %% ../nbs/10_download.ipynb #74ca6b50
 @contextmanager
 def _locked(path, patience):
     "Hold the lock of a file in the cache; raise if another process holds it and its part does not grow for `patience` seconds."
@@ -331,7 +343,7 @@ def _locked(path, patience):
         lock.unlink(missing_ok=True)
         held.close()
 
-# %% ../nbs/10_download.ipynb #74ca6b50
+# %% ../nbs/10_download.ipynb #62149ce7
 def _make_folder(folder):
     "Raise unless the folder exists, or can be made, and can be written to."
     try:
@@ -339,7 +351,7 @@ def _make_folder(folder):
         if not os.access(folder, os.W_OK): raise PermissionError(errno.EACCES, "not writable")
     except OSError as e: raise PlaceError(f"cannot write to {folder} ({e.strerror})") from e
 
-# %% ../nbs/10_download.ipynb #265e2a8e
+# %% ../nbs/10_download.ipynb #6f0bae0b
 def _timeouts(timeout):
     "(connect, stall) from a number or a pair."
     pair = tuple(timeout) if isinstance(timeout, (tuple, list)) else (timeout, timeout)
@@ -347,7 +359,7 @@ def _timeouts(timeout):
         raise ValueError(f"timeout must be seconds > 0 or a pair (connect, stall) of them, got timeout={timeout!r}")
     return pair
 
-# %% ../nbs/10_download.ipynb #6d577084
+# %% ../nbs/10_download.ipynb #e000499e
 def download(
     url:str, # http(s) address
     path:str|Path, # where the file shall be

@@ -170,7 +170,7 @@ def test_the_request_asks_for_the_plain_bytes(monkeypatch):
 def test_https_is_not_left(monkeypatch):
     closed = []
     monkeypatch.setattr("requests.get", lambda url, **k: SimpleNamespace(url="http://b.org/x?secret", close=lambda: closed.append(1)))
-    with pytest.raises(DownloadError, match="https://a.org/x: the server sends us on to http://b.org/x, which is not https"): dl._request("https://a.org/x", 0, {}, 1)
+    with pytest.raises(DownloadError, match="https://a.org/x: the server sends us on to http://b.org/x, which is not https"): dl._request("https://a.org/x", 0, {}, FAST)
     assert closed
 
 
@@ -366,6 +366,11 @@ def test_no_such_name(host, monkeypatch, error, words):
 def test_name_lookup_that_hangs(host, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: time.sleep(3))
     fails(host, "was not resolved within 0.5 s", url="https://files.invalid/x.pkl", within=1.5)
+
+
+def test_many_addresses_that_never_answer(host, monkeypatch):
+    monkeypatch.setattr("requests.get", lambda *a, **k: time.sleep(5))
+    fails(host, "127.0.0.1 did not answer within 1 s", within=2)
 
 
 @pytest.mark.parametrize("plan, kept", [(dict(late=2), False), (dict(stall=2, cuts=[100_000]), True)], ids=["before the answer", "in the middle"])
