@@ -28,13 +28,13 @@ class Storage:
 # %% ../nbs/10_edm_pickle.ipynb #c52913cf
 def rebuild_tensor(
     m: Machine,  # the machine
-    arguments: tuple,  # (Storage, offset, size, stride, ...)
+    arguments: tuple,  # (Storage, offset, size, stride[, requires_grad, {}[, {}]])
 ) -> Tensor:  # a view of the storage
     """torch._utils._rebuild_tensor_v2, inside the bounds of the storage.
 
     Raises ForeignFileError for a tensor that reaches out of its storage."""
     match arguments:
-        case (Storage(flat=flat), int(offset), tuple(size), tuple(stride), *_) if len(size) == len(stride) <= 8: pass
+        case (Storage(flat=flat), int(offset), tuple(size), tuple(stride), *rest) if len(size) == len(stride) <= 8 and rest in ([], [False, {}], [True, {}], [False, {}, {}]): pass
         case _: raise ForeignFileError("damaged: a tensor with the wrong arguments")
     if not all(type(n) is int and 0 <= n < 2**31 for n in (offset, *size, *stride)): raise ForeignFileError("damaged: a tensor of impossible shape")
     if 0 in size and math.prod(max(n, 1) for n in size) < 2**31: return flat.new_empty(size)
@@ -46,11 +46,12 @@ def rebuild_tensor(
 # %% ../nbs/10_edm_pickle.ipynb #360f9d45
 def rebuild_parameter(
     m: Machine,  # the machine
-    arguments: tuple,  # (tensor, requires_grad, hooks[, state])
+    arguments: tuple,  # (tensor, requires_grad, {}[, {}])
 ) -> Tensor:
     "torch._utils._rebuild_parameter: the tensor in it."
-    if not 3 <= len(arguments) <= 4 or type(arguments[0]) is not Tensor: raise ForeignFileError("damaged: a parameter with the wrong arguments")
-    return arguments[0]
+    match arguments:
+        case (Tensor() as t, bool(), {**hooks}, *state) if not hooks and state in ([], [{}]): return t
+    raise ForeignFileError("damaged: a parameter with the wrong arguments")
 
 # %% ../nbs/10_edm_pickle.ipynb #19b9f71d
 DTYPES = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16, "Byte": torch.uint8, "Char": torch.int8,

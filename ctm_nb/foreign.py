@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAGICS', 'STATE_KEYS', 'LEGACY', 'naming', 'describe_bytes', 'opened', 'mapped', 'read_edm_pickle', 'Bounded',
-           'zip_entries', 'zip_outline', 'is_state', 'find_state', 'read_torch', 'sound', 'is_safetensors',
-           'read_safetensors', 'mentions', 'sniff_folder', 'sniff']
+           'zip_entries', 'zip_outline', 'is_state', 'find_state', 'load_weights', 'read_torch', 'sound',
+           'is_safetensors', 'read_safetensors', 'mentions', 'sniff_folder', 'sniff']
 
 # %% ../nbs/10_foreign.ipynb #7f9f08da
 import mmap
@@ -172,6 +172,15 @@ def find_state(
 LEGACY = pickle.dumps(MAGIC, 2)  # how torch's older format begins
 
 # %% ../nbs/10_foreign.ipynb #72e390c2
+def load_weights(
+    f,  # an open file, of which the outline is known
+):  # what torch makes of it, on the CPU
+    "torch.load without code; what it raises for damaged files, which may be anything, becomes a ForeignFileError."
+    f.seek(0)
+    try: return torch.load(f, map_location="cpu", weights_only=True)
+    except Exception as e: raise ForeignFileError(f"damaged: torch says {printable(str(e), 120) or type(e).__name__}") from None
+
+# %% ../nbs/10_foreign.ipynb #7d487e9b
 def read_torch(
     path: str | Path,  # a file that torch.save wrote, in the newer or the older format
     max_bytes: int = 32 << 30,  # refuse larger files
@@ -185,11 +194,10 @@ def read_torch(
         else: raise ForeignFileError(f"not a file of torch.save but {describe_bytes(head)}")
         key, purse = find_state(value), Purse(2 * size)
         for t in (value if key is None else value[key]).values(): purse.pay(1, t.numel() * t.element_size())
-        f.seek(0)
-        value = torch.load(f, map_location="cpu", weights_only=True)
+        value = load_weights(f)
         return {k: sound(t) for k, t in (value if key is None else value[key]).items()}
 
-# %% ../nbs/10_foreign.ipynb #063be216
+# %% ../nbs/10_foreign.ipynb #c1b8b225
 def sound(
     t: Tensor,  # as read
 ) -> Tensor:  # a plain tensor, whose bools are 0 or 1
@@ -198,7 +206,7 @@ def sound(
     t = t.detach()
     return t.view(torch.uint8).ne(0) if t.dtype is torch.bool else t
 
-# %% ../nbs/10_foreign.ipynb #a9838e3d
+# %% ../nbs/10_foreign.ipynb #4e792406
 def is_safetensors(
     head: bytes,  # beginning of a file
     size: int,  # its bytes
@@ -206,7 +214,7 @@ def is_safetensors(
     "Whether a file begins with a length and a JSON object of that length."
     return len(head) > 9 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= min(size - 8, 1 << 24)
 
-# %% ../nbs/10_foreign.ipynb #98aeb86f
+# %% ../nbs/10_foreign.ipynb #3a59d983
 def read_safetensors(
     path: str | Path,  # a safetensors file
     max_bytes: int = 32 << 30,  # refuse larger files
@@ -220,7 +228,7 @@ def read_safetensors(
             raise ForeignFileError(what)
         with safe_open(path, framework="pt") as tensors: return {k: sound(tensors.get_tensor(k)) for k in tensors.keys()}, dict(tensors.metadata() or {})
 
-# %% ../nbs/10_foreign.ipynb #9efd9d41
+# %% ../nbs/10_foreign.ipynb #8587ec00
 def mentions(
     m: Machine,  # at the start of a program
     word: str,  # to look for
@@ -234,7 +242,7 @@ def mentions(
             if name == "STOP": return False
     except (ForeignFileError, KeyError, ValueError): return False
 
-# %% ../nbs/10_foreign.ipynb #8587ec00
+# %% ../nbs/10_foreign.ipynb #aac1f804
 def sniff_folder(
     path: Path,  # a folder
 ) -> str:  # "run" or "checkpoint"
@@ -243,7 +251,7 @@ def sniff_folder(
     if (path / "config.json").is_file() or (path / "checkpoints").is_dir(): return "run"
     raise ForeignFileError("a folder, but neither a run (config.json, checkpoints) nor a checkpoint (checkpoint.json)")
 
-# %% ../nbs/10_foreign.ipynb #522f0383
+# %% ../nbs/10_foreign.ipynb #b90a2754
 def sniff(
     path: str | Path,  # a file or folder
 ) -> str:  # "run", "checkpoint", "safetensors", "edm_pickle" or "torch"
