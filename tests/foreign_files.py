@@ -1,0 +1,345 @@
+"""Foreign files for tests and notebooks: networks pickled the way EDM's code does it, and files that attack their reader.
+
+Nothing here is needed to read files. The stand-ins bear the names of EDM's classes only for as long as a pickle is being written.
+"""
+import io
+import os
+import pickle
+import pickletools
+import resource
+import struct
+import sys
+import time
+import types
+import zipfile
+from collections import OrderedDict
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+BUFFERS = ("resample_filter", "freqs", "u")
+
+
+# ---- writing what EDM writes
+
+class EasyDict(dict):
+    "Stands for dnnlib.util.EasyDict."
+
+
+def _reconstruct_persistent_obj(meta):
+    raise AssertionError("only ever pickled by name")
+
+
+EasyDict.__module__, EasyDict.__qualname__ = "dnnlib.util", "EasyDict"
+_reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+
+
+@contextmanager
+def foreign_names():
+    "For the time of writing, the stand-ins can be imported under the names of EDM's code."
+    fakes = {name: types.ModuleType(name) for name in ("dnnlib", "dnnlib.util", "torch_utils", "torch_utils.persistence")}
+    fakes["dnnlib.util"].EasyDict = EasyDict
+    fakes["torch_utils.persistence"]._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    before = {name: sys.modules.get(name) for name in fakes}
+    sys.modules.update(fakes)
+    try: yield
+    finally:
+        for name, module in before.items():
+            if module is None: del sys.modules[name]
+            else: sys.modules[name] = module
+
+
+class Persistent(nn.Module):
+    "A module that is pickled with its class's name and source text, as EDM's persistent classes are."
+    source = "raise SystemExit('module_src was executed')"
+
+    def __init__(self, class_name, args=(), **kwargs):
+        super().__init__()
+        self.class_name, self.args, self.kwargs = class_name, args, kwargs
+
+    def __reduce__(self):
+        state = {k: v for k, v in self.__dict__.items() if k not in ("class_name", "args", "kwargs")}
+        state.update(_init_args=self.args, _init_kwargs=EasyDict(self.kwargs))
+        meta = dict(type="class", version=6, module_src=self.source, class_name=self.class_name, state=state)
+        return _reconstruct_persistent_obj, (EasyDict(meta),)
+
+
+def _class_of(name, tensors, children):
+    "The class that EDM uses for a module with these tensors and children."
+    if name in ("enc", "dec"): return None  # an nn.ModuleDict
+    if "norm0" in children: return "UNetBlock"
+    if "freqs" in tensors: return "FourierEmbedding"
+    weight = tensors.get("weight")
+    if weight is None: return "Conv2d" if "resample_filter" in tensors else "Module"
+    return {4: "Conv2d", 2: "Linear"}.get(weight.ndim, "GroupNorm")
+
+
+def _tree(name, state, num_heads):
+    "The modules below one name, from the dots of a state dict's names."
+    own = {k: v for k, v in state.items() if "." not in k}
+    parts = {}
+    for k, v in state.items():
+        if "." in k: parts.setdefault(k.partition(".")[0], {})[k.partition(".")[2]] = v
+    class_name = _class_of(name, own, parts)
+    module = nn.ModuleDict() if class_name is None else Persistent(class_name)
+    for k, v in own.items():
+        if k in BUFFERS: module.register_buffer(k, v)
+        elif v.is_floating_point(): module.register_parameter(k, nn.Parameter(v, requires_grad=False))
+        else: module.register_buffer(k, v)
+    if class_name == "Conv2d" and "resample_filter" not in own: module.register_buffer("resample_filter", None)
+    for k, v in parts.items(): module._modules[k] = _tree(k, v, num_heads)
+    if class_name == "UNetBlock":
+        module.num_heads = num_heads(parts["qkv"]["weight"].shape[0] // 3) if "qkv" in parts else 0
+        module.skip_scale, module.dropout, module.adaptive_scale = np.sqrt(.5), .1, True
+        module.kwargs = dict(emb_channels=8, init=dict(init_mode="xavier_uniform", init_weight=np.sqrt(.2)), resample_filter=[1, 1])
+    return module
+
+
+def make_edm_pickle(path, state, class_name="EDMPrecond", model_class="SongUNet", protocol=4, canary=None, num_heads=None, short=False, extra=None, **config):
+    """Write a state dict as an EDM network pickle, and give back its path.
+
+    `config` becomes arguments of the preconditioner and its plain attributes; `num_heads` attention heads (default: 1, or
+    one for 64 channels in a DhariwalUNet); `canary` a file that the stored source text would create if it were run;
+    `extra` further entries of the pickled dict; `short` leaves out what networks carry besides `ema`."""
+    heads = lambda channels: num_heads or (max(channels // 64, 1) if model_class == "DhariwalUNet" else 1)  # noqa: E731
+    net = Persistent(class_name, model_type=model_class, **config)
+    net.use_fp16 = False
+    for k, v in config.items(): setattr(net, k, v)
+    body = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+    for k, v in state.items():
+        if not k.startswith("model."): net.register_buffer(k, v)
+    model = _tree("model", body, heads)
+    model.class_name, model.kwargs = model_class, dict(config)
+    model.label_dropout = 0
+    net._modules["model"] = model
+    if "enc" in model._modules: net.register_buffer("scratch", torch.zeros(3), persistent=False)
+    loss = Persistent("EDMLoss", P_mean=-1.2)
+    data = dict(ema=net)
+    if not short: data.update(loss_fn=loss, augment_pipe=Persistent("AugmentPipe", p=.12), dataset_kwargs=EasyDict(path="cifar10.zip", use_labels=True, seen={1, 2}))
+    source = f"open({str(canary)!r}, 'w').close()\nraise SystemExit('module_src was executed')"
+    Persistent.source = source if not short else source[:30]
+    with foreign_names(), open(path, "wb") as f: pickle.dump({**data, **(extra or {})}, f, protocol=protocol)
+    return Path(path)
+
+
+def legacy_bytes(tensor):
+    "A tensor's storage as torch pickles it: a file of the older format in a byte string."
+    return next(arg for _, arg, _ in pickletools.genops(pickle.dumps(tensor, 4)) if isinstance(arg, bytes))
+
+
+# ---- attacks
+
+class Call:
+    "Pickled as the call of any function with any arguments."
+    def __init__(self, function, *args, state=None): self.function, self.args, self.state = function, args, state
+
+    def __reduce__(self): return (self.function, self.args) if self.state is None else (self.function, self.args, self.state)
+
+
+def text(s): return b"X" + struct.pack("<I", len(s.encode())) + s.encode()
+
+
+def glob(module, name): return f"c{module}\n{name}\n".encode()
+
+
+def ema(program): return b"\x80\x04}(" + text("ema") + program + b"u."
+
+
+def thing(class_name, state): return glob("torch_utils.persistence", "_reconstruct_persistent_obj") + b"}(" + b"".join(
+    text(k) + v for k, v in dict(type=text("class"), version=b"K\x06", module_src=text(""), class_name=text(class_name), state=state).items()) + b"u\x85R"
+
+
+def blob(data): return b"B" + struct.pack("<I", len(data)) + data
+
+
+def load_bytes(data): return glob("torch.storage", "_load_from_bytes") + blob(data) + b"\x85R"
+
+
+def tensor(storage, offset, size, stride):
+    return glob("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + b"".join(pickle.dumps(x, 2)[2:-1] for x in (offset, size, stride, False)) + b"}tR"
+
+
+def legacy(program, keys=("0",), raw=b""):
+    "A file of torch's older format around a program."
+    head = [pickle.dumps(x, 2) for x in (0x1950a86a20f9469cfc6c, 1001, dict(protocol_version=1001, little_endian=True, type_sizes={}))]
+    return b"".join(head) + b"\x80\x02" + program + b"." + pickle.dumps(list(keys), 2) + raw
+
+
+def storage_id(numel, kind="FloatStorage"): return b"(" + text("storage") + glob("torch", kind) + text("0") + text("cpu") + pickle.dumps(numel, 2)[2:-1] + b"NtQ"
+
+
+def zip_bytes(files, compression=zipfile.ZIP_STORED):
+    f = io.BytesIO()
+    with zipfile.ZipFile(f, "w", compression) as z:
+        for name, data in files.items(): z.writestr(name, data)
+    return f.getvalue()
+
+
+@dataclass
+class Attack:
+    name: str  # of the file
+    tries: str  # in words
+    read: str  # name of the reader for what it pretends to be
+    path: Path
+    harmless: bool = False  # it may be read, without its payload
+
+    @property
+    def size(self): return self.path.lstat().st_size
+
+
+def executing(canary):
+    "Pickles that run code in Python's own unpickler: name, what, bytes of the file."
+    command, code = f"touch {canary}", f"open({str(canary)!r}, 'w').close()"
+    evil = pickle.dumps(Call(os.system, command), 2)
+    dump = lambda x, protocol=4: pickle.dumps({"ema": x}, protocol)  # noqa: E731
+    yield "os_system.pkl", "`os.system` by REDUCE", dump(Call(os.system, command))
+    yield "os_system_0.pkl", "the same in protocol 0", dump(Call(os.system, command), 0)
+    yield "eval.pkl", "`eval` by REDUCE", dump(Call(eval, code))
+    yield "exec.pkl", "`exec` beside an honest looking dict", pickle.dumps({"ema": {}, "loss_fn": Call(exec, code)}, 3)
+    yield "getattr.pkl", "`getattr` of an imported module", dump(Call(getattr, Call(__import__, "os"), "system"))
+    yield "dotted.pkl", "a name with dots: `collections`, `_sys.modules`", ema(text("collections") + text("OrderedDict.__init__.__globals__") + b"\x93")
+    yield "torch_load.pkl", "`torch.load` of a byte string", dump(Call(torch.load, io.BytesIO))
+    yield "nested.pkl", "a pickle with `os.system` as the bytes of a storage", ema(load_bytes(evil))
+    yield "nested_torch.pkl", "`os.system` where a nested torch file has its object", ema(load_bytes(legacy(evil[2:-1])))
+    yield "nested_zip.pkl", "a nested torch file in the newer format", ema(load_bytes(zip_bytes({"a/data.pkl": evil, "a/version": b"3"})))
+    yield "copyreg.pkl", "`copyreg._reconstructor` of a foreign class", ema(glob("copyreg", "_reconstructor") + b"(" + glob("os", "_wrap_close") + glob("builtins", "object") + b"NtR")
+    yield "extension.pkl", "a registered extension (EXT1)", ema(b"\x82\x01")
+    yield "inst.pkl", "`os.system` by INST", ema(b"(" + text(command) + b"ios\nsystem\n")
+    yield "persistent_id.pkl", "an object from outside of the file", ema(text("anything") + b"\x85Q")
+    yield "class.pkl", "BUILD that sets `__class__`", ema(thing("EDMPrecond", b"}" + text("__class__") + glob("torch.nn.modules.linear", "Linear") + b"s"))
+    yield "dict.pkl", "BUILD that sets `__dict__` of a torch class", ema(glob("torch.nn.modules.linear", "Linear") + b")\x81}" + text("__dict__") + b"}sb")
+    yield "setstate.pkl", "BUILD of a function", ema(glob("torch._utils", "_rebuild_tensor_v2") + b"}" + text("__code__") + b"Nsb")
+    yield "slots.pkl", "BUILD with a second dict, for slots", ema(glob("torch.nn.modules.linear", "Linear") + b")\x81N}" + text("x") + b"Ns\x86b")
+
+
+def bombs():
+    "Pickles that ask for memory or time: name, what, bytes of the file."
+    four = legacy(storage_id(4), raw=struct.pack("<q4f", 4, 1, 2, 3, 4))
+    yield "size.pkl", "a tensor of 2**40 numbers over 4", ema(tensor(load_bytes(four), 0, (2**40,), (1,)))
+    yield "expand.pkl", "the same by a stride of 0", ema(tensor(load_bytes(four), 0, (2**30,), (0,)))
+    yield "offset.pkl", "a tensor beside its storage", ema(tensor(load_bytes(four), 2**20, (2,), (1,)))
+    yield "negative.pkl", "a tensor before its storage", ema(tensor(load_bytes(four), 0, (2,), (-1000,)))
+    yield "storage.pkl", "a storage that claims 2**40 numbers", ema(load_bytes(legacy(storage_id(2**40), raw=struct.pack("<q4f", 2**40, 1, 2, 3, 4))))
+    yield "count.pkl", "a storage whose count differs", ema(load_bytes(legacy(storage_id(4), raw=struct.pack("<q4f", 2**40, 1, 2, 3, 4))))
+    yield "binbytes8.pkl", "a byte string of 2**62 bytes", ema(b"\x8e" + struct.pack("<Q", 2**62))
+    yield "unicode8.pkl", "a string of 2**62 bytes", ema(b"\x8d" + struct.pack("<Q", 2**62))
+    yield "long.pkl", "a number of a million digits", ema(b"\x8b" + struct.pack("<i", 400_000) + b"\x7f" * 400_000)
+    yield "memo.pkl", "a memo of four billion entries", ema(b"Nr" + struct.pack("<I", 2**32 - 1))
+    yield "lists.pkl", "two million lists", ema(b"(" + b"]" * 2_000_000 + b"t")
+    net = text("_modules") + b"}" + text("model") + thing("SongUNet", b"}") + b"s"
+    laughs = b"(" + b"]q\x00" + b"](h\x00h\x00eq\x00" * 200 + b"t"
+    yield "laughs.pkl", "attributes: lists of lists, each doubling the next (2**200)", ema(
+        thing("EDMPrecond", b"}(" + text("list") + laughs + text("_init_kwargs") + b"}" + text("x") + b"h\x00s" + net + b"u"))
+    yield "deep.pkl", "a tuple 100,000 deep as the key of a dict", ema(b"}" + b")" + b"\x85" * 100_000 + b"Ns")
+    yield "again.pkl", "one storage of 1 MB loaded 100,000 times", ema(
+        glob("torch.storage", "_load_from_bytes") + b"q\x00" + blob(legacy(storage_id(1 << 20, "ByteStorage"), raw=struct.pack("<q", 1 << 20) + bytes(1 << 20)))
+        + b"\x85q\x01" + b"R" + b"h\x00h\x01R" * 100_000)
+    yield "astral.pkl", "strings that grow fourfold in memory", ema(b"(" + text("a" * 1_000_000 + "\U0001f600") * 8 + b"t")
+    double = b"}" + text("_modules") + b"}(" + text("a") + b"h\x00" + text("b") + b"h\x00us"
+    chain = b"(" + thing("M", b"}") + b"q\x00" + b"".join(thing("M", double) + b"q\x00" for _ in range(25)) + b"t"
+    yield "modules.pkl", "a network whose every module has its child twice", ema(
+        thing("EDMPrecond", b"}(" + text("chain") + chain + text("_modules") + b"}" + text("model") + b"h\x00su"))
+    names = b"(" + text("n" * 50_000) + b"q\x01" + b")\x85" * 2 + b"t"
+    many = b"}" + text("_parameters") + b"}h\x01h\x02ss"
+    longest = b"(" + names + tensor(load_bytes(four), 0, (1,), (1,)) + b"q\x02" + thing("M", many) + b"q\x00t"
+    children = b"".join(text(str(i)) + b"h\x00" for i in range(5000))
+    yield "names.pkl", "a name of 50 kB for each of 5,000 tensors", ema(
+        thing("EDMPrecond", b"}(" + text("x") + longest + text("_modules") + b"}" + text("model") + thing("M", b"}" + text("_modules") + b"}(" + children + b"us") + b"su"))
+    yield "cycle.pkl", "a module that contains itself", ema(
+        glob("torch.nn.modules.container", "ModuleDict") + b")\x81q\x00}" + text("_modules") + b"}" + text("model") + b"h\x00ssb")
+
+
+def torch_bombs(canary):
+    "Files for the reader of torch files: name, what, bytes of the file."
+    evil = pickle.dumps({"w": Call(os.system, f"touch {canary}")}, 2)
+    program = b"\x80\x02}" + text("w") + tensor(storage_id(2**40), 0, (4,), (1,)) + b"s."
+    yield "evil.pt", "`os.system` in a zip archive of torch", zip_bytes({"a/data.pkl": evil, "a/version": b"3"})
+    yield "evil_old.pt", "`os.system` in torch's older format", legacy(evil[2:-1], ())
+    yield "bomb.pt", "compressed entries: 64 MB in 65 kB", zip_bytes({"a/data.pkl": evil, "a/data/0": bytes(64 << 20)}, zipfile.ZIP_DEFLATED)
+    yield "storage.pt", "a storage that claims 2**40 numbers", zip_bytes({"a/data.pkl": program, "a/data/0": bytes(16), "a/version": b"3"})
+    yield "storage_old.pt", "the same in torch's older format", legacy(program[2:-1], raw=struct.pack("<q", 2**40))
+    twice = zip_bytes({"a/data.pkl": evil, "a/data/0": bytes(999), "a/data/1": bytes(9)})
+    yield "overlap.pt", "an entry as long as a terabyte", twice[:-22].replace(struct.pack("<2I", 9, 9), struct.pack("<2I", 2**31, 2**31)) + twice[-22:]
+    yield "table.pt", "a table of contents of 4 GB", twice[:-10] + struct.pack("<2I", 2**32 - 2, 0) + twice[-2:]
+    cut = zip_bytes({"a/data.pkl": evil})
+    yield "cut.pt", "half an archive", cut[:len(cut) // 2]
+
+
+def failures():
+    "Files that went wrong: name, what, bytes of the file."
+    pickled = pickle.dumps({"G_ema": 1, "D": [2]}, 4)
+    yield "text.pkl", "a text file", b"These are not the weights you are looking for.\n" * 9
+    yield "empty.pkl", "an empty file", b""
+    yield "page.pkl", "a page instead of a file", b"\n<!DOCTYPE html>\n<html><body>Too many downloads today</body></html>"
+    yield "pointer.pkl", "a pointer of Git LFS", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    yield "photo.pkl", "a JPEG picture", b"\xff\xd8\xff\xe0\x00\x10JFIF\x00" + bytes(range(256))
+    yield "zeros.pkl", "a file of zeros", bytes(5000)
+    yield "noise.pkl", "noise", bytes((i * i * 31 + 7 * i) % 251 for i in range(3, 4000))
+    yield "other.pkl", "a pickle of something else", pickled
+    yield "number.pkl", "a pickle of a number", pickle.dumps(3, 4)
+    yield "cut.pkl", "a pickle that breaks off", pickled[:-9]
+    yield "escape.pkl", "a class name that clears the terminal", ema(thing("\x1b[2J\nok", b"}"))
+
+
+def other_formats(canary):
+    arrays = io.BytesIO()
+    np.savez(arrays, arr_0=np.zeros(3))
+    optimizer = io.BytesIO()
+    torch.save({"epoch": 3, "optimizer": {"lr": .1}, "net": [torch.ones(2)]}, optimizer)
+    yield "arrays.pt", "arrays of numpy (.npz)", arrays.getvalue()
+    yield "pictures.pt", "a zip archive of pictures", zip_bytes({"00000/img00000000.png": b"\x89PNG"})
+    yield "training.pt", "a torch file without a state dict", optimizer.getvalue()
+
+
+def safetensors_failures():
+    header = b'{"w":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}'
+    yield "cut.safetensors", "a header longer than the file", struct.pack("<Q", 900) + b'{"w":'
+    yield "huge.safetensors", "a tensor of 2**40 numbers", struct.pack("<Q", len(header)) + header + bytes(16)
+    yield "header.safetensors", "a header of 2**63 bytes", struct.pack("<Q", 2**63) + b"{}" + bytes(99)
+
+
+def in_child(function, memory=None):
+    """(what a function returned or the error it raised, seconds, MB that it took at the peak), from a forked process.
+
+    `memory` limits the address space to so many MB more than now."""
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(receive)
+            if memory: resource.setrlimit(resource.RLIMIT_AS, (int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (memory << 20),) * 2)
+            before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+            try: result = function()
+            except Exception as e: result = e
+            with open(send, "wb") as f: pickle.dump((result, time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024), f)
+        finally: os._exit(0)
+    os.close(send)
+    with open(receive, "rb") as f: answer = f.read()
+    status = os.waitpid(child, 0)[1]
+    if not answer: raise RuntimeError(f"the child died, status {status}")
+    return pickle.loads(answer)
+
+
+def make_attacks(folder, canary):
+    "Write all of them into a folder; `canary` is the file that a payload would create."
+    folder, attacks = Path(folder), []
+    groups = ((executing(canary), "read_edm_pickle"), (bombs(), "read_edm_pickle"), (torch_bombs(canary), "read_torch"), (failures(), "read_edm_pickle"),
+              (other_formats(canary), "read_torch"), (safetensors_failures(), "read_safetensors"))
+    for files, read in groups:
+        for name, tries, data in files:
+            (folder/name).write_bytes(data)
+            attacks.append(Attack(name, tries, read, folder/name))
+    make_edm_pickle(folder/"source.pkl", {"model.a.weight": torch.ones(2, 2)}, canary=canary)
+    next(a for a in attacks if a.name == "laughs.pkl").harmless = True  # what nobody looks at is never unfolded
+    attacks.append(Attack("source.pkl", "source text that would run (`module_src`)", "read_edm_pickle", folder/"source.pkl", harmless=True))
+    (folder/"a_folder.pkl").mkdir()
+    (folder/"loop.pkl").symlink_to(folder/"loop.pkl")
+    os.mkfifo(folder/"pipe.pkl")
+    for name, tries in (("a_folder.pkl", "a folder"), ("loop.pkl", "a link to itself"), ("pipe.pkl", "a named pipe"), ):
+        attacks.append(Attack(name, tries, "read_edm_pickle", folder/name))
+    attacks.append(Attack("/dev/zero", "an endless device", "read_torch", Path("/dev/zero")))
+    return attacks
