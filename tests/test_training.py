@@ -19,7 +19,7 @@ from ctm_nb.config import PRESETS, Config, differences, make_config, set_value
 from ctm_nb.training import Trainer, markdown_table, score_table
 from dataclasses import asdict
 
-TINY = ["teacher.steps=12", "distill.steps=9", "run.save_every=4", "run.log_every=3", "run.sample_every=100", "evaluate.n=0"]
+TINY = ["teacher.steps=12", "distill.steps=9", "gan.steps=8", "gan.batch=16", "run.save_every=4", "run.log_every=3", "run.sample_every=100", "evaluate.n=0"]
 COMMAND = [sys.executable, "-c", "from ctm_nb.cli import ctm_nb_train; ctm_nb_train()", "--preset", "tiny", "--set", *TINY]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -34,7 +34,7 @@ def as_the_command_computes():
 
 
 def final_state(folder):
-    c = load_checkpoint(folder / "checkpoints" / "step_00000021")
+    c = load_checkpoint(folder / "checkpoints" / "step_00000029")
     lines = [json.loads(l) for l in (folder / "metrics.jsonl").read_text().splitlines()]
     clock = ("seconds", "images_per_sec", "peak_memory_mb")
     return c, [{k: v for k, v in l.items() if k not in clock} for l in lines]
@@ -46,8 +46,10 @@ def assert_same(a, b):
     assert a.models.keys() == b.models.keys()
     for part in a.models:
         for k, v in a.models[part].items(): assert torch.equal(v, b.models[part][k]), (part, k)
-    for k, v in a.state["optimizer"]["state"].items():
-        for name, t in v.items(): assert torch.equal(torch.as_tensor(t), torch.as_tensor(b.state["optimizer"]["state"][k][name])), (k, name)
+    assert a.state["optimizers"].keys() == b.state["optimizers"].keys() == {"model", "discriminator"}
+    for who in a.state["optimizers"]:
+        for k, v in a.state["optimizers"][who]["state"].items():
+            for name, t in v.items(): assert torch.equal(torch.as_tensor(t), torch.as_tensor(b.state["optimizers"][who]["state"][k][name])), (who, k, name)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def undisturbed(tmp_path_factory):
 
 def test_the_log_says_what_was_promised(undisturbed):
     _, lines = final_state(undisturbed)
-    assert [(l["stage"], l["step"]) for l in lines] == [("teacher", n) for n in (3, 6, 9, 12)] + [("ctm_dsm", n) for n in (15, 18, 21)]
+    assert [(l["stage"], l["step"]) for l in lines] == [("teacher", n) for n in (3, 6, 9, 12)] + [("ctm_dsm", n) for n in (15, 18, 21)] + [("ctm_dsm_gan", n) for n in (24, 27, 29)]
     assert {"loss_edm", "lr", "grad_norm", "images"} <= lines[0].keys()
     assert {"loss_ctm", "loss_dsm", "lambda_dsm", "teacher_evals", "lr", "grad_norm"} <= lines[-1].keys()
     full = json.loads((undisturbed / "metrics.jsonl").read_text().splitlines()[0])
@@ -86,7 +88,7 @@ def test_killed_at_any_moment_it_ends_the_same(undisturbed, tmp_path):
 
 def test_resume_inside_a_log_window_and_a_stage(undisturbed, tmp_path):
     config = make_config("tiny", TINY)
-    for stop in (5, 12, 13, 21):
+    for stop in (5, 12, 13, 21, 22, 24, 29):
         trainer = Trainer(config, tmp_path / "c")
         while trainer.step < stop:
             trainer.train_step()
@@ -103,7 +105,7 @@ def test_another_configuration_is_refused_by_name(undisturbed):
 def test_damaged_checkpoint_is_named(undisturbed, tmp_path):
     import shutil
     shutil.copytree(undisturbed, tmp_path / "d")
-    part = tmp_path / "d" / "checkpoints" / "step_00000021" / "model.safetensors"
+    part = tmp_path / "d" / "checkpoints" / "step_00000029" / "model.safetensors"
     data = bytearray(part.read_bytes()); data[-3] ^= 1; part.write_bytes(data)
     with pytest.raises(CheckpointError, match="model.safetensors"): Trainer(make_config("tiny", TINY), tmp_path / "d")
 
@@ -148,7 +150,7 @@ def test_nan_stops_before_the_update(tmp_path):
     trainer.batch_of = lambda step: (torch.full((2, 1, 8, 8), float("nan")), torch.tensor([0, 1]), torch.Generator().manual_seed(0))
     with pytest.raises(FloatingPointError, match="loss_edm.*step 1"): trainer.train_step()
     for k, v in trainer.parts["model"].state_dict().items(): assert torch.equal(v, before[k])
-    assert trainer.step == 1 and trainer.emas["teacher"].n_updates == 1
+    assert trainer.step == 1 and trainer.now.emas["teacher"].n_updates == 1
 
 
 @pytest.mark.parametrize("labelled", [True, False])
