@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MATCHING', 'draw_k', 'draw_indices', 'grid_time', 'draw_stretch', 'drops', 'teacher_jump', 'to_end', 'carry',
            'ctm_target', 'ctm_pair', 'ctm_loss', 'dsm_sigma', 'dsm_loss', 'average', 'last_layer_gradient', 'balance',
-           'adaptive_weight', 'project', 'student_pass', 'ctm_dsm_objective', 'GradientSets', 'add_ctm_dsm',
-           'DISTANCES', 'l2', 'make_distance', 'pseudo_huber']
+           'adaptive_weight', 'project', 'student_pass', 'ctm_dsm_objective', 'average_gradients', 'GradientSets',
+           'add_ctm_dsm', 'DISTANCES', 'l2', 'make_distance', 'pseudo_huber']
 
 # %% ../nbs/05_distill.ipynb #a6e65d13
 import torch
@@ -299,6 +299,15 @@ def ctm_dsm_objective(
     return {"objective": projected + lam * dsm, "loss_ctm": losses[0], "loss_dsm": losses[1], "lambda_dsm": lam}
 
 # %% ../nbs/05_distill.ipynb #606c36e9
+def average_gradients(
+    params,  # parameters; those without a gradient must be the same in each process
+):
+    "Replace every `.grad` by its mean over the processes; nothing happens where there is one."
+    grads = [p.grad for p in params if p.grad is not None]
+    for g, mean in zip(grads, average(*grads)):
+        if mean is not g: g.copy_(mean)
+
+# %% ../nbs/05_distill.ipynb #0de88bf9
 class GradientSets:
     "Gradients of several losses, kept apart until their weights are known."
     def __init__(self,
@@ -310,7 +319,7 @@ class GradientSets:
         if self.last is None: raise ValueError("last_layer must be one of params, and require a gradient")
         self.sets, self.losses = {}, {}
 
-# %% ../nbs/05_distill.ipynb #e17704b6
+# %% ../nbs/05_distill.ipynb #50371781
 @patch
 def add(self: GradientSets,
     name: str,  # of the loss; the first one ever added is the one that the others are matched to
@@ -324,7 +333,7 @@ def add(self: GradientSets,
     self.sets[name] = [a.add_(g) for a, g in zip(self.sets[name], grads)] if name in self.sets else list(grads)
     self.losses[name] = self.losses.get(name, 0.) + share * (loss if value is None else value).detach()
 
-# %% ../nbs/05_distill.ipynb #0de88bf9
+# %% ../nbs/05_distill.ipynb #ef47a2ba
 @patch
 def combine(self: GradientSets,
     scale: float | Tensor = 1.,  # the one given to `add`; the gradients stay scaled
@@ -338,11 +347,12 @@ def combine(self: GradientSets,
     for (name, grads), b in zip(others, at_last[1:]):
         numbers[f"lambda_{name}"] = lam = balance(at_last[0], b, *bounds.get(name, (0., 1e4)))
         for g, h in zip(into, grads): g.add_(h * lam)
-    for p, g in zip(self.params, average(*into)): p.grad = g
+    for p, g in zip(self.params, into): p.grad = g
+    average_gradients(self.params)
     self.sets, self.losses = {}, {}
     return numbers
 
-# %% ../nbs/05_distill.ipynb #717c92b1
+# %% ../nbs/05_distill.ipynb #bed46286
 def add_ctm_dsm(
     sets: GradientSets,  # of the student's parameters
     student,  # G_theta, a CTM

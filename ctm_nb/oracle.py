@@ -40,7 +40,7 @@ def train_on(
     matching: str = "soft",  # one of distill.MATCHING
     dsm: bool = True,  # add the denoising loss
     seed: int = 0,  # of weights and batches
-    steps: int = 1200,  # optimizer steps
+    steps: int = 1000,  # optimizer steps
     batch: int = 128,  # samples a step
     lr: float = 4e-3,  # at the peak
     net: dict | None = None,  # of the MLP
