@@ -184,6 +184,9 @@ EXPECTED = {
     "os_system.pkl": "system", "eval.pkl": "builtins.eval", "exec.pkl": "builtins.exec", "getattr.pkl": "builtins.getattr", "dotted.pkl": "OrderedDict.__init__",
     "torch_load.pkl": "torch.serialization.load", "nested.pkl": "system", "nested_torch.pkl": "system", "copyreg.pkl": "copyreg._reconstructor", "class.pkl": "'__class__'",
     "dict.pkl": "'__dict__'", "persistent_id.pkl": "persistent id", "lists.pkl": "steps to unfold", "again.pkl": "more memory than the file", "astral.pkl": "more memory than the file",
+    "size.pkl": "impossible shape", "expand.pkl": "does not fit", "offset.pkl": "does not fit", "negative.pkl": "impossible shape", "storage.pkl": "cut short", "count.pkl": "claims to have",
+    "binbytes8.pkl": "cut short", "unicode8.pkl": "a string of", "slots.pkl": "in slots", "setstate.pkl": "got Name", "storage.pt": "of which the file has 16", "storage_old.pt": "cut short",
+    "modules.pkl": "bomb", "escape.pkl": r"a \?\[2J\?ok without a model", "huge.safetensors": "damaged", "header.safetensors": "too long", "cut.safetensors": "cut short",
     "names.pkl": "more memory than the file", "deep.pkl": "key that is a tuple", "cycle.pkl": "nested more than", "bomb.pt": "compressed", "evil.pt": "system", "evil_old.pt": "system",
     "overlap.pt": "longer than the file", "text.pkl": "text file", "empty.pkl": "empty file", "page.pkl": "HTML", "photo.pkl": "JPEG", "arrays.pt": "npz", "other.pkl": "no.* 'ema'|without an entry 'ema'",
     "pointer.pkl": "LFS", "pictures.pt": "zip archive", "training.pt": "epoch", "a_folder.pkl": "folder", "loop.pkl": "symbolic links", "pipe.pkl": "pipe", "/dev/zero": "device"}
@@ -208,6 +211,14 @@ def test_attacks_within_limits(attack_files):
             assert re.search(EXPECTED.get(name, ""), str(result)), (name, str(result))
         assert seconds < 20 and mb < 2 * attack.size / 2**20 + 130, (name, seconds, mb)
     assert set(EXPECTED) <= set(files) and not canary.exists()
+
+
+def test_torch_is_never_asked_to_run_anything(attack_files):
+    "Even if our own check of the outline were passed."
+    files, canary = attack_files
+    for name in ("evil.pt", "evil_old.pt"):
+        with open(files[name].path, "rb") as f, pytest.raises(ForeignFileError, match="torch says"): foreign.load_weights(f)
+    assert not canary.exists()
 
 
 def test_the_limit_of_the_test_above_bites():
