@@ -19,7 +19,7 @@ from ctm_nb.config import PRESETS, Config, differences, make_config, set_value
 from ctm_nb.training import Trainer, markdown_table, score_table
 from dataclasses import asdict
 
-TINY = ["teacher.steps=12", "distill.steps=9", "gan.steps=8", "gan.batch=16", "run.save_every=4", "run.log_every=3", "run.sample_every=100", "evaluate.n=0"]
+TINY = ["teacher.steps=12", "distill.steps=9", "gan.steps=9", "gan.batch=16", "run.save_every=4", "run.log_every=3", "run.sample_every=100", "evaluate.n=0"]
 COMMAND = [sys.executable, "-c", "from ctm_nb.cli import ctm_nb_train; ctm_nb_train()", "--preset", "tiny", "--set", *TINY]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -34,7 +34,7 @@ def as_the_command_computes():
 
 
 def final_state(folder):
-    c = load_checkpoint(folder / "checkpoints" / "step_00000029")
+    c = load_checkpoint(folder / "checkpoints" / "step_00000030")
     lines = [json.loads(l) for l in (folder / "metrics.jsonl").read_text().splitlines()]
     clock = ("seconds", "images_per_sec", "peak_memory_mb")
     return c, [{k: v for k, v in l.items() if k not in clock} for l in lines]
@@ -61,9 +61,10 @@ def undisturbed(tmp_path_factory):
 
 def test_the_log_says_what_was_promised(undisturbed):
     _, lines = final_state(undisturbed)
-    assert [(l["stage"], l["step"]) for l in lines] == [("teacher", n) for n in (3, 6, 9, 12)] + [("ctm_dsm", n) for n in (15, 18, 21)] + [("ctm_dsm_gan", n) for n in (24, 27, 29)]
+    assert [(l["stage"], l["step"]) for l in lines] == [("teacher", n) for n in (3, 6, 9, 12)] + [("ctm_dsm", n) for n in (15, 18, 21)] + [("ctm_dsm_gan", n) for n in (24, 27, 30)]
     assert {"loss_edm", "lr", "grad_norm", "images"} <= lines[0].keys()
-    assert {"loss_ctm", "loss_dsm", "lambda_dsm", "teacher_evals", "lr", "grad_norm"} <= lines[-1].keys()
+    assert {"loss_ctm", "loss_dsm", "lambda_dsm", "teacher_evals", "lr", "grad_norm"} <= lines[6].keys()
+    assert {"loss_ctm", "loss_dsm", "loss_gan", "loss_d", "lambda_dsm", "lambda_gan", "grad_norm", "grad_norm_d"} <= lines[-1].keys()
     full = json.loads((undisturbed / "metrics.jsonl").read_text().splitlines()[0])
     assert all(full[k] > 0 for k in ("images_per_sec", "peak_memory_mb", "seconds"))
 
@@ -88,7 +89,7 @@ def test_killed_at_any_moment_it_ends_the_same(undisturbed, tmp_path):
 
 def test_resume_inside_a_log_window_and_a_stage(undisturbed, tmp_path):
     config = make_config("tiny", TINY)
-    for stop in (5, 12, 13, 21, 22, 24, 29):
+    for stop in (5, 12, 13, 21, 22, 24, 30):
         trainer = Trainer(config, tmp_path / "c")
         while trainer.step < stop:
             trainer.train_step()
@@ -105,7 +106,7 @@ def test_another_configuration_is_refused_by_name(undisturbed):
 def test_damaged_checkpoint_is_named(undisturbed, tmp_path):
     import shutil
     shutil.copytree(undisturbed, tmp_path / "d")
-    part = tmp_path / "d" / "checkpoints" / "step_00000029" / "model.safetensors"
+    part = tmp_path / "d" / "checkpoints" / "step_00000030" / "model.safetensors"
     data = bytearray(part.read_bytes()); data[-3] ^= 1; part.write_bytes(data)
     with pytest.raises(CheckpointError, match="model.safetensors"): Trainer(make_config("tiny", TINY), tmp_path / "d")
 
@@ -147,7 +148,8 @@ def test_nan_stops_before_the_update(tmp_path):
     trainer = Trainer(make_config("tiny", TINY), tmp_path / "e")
     trainer.train_step()
     before = {k: v.clone() for k, v in trainer.parts["model"].state_dict().items()}
-    trainer.batch_of = lambda step: (torch.full((2, 1, 8, 8), float("nan")), torch.tensor([0, 1]), torch.Generator().manual_seed(0))
+    good = trainer.example_of
+    trainer.example_of = lambda step: {**good(step), "x0": torch.tensor(float("nan")).expand(32, 1, 8, 8)}
     with pytest.raises(FloatingPointError, match="loss_edm.*step 1"): trainer.train_step()
     for k, v in trainer.parts["model"].state_dict().items(): assert torch.equal(v, before[k])
     assert trainer.step == 1 and trainer.now.emas["teacher"].n_updates == 1
@@ -199,3 +201,58 @@ def test_table_is_made_of_the_records():
     record = lambda metric, value, **s: {"metric": metric, "value": value, "sampler": s or None}
     rows = score_table([record("frechet_distance", 1.), record("frechet_distance", 2.25, solver="ctm", steps=1), record("precision", .5, solver="ctm", steps=1)])
     assert markdown_table(rows, ("frechet_distance", "precision")).splitlines()[-1] == "| CTM, 1 step | 2.25 | 0.500 |"
+
+
+def test_stage_by_stage_is_the_whole(undisturbed, tmp_path):
+    for i, stage in enumerate(("teacher", "ctm_dsm", "ctm_dsm_gan")):
+        t = Trainer(make_config("tiny", TINY), tmp_path / "s")
+        t.run(stage)
+        assert t.step == (12, 21, 30)[i] and set(t.parts) >= {"model", "teacher"}
+    assert_same(undisturbed, tmp_path / "s")
+
+
+def test_the_adversarial_stage_starts_from_the_average(tmp_path):
+    t = Trainer(make_config("tiny", TINY), tmp_path / "s")
+    t.run("ctm_dsm")
+    average = {k: v.clone() for k, v in t.parts["ctm"].state_dict().items()}
+    t.begin("ctm_dsm_gan", t.parts)
+    for part in ("model", "target", "ctm"):
+        assert all(torch.equal(v, average[k]) for k, v in t.parts[part].state_dict().items()), part
+
+
+def test_a_given_teacher_is_distilled_and_a_given_student_sharpened(undisturbed, tmp_path):
+    from ctm_nb.interchange import save_model
+    files = {which: save_model(load(undisturbed, which=which), tmp_path / f"{which}.pt") for which in ("teacher", "ctm")}
+    given = [*TINY, "run.save_every=1", f"teacher.source={files['teacher']}"]
+    t = Trainer(make_config("tiny", given), tmp_path / "t")
+    assert (t.stage, t.total) == ("ctm_dsm", 18)
+    t.train_step(), t.save()
+    for k, v in load(undisturbed, which="teacher").state_dict().items(): assert torch.equal(v, t.parts["teacher"].state_dict()[k])
+    files["teacher"].rename(tmp_path / "away.pt")  # a run that has begun no longer needs the file
+    again = Trainer(make_config("tiny", given), tmp_path / "t")
+    assert again.step == 1 and again.train_step()["stage"] == "ctm_dsm"
+    (tmp_path / "away.pt").rename(files["teacher"])
+    t = Trainer(make_config("tiny", [*given, f"distill.source={files['ctm']}"]), tmp_path / "g")
+    assert (t.stage, t.total) == ("ctm_dsm_gan", 9) and torch.equal(t.parts["model"].net.last_layer, load(undisturbed).net.last_layer)
+    assert [t.train_step()["stage"] for _ in range(2)] == ["ctm_dsm_gan"] * 2
+    with pytest.raises(ValueError, match="not a CTM"): Trainer(make_config("tiny", [*given, f"distill.source={files['teacher']}"]), tmp_path / "h")
+    with pytest.raises(ValueError, match="given when distill.source is"): make_config("tiny", [*TINY, "distill.source=x"])
+
+
+def test_a_teacher_of_other_pictures_is_refused(undisturbed, tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        (tmp_path / "c" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(tmp_path / "c" / "ab"[i % 2] / f"{i}.png")
+    start = lambda *more: Trainer(make_config("tiny", [*TINY, f"data.source={tmp_path / 'c'}", f"teacher.source={undisturbed}", *more]), tmp_path / "x")
+    with pytest.raises(ValueError, match="knows 10 classes, the data have 2"): start()
+    with pytest.raises(ValueError, match="data.image_size=8 would resize them"): start("data.image_size=16")
+    assert not (tmp_path / "x").exists()
+
+
+def test_unlabelled_pictures_through_all_stages(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "p").mkdir()
+    for i in range(24): Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(tmp_path / "p" / f"{i}.png")
+    t = Trainer(make_config("tiny", [*TINY, f"data.source={tmp_path / 'p'}", "teacher.steps=2", "distill.steps=2", "gan.steps=4"]), tmp_path / "r")
+    assert t.run() == [] and t.step == 8 and torch.isfinite(t.parts["ctm"].net.last_layer).all()
