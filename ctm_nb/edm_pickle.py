@@ -34,9 +34,11 @@ def rebuild_tensor(
 
     Raises ForeignFileError for a tensor that reaches out of its storage."""
     match arguments:
-        case (Storage(flat=flat), int(offset), tuple(size), tuple(stride), *rest) if len(size) == len(stride) <= 8 and rest in ([], [False, {}], [True, {}], [False, {}, {}]): pass
-        case _: raise ForeignFileError("damaged: a tensor with the wrong arguments")
-    if not all(type(n) is int and 0 <= n < 2**31 for n in (offset, *size, *stride)): raise ForeignFileError("damaged: a tensor of impossible shape")
+        case (Storage(flat=flat), int(offset), tuple(size), tuple(stride), *rest) if len(size) == len(stride) <= 8: pass
+        case _: rest = None
+    if rest not in ([], [False, {}], [True, {}], [False, {}, {}]): raise ForeignFileError("damaged: a tensor with the wrong arguments")
+    if not all(type(n) is int and 0 <= n < 2**31 for n in (offset, *size, *stride)):
+        raise ForeignFileError("damaged: a tensor of impossible shape")
     if 0 in size and math.prod(max(n, 1) for n in size) < 2**31: return flat.new_empty(size)
     last = offset + sum((n - 1) * s for n, s in zip(size, stride))
     if math.prod(size) > len(flat) or last >= len(flat):
@@ -54,8 +56,8 @@ def rebuild_parameter(
     raise ForeignFileError("damaged: a parameter with the wrong arguments")
 
 # %% ../nbs/10_edm_pickle.ipynb #19b9f71d
-DTYPES = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16, "Byte": torch.uint8, "Char": torch.int8,
-          "Short": torch.int16, "Int": torch.int32, "Long": torch.int64, "Bool": torch.bool}
+DTYPES = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16, "Byte": torch.uint8,
+          "Char": torch.int8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64, "Bool": torch.bool}
 
 # %% ../nbs/10_edm_pickle.ipynb #acbf6c45
 STORAGE_NAMES = {("torch", f"{name}Storage"): dtype for name, dtype in DTYPES.items()} | {("torch.storage", "UntypedStorage"): torch.uint8}
@@ -103,15 +105,18 @@ def read_legacy(
         parts.append(m.run())
         at = m.at
     magic, version, system, value, keys = parts
-    if magic != MAGIC or version != 1001 or type(system) is not dict or type(keys) is not list: raise ForeignFileError("damaged: not torch's older format")
+    if magic != MAGIC or version != 1001 or type(system) is not dict or type(keys) is not list:
+        raise ForeignFileError("damaged: not torch's older format")
     if system.get("little_endian") is not True: raise ForeignFileError("its numbers are big-endian")
-    if not all(type(k) is str for k in keys) or sorted(keys) != sorted(storages): raise ForeignFileError("damaged: its list of storages does not match")
+    if not all(type(k) is str for k in keys) or sorted(keys) != sorted(storages):
+        raise ForeignFileError("damaged: its list of storages does not match")
     return value, {key: _raw(m, storages[key].flat) for key in keys}
 
 # %% ../nbs/10_edm_pickle.ipynb #faaad4ef
 def _raw(m, flat):
     "The bytes of the next storage: a count, which must be the expected one, and the numbers."
-    if (n := int.from_bytes(m.take(8), "little")) != len(flat): raise ForeignFileError(f"a storage of {len(flat):,} numbers claims to have {n:,}")
+    if (n := int.from_bytes(m.take(8), "little")) != len(flat):
+        raise ForeignFileError(f"a storage of {len(flat):,} numbers claims to have {n:,}")
     return m.take(n * flat.element_size())
 
 # %% ../nbs/10_edm_pickle.ipynb #0fe34893
@@ -123,7 +128,8 @@ def load_from_bytes(
     match arguments:
         case (memoryview() as data,): value, raw = read_legacy(data, m.purse, STORAGE_NAMES)
         case _: raise ForeignFileError("damaged: a storage that is not bytes")
-    if type(value) is not Storage or list(raw) != [value.key]: raise ForeignFileError("a nested file that holds something else than one storage")
+    if type(value) is not Storage or list(raw) != [value.key]:
+        raise ForeignFileError("a nested file that holds something else than one storage")
     data, dtype = raw[value.key], value.flat.dtype
     m.purse.pay(nbytes=len(data))
     if not len(data): return Storage(torch.empty(0, dtype=dtype), value.key)
@@ -143,8 +149,9 @@ def reconstruct_thing(
     raise ForeignFileError("damaged: a persistent object without class, version or state")
 
 # %% ../nbs/10_edm_pickle.ipynb #ff1f5d37
-TORCH_CLASSES = {"container": "ModuleDict ModuleList Sequential ParameterDict ParameterList", "linear": "Linear Identity", "conv": "Conv2d ConvTranspose2d",
-                 "normalization": "GroupNorm LayerNorm", "activation": "SiLU ReLU GELU", "dropout": "Dropout", "sparse": "Embedding"}
+TORCH_CLASSES = {"container": "ModuleDict ModuleList Sequential ParameterDict ParameterList", "linear": "Linear Identity",
+                 "conv": "Conv2d ConvTranspose2d", "normalization": "GroupNorm LayerNorm", "activation": "SiLU ReLU GELU", "dropout": "Dropout",
+                 "sparse": "Embedding"}
 
 # %% ../nbs/10_edm_pickle.ipynb #f1f64358
 EDM_NAMES = {
@@ -167,8 +174,10 @@ def section(
     found = thing.state.get(key, {})
     if type(found) is not dict: raise ForeignFileError(f"damaged: {key} of a {printable(thing.name)} is a {type(found).__name__}")
     for name, value in found.items():
-        if type(name) is not str or not name or "." in name: raise ForeignFileError(f"damaged: {key} of a {printable(thing.name)} has the name {printable(repr(name))}")
-        if not (value is None or type(value) is kind): raise ForeignFileError(f"damaged: {printable(name)} of a {printable(thing.name)} is a {type(value).__name__}")
+        if type(name) is not str or not name or "." in name:
+            raise ForeignFileError(f"damaged: {key} of a {printable(thing.name)} has the name {printable(repr(name))}")
+        if not (value is None or type(value) is kind):
+            raise ForeignFileError(f"damaged: {printable(name)} of a {printable(thing.name)} is a {type(value).__name__}")
     return {name: value for name, value in found.items() if value is not None}
 
 # %% ../nbs/10_edm_pickle.ipynb #158b1e16
@@ -249,10 +258,12 @@ def edm_network(
 ) -> EdmNetwork:
     "The network in the dict of an EDM pickle. Raises ForeignFileError if there is none."
     if type(value) is not dict: raise ForeignFileError(f"a pickle of type {type(value).__name__}, not of an EDM network")
-    if "ema" not in value: raise ForeignFileError(f"a pickle without an entry 'ema', not of an EDM network; it has {printable(list(value)[:6])}")
+    if "ema" not in value:
+        raise ForeignFileError(f"a pickle without an entry 'ema', not of an EDM network; it has {printable(list(value)[:6])}")
     ema, purse = value["ema"], Purse(2 * size)  # twice, for weights that go by two names
     model = section(ema, "_modules", Thing).get("model") if type(ema) is Thing else None
-    if model is None: raise ForeignFileError(f"its 'ema' is a {printable(getattr(ema, 'name', type(ema).__name__))} without a model, not an EDM network")
+    if model is None:
+        raise ForeignFileError(f"its 'ema' is a {printable(getattr(ema, 'name', type(ema).__name__))} without a model, not an EDM network")
     state, config = state_of(ema, purse), config_of(ema, purse) | {"model": config_of(model, purse)}
     modules = {name[:-1]: config_of(module, purse) for name, module in walk(ema, purse) if name.count(".") > 1}
     return EdmNetwork(ema.name, model.name, state, config | {"modules": {k: v for k, v in modules.items() if v}}, ema.version)

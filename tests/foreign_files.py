@@ -311,7 +311,7 @@ def in_child(function, memory=None):
     if child == 0:
         try:
             os.close(receive)
-            if memory: resource.setrlimit(resource.RLIMIT_AS, (int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (memory << 20),) * 2)
+            if memory and sys.platform == "linux": resource.setrlimit(resource.RLIMIT_AS, (int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (memory << 20),) * 2)
             before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
             try: result = function()
             except Exception as e: result = e
