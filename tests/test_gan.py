@@ -302,6 +302,7 @@ def test_turns():
     assert [gan_turn(n) for n in range(4)] == ["discriminator", "ctm_dsm_gan"] * 2
     turns = [gan_turn(n, 3, 2) for n in range(11)]
     assert turns == ["ctm_dsm"] * 3 + ["discriminator"] * 3 + ["ctm_dsm_gan", "discriminator"] * 2 + ["ctm_dsm_gan"]
+    assert [gan_turn(n, 0, 3) for n in range(6)] == ["discriminator"] * 4 + ["ctm_dsm_gan", "discriminator"]
     assert sum(lazy(n, .1, 4) for n in range(40)) == pytest.approx(4.) and lazy(4, 0., 4) == 0
 
 
