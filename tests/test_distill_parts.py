@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ctm_nb.distill import (GradientSets, adaptive_weight, add_ctm_dsm, average, balance, ctm_dsm_objective, ctm_loss, ctm_pair, ctm_target, draw_stretch, dsm_loss, grid_time,
-    l2, make_distance, pseudo_huber, teacher_jump)
+    l2, make_distance, project, pseudo_huber, teacher_jump)
 from ctm_nb.edm import Denoiser
 from ctm_nb.networks import DDPMpp, MLP
 from ctm_nb.trajectory import student_from
@@ -299,3 +299,24 @@ def test_vectors_have_a_last_layer_too():
     ctm, dsm = student.G(x, 2., 1.).square().sum(), dsm_loss(student, x, torch.ones(6), torch.randn(6, 2)).mean()
     a, b = (torch.autograd.grad(v, student.net.last_layer, retain_graph=True)[0] for v in (ctm, dsm))
     assert adaptive_weight(ctm, dsm, student.net.last_layer) == balance(a, b)
+
+
+def test_weight_of_tiny_gradients_does_not_see_the_scale():
+    w = torch.nn.Parameter(torch.ones(4))
+    a, b = (adaptive_weight((2e-5 * w).sum(), (1e-5 * w).sum(), w, scale=s) for s in (1., 2. ** 16))
+    torch.testing.assert_close(a, b); torch.testing.assert_close(a, torch.tensor(4e-5 / (2e-5 + 1e-4)))
+    sets = GradientSets([w], w)
+    sets.add("ctm", (2e-5 * w).sum(), scale=2. ** 16); sets.add("dsm", (1e-5 * w).sum(), scale=2. ** 16)
+    torch.testing.assert_close(sets.combine(2. ** 16)["lambda_dsm"], a)
+
+
+def test_small_gradients_survive_the_frozen_map_in_float16():
+    _, student, target = models(dtype=torch.float32)
+    e = example(dtype=torch.float32)
+    x_s, s, goal = e["eps"].requires_grad_(), torch.ones(8), torch.zeros(8, 1, 8, 8)
+    def gradient(scale, half=True):
+        with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+            projected, _ = project(x_s, goal, target, s, e["y"], lambda a, b: 1e-7 * l2(a, b), scale=scale)
+        return torch.autograd.grad(projected, x_s)[0]
+    exact = gradient(1., half=False)
+    assert relative(gradient(2. ** 20), exact) < .03 < .1 < relative(gradient(1.), exact)
