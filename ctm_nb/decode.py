@@ -114,26 +114,31 @@ def cores()->int:
     "Processor cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
+def _remember(work): global _work; _work = work
+def _do(task): return _work(task)
+
 def worker_pool(
     workers:int, # >= 1 processes
-)->ProcessPoolExecutor:
-    "Processes that decode."
-    return ProcessPoolExecutor(workers, mp_context=get_context("fork" if sys.platform == "linux" else "spawn"))
+    work, # a function of one argument, handed to each worker once
+)->ProcessPoolExecutor: # give it `_do` and a task
+    "Processes that know what to do and wait for tasks."
+    context = get_context("fork" if sys.platform == "linux" else "spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_remember, initargs=(work,))
 
 # %% ../nbs/01a_decode.ipynb #2f49c1e2
 def in_order(
-    work, # a function of one argument, defined at the top of a module
+    work, # a function of one argument
     tasks, # its arguments, an iterable
     workers:int=0, # processes; 0: this one
     ahead:int=2, # tasks in flight a worker
 ):  # a generator of results
     "Results of `work` in the order of `tasks`, whatever the number of workers."
     if not workers: yield from map(work, tasks); return
-    with worker_pool(workers) as pool:
-        waiting, tasks = deque(), iter(tasks)
+    waiting, tasks = deque(), iter(tasks)
+    with worker_pool(workers, work) as pool:
         try:
             while True:
-                while len(waiting) < ahead * workers and (t := next(tasks, pool)) is not pool: waiting.append(pool.submit(work, t))
+                while len(waiting) < ahead * workers and (t := next(tasks, pool)) is not pool: waiting.append(pool.submit(_do, t))
                 if not waiting: return
                 yield waiting.popleft().result()
         finally:
