@@ -88,7 +88,8 @@ def open_idx(
     classes, held = [] if y is None else [str(k) for k in range(y.max() + 1)], np.arange(sum(map(len, images))) >= len(images[0])
     if y is not None and (named := files[0].with_name("classes.txt")).exists(): y, classes = named_classes(named.read_bytes(), y, classes, named)
     x, folder = np.concatenate(images)[..., None], train_first[0].parent
-    return ArraySource(folder.resolve().name if len(files) > 1 else files[0].name, "idx", numbered("images", len(x)), y, classes, held if len(files) > 1 else None, images=x)
+    name = folder.resolve().parent.name if folder.name == "raw" else folder.resolve().name
+    return ArraySource(name if len(files) > 1 else files[0].name, "idx", numbered("images", len(x)), y, classes, held if len(files) > 1 else None, images=x)
 
 # %% ../nbs/01c_formats.ipynb #ddfc2366
 HARMLESS = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),

@@ -49,7 +49,7 @@ class Source:
 
 # %% ../nbs/01b_sources.ipynb #a8f39842
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
-HELPERS = {"dataset.json", "labels.csv", "classes.txt"}  # files that speak about the images
+HELPERS = {"dataset.json", "labels.csv", "classes.txt", "conversion.json"}  # files that speak about the images
 
 def is_image_name(n): return os.path.splitext(n)[1].lower() in SUFFIXES
 def is_hidden(n): return any(p.startswith((".", "__")) for p in n.split("/"))
