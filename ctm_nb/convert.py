@@ -6,18 +6,18 @@
 __all__ = ['FORMATS', 'Job', 'png', 'write_atomically', 'one_mode', 'store', 'edm_name', 'dataset_json', 'class_folders',
            'write_npz', 'positions_of', 'check_destination', 'format_of', 'convert', 'first_shape']
 
-# %% ../nbs/01e_convert.ipynb #3dbe4567
+# %% ../nbs/01e_convert.ipynb #98222a4c
 import errno, fcntl, hashlib, io, json, os, shutil, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .decode import CROPS, BrokenImage, as_image, cores, decode, in_order, is_grey
 from .sources import Source
 from .survey import chunks, complain
 
-# %% ../nbs/01e_convert.ipynb #c303da45
+# %% ../nbs/01e_convert.ipynb #f680c487
 FORMATS = ("zip", "npz", "tree", "edm")
 
 @dataclass(eq=False)
@@ -36,7 +36,7 @@ class Job:
     def partial(self): return self.dst.with_name(self.dst.name + ".partial")
     def part(self, k): return self.partial/f"part-{k:05}.zip"
 
-# %% ../nbs/01e_convert.ipynb #d6ff9619
+# %% ../nbs/01e_convert.ipynb #c303da45
 @patch
 def description(self:Job)->dict:
     "What makes a job the same job."
@@ -44,7 +44,7 @@ def description(self:Job)->dict:
     for a in (s.labels, self.positions): h.update(b"" if a is None else np.ascontiguousarray(a).tobytes())
     return {"source": s.name, "kind": s.kind, "images": len(self.positions), "format": self.format, "size": self.size, "crop": self.crop, "content": h.hexdigest()}
 
-# %% ../nbs/01e_convert.ipynb #841ed449
+# %% ../nbs/01e_convert.ipynb #478490d1
 def png(
     a:np.ndarray, # (H, W, 1 or 3) uint8
     level:int=0, # of compression; 0: none
@@ -54,7 +54,7 @@ def png(
     as_image(a).save(f, "png", compress_level=level)
     return f.getvalue()
 
-# %% ../nbs/01e_convert.ipynb #15fe0755
+# %% ../nbs/01e_convert.ipynb #841ed449
 def write_atomically(
     path:Path, # file to make
     write, # function of an open binary file
@@ -71,7 +71,7 @@ def write_atomically(
         temp.unlink(missing_ok=True)
         raise
 
-# %% ../nbs/01e_convert.ipynb #a216d244
+# %% ../nbs/01e_convert.ipynb #5f817583
 @patch
 def make_part(self:Job,
     k:int, # number of the part
@@ -92,7 +92,7 @@ def make_part(self:Job,
 
 def one_mode(a, grey): return a[..., :1] if grey else np.repeat(a, 3, 2) if a.shape[2] == 1 else a
 
-# %% ../nbs/01e_convert.ipynb #938b9f45
+# %% ../nbs/01e_convert.ipynb #a216d244
 def store(
     f, # open binary file
     entries, # (name, bytes), an iterable
@@ -101,7 +101,7 @@ def store(
     with zipfile.ZipFile(f, "w", allowZip64=True) as z:
         for name, data in entries: z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
 
-# %% ../nbs/01e_convert.ipynb #739a77aa
+# %% ../nbs/01e_convert.ipynb #a27cc656
 @patch
 def metas(self:Job): return [json.loads(zipfile.ZipFile(self.part(k)).read("meta.json")) for k in range(len(chunks(len(self.positions))))]
 
@@ -121,7 +121,7 @@ def images(self:Job,
                 yield number, i, blob
                 number += 1
 
-# %% ../nbs/01e_convert.ipynb #87818206
+# %% ../nbs/01e_convert.ipynb #fb6148ad
 def edm_name(number): return f"{number // 1000:05}/img{number:08}.png"
 
 def dataset_json(
@@ -132,7 +132,7 @@ def dataset_json(
     if labels is None: return b'{"labels": null}'
     return json.dumps({"labels": [[edm_name(n), int(y)] for n, y in enumerate(labels)], "classes": classes}).encode()
 
-# %% ../nbs/01e_convert.ipynb #c9ca1864
+# %% ../nbs/01e_convert.ipynb #fdcec104
 def class_folders(
     classes:list, # names
     counts, # images of each
@@ -143,7 +143,7 @@ def class_folders(
     folders = [f"class{k:04}" for k in range(len(classes))]
     return folders, [f"{f} {c}" for f, c in zip(folders, classes)]
 
-# %% ../nbs/01e_convert.ipynb #0f354fa0
+# %% ../nbs/01e_convert.ipynb #c9ca1864
 @patch
 def assemble(self:Job,
     metas:list, # of the parts
@@ -165,7 +165,7 @@ def _then(items, last):
     yield from items
     yield last()
 
-# %% ../nbs/01e_convert.ipynb #57157d41
+# %% ../nbs/01e_convert.ipynb #0f354fa0
 @patch
 def write_folder(self:Job,
     out:Path, # folder to make
@@ -194,7 +194,7 @@ def write_npz(f, shape, blobs, labels, classes):
             buffer = io.BytesIO(); np.save(buffer, a)
             z.writestr(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), buffer.getvalue())
 
-# %% ../nbs/01e_convert.ipynb #1900009b
+# %% ../nbs/01e_convert.ipynb #259ece27
 def positions_of(
     source:Source, # of the images
     split:str|None, # "train", "held_out", "all", or None: "train" where the data have their own held-out set, else "all"
@@ -210,7 +210,7 @@ def positions_of(
         held = held_out_mask(torch.zeros(len(source), dtype=torch.int64) if source.labels is None else torch.from_numpy(source.labels), 10).numpy()
     return np.flatnonzero(held == (split == "held_out"))
 
-# %% ../nbs/01e_convert.ipynb #e46ddba7
+# %% ../nbs/01e_convert.ipynb #ac408a14
 def check_destination(
     dst:Path, # to be made
     overwrite:bool, # may it replace what is there?
@@ -232,7 +232,7 @@ def format_of(
 
 def _unknown(dst): raise ValueError(f"{dst}: expected a name ending in .zip or .npz, or a folder; or give --format")
 
-# %% ../nbs/01e_convert.ipynb #4b701300
+# %% ../nbs/01e_convert.ipynb #fe781c35
 @patch
 def claim(self:Job):
     "Make the folder of the job or find it again; returns the lock to hold. `ValueError` if it belongs to another job."
@@ -254,7 +254,7 @@ def is_done(self:Job, k):
     try: return self.part(k).exists() and (self.skip_broken or not json.loads(zipfile.ZipFile(self.part(k)).read("meta.json"))["broken"])
     except (zipfile.BadZipFile, KeyError): return False
 
-# %% ../nbs/01e_convert.ipynb #af46a0f7
+# %% ../nbs/01e_convert.ipynb #4b701300
 def convert(
     source:Source, # anything opened by `open_source`
     dst:str|Path, # NAME.zip, NAME.npz or a folder
@@ -283,7 +283,7 @@ def convert(
             for n in in_order(job.make_part, todo, (cores() if len(todo) > 8 else 0) if workers is None else workers): bar.update(n)
         return job.finish()
 
-# %% ../nbs/01e_convert.ipynb #d6ee9ade
+# %% ../nbs/01e_convert.ipynb #af46a0f7
 def first_shape(source, positions, size, crop)->tuple: # (H, W)
     "The shape that all images must have: that of the first that can be read."
     if size is not None: return size, size

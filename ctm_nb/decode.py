@@ -7,7 +7,7 @@ __all__ = ['MAX_PIXELS', 'CROPS', 'BrokenImage', 'open_image', 'standardise', 'c
            'is_grey', 'cores', 'worker_pool', 'in_order']
 
 # %% ../nbs/01a_decode.ipynb #8f5112a3
-import io, os, sys, warnings
+import io, os, warnings
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -122,8 +122,7 @@ def worker_pool(
     work, # a function of one argument, handed to each worker once
 )->ProcessPoolExecutor: # give it `_do` and a task
     "Processes that know what to do and wait for tasks."
-    context = get_context("fork" if sys.platform == "linux" else "spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_remember, initargs=(work,))
+    return ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_remember, initargs=(work,))
 
 # %% ../nbs/01a_decode.ipynb #2f49c1e2
 def in_order(

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['fingerprint', 'look', 'Survey', 'chunks', 'survey', 'complain', 'tally', 'report', 'label_rows', 'contact_sheet']
 
-# %% ../nbs/01d_survey.ipynb #465be2d5
+# %% ../nbs/01d_survey.ipynb #a7534940
 import hashlib
 from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFont
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .decode import BrokenImage, cores, crop_box, as_image, decode, in_order, is_grey, open_image, standardise
 from .sources import Source, few
 
-# %% ../nbs/01d_survey.ipynb #389a8c79
+# %% ../nbs/01d_survey.ipynb #458f3e1e
 def fingerprint(
     a:np.ndarray, # (H, W, C) uint8
     label:str="", # name of its class; empty without one
@@ -24,7 +24,7 @@ def fingerprint(
     a = a[..., :1] if is_grey(a) else a
     return hashlib.sha256(repr((a.shape, label)).encode() + np.ascontiguousarray(a).tobytes()).digest()
 
-# %% ../nbs/01d_survey.ipynb #007c1585
+# %% ../nbs/01d_survey.ipynb #47ec31e8
 def look(
     source:Source, # of the image
     i:int, # its position
@@ -40,7 +40,7 @@ def look(
     s, q = (np.broadcast_to(m, 3).astype(float) for m in (v.sum(0), (v * v).sum(0)))
     return mode, upright.width, upright.height, is_grey(a), fingerprint(a, label), len(v), s, q
 
-# %% ../nbs/01d_survey.ipynb #1cefff50
+# %% ../nbs/01d_survey.ipynb #c2e2f064
 @dataclass(repr=False, eq=False)
 class Survey:
     "What one pass over a source found."
@@ -53,7 +53,7 @@ class Survey:
     pixels:int # in all images
     sums:np.ndarray # (2, 3) of values and of squares
 
-# %% ../nbs/01d_survey.ipynb #8993587a
+# %% ../nbs/01d_survey.ipynb #1cefff50
 def chunks(n, size=128): return [range(i, min(i + size, n)) for i in range(0, n, size)]
 
 def _look_at(source, size, crop):
@@ -67,7 +67,7 @@ def _look_at(source, size, crop):
         return np.array(i, int), np.array(mode, "U8"), np.array([w, h], np.int32).T, np.array(grey, bool), marks, sum(n), np.array([np.sum(s, 0), np.sum(q, 0)]) if seen else np.zeros((2, 3)), broken
     return work
 
-# %% ../nbs/01d_survey.ipynb #2f7e9175
+# %% ../nbs/01d_survey.ipynb #8993587a
 def survey(
     source:Source, # anything opened by `open_source`
     size:int|None=None, # look at the images cropped and resized to this side; None: as they are
@@ -85,7 +85,7 @@ def survey(
             bar.update(len(i) + len(broken))
     return found
 
-# %% ../nbs/01d_survey.ipynb #8b32387d
+# %% ../nbs/01d_survey.ipynb #68fd51c5
 @patch
 def moments(self:Survey)->dict:
     "Mean and standard deviation of the pixels: of each channel as 0..255, and of all as the model sees them."
@@ -104,7 +104,7 @@ def sha256(self:Survey)->str:
     marks = np.delete(self.digests, list(self.broken), 0)
     return hashlib.sha256(b"".join(sorted(m.tobytes() for m in marks))).hexdigest()
 
-# %% ../nbs/01d_survey.ipynb #9273b9e6
+# %% ../nbs/01d_survey.ipynb #e49278ae
 def complain(
     broken:dict, # position -> reason
     source:Source, # that they are in
@@ -118,14 +118,14 @@ def complain(
     if not skip: raise ValueError("\n".join([f"{head}; repair or remove them, or leave them out with --skip-broken:", *lines]))
     return "\n".join([f"{head} and are left out:", *lines])
 
-# %% ../nbs/01d_survey.ipynb #31da1094
+# %% ../nbs/01d_survey.ipynb #2d3bb03b
 def tally(values, n=8)->dict:
     "How often each value occurs, most frequent first, at most n of them."
     found, counts = np.unique(values, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     return {str(found[i]): int(counts[i]) for i in order[:n]} | ({f"{len(order) - n} others": int(counts[order[n:]].sum())} if len(order) > n else {})
 
-# %% ../nbs/01d_survey.ipynb #4f9ed6d5
+# %% ../nbs/01d_survey.ipynb #31da1094
 @patch
 def facts(self:Survey)->dict: # JSON-able
     "All that was found."
@@ -137,7 +137,7 @@ def facts(self:Survey)->dict: # JSON-able
             "classes": {} if y is None else {c: int(n) for c, n in zip(s.classes, y)}, **self.moments(),
             "broken": {s.names[i]: why for i, why in sorted(self.broken.items())}, "notes": list(s.notes), "sha256": self.sha256()}
 
-# %% ../nbs/01d_survey.ipynb #2efae925
+# %% ../nbs/01d_survey.ipynb #4f9ed6d5
 def report(
     facts:dict, # from `Survey.facts`
 )->str:
@@ -155,7 +155,7 @@ def report(
              *[("note", n) for n in f["notes"]], ("sha256", f["sha256"])]
     return "\n".join(f"{head:10} {text}".rstrip() for head, text in lines)
 
-# %% ../nbs/01d_survey.ipynb #0171b896
+# %% ../nbs/01d_survey.ipynb #840c8a04
 def label_rows(
     picture:np.ndarray, # (H, W) or (H, W, 3) uint8, rows of equal height
     names:list, # one a row
@@ -169,7 +169,7 @@ def label_rows(
     for k, n in enumerate(names): ImageDraw.Draw(sheet).text((width - 4, (k + .5) * row), n, "black", font, anchor="rm")
     return sheet
 
-# %% ../nbs/01d_survey.ipynb #88075b5d
+# %% ../nbs/01d_survey.ipynb #0171b896
 def contact_sheet(
     source:Source, # anything opened by `open_source`
     broken=(), # positions to avoid
