@@ -289,12 +289,17 @@ def open_zip(
 def tar_entries(
     path:Path, # an uncompressed tar
 ):  # yields (name, offset, bytes) of its regular files
-    "Where the files of a tar are; `ValueError` if it can't be read."
+    "Where the files of a tar are; `ValueError` if it can't be read or its end is missing."
     try:
         with tarfile.open(path, "r:") as t:
+            end = 0
             for e in t:
                 if e.isreg(): yield e.name.removeprefix("./"), e.offset_data, e.size
+                end = e.offset_data + -(-e.size // 512) * 512 * e.isreg()
                 t.members = []  # it would keep all of them
+        with open(path, "rb") as f:
+            f.seek(end)
+            if f.read(512) != bytes(512): raise ValueError(f"{path} is cut off: the block of zeros that ends a tar is missing")
     except tarfile.ReadError as e: raise ValueError(f"{path} can't be read as an uncompressed tar: {e}") from None
 
 def open_tar(
