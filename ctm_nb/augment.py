@@ -75,14 +75,15 @@ def warp(
     matrix:np.ndarray, # (B, 3, 3) from `matrix_of`
 )->torch.Tensor: # (B, C, H, H)
     "Images moved by their matrices, mirrored at the border."
-    n, h = x.shape[2], lowpass().to(x)
-    pad = n - 1  # as far as a mirror image reaches
+    n, h, inverse = x.shape[2], lowpass().to(x), np.linalg.inv(matrix)
+    reach = np.abs(inverse[:, :2, :2]).sum(2).max() * (.5 + 5 / n) + np.abs(inverse[:, :2, 2]).max()  # how far from the centre anything is fetched, in widths
+    pad = min(n - 1, max(0, int(np.ceil((reach - .5) * n)) + 4))  # a mirror image reaches n - 1
     big = F.pad(x, [pad] * 4, mode="reflect")
     up = torch.zeros(*big.shape[:2], 2 * big.shape[2], 2 * big.shape[3], dtype=x.dtype, device=x.device)
     up[:, :, ::2, ::2] = big * 4  # zeros between: the filter spreads them
     up = filter2d(F.pad(up, [6, 5, 6, 5]), h)  # fine pixel o is centred at (o + 1/2) / 2 of a pixel
     m = 2 * n + 10  # fine pixels that n pixels and the filter need
-    inverse = torch.from_numpy(np.linalg.inv(matrix)).to(x)
+    inverse = torch.from_numpy(inverse).to(x)
     at = (torch.arange(m, dtype=x.dtype, device=x.device) - (m - 1) / 2) / (2 * n)  # of the fine output grid, in widths
     yx = torch.stack([*reversed(torch.meshgrid(at, at, indexing="ij")), torch.ones(m, m, dtype=x.dtype, device=x.device)], -1)  # (m, m, 3) as x, y, 1
     source = (yx.reshape(1, -1, 3) @ inverse.transpose(1, 2))[..., :2].reshape(len(x), m, m, 2)  # in widths of the image

@@ -44,7 +44,7 @@ def standardise(
     im:Image.Image, # of any mode
 )->Image.Image: # upright, mode L or RGB
     "One meaning for every mode; `BrokenImage` where there is none."
-    im = ImageOps.exif_transpose(im)
+    if im.info or im.format != "PNG": im = ImageOps.exif_transpose(im)  # a PNG without any remark has no orientation
     if im.mode == "F": raise BrokenImage("floating-point pixels have no defined white")
     if im.mode.startswith("I"):
         wide = np.asarray(im, np.int64)
@@ -107,7 +107,8 @@ def is_grey(
     a:np.ndarray, # (..., C) uint8
 )->bool:
     "True if no pixel has a colour."
-    return a.shape[-1] == 1 or bool((a == a[..., :1]).all())
+    if a.shape[-1] == 1: return True
+    return not (a[:1] != a[:1, ..., :1]).any() and bool((a == a[..., :1]).all())  # most coloured images show it at once
 
 # %% ../nbs/01a_decode.ipynb #b68b0759
 def cores()->int:

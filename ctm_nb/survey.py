@@ -175,10 +175,11 @@ def contact_sheet(
     broken=(), # positions to avoid
     columns:int=16, # pictures a row
     rows:int=20, # at most so many classes; without classes, ten rows
-    size:int=48, # pixels of each
+    size:int=48, # pixels of each, at most
 )->Image.Image:
-    "Small pictures of everything, a row for each class."
+    "Small pictures of everything, a row for each class; images smaller than `size` are enlarged by whole numbers."
     good = np.setdiff1d(np.arange(len(source)), list(broken))
+    if len(good) and (side := min(source.pixels(int(good[0])).shape[:2])) <= size: size = side * (size // side)
     groups = [("", g) for g in np.array_split(good, 10)] if source.labels is None else [(c, good[source.labels[good] == k]) for k, c in enumerate(source.classes[:rows])]
     sheet = np.full((len(groups) * (size + 2), columns * (size + 2), 3), 255, np.uint8)
     for r, (_, g) in enumerate(groups):

@@ -291,7 +291,7 @@ def test_a_survey_counts_everything(tmp_path):
     assert facts["sizes"] == {"3 x 3": 1, "4 x 2": 1} and facts["modes"] == {"L": 1, "RGB": 1} and facts["classes"] == {"a": 1, "b": 1}
     assert facts["broken"] == {"a/2.jpg": "empty file"} and facts["channels"] == 1 and facts["mean"] == [round((8 * 10 + 9 * 250) / 17, 3)]
     assert "note       1 files are no images and are left alone: b/notes.txt" in report(facts)
-    assert contact_sheet(open_source(tmp_path / "d"), [1], columns=3, size=16).size[1] == 2 * 18
+    assert contact_sheet(open_source(tmp_path / "d"), [1], columns=3, size=17).size[1] == 2 * 18
 
 
 def test_the_fingerprint_is_of_the_content(tmp_path):
