@@ -4,7 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ctm_nb.data import ImageData, IndexSampler, decode, digits, held_out_mask, image_grid, load_data, to_uint8
+from ctm_nb.data import ImageData, IndexSampler, digits, held_out_mask, image_grid, load_data, to_uint8
+from ctm_nb.decode import decode
 
 u8 = torch.uint8
 
@@ -96,7 +97,7 @@ def test_one_coloured_image_makes_all_rgb(folder):
 
 def test_sizes_must_agree_unless_told(folder):
     save(folder/"dog"/"wide.png", grey(50, (4, 8)))
-    with pytest.raises(ValueError, match=r"dog.wide.png is 8 x 4; give image_size"):
+    with pytest.raises(ValueError, match=r"dog.wide.png is 8 x 4 and others are 4 x 4; give image_size"):
         load_data(folder)
     assert load_data(folder, "all", image_size=2).images.shape == (22, 1, 2, 2)
     with pytest.raises(ValueError, match="image_size=0"):
@@ -107,12 +108,13 @@ def test_crop_is_central_and_resize_is_by_area(tmp_path):
     a = np.zeros((6, 4), np.uint8)
     a[1:3, :2], a[3:5, 2:] = 200, [[10, 20], [30, 40]]
     save(tmp_path/"a.png", a)
-    assert decode(tmp_path/"a.png", 2)[..., 0].tolist() == [[200, 0], [0, 25]]
+    assert decode(tmp_path/"a.png", 2, "box")[..., 0].tolist() == [[200, 0], [0, 25]]
+    assert load_data(tmp_path, "all", image_size=2, crop="box").images[0, 0].tolist() == [[200, 0], [0, 25]]
 
 
 def test_modes(tmp_path):
     save(tmp_path/"deep.png", np.array([[0, 65535], [257 * 7, 257 * 200]], np.uint16))
-    assert decode(tmp_path/"deep.png")[..., 1].tolist() == [[0, 255], [7, 200]]
+    assert decode(tmp_path/"deep.png")[..., 0].tolist() == [[0, 255], [7, 200]]
     Image.new("P", (2, 2), 0).save(tmp_path/"palette.png", transparency=0)
     assert decode(tmp_path/"palette.png").min() == 255
     Image.new("1", (2, 2), 1).save(tmp_path/"bits.png")
@@ -122,7 +124,7 @@ def test_modes(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     Image.new("L", (8, 4)).save(tmp_path/"photo.jpg", exif=exif)
-    assert decode(tmp_path/"photo.jpg").shape == (8, 4, 3)
+    assert decode(tmp_path/"photo.jpg").shape == (8, 4, 1)
 
 
 def test_every_broken_file_is_listed_once(folder):
@@ -160,7 +162,7 @@ def test_ambiguous_folders_are_refused(folder):
         load_data(folder)
     (folder/"stray.png").unlink()
     (folder/"dataset.json").write_text("{}")
-    with pytest.raises(ValueError, match="EDM data set"):
+    with pytest.raises(ValueError, match="dataset.json: expected"):
         load_data(folder)
 
 

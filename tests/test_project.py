@@ -40,19 +40,22 @@ def test_setup_translates_settings():
     import json
     kw = json.loads(done.stdout)
     assert (kw["name"], kw["version"]) == (CFG["lib_name"], CFG["version"])
-    assert kw["install_requires"] == CFG["requirements"].split() and kw["extras_require"]["dev"] == CFG["dev_requirements"].split()
+    assert kw["install_requires"] == CFG["requirements"].split() and kw["extras_require"]["dev"] == CFG["dev_requirements"].split() + CFG["optional_requirements"].split()
     assert kw["python_requires"] == ">=" + CFG["min_python"] and kw["packages"] == [CFG["lib_path"]]
     assert kw["entry_points"]["console_scripts"] == CFG["console_scripts"].split()
 
 
 def test_requirements_cover_the_imports():
-    "Each module of ours imports the standard library, ourselves and declared requirements, nothing else."
-    names = {re.split(r"[<>=!~\[]", r)[0] for r in CFG["requirements"].split()}
-    allowed = {dict(pillow="PIL").get(n, n).replace("scikit-learn", "sklearn") for n in names} | set(sys.stdlib_module_names) | {CFG["lib_path"]}
+    "Each module of ours imports the standard library, ourselves and declared requirements, nothing else; optional ones only inside functions."
+    names = {k: {re.split(r"[<>=!~\[]", r)[0] for r in CFG[k].split()} for k in ("requirements", "optional_requirements")}
+    allowed = {dict(pillow="PIL").get(n, n).replace("scikit-learn", "sklearn") for n in names["requirements"]} | set(sys.stdlib_module_names) | {CFG["lib_path"]}
+    optional = {n.replace("clean-fid", "cleanfid") for n in names["optional_requirements"]}
     for path in (ROOT/CFG["lib_path"]).glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
             found = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-            for name in found: assert name.split(".")[0] in allowed, f"{path.name} imports {name}, which settings.ini does not require"
+            here = allowed if node in tree.body else allowed | optional
+            for name in found: assert name.split(".")[0] in here, f"{path.name} imports {name}, which settings.ini does not require"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,0 +1,111 @@
+"""How many images a second arrive: the input pipeline, from each place that images can be in, beside what training consumes.
+
+    python benchmarks/data.py [--images 20000] [--seconds 5]        writes nbs/results/data/benchmark.json and prints it as a table
+
+Random 32 x 32 images are used: what is in a picture changes the time of an uncompressed PNG little, that of a JPEG somewhat.
+`digits trainer` is the rate at which the digits preset itself takes images (teacher, distillation), measured here by running it for a moment.
+"""
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ctm_nb.convert import convert
+from ctm_nb.decode import as_image, cores
+from ctm_nb.formats import ArraySource, open_source
+from ctm_nb.loader import Batches, decode_all, load_splits
+from ctm_nb.sources import Names
+
+RESULTS = Path(__file__).resolve().parents[1] / "nbs" / "results" / "data"
+
+
+def hardware():
+    "Processor and cores, as a reader would want to know them."
+    try: name = next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
+    except (OSError, StopIteration): name = platform.processor()
+    return f"{name}, {cores()} cores"
+
+
+def pictures(n, size=32):
+    "Smooth random colour images, so that JPEG has something to do that resembles its work."
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, (n, 4, 4, 3), np.uint8)
+    return np.stack([np.asarray(as_image(s).resize((size, size), 2)) for s in small])
+
+
+def rate_of_batches(batches, seconds):
+    "Images a second of a running loader, after its first batches."
+    it, n, started = iter(batches), 0, None
+    for _ in islice(it, 8): pass
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        next(it)
+        n += batches.batch_size
+    return n / (time.perf_counter() - started)
+
+
+def rate_of_decoding(source, workers):
+    "Images a second into memory, all of them once."
+    started = time.perf_counter()
+    decode_all(source, workers=workers)
+    return len(source) / (time.perf_counter() - started)
+
+
+def rate_of_training(seconds):
+    "Images a second that the digits preset takes, in its two stages."
+    from ctm_nb.training import Trainer, make_config
+    rates = {}
+    with tempfile.TemporaryDirectory() as d:
+        for stage, words in (("teacher", ["teacher.steps=100000"]), ("ctm_dsm", ["teacher.steps=1", "distill.steps=100000"])):
+            t = Trainer(make_config("digits", words), Path(d) / stage)
+            for _ in range(4): t.train_step()
+            n, started = 0, time.perf_counter()
+            while time.perf_counter() - started < seconds: t.train_step(); n += t.optim.batch
+            rates[stage] = n / (time.perf_counter() - started)
+    return rates
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--images", type=int, default=20_000)
+    p.add_argument("--seconds", type=float, default=5.)
+    a = p.parse_args()
+    load_before, rows = os.getloadavg()[0], []
+    images = pictures(a.images)
+    array = ArraySource("random", "array", Names(map(str, range(a.images))), np.arange(a.images) % 10, [str(k) for k in range(10)], images=images)
+    with tempfile.TemporaryDirectory() as d:
+        d = Path(d)
+        os.environ["CTM_NB_CACHE"] = str(d / "cache")
+        convert(array, d / "edm.zip")
+        convert(array, d / "tree")
+        (d / "jpeg").mkdir()
+        for i, im in enumerate(images): as_image(im).save(d / "jpeg" / f"{i:06}.jpg", quality=90)
+        stream = load_splits(d / "edm.zip", in_memory=False)["train"]
+        memory = load_splits(d / "edm.zip")["train"]
+        many = sorted({1, cores()})
+        for name in ("edm.zip", "tree", "jpeg"):
+            for w in many: rows.append({"what": f"{ {'edm.zip': 'EDM zip', 'tree': 'PNG tree', 'jpeg': 'JPEG folder'}[name]} decoded into memory", "processes": w, "images a second": rate_of_decoding(open_source(d / name), w if w > 1 else 0)})
+        for w in many: rows.append({"what": "EDM zip on a stream, batches of x0", "processes": w, "images a second": rate_of_batches(Batches(stream, 128, workers=w), a.seconds)})
+        rows.append({"what": "memory, batches of x0", "processes": 1, "images a second": rate_of_batches(Batches(memory, 128), a.seconds)})
+        rows.append({"what": "memory, batches of x0, flipped", "processes": 1, "images a second": rate_of_batches(Batches(memory, 128, flip=True), a.seconds)})
+        rows.append({"what": "memory, EDM's augmentation, p = 0.12", "processes": 1, "images a second": rate_of_batches(Batches(memory, 128, flip=True, p=.12), a.seconds)})
+        digits = load_splits("digits")["train"]
+        rows.append({"what": "digits in memory, batches of x0", "processes": 1, "images a second": rate_of_batches(Batches(digits, 128), a.seconds)})
+    for stage, rate in rate_of_training(a.seconds).items(): rows.append({"what": f"for comparison: the digits preset trains ({stage})", "processes": 1, "images a second": rate})
+    for r in rows: r["images a second"] = round(r["images a second"])
+    load = f"load average {load_before:.1f} before and {os.getloadavg()[0]:.1f} after"
+    about = {"command": "python benchmarks/data.py", "hardware": hardware(), "load": load, "torch": torch.__version__, "threads": torch.get_num_threads(), "images": a.images, "size": 32, "rows": rows}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "benchmark.json").write_text(json.dumps(about, indent=1) + "\n")
+    print(f"{about['hardware']}, {load}\n\n| what | processes | images a second |\n| --- | --- | --- |")
+    for r in rows: print(f"| {r['what']} | {r['processes']} | {r['images a second']:,} |")
+
+
+if __name__ == "__main__": main()
