@@ -24,15 +24,20 @@ def rate_of(
 
 # %% ../nbs/11_auto.ipynb #9d40d51d
 _EDM, _CTM = "EDM Table 7", "CTM [R] commands"
-_STUDENT = [("distill.optimizer", "radam", "CTM Table 3"), ("distill.lr", 4e-4, "CTM Table 3"), ("distill.decay", "constant", _CTM), ("distill.solver", "heun", "CTM section 5"),
+_STUDENT = [("distill.optimizer", "radam", "CTM Table 3"), ("distill.lr", 4e-4, "CTM Table 3"), ("distill.decay", "constant", _CTM), ("distill.solver", "heun", "CTM section 5"), ("distill.distance", "lpips", "CTM section 5"),
             ("distill.k_power", 1, _CTM), ("distill.max_evals", "none", _CTM), ("distill.dsm", "true", "CTM Eq. 11"), ("distill.init", "random", _CTM), ("distill.steps", 30000, "CTM [R] advice 10-50k")]
+
+def _gan(batch, lr, target_ema):
+    values = [("steps", 30000, "CTM [R] advice >= 30k"), ("batch", batch, _CTM), ("optimizer", "radam", "CTM Table 3"), ("lr", lr, "CTM Table 3"), ("decay", "constant", _CTM),
+              ("features", "deit_base_distilled_patch16_224,tf_efficientnet_lite0", "CTM section 5 (StyleGAN-XL)"), ("target_ema", target_ema, _CTM), ("ema", .999, _CTM)]
+    return [(f"gan.{k}", v, s) for k, v, s in values]
 
 def _cifar10(target_ema):
     teacher = [("steps", steps_of(200e6, 512), f"{_EDM}: 200 M images"), ("batch", 512, _EDM), ("optimizer", "adamw", f"{_EDM}: Adam, no decay"), ("lr", 1e-3, _EDM),
                ("warmup", steps_of(10e6, 512), f"{_EDM}: 10 M images"), ("decay", "constant", _EDM), ("ema", rate_of(.5e6, 512), f"{_EDM}: half-life 0.5 M images")]
     return [("network.family", "ddpmpp", _EDM), ("network.model_channels", 128, _EDM), ("network.channel_mult", "2,2,2", _EDM), ("network.n_blocks", 4, _EDM), ("network.attention", 16, _EDM),
             ("network.dropout", .13, _EDM), ("network.augment_dim", 9, "EDM Table 6"), ("teacher.augment", .12, f"{_EDM}: 12 %"), *((f"teacher.{k}", v, s) for k, v, s in teacher),
-            *_STUDENT, ("distill.batch", 256, _CTM), ("distill.N", 18, "CTM section 5"), ("distill.K", 17, _CTM), ("distill.target_ema", target_ema, _CTM), ("distill.ema", .999, _CTM), ("evaluate.n", 50000, "CTM section 5")]
+            *_STUDENT, ("distill.batch", 256, _CTM), ("distill.N", 18, "CTM section 5"), ("distill.K", 17, _CTM), ("distill.target_ema", target_ema, _CTM), ("distill.ema", .999, _CTM), *_gan(528, 4e-4, target_ema), ("evaluate.n", 50000, "CTM section 5")]
 
 # %% ../nbs/11_auto.ipynb #c27aa9d2
 def _imagenet64():
@@ -40,7 +45,7 @@ def _imagenet64():
                ("warmup", steps_of(10e6, 4096), f"{_EDM}: 10 M images"), ("decay", "constant", _EDM), ("ema", rate_of(50e6, 4096), f"{_EDM}: half-life 50 M images")]
     return [("data.image_size", 64, "CTM section 5"), ("data.crop", "center", "ADM"), ("network.family", "openai", _CTM), ("network.model_channels", 192, _EDM), ("network.channel_mult", "1,2,3,4", _EDM),
             ("network.n_blocks", 3, _EDM), ("network.attention", "32,16,8", _EDM), ("network.dropout", .1, _EDM), ("teacher.augment", 0, f"{_EDM}: none"), *((f"teacher.{k}", v, s) for k, v, s in teacher),
-            *_STUDENT, ("distill.batch", 1440, _CTM), ("distill.N", 40, "CTM section 5"), ("distill.K", 39, _CTM), ("distill.target_ema", .999, _CTM), ("distill.ema", .999, _CTM), ("evaluate.n", 50000, "CTM section 5")]
+            *_STUDENT, ("distill.batch", 1440, _CTM), ("distill.N", 40, "CTM section 5"), ("distill.K", 39, _CTM), ("distill.target_ema", .999, _CTM), ("distill.ema", .999, _CTM), *_gan(4224, 8e-6, .999), ("gan.K", 20, "CTM Table 3"), ("evaluate.n", 50000, "CTM section 5")]
 
 RECIPES = {"cifar10": _cifar10(.9999), "cifar10-cond": _cifar10(.999), "imagenet64": _imagenet64()}
 
@@ -103,5 +108,6 @@ def choose(
     words, because = network_words(n, gpu)
     start = ("cifar10-cond" if source.classes else "cifar10") if gpu else "digits"
     known = f"{len(source.classes)} classes ({', '.join(source.classes[:5])}{', ...' if len(source.classes) > 5 else ''})" if source.classes else "no classes: an unconditional model"
-    reasons = [f"{source.name} is a {source.kind} of {len(source)} images with {known}", why, because, f"everything else as in the preset {start}", *source.notes]
+    reasons = [f"{source.name} is a {source.kind} of {len(source)} images with {known}", why, because, f"everything else as in the preset {start}" + ("; distances and the adversary look through the teacher's encoder, which needs no download" if gpu else ""), *source.notes]
+    if gpu: words += ["distill.distance=features", "gan.features=teacher", "distill.init=teacher"]  # what needs no download
     return start, [f"data.source={path}", *([f"data.image_size={size}"] if size else []), *words], reasons

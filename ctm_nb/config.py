@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field, fields
 
 import torch
 
+from .auto import RECIPES, words_of
+from .decode import CROPS
 from .distill import DISTANCES, MATCHING
 from .edm import SOLVERS
 from .gan import GAN_LOSSES
@@ -23,8 +25,12 @@ from .networks import FAMILIES
 @dataclass
 class DataConfig:
     "Which pictures."
-    source: str = "digits"  # "digits", a folder of images, or an .npz
+    source: str = "digits"  # "digits", or anything that `formats.open_source` recognises: folder, zip, npz, idx, LMDB, ...
     image_size: int | None = None  # side to crop and resize to; None: as they are
+    crop: str = "center"  # how, a key of decode.CROPS
+    labels: str = ""  # a file of labels, for images whose folders don't tell
+    flip: bool = False  # mirror half of the images
+    skip_broken: bool = False  # leave out what can't be read, instead of stopping before training
 
 # %% ../nbs/11_config.ipynb #bce87631
 @dataclass
@@ -62,6 +68,8 @@ class TeacherConfig(OptimConfig):
     source: str = ""  # an existing teacher: any checkpoint that `load` reads, or a public name; empty: train one
     P_mean: float = -1.2  # of ln sigma
     P_std: float = 1.2  # of ln sigma
+    augment: float = 0.  # probability of each of EDM's transformations; the network is told, and needs network.augment_dim=9
+    label_dropout: float = 0.  # share of the images that are shown without label, for classifier-free guidance
 
 # %% ../nbs/11_config.ipynb #91ec3160
 @dataclass
@@ -86,6 +94,7 @@ class DistillConfig(OptimConfig):
 class GanConfig(OptimConfig):
     "CTM + DSM + GAN, on top of a student; the settings of CTM + DSM stay as they are under `distill`."
     steps: int = 0  # of student and discriminator together, they take turns; 0: no such stage
+    K: int | None = None  # longest stretch of the teacher in this stage; None: as in distill
     features: str = "teacher"  # the discriminator's eyes: "teacher" and names of timm's networks, with commas
     weights: str = ""  # folder of the weights of timm's networks; empty: timm's cache
     levels: tuple = (.1, .5, 2.)  # noise levels at which the teacher looks
@@ -183,16 +192,7 @@ PRESETS = {
         distill.steps=400 distill.batch=64 distill.optimizer=adamw distill.lr=1.6e-3 distill.warmup=50 distill.decay=linear distill.beta2=.99 distill.ema=.99
         distill.N=12 distill.K=11 distill.k_power=.5 distill.solver=dpm distill.max_evals=5 distill.distance=pseudo_huber distill.target_ema=.99
         run.save_every=100 run.sample_every=200""",
-    "cifar10": """
-        data.source= network.family=ddpmpp network.model_channels=128 network.channel_mult=2,2,2 network.n_blocks=4 network.attention=16 network.dropout=.13 network.augment_dim=9
-        teacher.steps=400000 teacher.batch=512 teacher.optimizer=adamw teacher.lr=1e-3 teacher.warmup=20000 teacher.ema=.9993
-        distill.steps=30000 distill.batch=256 distill.optimizer=radam distill.lr=4e-4 distill.N=18 distill.K=17 distill.target_ema=.999 distill.ema=.999
-        evaluate.n=50000 run.save_every=1000 run.sample_every=1000""",
-    "imagenet64": """
-        data.source= network.family=openai network.model_channels=192 network.channel_mult=1,2,3,4 network.n_blocks=3 network.attention=32,16,8 network.dropout=.1
-        teacher.steps=600000 teacher.batch=4096 teacher.optimizer=adamw teacher.lr=1e-4 teacher.warmup=2500 teacher.ema=.9999
-        distill.steps=30000 distill.batch=1440 distill.optimizer=radam distill.lr=4e-4 distill.N=40 distill.K=39 distill.target_ema=.999 distill.ema=.999
-        evaluate.n=50000 run.save_every=1000 run.sample_every=1000""",
+    **{name: "data.source= " + words_of(recipe) for name, recipe in RECIPES.items()},
     "tiny": """
         network.model_channels=8 network.channel_mult=1,1 network.n_blocks=1 network.attention=4
         teacher.steps=30 teacher.batch=32 teacher.optimizer=adamw teacher.lr=2e-3 teacher.ema=.9
@@ -273,6 +273,10 @@ def check_config(
     "Raise ValueError naming the first impossible value."
     for section in STAGES.values(): _check_optim(section, getattr(c, section))
     _check_distill(c.distill), _check_gan(c.gan), _check_network(c.network), _check_run(c.evaluate, c.run)
+    _expect("data.crop", c.data.crop, c.data.crop in CROPS, f"one of {', '.join(CROPS)}")
+    for key in ("augment", "label_dropout"): _expect(f"teacher.{key}", v := getattr(c.teacher, key), 0 <= v < 1, "in [0, 1)")
+    _expect("network.augment_dim", c.network.augment_dim, c.network.augment_dim == 9 or not c.teacher.augment, "9 for a teacher with augmentation")
+    _expect("gan.K", c.gan.K, c.gan.K is None or 1 <= c.gan.K < c.distill.N, f"none or in 1..distill.N-1 = 1..{c.distill.N - 1}")
     _expect("data.source", repr(c.data.source), c.data.source, 'the path of the images (--data PATH), or "digits"')
     _expect("teacher.source", repr(c.teacher.source), c.teacher.source or not c.distill.source, "given when distill.source is (an adversarial stage needs both)")
     _expect("gan.steps", c.gan.steps, sum(stage_steps(c).values()), "at least 1 where nothing else is to be trained")

@@ -9,6 +9,7 @@ __all__ = ['STAGE_CLASSES', 'step_generator', 'lr_at', 'Stage', 'make_optimizer'
 # %% ../nbs/11_stages.ipynb #6d7839e2
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -97,15 +98,17 @@ class TeacherStage(Stage):
         self.parts["model"] = Denoiser(make_network(self.config, self.data), n.sigma_data, n.sigma_min, n.sigma_max).to(self.device)
         self.follow("teacher", self.optim.ema)
 
-    def example(self, x0: Tensor, y: Tensor | None, gen: torch.Generator, n: int) -> dict:
-        "Images with their noise levels and noise."
-        draw = lambda *shape: torch.randn(*shape, generator=gen).to(self.device)
-        return dict(x0=x0, sigma=lognormal_sigma(draw(len(x0)), self.optim.P_mean, self.optim.P_std), eps=draw(*x0.shape), y=y)
+    def example(self, x0: Tensor, y: Tensor | None, gen: torch.Generator, n: int, augment: Tensor | None = None) -> dict:
+        "Images with their noise levels and noise; some lose their label."
+        draw, c = lambda *shape: torch.randn(*shape, generator=gen).to(self.device), self.optim
+        e = dict(x0=x0, sigma=lognormal_sigma(draw(len(x0)), c.P_mean, c.P_std), eps=draw(*x0.shape), y=y, augment=augment)
+        if y is not None and c.label_dropout: e["y"] = torch.where(torch.rand(len(y), generator=gen).to(y.device) < c.label_dropout, -1, y)
+        return e
 
     def losses(self, e: dict, n: int) -> dict:
         "EDM's denoising loss."
-        model = self.parts["model"]
-        loss = edm_loss(model, **e, sigma_data=model.sigma_data).mean()
+        model, told = self.parts["model"], {k: v for k in ("augment",) if (v := e.pop(k)) is not None}
+        loss = edm_loss(partial(model, **told), **e, sigma_data=model.sigma_data).mean()
         return {"loss": loss, "loss_edm": loss}
 
 # %% ../nbs/11_stages.ipynb #86209d10
@@ -152,8 +155,8 @@ def stretch(
     ask: bool = True,  # False: the teacher's answer is not needed
 ) -> dict:  # x_t, x_u, t, u, s, y and "teacher_evals"
     "A start, and where the teacher goes from it.  # CTM: training step"
-    d = stage.config.distill
-    i, k, j = draw_stretch(len(x0), d.N, d.K, gen, d.matching, d.k_power)
+    d, K = stage.config.distill, getattr(stage.optim, "K", None) or stage.config.distill.K
+    i, k, j = draw_stretch(len(x0), d.N, K, gen, d.matching, d.k_power)
     t, u, s = (grid_time(v, d.N, **stage.grid).to(x0) for v in (i, i + k, j))
     x_t = perturb(x0, t, torch.randn(*x0.shape, generator=gen).to(x0))
     x_u, n_evals = teacher_jump(stage.parts["teacher"].D, x_t, i, k, d.N, y, d.solver, d.max_evals, **stage.grid) if ask else (None, 0)
@@ -161,7 +164,7 @@ def stretch(
 
 # %% ../nbs/11_stages.ipynb #67b276ce
 @patch
-def example(self: DistillStage, x0: Tensor, y: Tensor | None, gen: torch.Generator, n: int, ask: bool = True) -> dict:
+def example(self: DistillStage, x0: Tensor, y: Tensor | None, gen: torch.Generator, n: int, augment: None = None, ask: bool = True) -> dict:
     "All of a distillation step that does not involve the student."
     if not self.parts["teacher"].n_classes: y = None
     e = stretch(self, x0, y, gen, ask)
@@ -204,7 +207,7 @@ class GanStage(DistillStage):
         "Who learns in a step: see `gan_turn`."
         return gan_turn(n, self.optim.start, self.optim.head_start)
 
-    def example(self, x0: Tensor, y: Tensor | None, gen: torch.Generator, n: int) -> dict:
+    def example(self, x0: Tensor, y: Tensor | None, gen: torch.Generator, n: int, augment: None = None) -> dict:
         "As in distillation; the step's generator goes along, for augmentation and noise."
         return super().example(x0, y, gen, n, ask=self.turn(n) != "discriminator") | {"generator": gen}
 
