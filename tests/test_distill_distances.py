@@ -111,3 +111,8 @@ def test_bad_requests(name, options, message):
 def test_options_arrive():
     a, b = torch.randn(2, 3, 1, 8, 8)
     assert torch.equal(make_distance("pseudo_huber", c=.5)(a, b), pseudo_huber(a, b, .5)) and torch.equal(make_distance("l2")(a, b), l2(a, b))
+
+
+def test_a_silent_pixel_has_a_finite_gradient():
+    f = torch.zeros(1, 4, 2, 2, requires_grad=True)
+    assert torch.isfinite(torch.autograd.grad(feature_gap([f], [torch.ones(1, 4, 2, 2)]).sum(), f)[0]).all()
