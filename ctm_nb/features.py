@@ -13,7 +13,6 @@ from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .flow import perturb
