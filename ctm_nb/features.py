@@ -8,12 +8,12 @@ __all__ = ['colour', 'translate', 'cutout', 'augment', 'Frozen', 'TeacherFeature
 
 # %% ../nbs/06_features.ipynb #43ba7b78
 import math
+from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .flow import perturb
@@ -106,10 +106,9 @@ class TeacherFeatures(Frozen):
 
 # %% ../nbs/06_features.ipynb #f07a6185
 def import_timm():
-    "The package timm, or an ImportError that says how to get it."
-    try: import timm
-    except ImportError: raise ImportError("features of image classifiers need the package timm: pip install timm") from None
-    return timm
+    "The package timm, or a ValueError that says how to get it."
+    try: return import_module("timm")
+    except ImportError as e: raise ValueError(f"features of image classifiers need the package timm (pip install timm): {e}") from None
 
 # %% ../nbs/06_features.ipynb #b7e8a45f
 def find_weights(
@@ -131,11 +130,11 @@ def find_weights(
 
 # %% ../nbs/06_features.ipynb #e6b4a85b
 def _cached(name):
-    from huggingface_hub import try_to_load_from_cache
+    hub = import_module("huggingface_hub")  # timm requires it
     cfg = import_timm().get_pretrained_cfg(name)
     if cfg and cfg.hf_hub_id:
         for file in ("model.safetensors", "pytorch_model.bin"):
-            if isinstance(found := try_to_load_from_cache(cfg.hf_hub_id, file), str): yield Path(found)
+            if isinstance(found := hub.try_to_load_from_cache(cfg.hf_hub_id, file), str): yield Path(found)
     if cfg and cfg.url: yield Path(torch.hub.get_dir()) / "checkpoints" / Path(cfg.url).name
 
 # %% ../nbs/06_features.ipynb #23e0aba4

@@ -8,8 +8,6 @@ __all__ = ['GAN_LOSSES', 'hinge_d', 'hinge_g', 'softplus_d', 'softplus_g', 'conv
            'discriminator_objective']
 
 # %% ../nbs/06_gan.ipynb #8d628f67
-import math
-
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch

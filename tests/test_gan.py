@@ -129,7 +129,7 @@ def test_missing_weights_are_reported_at_once(tmp_path, monkeypatch):
 
 def test_missing_timm_is_reported(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
-    with pytest.raises(ImportError, match="pip install timm"): TimmFeatures()
+    with pytest.raises(ValueError, match="pip install timm"): TimmFeatures()
 
 
 def test_weights_from_file_folder_and_cache_and_damaged_ones(tmp_path, monkeypatch):
