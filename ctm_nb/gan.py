@@ -14,8 +14,9 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from .distill import adaptive_weight, l2, to_end
-from .edm import edm_loss, jump
+from .distill import average, balance, ctm_target, last_layer_gradient, student_pass, to_end
+from .distances import at_least_float32, l2
+from .edm import edm_loss
 from .features import RandomProjection, augment, probe
 from .flow import perturb
 
@@ -227,22 +228,22 @@ def ctm_dsm_gan_objective(
     generator: torch.Generator | None = None,  # of augmentation and noise
     loss: str = "hinge",  # a key of GAN_LOSSES
     low: float = .01, high: float = 10.,  # clamp of the adversary's weight
-) -> dict:  # "objective" to call backward on; "loss_*" and "lambda_*" of all three without gradient
+    compare_at: str = "end",  # see `distill.carry`; the adversary always judges the end
+    scale: float | Tensor = 1.,  # the loss scaler's factor, in half precision
+) -> dict:  # "objective" to call backward on; "loss_*" and "lambda_*" of all three without gradient, means over the processes
     "CTM + DSM + GAN, each adaptively weighted, one pass of the student.  # CTM: total loss"
-    B, last = len(x_t), student.net.last_layer
-    with torch.no_grad(): goal = to_end(target, student.G(x_u, u, s, y), s, y)
-    both = lambda a, b: torch.cat([a, b])
-    g = student.g(both(x_t, perturb(x0, sigma, eps)), both(t, sigma), both(s, sigma), None if y is None else both(y, y))
-    x_s, D = jump(x_t, t, s, g[:B]), g[B:]
+    last, goal = student.net.last_layer, ctm_target(student, target, x_u, u, s, y, compare_at)
+    x_s, D = student_pass(student, x_t, t, s, perturb(x0, sigma, eps), sigma, y)
     leaf = x_s.detach().requires_grad_()
     estimate = to_end(target, leaf, s, y)
-    ctm = distance(estimate, goal).mean()  # CTM: soft-matching loss
+    ctm = distance(estimate if compare_at == "end" else leaf, goal).mean()  # CTM: soft-matching loss
     gan = gan_loss_g(discriminator, estimate, y, generator, loss).mean()  # CTM: GAN loss
-    dsm = edm_loss(lambda *_: D, x0, sigma, eps, y, student.sigma_data).mean()  # CTM: DSM loss
-    v, a = (torch.autograd.grad(l, leaf, retain_graph=keep)[0] for l, keep in ((ctm, True), (gan, False)))
-    ctm_x, gan_x = (v * x_s).sum(), (a * x_s).sum()
-    lam_dsm, lam_gan = adaptive_weight(ctm_x, dsm, last), adaptive_weight(ctm_x, gan_x, last, low, high)
-    return {"objective": ctm_x + lam_dsm * dsm + lam_gan * gan_x, "loss_ctm": ctm.detach(), "loss_dsm": dsm.detach(), "loss_gan": gan.detach(),
+    dsm = edm_loss(lambda *_: at_least_float32(D), x0, sigma, eps, y, student.sigma_data).mean()  # CTM: DSM loss
+    back = [torch.autograd.grad(l * scale, leaf, retain_graph=keep)[0] for l, keep in ((ctm, True), (gan, False))]
+    ctm_x, gan_x = ((at_least_float32(v) / scale * x_s).sum() for v in back)
+    a, b, c, *losses = average(*(last_layer_gradient(v, last, scale) for v in (ctm_x, dsm, gan_x)), ctm.detach(), dsm.detach(), gan.detach())
+    lam_dsm, lam_gan = balance(a, b), balance(a, c, low, high)
+    return {"objective": ctm_x + lam_dsm * dsm + lam_gan * gan_x, **dict(zip(("loss_ctm", "loss_dsm", "loss_gan"), losses)),
             "lambda_dsm": lam_dsm, "lambda_gan": lam_gan}
 
 # %% ../nbs/06_gan.ipynb #4abeca0c

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGE_CLASSES', 'step_generator', 'lr_at', 'Stage', 'make_optimizer', 'make_network', 'TeacherStage', 'given',
-           'DistillStage', 'stretch', 'make_discriminator', 'GanStage']
+           'DistillStage', 'stretch', 'make_discriminator', 'GanStage', 'check_weights']
 
 # %% ../nbs/11_stages.ipynb #6d7839e2
 import copy
@@ -16,11 +16,12 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .config import OPTIMIZERS, STAGES, Config, OptimConfig
+from .config import OPTIMIZERS, STAGES, Config, OptimConfig, stage_steps
 from .data import ImageData
 from .distill import ctm_dsm_objective, ctm_loss, draw_stretch, dsm_sigma, grid_time, make_distance, teacher_jump
+from .distances import backbone_file
 from .edm import Denoiser, edm_loss, lognormal_sigma
-from .features import TeacherFeatures, TimmFeatures
+from .features import TeacherFeatures, TimmFeatures, find_weights
 from .flow import perturb
 from .gan import Discriminator, ctm_dsm_gan_objective, discriminator_objective, discriminator_optimizer, gan_turn, lazy
 from .interchange import load
@@ -222,8 +223,18 @@ def losses(self: GanStage, e: dict, n: int) -> dict:
         starts = {k: e[k] for k in ("x_t", "t", "s", "x0", "y")}
         loss = discriminator_objective(student, target, discriminator, **starts, generator=gen, r1=lazy(n, g.r1), loss=g.loss)
         return {"part": "discriminator", "loss": loss, "loss_d": loss, "teacher_evals": n_evals}
-    out = ctm_dsm_gan_objective(student, target, discriminator, **e, distance=self.distance, generator=gen, loss=g.loss, low=g.low, high=g.high)
+    out = ctm_dsm_gan_objective(student, target, discriminator, **e, distance=self.distance, generator=gen, loss=g.loss, low=g.low, high=g.high, compare_at=self.config.distill.compare_at)
     return {"loss": out["loss_ctm"] + out["lambda_dsm"] * out["loss_dsm"] + out["lambda_gan"] * out["loss_gan"], **out, "teacher_evals": n_evals}
 
 # %% ../nbs/11_stages.ipynb #c9abf85d
+def check_weights(
+    config: Config,  # of the run
+):
+    "Raise ValueError or FileNotFoundError for downloaded weights that a later stage needs and does not find."
+    steps, d, g = stage_steps(config), config.distill, config.gan
+    if d.distance == "lpips" and (steps["ctm_dsm"] or steps["ctm_dsm_gan"]): backbone_file(folder=d.weights or None)
+    for f in g.features.split(",") if steps["ctm_dsm_gan"] else []:
+        if f.strip() != "teacher": find_weights(f.strip(), g.weights or None)
+
+# %% ../nbs/11_stages.ipynb #f79609d5
 STAGE_CLASSES = {c.name: c for c in (TeacherStage, DistillStage, GanStage)}

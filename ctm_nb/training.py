@@ -29,7 +29,7 @@ from .interchange import describe, rebuild
 from .loader import Batches, Splits, load_splits
 from .metrics import make_reference, score_records, score_samples, train_classifier
 from .sampling import sample
-from .stages import STAGE_CLASSES, Stage, lr_at, step_generator
+from .stages import STAGE_CLASSES, Stage, check_weights, lr_at, step_generator
 from .state import CheckpointError, MetricsLog, atomic_write, latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ class Trainer:
     ):
         self.config, self.folder, checkpoints = config, Path(folder), Path(folder) / "checkpoints"
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.run.device == "auto" else config.run.device)
+        check_weights(config)
         self.splits = open_images(config)
         self.data = self.splits["train"]
         self.ends = dict(zip(STAGES, accumulate(stage_steps(config).values())))  # stage -> step at which it is over

@@ -20,7 +20,7 @@ from ctm_nb.training import Trainer, markdown_table, score_table
 from dataclasses import asdict
 
 TINY = ["teacher.steps=12", "distill.steps=9", "gan.steps=9", "gan.batch=16", "run.save_every=4", "run.log_every=3", "run.sample_every=100", "evaluate.n=0"]
-COMMAND = [sys.executable, "-c", "from ctm_nb.cli import ctm_nb_train; ctm_nb_train()", "--preset", "tiny", "--set", *TINY]
+COMMAND = [sys.executable, "-c", "from ctm_nb.cli import ctm_nb_train; ctm_nb_train()", "--preset", "tiny", "--stage", "all", "--set", *TINY]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
