@@ -40,36 +40,48 @@ def pictures(n, size=32):
     return np.stack([np.asarray(as_image(s).resize((size, size), 2)) for s in small])
 
 
-def rate_of_batches(batches, seconds):
-    "Images a second of a running loader, after its first batches."
-    it, n, started = iter(batches), 0, None
+class Clock:
+    "Images a second by the clock, and processor time an image, which other processes on the machine change less."
+    def __enter__(self):
+        self.n, self.wall, self.cpu = 0, time.perf_counter(), self.now()
+        return self
+
+    def now(self): return sum(os.times()[:4])  # of this process and of its children that have ended
+    def __exit__(self, *_): self.wall, self.cpu = time.perf_counter() - self.wall, self.now() - self.cpu
+    def row(self, what, processes=1, cpu=True):
+        return {"what": what, "processes": processes, "images a second": round(self.n / self.wall), "CPU microseconds an image": round(self.cpu / self.n * 1e6, 1) if cpu else None}
+
+
+def of_batches(batches, seconds):
+    "A running loader, after its first batches."
+    it = iter(batches)
     for _ in islice(it, 8): pass
-    started = time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        next(it)
-        n += batches.batch_size
-    return n / (time.perf_counter() - started)
+    with Clock() as c:
+        while time.perf_counter() - c.wall < seconds:
+            next(it)
+            c.n += batches.batch_size
+    return c
 
 
-def rate_of_decoding(source, workers):
-    "Images a second into memory, all of them once."
-    started = time.perf_counter()
-    decode_all(source, workers=workers)
-    return len(source) / (time.perf_counter() - started)
+def of_decoding(source, workers):
+    "All images into memory, once."
+    with Clock() as c:
+        decode_all(source, workers=workers)
+        c.n = len(source)
+    return c
 
 
-def rate_of_training(seconds):
-    "Images a second that the digits preset takes, in its two stages."
+def of_training(seconds):
+    "The digits preset in its two stages."
     from ctm_nb.training import Trainer, make_config
-    rates = {}
     with tempfile.TemporaryDirectory() as d:
         for stage, words in (("teacher", ["teacher.steps=100000"]), ("ctm_dsm", ["teacher.steps=1", "distill.steps=100000"])):
             t = Trainer(make_config("digits", words), Path(d) / stage)
             for _ in range(4): t.train_step()
-            n, started = 0, time.perf_counter()
-            while time.perf_counter() - started < seconds: t.train_step(); n += t.optim.batch
-            rates[stage] = n / (time.perf_counter() - started)
-    return rates
+            batch = 128 if stage == "teacher" else 64
+            with Clock() as c:
+                while time.perf_counter() - c.wall < seconds: t.train_step(); c.n += batch
+            yield c.row(f"for comparison: the digits preset trains ({stage})")
 
 
 def main():
@@ -90,22 +102,19 @@ def main():
         stream = load_splits(d / "edm.zip", in_memory=False)["train"]
         memory = load_splits(d / "edm.zip")["train"]
         many = sorted({1, cores()})
-        for name in ("edm.zip", "tree", "jpeg"):
-            for w in many: rows.append({"what": f"{ {'edm.zip': 'EDM zip', 'tree': 'PNG tree', 'jpeg': 'JPEG folder'}[name]} decoded into memory", "processes": w, "images a second": rate_of_decoding(open_source(d / name), w if w > 1 else 0)})
-        for w in many: rows.append({"what": "EDM zip on a stream, batches of x0", "processes": w, "images a second": rate_of_batches(Batches(stream, 128, workers=w), a.seconds)})
-        rows.append({"what": "memory, batches of x0", "processes": 1, "images a second": rate_of_batches(Batches(memory, 128), a.seconds)})
-        rows.append({"what": "memory, batches of x0, flipped", "processes": 1, "images a second": rate_of_batches(Batches(memory, 128, flip=True), a.seconds)})
-        rows.append({"what": "memory, EDM's augmentation, p = 0.12", "processes": 1, "images a second": rate_of_batches(Batches(memory, 128, flip=True, p=.12), a.seconds)})
-        digits = load_splits("digits")["train"]
-        rows.append({"what": "digits in memory, batches of x0", "processes": 1, "images a second": rate_of_batches(Batches(digits, 128), a.seconds)})
-    for stage, rate in rate_of_training(a.seconds).items(): rows.append({"what": f"for comparison: the digits preset trains ({stage})", "processes": 1, "images a second": rate})
-    for r in rows: r["images a second"] = round(r["images a second"])
+        for file, name in (("edm.zip", "EDM zip"), ("tree", "PNG tree"), ("jpeg", "JPEG folder")):
+            for w in many: rows.append(of_decoding(open_source(d / file), w if w > 1 else 0).row(f"{name} decoded into memory", w))
+        for w in many: rows.append(of_batches(Batches(stream, 128, workers=w if w > 1 else 0), a.seconds).row("EDM zip on a stream, batches of x0", w, cpu=w == 1))
+        for name, kw in (("batches of x0", {}), ("flipped", dict(flip=True)), ("EDM's augmentation, p = 0.12", dict(flip=True, p=.12))):
+            rows.append(of_batches(Batches(memory, 128, **kw), a.seconds).row(f"memory, {name}"))
+        rows.append(of_batches(Batches(load_splits("digits")["train"], 128), a.seconds).row("digits in memory, batches of x0"))
+    rows += of_training(a.seconds)
     load = f"load average {load_before:.1f} before and {os.getloadavg()[0]:.1f} after"
     about = {"command": "python benchmarks/data.py", "hardware": hardware(), "load": load, "torch": torch.__version__, "threads": torch.get_num_threads(), "images": a.images, "size": 32, "rows": rows}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "benchmark.json").write_text(json.dumps(about, indent=1) + "\n")
-    print(f"{about['hardware']}, {load}\n\n| what | processes | images a second |\n| --- | --- | --- |")
-    for r in rows: print(f"| {r['what']} | {r['processes']} | {r['images a second']:,} |")
+    print(f"{about['hardware']}, {load}\n\n| what | processes | images a second | CPU microseconds an image |\n| --- | --- | --- | --- |")
+    for r in rows: print(f"| {r['what']} | {r['processes']} | {r['images a second']:,} | {r['CPU microseconds an image']} |")
 
 
 if __name__ == "__main__": main()
