@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'WRITERS', 'class_list', 'times_list', 'weights_hash', 'make_plan', 'labels_of', 'out_of_memory', 'Batches',
            'part_drawer', 'missing_parts', 'draw_parts', 'read_parts', 'write_npz', 'write_zip', 'write_tree',
-           'write_grid', 'writer_of', 'read_plan', 'publish', 'refuse_existing', 'open_parts', 'worker', 'draw_on_many',
-           'draw_samples', 'find_devices']
+           'write_grid', 'writer_of', 'read_plan', 'publish', 'refuse_existing', 'open_parts', 'find_devices', 'worker',
+           'draw_on_many', 'draw_samples']
 
 # %% ../nbs/11_draw.ipynb #cd3d54a8
 import difflib
@@ -78,7 +78,7 @@ def weights_hash(
         h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/11_draw.ipynb #35e53a25
+# %% ../nbs/11_draw.ipynb #7575352c
 def make_plan(
     m,  # the model
     checkpoint: str,  # where it came from
@@ -117,7 +117,7 @@ def _churn(spec):
     if len(values) > 4: raise ValueError(f"churn must be S_churn[,S_min,S_max,S_noise], got {spec!r}")
     return Churn(*values)
 
-# %% ../nbs/11_draw.ipynb #de45b5fb
+# %% ../nbs/11_draw.ipynb #aa1ac5a0
 def labels_of(
     plan: dict,  # from `make_plan`
     ids,  # (B,) sample numbers
@@ -126,14 +126,14 @@ def labels_of(
     chosen = plan["classes"]
     return None if chosen is None else torch.tensor(chosen)[torch.as_tensor(ids) % len(chosen)]
 
-# %% ../nbs/11_draw.ipynb #f22dde40
+# %% ../nbs/11_draw.ipynb #847bab36
 def out_of_memory(
     error: BaseException,  # what was raised
 ) -> bool:
     "Did a device, or the computer, run out of memory?"
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
-# %% ../nbs/11_draw.ipynb #69eb0e02
+# %% ../nbs/11_draw.ipynb #77eddebf
 class Batches:
     "A function of sample numbers, called with as many at a time as memory allows."
     def __init__(self,
@@ -157,7 +157,7 @@ class Batches:
             out.append(x); done(len(x)); ids = ids[len(x):]
         return torch.cat(out)
 
-# %% ../nbs/11_draw.ipynb #77eddebf
+# %% ../nbs/11_draw.ipynb #cbd34219
 def part_drawer(
     m,  # the model of the plan
     plan: dict,  # from `make_plan`
@@ -172,7 +172,7 @@ def part_drawer(
         return to_uint8(x).permute(0, 2, 3, 1)
     return Batches(draw, batch_size or plan["part"])
 
-# %% ../nbs/11_draw.ipynb #cbd34219
+# %% ../nbs/11_draw.ipynb #95d52d58
 def missing_parts(
     folder: Path,  # of the parts
     plan: dict,  # from `make_plan`
@@ -182,7 +182,7 @@ def missing_parts(
 
 def _part(folder, p): return folder / f"part_{p:06d}.npz"
 
-# %% ../nbs/11_draw.ipynb #d35987b1
+# %% ../nbs/11_draw.ipynb #55a0c97f
 def draw_parts(
     m,  # the model of the plan
     plan: dict,  # from `make_plan`
@@ -194,13 +194,14 @@ def draw_parts(
 ):
     "Draw this process's share of what is missing."
     draw = part_drawer(m, plan, batch_size)
-    for p in missing_parts(folder, plan)[rank::world]:
+    for p in missing_parts(folder, plan):
+        if p % world != rank: continue
         ids = torch.arange(p * plan["part"], min((p + 1) * plan["part"], plan["n"]))
         data, y = io.BytesIO(), labels_of(plan, ids)
         np.savez(data, images=draw(ids, done).numpy(), **({} if y is None else {"labels": y.numpy()}))
         atomic_write(_part(folder, p), data.getvalue())
 
-# %% ../nbs/11_draw.ipynb #30b45f41
+# %% ../nbs/11_draw.ipynb #9822de1b
 def read_parts(
     folder: Path,  # of the parts
     plan: dict,  # from `make_plan`
@@ -211,13 +212,13 @@ def read_parts(
     if len(images) != plan["n"]: raise ValueError(f"{folder} holds {len(images)} samples, expected {plan['n']}; remove it and repeat the command")
     return images, None if plan["classes"] is None else np.concatenate([z["labels"] for z in parts])
 
-# %% ../nbs/11_draw.ipynb #55a0c97f
+# %% ../nbs/11_draw.ipynb #708849c8
 def write_npz(path, images, labels, plan):
     "ADM's form: arr_0 (n, H, W, C) uint8, arr_1 labels."
     more = {} if labels is None else {"arr_1": labels}
     with open(path, "wb") as f: np.savez(f, arr_0=images, sampler=np.array(json.dumps(plan)), **more)
 
-# %% ../nbs/11_draw.ipynb #2f6e1c2f
+# %% ../nbs/11_draw.ipynb #fa11cf1b
 def _png(image):
     data = io.BytesIO()
     Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(data, "png")
@@ -232,7 +233,7 @@ def write_zip(path, images, labels, plan):
         z.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": listed}))
         z.writestr(zipfile.ZipInfo("sampler.json"), json.dumps(plan, indent=1))
 
-# %% ../nbs/11_draw.ipynb #8c79f424
+# %% ../nbs/11_draw.ipynb #3e55ab9c
 def write_tree(path, images, labels, plan):
     "A folder of PNGs, one sub-folder a class."
     def folder(y): return "unlabelled" if y < 0 else plan["class_names"][y].replace("/", "_")
@@ -243,7 +244,7 @@ def write_tree(path, images, labels, plan):
         (at / f"{i:06d}.png").write_bytes(_png(image))
     (path / "sampler.json").write_text(json.dumps(plan, indent=1))
 
-# %% ../nbs/11_draw.ipynb #9822de1b
+# %% ../nbs/11_draw.ipynb #04096f90
 def write_grid(path, images, labels, plan):
     "One picture of all samples; a column for each class where that fits."
     classes = len(plan["classes"] or [])
@@ -252,7 +253,7 @@ def write_grid(path, images, labels, plan):
     text.add_text("sampler", json.dumps(plan))
     Image.fromarray(image_grid(torch.from_numpy(images).permute(0, 3, 1, 2), columns)).save(path, "png", pnginfo=text)
 
-# %% ../nbs/11_draw.ipynb #9ef88136
+# %% ../nbs/11_draw.ipynb #c1c4e478
 WRITERS = {".npz": write_npz, ".zip": write_zip, ".png": write_grid, "": write_tree}
 
 def writer_of(
@@ -263,7 +264,7 @@ def writer_of(
     if end in (".tar", ".gz", ".tgz", ".jpg", ".jpeg", ".pt", ".npy", ".h5", ".tfrecord"): raise ValueError(f"OUT must end in .zip, .npz or .png, or be a folder, got {out}")
     return WRITERS.get(end, write_tree)
 
-# %% ../nbs/11_draw.ipynb #708849c8
+# %% ../nbs/11_draw.ipynb #19624bd3
 def read_plan(
     out: Path,  # a file or folder written here
 ) -> dict | None:  # None if there is none in it
@@ -275,7 +276,7 @@ def read_plan(
         with zipfile.ZipFile(out) as z: return json.loads(z.read("sampler.json"))
     except (OSError, KeyError, ValueError, AttributeError, zipfile.BadZipFile): return None
 
-# %% ../nbs/11_draw.ipynb #3e55ab9c
+# %% ../nbs/11_draw.ipynb #585a0e5c
 def publish(
     out: Path,  # the final file or folder
     folder: Path,  # of the parts
@@ -298,7 +299,7 @@ def refuse_existing(out, overwrite):
     if overwrite or not out.exists() or (out.is_dir() and not any(out.iterdir())): return
     raise FileExistsError(f"{out} exists; choose another name or pass --overwrite")
 
-# %% ../nbs/11_draw.ipynb #c1c4e478
+# %% ../nbs/11_draw.ipynb #36eaeb22
 def open_parts(
     out: Path,  # the final file or folder
     plan: dict,  # from `make_plan`
@@ -313,7 +314,19 @@ def open_parts(
     else: atomic_write(folder / "plan.json", json.dumps(plan, indent=1).encode())
     return folder
 
-# %% ../nbs/11_draw.ipynb #0c240b1f
+# %% ../nbs/11_draw.ipynb #70a82ff6
+def find_devices(
+    device: str,  # "auto" or a device's name
+) -> list:  # of names
+    "The devices to work on; ValueError for one that is not here."
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto": return [f"cuda:{i}" for i in range(gpus)] or ["cpu"]
+    try: found = torch.device(device)
+    except RuntimeError: raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
+    if found.type == "cuda" and (found.index or 0) >= gpus: raise ValueError(f"device {device} was asked for, but there are {gpus} GPUs here")
+    return [device]
+
+# %% ../nbs/11_draw.ipynb #44393e8e
 def worker(
     rank: int,  # which process this is
     world: int,  # of how many
@@ -329,7 +342,7 @@ def worker(
     torch.set_num_threads(threads)
     draw_parts(load(checkpoint, devices[rank % len(devices)], which), plan, folder, rank, world, batch_size)
 
-# %% ../nbs/11_draw.ipynb #585a0e5c
+# %% ../nbs/11_draw.ipynb #d56ce930
 def draw_on_many(
     world: int,  # processes to start
     plan: dict,  # from `make_plan`
@@ -338,7 +351,7 @@ def draw_on_many(
     batch_size: int | None,  # samples at a time
     bar,  # progress, in samples
 ):
-    "Start `world` processes and wait for them; FloatingPointError or RuntimeError with the message of the first that fails."
+    "Start `world` processes and wait for them; FloatingPointError, OSError or RuntimeError with the message of the first that fails."
     import torch.multiprocessing as mp
     threads = max(1, torch.get_num_threads() // world)
     context = mp.spawn(worker, (world, *args, plan, folder, batch_size, threads), nprocs=world, join=False)
@@ -347,8 +360,19 @@ def draw_on_many(
     except mp.ProcessRaisedException as e:
         kind, _, text = str(e).strip().splitlines()[-1].partition(": ")
         raise (FloatingPointError if kind == "FloatingPointError" else RuntimeError)(text or kind) from None
+    except mp.ProcessExitedException as e: raise OSError(f"a worker ended ({e}); the same command continues") from None
 
-# %% ../nbs/11_draw.ipynb #e8e48c14
+# %% ../nbs/11_draw.ipynb #852ce54c
+def _same(then, now): return then is not None and {**then, "checkpoint": ""} == {**json.loads(json.dumps(now)), "checkpoint": ""}
+
+def _wait_for(out, plan, overwrite):
+    "The folder that rank 0 opens; None if it has finished already."
+    while not (out.with_name(out.name + ".parts") / "plan.json").exists():
+        if not overwrite and _same(read_plan(out), plan): return None
+        time.sleep(.2)
+    return open_parts(out, plan)
+
+# %% ../nbs/11_draw.ipynb #fb214286
 def draw_samples(
     checkpoint: str,  # see `interchange.load`
     out: str | Path,  # NAME.zip, NAME.npz, NAME.png or a folder
@@ -369,9 +393,10 @@ def draw_samples(
     m = load(checkpoint, devices[int(os.environ.get("LOCAL_RANK", 0)) % len(devices)], which)
     plan = make_plan(m, checkpoint, n, **request)
     part_drawer(m, plan, batch_size)
-    if not overwrite and out.exists() and _same(read_plan(out), plan): log.info("%s is complete", out); return plan
-    if rank == 0: refuse_existing(out, overwrite); folder = open_parts(out, plan)
-    else: folder = _wait_for(out, plan)
+    if complete := not overwrite and _same(read_plan(out), plan): log.info("%s is complete", out)
+    if rank == 0 and not complete: refuse_existing(out, overwrite)
+    folder = None if complete else open_parts(out, plan) if rank == 0 else _wait_for(out, plan, overwrite)
+    if folder is None: return plan
     many = (processes or len(devices)) if world == 1 else 1
     with tqdm(total=n, desc="samples", unit="", disable=rank > 0, initial=max(0, n - len(missing_parts(folder, plan)) * plan["part"])) as bar:
         if many > 1: del m; draw_on_many(many, plan, folder, (devices, str(checkpoint), which), batch_size, bar)
@@ -379,21 +404,3 @@ def draw_samples(
         while rank == 0 and missing_parts(folder, plan): time.sleep(.2)  # the other ranks of torchrun
     if rank == 0: publish(out, folder, plan, overwrite); shutil.rmtree(folder)
     return plan
-
-def _same(then, now): return then is not None and {**then, "checkpoint": ""} == {**json.loads(json.dumps(now)), "checkpoint": ""}
-
-def _wait_for(out, plan):
-    "The folder that rank 0 opens."
-    while not (out.with_name(out.name + ".parts") / "plan.json").exists(): time.sleep(.2)
-    return open_parts(out, plan)
-
-def find_devices(
-    device: str,  # "auto" or a device's name
-) -> list:  # of names
-    "The devices to work on; ValueError for one that is not here."
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto": return [f"cuda:{i}" for i in range(gpus)] or ["cpu"]
-    try: found = torch.device(device)
-    except RuntimeError: raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
-    if found.type == "cuda" and (found.index or 0) >= gpus: raise ValueError(f"device {device} was asked for, but there are {gpus} GPUs here")
-    return [device]
