@@ -246,9 +246,9 @@ def write_tree(path, images, labels, plan):
 
 # %% ../nbs/11_draw.ipynb #04096f90
 def write_grid(path, images, labels, plan):
-    "One picture of all samples; a column for each class where that fits."
-    classes = len(plan["classes"] or [])
-    columns = classes if 2 <= classes <= 32 else max(1, round(len(images) ** .5))
+    "One picture of all samples, about square; a column holds one class where that fits."
+    classes = len(plan["classes"] or [0])
+    columns = max(1, round(len(images) ** .5 / classes)) * classes if classes <= 32 else round(len(images) ** .5)
     text = PngImagePlugin.PngInfo()
     text.add_text("sampler", json.dumps(plan))
     Image.fromarray(image_grid(torch.from_numpy(images).permute(0, 3, 1, 2), columns)).save(path, "png", pnginfo=text)
