@@ -39,7 +39,7 @@ def sample_parser() -> argparse.ArgumentParser:
     add("--version", action="version", version=f"ctm_nb {__version__}")
     return p
 
-# %% ../nbs/12_cli_sample.ipynb #25a49840
+# %% ../nbs/12_cli_sample.ipynb #ecae04f0
 def read_batch_size(
     word: str,  # "auto" or a number
 ) -> int | None:  # None: what memory allows
@@ -48,7 +48,7 @@ def read_batch_size(
     if not word.isdecimal() or int(word) < 1: raise ValueError(f"--batch-size must be auto or a whole number >= 1, got {word!r}")
     return int(word)
 
-# %% ../nbs/12_cli_sample.ipynb #1630bd6c
+# %% ../nbs/12_cli_sample.ipynb #fac8749b
 def ctm_nb_sample(
     argv: list | None = None,  # words of the command line; None: those of the process
 ):
@@ -63,7 +63,7 @@ def ctm_nb_sample(
         plan = draw_samples(a.checkpoint, a.out, a.n, a.which, a.device, a.processes, batch_size, a.overwrite, **request)
     if int(os.environ.get("RANK", 0)) == 0: print(summary(a.out, plan))
 
-# %% ../nbs/12_cli_sample.ipynb #0227df40
+# %% ../nbs/12_cli_sample.ipynb #19fbad84
 def summary(
     out: Path,  # the finished file or folder
     plan: dict,  # from `draw.make_plan`
