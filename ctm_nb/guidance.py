@@ -9,7 +9,6 @@ __all__ = ['class_gradient', 'Guided', 'guide', 'on_denoised', 'guide_free', 'ca
 import math
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .edm import jump
@@ -45,9 +44,11 @@ class Guided(nn.Module):
 
     def D(self, x: Tensor, t: float | Tensor, y: Tensor | None = None) -> Tensor:
         "The changed denoiser."
-        return self.rule(lambda y: self.m.D(x, t, y), x, t, y)
+        return self.rule(lambda y: self.m.D(x, t, y), x, t, self._labels(x, y))
 
-    def _g(self, x, t, s, y=None): return self.rule(lambda y: self.m.g(x, t, s, y), x, t, y)
+    def _g(self, x, t, s, y=None): return self.rule(lambda y: self.m.g(x, t, s, y), x, t, self._labels(x, y))
+
+    def _labels(self, x, y): return torch.full((len(x),), -1, device=x.device) if y is None else y
 
     def _G(self, x, t, s, y=None): return jump(x, t, s, self._g(x, t, s, y))
 
