@@ -9,16 +9,7 @@ __all__ = ['log', 'WRITERS', 'class_list', 'times_list', 'weights_hash', 'make_p
            'draw_on_many', 'draw_samples']
 
 # %% ../nbs/11_draw.ipynb #cd3d54a8
-import difflib
-import hashlib
-import io
-import json
-import logging
-import os
-import shutil
-import time
-import uuid
-import zipfile
+import difflib, hashlib, io, json, logging, os, shutil, time, uuid, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +20,7 @@ from tqdm.auto import tqdm
 from .data import image_grid, to_uint8
 from .guidance import guide_free
 from .interchange import load
-from .sampling import Churn, check_labels, check_request, default_times, evaluations, sample
+from .sampling import Churn, check_request, default_times, evaluations, sample
 from .search import stored_times
 from .state import atomic_write
 
