@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .data import image_grid, to_uint8
 from .guidance import guide_free
