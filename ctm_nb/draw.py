@@ -173,6 +173,8 @@ def missing_parts(
 
 def _part(folder, p): return folder / f"part_{p:06d}.npz"
 
+def _done(folder, plan): return plan["n"] - sum(min(plan["part"], plan["n"] - p * plan["part"]) for p in missing_parts(folder, plan))
+
 # %% ../nbs/11_draw.ipynb #55a0c97f
 def draw_parts(
     m,  # the model of the plan
@@ -347,7 +349,7 @@ def draw_on_many(
     threads = max(1, torch.get_num_threads() // world)
     context = mp.spawn(worker, (world, *args, plan, folder, batch_size, threads), nprocs=world, join=False)
     try:
-        while not context.join(timeout=.5): bar.n = min(plan["n"], plan["n"] - len(missing_parts(folder, plan)) * plan["part"]); bar.refresh()
+        while not context.join(timeout=.5): bar.n = _done(folder, plan); bar.refresh()
     except mp.ProcessRaisedException as e:
         kind, _, text = str(e).strip().splitlines()[-1].partition(": ")
         raise (FloatingPointError if kind == "FloatingPointError" else RuntimeError)(text or kind) from None
@@ -389,7 +391,7 @@ def draw_samples(
     folder = None if complete else open_parts(out, plan) if rank == 0 else _wait_for(out, plan, overwrite)
     if folder is None: return plan
     many = (processes or len(devices)) if world == 1 else 1
-    with tqdm(total=n, desc="samples", unit="", disable=rank > 0, initial=max(0, n - len(missing_parts(folder, plan)) * plan["part"])) as bar:
+    with tqdm(total=n, desc="samples", unit="", disable=rank > 0, initial=_done(folder, plan)) as bar:
         if many > 1: del m; draw_on_many(many, plan, folder, (devices, str(checkpoint), which), batch_size, bar)
         else: draw_parts(m, plan, folder, rank, world, batch_size, bar.update)
         while rank == 0 and missing_parts(folder, plan): time.sleep(.2)  # the other ranks of torchrun
