@@ -1,0 +1,136 @@
+"""The sampling command: interrupted, in several processes, refused; the same samples every time."""
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ctm_nb import draw
+from ctm_nb.cli_sample import ctm_nb_sample
+from ctm_nb.draw import Batches, draw_samples, make_plan, missing_parts, open_parts
+from ctm_nb.edm import Denoiser
+from ctm_nb.interchange import describe, load
+from ctm_nb.networks import DDPMpp, init_
+from ctm_nb.search import store_times
+from ctm_nb.state import save_checkpoint
+from ctm_nb.trajectory import student_from
+
+CODE = "from ctm_nb.cli_sample import ctm_nb_sample; ctm_nb_sample()"
+WORDS = ["-n", "78", "--which", "teacher", "--solver", "heun", "--steps", "8", "--classes", "dog,cat", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    teacher = Denoiser(DDPMpp(8, 3, 3, model_channels=8, channel_mult=(1, 1), n_blocks=1, attention=()))
+    init_(teacher.net.out_layers[1], 1.)
+    models = {"teacher": teacher, "ctm": student_from(teacher)}
+    meta = {"models": {k: {"part": k, "description": describe(m, ["cat", "dog", "cow"])} for k, m in models.items()}}
+    save_checkpoint(folder / "checkpoints", 1, {k: m.state_dict() for k, m in models.items()}, {}, meta)
+    return folder
+
+
+def images_of(path):
+    with zipfile.ZipFile(path) as z:
+        listed = json.loads(z.read("dataset.json"))["labels"]
+        return np.stack([np.array(Image.open(io.BytesIO(z.read(k)))) for k, _ in listed]), [y for _, y in listed]
+
+
+def test_help_imports_nothing_heavy():
+    code = "import ctm_nb.cli_sample as c, sys; c.sample_parser().format_help(); print([m for m in ('torch', 'numpy', 'PIL', 'tqdm') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_killed_command_continues_with_two_processes(run, tmp_path, monkeypatch, capsys):
+    out, parts = tmp_path / "x.zip", tmp_path / "x.zip.parts"
+    p = subprocess.Popen([sys.executable, "-c", CODE, str(run), *WORDS, "--out", str(out)], stderr=subprocess.DEVNULL)
+    while p.poll() is None and not list(parts.glob("part_*")): time.sleep(.005)
+    p.send_signal(signal.SIGKILL); p.wait()
+    kept = {f: f.stat().st_mtime_ns for f in parts.glob("part_*")}
+    assert 0 < len(kept) < 10 and not out.exists()
+    seen, publish = {}, draw.publish
+    monkeypatch.setattr(draw, "publish", lambda out, folder, *a: seen.update({f: f.stat().st_mtime_ns for f in folder.glob("part_*")}) or publish(out, folder, *a))
+    ctm_nb_sample([str(run), *WORDS, "--out", str(out), "--processes", "2", "--batch-size", "3"])
+    assert len(seen) == 10 and seen.items() >= kept.items()  # what was finished was not drawn again
+    assert not parts.exists() and not list(tmp_path.glob(".tmp*")) and "78 samples" in capsys.readouterr().out
+    images, labels = images_of(out)
+    assert images.shape == (78, 8, 8, 3) and labels == [1, 0] * 39
+    ctm_nb_sample([str(run), *WORDS, "--out", str(tmp_path / "y.npz")])
+    with np.load(tmp_path / "y.npz") as z:
+        assert (np.abs(z["arr_0"].astype(int) - images) <= 1).all() and z["arr_1"].tolist() == labels
+        assert json.loads(str(z["sampler"]))["seed"] == 0
+
+
+def test_ranks_of_torchrun_share_the_work(run, tmp_path, monkeypatch):
+    plan = make_plan(load(run), run, 40, gamma=.2, times="80,1")
+    folder = open_parts(tmp_path / "z", plan)
+    monkeypatch.setenv("WORLD_SIZE", "2"); monkeypatch.setenv("RANK", "1")
+    draw_samples(run, tmp_path / "z", 40, device="cpu", gamma=.2, times="80,1")
+    assert missing_parts(folder, plan) == [0, 2, 4]
+    monkeypatch.setenv("RANK", "0")
+    draw_samples(run, tmp_path / "z", 40, device="cpu", gamma=.2, times="80,1")
+    assert not folder.exists() and {p.parent.name for p in (tmp_path / "z").rglob("*.png")} == {"cat", "dog", "cow"}
+    assert len(list((tmp_path / "z").rglob("*.png"))) == 40
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--gamma", "1.1"], "gamma=1.1"), (["--times", "3,5"], "decreasing"), (["--times", "90,5"], "80"), (["--classes", "dgo"], "nearest is 'dog'"), (["--classes", "3"], "0..2"),
+    (["--times", "auto", "--steps", "7"], "no times are stored"), (["--out", "x.tar"], "x.tar"), (["--device", "cuda:77"], "cuda:77"), (["-n", "0"], "-n"), (["--batch-size", "none"], "'none'"), (["--seed", "-4"], "seed=-4"),
+    (["--processes", "0"], "processes=0"), (["--guidance", "-2"], "scale=-2"), (["--churn", "a", "--solver", "edm"], "'a'"), (["--out", "no/such/x.zip"], "no folder")])
+def test_mistakes_are_one_line_and_write_nothing(run, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e: ctm_nb_sample([str(run), "--out", "o.npz", *words])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and message in err and err.strip().count("\n") == 0 and not list(tmp_path.iterdir())
+
+
+def test_times_auto_takes_what_is_stored(run, tmp_path):
+    store_times(run, {"steps": 2, "times": [80., 1.5, .002], "gamma": .4, "score": 1., "score_default": 2., "curve": [1.]})
+    plan = make_plan(load(run), run, 3, times="auto")
+    assert (plan["times"], plan["gamma"]) == ([80., 1.5, .002], .4)
+    assert make_plan(load(run), run, 3, times="auto", gamma=0.)["gamma"] == 0. and make_plan(load(run), run / "checkpoints" / "step_00000001", 3, steps=2, times="auto")["gamma"] == .4
+    with pytest.raises(ValueError, match="no times"): make_plan(load(run), tmp_path, 3, times="auto")
+
+
+def test_nothing_is_overwritten_unasked(run, tmp_path):
+    (tmp_path / "mine").mkdir(); (tmp_path / "mine" / "a.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="mine"): draw_samples(run, tmp_path / "mine", 3, device="cpu")
+    assert (tmp_path / "mine" / "a.txt").exists() and len(list(tmp_path.iterdir())) == 1
+    draw_samples(run, tmp_path / "mine", 3, device="cpu", overwrite=True)
+    assert len(list((tmp_path / "mine").rglob("*.png"))) == 3 and [p.name for p in tmp_path.iterdir()] == ["mine"]
+    plan, stamp = draw_samples(run, tmp_path / "mine", 3, device="cpu"), (tmp_path / "mine").stat().st_mtime_ns
+    assert (tmp_path / "mine").stat().st_mtime_ns == stamp and plan["n"] == 3
+
+
+def test_other_samples_do_not_continue_a_plan(run, tmp_path):
+    open_parts(tmp_path / "w.npz", make_plan(load(run), run, 8, seed=1))
+    with pytest.raises(ValueError, match="seed: 1 -> 2"): draw_samples(run, tmp_path / "w.npz", 8, device="cpu", seed=2)
+    with pytest.raises(ValueError, match="weights"): draw_samples(run, tmp_path / "w.npz", 8, device="cpu", seed=1, which="teacher", solver="euler")
+
+
+def test_batches_back_off_when_memory_is_full():
+    def f(ids):
+        if len(ids) > 5: raise torch.OutOfMemoryError("full")
+        return ids
+    b = Batches(f, 64)
+    assert b(torch.arange(23)).tolist() == list(range(23)) and 2 <= b.size <= 5
+    with pytest.raises(RuntimeError, match="a bug"): Batches(lambda ids: (_ for _ in ()).throw(RuntimeError("a bug")), 4)(torch.arange(3))
+    with pytest.raises(torch.OutOfMemoryError): Batches(lambda ids: (_ for _ in ()).throw(torch.OutOfMemoryError("full")), 4)(torch.arange(3))
+
+
+def test_not_finite_output_is_named(run, tmp_path, monkeypatch):
+    def broken(*a):
+        m = load(*a)
+        m.net.out_layers[1].bias.data.fill_(float("nan"))
+        return m
+    monkeypatch.setattr(draw, "load", broken)
+    with pytest.raises(FloatingPointError, match="nan in sample 0"): draw_samples(run, tmp_path / "n.npz", 3, device="cpu")
+    assert not (tmp_path / "n.npz").exists()
