@@ -135,7 +135,7 @@ def train(
     torch.set_flush_denormal(True)
     records = Trainer(config, folder).run(stage)
     print(f"\n{markdown_table(score_table(records))}\n" if records else "\nno scores (they need labelled images and evaluate.n > 0)\n")
-    print(f"{folder}/samples holds the pictures; to draw more:  from ctm_nb.interchange import load; from ctm_nb.sampling import sample; x = sample(load('{folder}'), n=16)")
+    print(f"{folder}/samples holds the pictures; to draw more:  ctm_nb_sample {folder} -n 64 --steps 1 --out grid.png")
 
 # %% ../nbs/12_cli.ipynb #1e9157a2
 def automatic(
