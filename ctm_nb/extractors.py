@@ -8,7 +8,7 @@ __all__ = ['Features', 'spatial_features', 'Extractor', 'ClassifierExtractor', '
            'load_extractor', 'file_hash']
 
 # %% ../nbs/08b_extractors.ipynb #67d713ee
-import hashlib, importlib
+import hashlib, importlib, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -35,7 +35,7 @@ def spatial_features(
 # %% ../nbs/08b_extractors.ipynb #1ae40f8d
 class Extractor(nn.Module):
     "Base: uint8 images (B, 1 or 3, H, W) in, `Features` out. A subclass defines `extract` and sets `features_id`."
-    family, channels, image_size = "", 3, None                                  # image_size None: any
+    family, channels, image_size, has_probs = "", 3, None, True                 # image_size None: any
     def __init__(self,
         net:nn.Module, # the network
         features_id:str, # name of the feature space: same name, same numbers
@@ -111,13 +111,13 @@ def resize_clean(
 # %% ../nbs/08b_extractors.ipynb #b516f573
 class CleanExtractor(Extractor):
     "Inception through the package clean-fid."
-    family = "cleanfid"
+    family, has_probs = "cleanfid", False
     def extract(self, x): return Features(self.net(resize_clean(x)))
 
 # %% ../nbs/08b_extractors.ipynb #51c5f524
 class ScriptExtractor(Extractor):
     "Any TorchScript file: (B, 3, H, W) float in [-1, 1] to (B, d), or to maps (B, d, h, w), whose mean is taken."
-    family = "torchscript"
+    family, has_probs = "torchscript", False
     def extract(self, x):
         out = self.net(x.float() / 127.5 - 1)
         if not torch.is_tensor(out) or out.ndim not in (2, 4):
@@ -194,9 +194,9 @@ def load_extractor(
     label = f"{name if known or name.startswith('timm:') else 'torchscript:' + path.stem}-{file_hash(path)[:12]}"
     if name.startswith("timm:"): return TimmExtractor(_timm_net(name[5:], path), label).to(device)
     if name == "cleanfid" and path.name == "inception-2015-12-05.pt":
-        return CleanExtractor(optional("cleanfid.inception_torchscript", "clean-fid").InceptionV3W(str(path.parent), download=False), label).to(device)
-    try: script = torch.jit.load(path, map_location="cpu")
-    except RuntimeError as e: raise ValueError(f"{path} can't be read as TorchScript: {str(e).strip().splitlines()[-1][:200]}") from None
+        make = optional("cleanfid.inception_torchscript", "clean-fid").InceptionV3W
+        return CleanExtractor(_quietly(path, lambda: make(str(path.parent), download=False)), label).to(device)
+    script = _quietly(path, lambda: torch.jit.load(path, map_location="cpu"))
     looks = hasattr(script, "layers") and hasattr(script, "output") and hasattr(script.layers, "mixed_6")
     if name == "inception" and not looks: raise ValueError(f"{path} must be Inception as TorchScript with layers, layers.mixed_6 and output, got something else")
     return (InceptionExtractor if looks else ScriptExtractor)(script, label.replace(f"torchscript:{path.stem}", "inception") if looks else label).to(device)
@@ -209,6 +209,14 @@ def file_hash(
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
 
 # %% ../nbs/08b_extractors.ipynb #08a36dcc
+def _quietly(path, load):
+    "TorchScript from a file, without the warning that the format is old."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try: return load()
+        except RuntimeError as e: raise ValueError(f"{path} can't be read as TorchScript: {str(e).strip().splitlines()[-1][:200]}") from None
+
+# %% ../nbs/08b_extractors.ipynb #c3935f5a
 def _timm_net(name, path):
     timm = optional("timm", "timm")
     try:

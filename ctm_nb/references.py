@@ -178,7 +178,7 @@ def build_reference(
     return ReferenceStats(name or data.name, data.sha256(), extractor.features_id, got.n, got.stats.mean, got.stats.cov,
                           None if got.spatial is None else (got.spatial.mean, got.spatial.cov), got.points[keep], got.shape,
                           None if data.labels is None else data.labels.bincount(minlength=data.n_classes).tolist(),
-                          extractor.net.cpu() if extractor.family == "classifier" and device == "cpu" else getattr(extractor, "net", None) if extractor.family == "classifier" else None)
+                          extractor.net if extractor.family == "classifier" else None)
 
 # %% ../nbs/08c_references.ipynb #b25bb56e
 @patch
