@@ -3,7 +3,7 @@
     python benchmarks/metrics.py                                   the full size (minutes to tens of minutes on two cores; nothing else should run)
     python benchmarks/metrics.py --n 5000 --reference 1000          a smaller one
 
-Features are random with a decaying spectrum, which costs the same as real ones. Each size writes its own JSON under nbs/results/metrics/, with the
+Features are random with a decaying spectrum, which costs the same as real ones. Each size writes its own JSON under nbs/results/metrics/, after each score, with the
 load of the machine at start and end, so that a measurement on a busy machine can be told from one on an idle machine.
 """
 import argparse
@@ -44,6 +44,10 @@ def main():
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     load, seconds = os.getloadavg()[0], {}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{a.n}x{a.reference}x{a.dim}_{a.device}.json"
+    conditions = {"samples": a.n, "reference": a.reference, "features": a.dim, "device": a.device, "threads": a.threads, "cores": os.cpu_count(),
+                  "processor": platform.processor() or platform.machine(), "torch": torch.__version__, "numpy": np.__version__}
     samples, reference = features(a.n, a.dim, 0), features(a.reference, a.dim, 1)
     r = statistics(reference)
 
@@ -53,6 +57,7 @@ def main():
         if a.device != "cpu": torch.cuda.synchronize()
         seconds[name] = round(time.perf_counter() - start, 2)
         print(f"{name:34} {seconds[name]:9.2f} s", flush=True)
+        path.write_text(json.dumps({**conditions, "load_average": [round(load, 1), round(os.getloadavg()[0], 1)], "seconds": seconds}, indent=1) + "\n")
         return out
 
     s = timed("mean and covariance", lambda: statistics(samples))
@@ -65,11 +70,6 @@ def main():
     timed("density and coverage", lambda: density_coverage(reference, samples))
     timed("authenticity", lambda: authenticity(reference, samples))
     timed("precision and recall", lambda: precision_recall(reference, samples))
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{a.n}x{a.reference}x{a.dim}_{a.device}.json"
-    path.write_text(json.dumps({"samples": a.n, "reference": a.reference, "features": a.dim, "device": a.device, "threads": a.threads, "cores": os.cpu_count(),
-                                "processor": platform.processor() or platform.machine(), "torch": torch.__version__, "numpy": np.__version__,
-                                "load_average": [round(load, 1), round(os.getloadavg()[0], 1)], "seconds": seconds}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

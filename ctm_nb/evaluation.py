@@ -56,7 +56,7 @@ def check_metrics(
     if not metrics: raise ValueError(f"metrics must name at least one of {', '.join(METRICS)}, got none")
     return list(dict.fromkeys(metrics))
 
-# %% ../nbs/08d_evaluation.ipynb #b524428f
+# %% ../nbs/08d_evaluation.ipynb #58aa68d0
 NEED_POINTS = {"pr", "dc", "kid", "auth"}
 
 def check_request(
@@ -74,7 +74,7 @@ def check_request(
     if "acc" in metrics and reference.net is None: raise ValueError(f"acc needs features trained on the classes of the samples (train), and the reference {reference.name} is in {reference.features}")
     return metrics
 
-# %% ../nbs/08d_evaluation.ipynb #11aa82ca
+# %% ../nbs/08d_evaluation.ipynb #91feef2f
 INCEPTION_NAMES = {"frechet_distance": "fid", "frechet_distance_limit": "fid_limit", "spatial_frechet_distance": "sfid", "kernel_distance": "kid", "kernel_distance_error": "kid_error"}
 
 def score(
@@ -94,7 +94,7 @@ def score(
     if bad: raise ValueError(f"scores must be finite, got {bad}")
     return {INCEPTION_NAMES.get(k, k) if extractor.family in ("inception", "cleanfid") else k: v for k, v in values.items()}
 
-# %% ../nbs/08d_evaluation.ipynb #b96c919c
+# %% ../nbs/08d_evaluation.ipynb #9bba6079
 def records(
     values:dict, # name -> value, from `score`
     reference:ReferenceStats, # the real side
@@ -109,7 +109,7 @@ def records(
               "sampler": sampler, "seed": seed, "checkpoint": checkpoint}
     return [{"metric": k, "value": float(v), **common} for k, v in values.items()]
 
-# %% ../nbs/08d_evaluation.ipynb #87058315
+# %% ../nbs/08d_evaluation.ipynb #cc484ded
 def extend_scores(
     path, # scores.json; created if it isn't there
     new:list, # records
@@ -126,14 +126,14 @@ def extend_scores(
     atomic_write(path, json.dumps(every, indent=1).encode())
     return every
 
-# %% ../nbs/08d_evaluation.ipynb #548cee64
+# %% ../nbs/08d_evaluation.ipynb #6ec3053f
 def network_evaluations(
     sampler:dict, # solver, steps
 )->int: # evaluations of the network a sample
     "What a sample costs: Heun's method needs two evaluations a step, but one in the last."
     return 2 * sampler["steps"] - 1 if sampler["solver"] == "heun" else sampler["steps"]
 
-# %% ../nbs/08d_evaluation.ipynb #be413c50
+# %% ../nbs/08d_evaluation.ipynb #77971a94
 def text_table(
     rows:list, # records
 )->str: # lines of equal width
@@ -150,7 +150,7 @@ def text_table(
     width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, width))).rstrip() for line in lines)
 
-# %% ../nbs/08d_evaluation.ipynb #77971a94
+# %% ../nbs/08d_evaluation.ipynb #8727a12b
 def tradeoff_plot(
     rows:list, # records with samplers
     path=None, # to write the picture; None: only return it
@@ -171,7 +171,7 @@ def tradeoff_plot(
     if path: fig.savefig(path, dpi=150)
     return fig
 
-# %% ../nbs/08d_evaluation.ipynb #8727a12b
+# %% ../nbs/08d_evaluation.ipynb #477d9e90
 def with_interval(
     rows:list, # records of one set of samples
     reference:ReferenceStats, # the real side

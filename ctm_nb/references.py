@@ -33,7 +33,7 @@ def as_pictures(
     unit = (a + 1) / 2 if low < 0 else a
     return torch.from_numpy(np.ascontiguousarray((unit * 255).round().astype(np.uint8).transpose(0, 3, 1, 2)))
 
-# %% ../nbs/08c_references.ipynb #9ece3fb4
+# %% ../nbs/08c_references.ipynb #ccb43c61
 @dataclass
 class SampleSet:
     "Samples that are read a batch at a time."
@@ -42,7 +42,7 @@ class SampleSet:
     read: object                      # read(i) -> (C, H, W) uint8, or for a slice (b, C, H, W)
     labels: torch.Tensor|None = None  # (n,) the classes they were drawn as
 
-# %% ../nbs/08c_references.ipynb #ccb43c61
+# %% ../nbs/08c_references.ipynb #a2b174ef
 @patch
 def batches(self:SampleSet,
     n:int=None, # the first n; None: all
@@ -58,7 +58,7 @@ def batches(self:SampleSet,
         shape = x.shape[1:]
         yield x, None if self.labels is None else self.labels[i:j]
 
-# %% ../nbs/08c_references.ipynb #ee403015
+# %% ../nbs/08c_references.ipynb #79d77a83
 def array_samples(
     images:torch.Tensor, # (N, C, H, W) uint8
     labels=None, # (N,)
@@ -67,7 +67,7 @@ def array_samples(
     "Pictures in memory as a sample set."
     return SampleSet(name, len(images), lambda s: images[s], labels)
 
-# %% ../nbs/08c_references.ipynb #1b4812e7
+# %% ../nbs/08c_references.ipynb #53784cc7
 def _file_samples(name, files, open_file, labels_json):
     "Samples in image files that `open_file` opens; `labels_json` the text of dataset.json or None."
     def read(s):
@@ -83,7 +83,7 @@ def _file_samples(name, files, open_file, labels_json):
     if missing: raise ValueError(f"{name}: dataset.json has no label for {missing[0]}")
     return SampleSet(name, len(files), read, torch.tensor([pairs[f] for f in files]) if pairs else None)
 
-# %% ../nbs/08c_references.ipynb #79d77a83
+# %% ../nbs/08c_references.ipynb #fdcf7862
 def open_samples(
     path, # npz with arr_0, a folder or a zip of images
 )->SampleSet:
@@ -100,7 +100,7 @@ def open_samples(
     files = sorted(f for f in z.namelist() if Path(f).suffix.lower() in SUFFIXES and not f.startswith("__"))
     return _file_samples(path.name, files, lambda f: BytesIO(z.read(f)), z.read("dataset.json") if "dataset.json" in z.namelist() else None)
 
-# %% ../nbs/08c_references.ipynb #ea201aa2
+# %% ../nbs/08c_references.ipynb #e0768497
 def _npz_samples(path):
     "ADM's form: arr_0 pictures, arr_1 classes."
     try:
@@ -111,11 +111,11 @@ def _npz_samples(path):
     if y is not None and y.min() < 0: raise ValueError(f"{path.name}: labels must be >= 0, got {y.min()}")
     return array_samples(x, None if y is None else torch.from_numpy(y.astype(np.int64)), path.name)
 
-# %% ../nbs/08c_references.ipynb #94558b0e
+# %% ../nbs/08c_references.ipynb #425bf15c
 Collected = namedtuple("Collected", "n stats spatial points probs labels shape")
 Collected.__doc__ = "Features of a set: count, `FeatureStats` of features and maps, (n, d) features, (n, K) probabilities, (n,) labels, (C, H, W)."
 
-# %% ../nbs/08c_references.ipynb #e0768497
+# %% ../nbs/08c_references.ipynb #f3bf0685
 def collect(
     extractor:Extractor, # the feature network
     batches, # iterator over uint8 pictures (b, C, H, W) and labels or None
@@ -140,12 +140,12 @@ def collect(
     join = lambda parts: torch.cat(parts) if parts else None
     return Collected(stats.n, stats, spatial, join(points), join(probs), join(labels), shape)
 
-# %% ../nbs/08c_references.ipynb #134d6c9a
+# %% ../nbs/08c_references.ipynb #27202ae3
 def _grey(x, channels):
     "Grey pictures that were stored as colour, for a network that wants one channel."
     return x[:, :1] if channels == 1 and x.shape[1] == 3 and (x == x[:, :1]).all() else x
 
-# %% ../nbs/08c_references.ipynb #425bf15c
+# %% ../nbs/08c_references.ipynb #3b7f4a7d
 @dataclass
 class ReferenceStats:
     "The real side of a comparison."
@@ -162,7 +162,7 @@ class ReferenceStats:
     net: FeatureClassifier|None = None      # the classifier, if the features are its
     images: torch.Tensor|None = None        # (N, 3, H, W) uint8 whose features are `points`, once computed
 
-# %% ../nbs/08c_references.ipynb #f3bf0685
+# %% ../nbs/08c_references.ipynb #6bafaf39
 def build_reference(
     extractor:Extractor, # the feature network
     data:ImageData, # the real images
@@ -180,7 +180,7 @@ def build_reference(
                           None if data.labels is None else data.labels.bincount(minlength=data.n_classes).tolist(),
                           extractor.net if extractor.family == "classifier" else None)
 
-# %% ../nbs/08c_references.ipynb #b25bb56e
+# %% ../nbs/08c_references.ipynb #23414a44
 @patch
 def check(self:ReferenceStats,
     features_id:str, # of the extractor that is to look at the samples
@@ -194,7 +194,7 @@ def check(self:ReferenceStats,
     if shape and self.shape and shape[1:] != self.shape[1:]:
         raise ValueError(f"samples must be {self.shape[1]} x {self.shape[2]} as in the reference {self.name}, got {shape[1]} x {shape[2]}")
 
-# %% ../nbs/08c_references.ipynb #6cbce7cd
+# %% ../nbs/08c_references.ipynb #c8e93f35
 @patch
 def save(self:ReferenceStats,
     path, # to write, .npz
@@ -211,13 +211,13 @@ def save(self:ReferenceStats,
     np.savez(buffer, meta=json.dumps(meta | {"arrays_sha256": _arrays_hash(arrays)}), **arrays)
     return atomic_write(path, buffer.getvalue())
 
-# %% ../nbs/08c_references.ipynb #6bafaf39
+# %% ../nbs/08c_references.ipynb #0c9eef87
 def _arrays_hash(arrays):
     h = hashlib.sha256()
     for k in sorted(arrays): h.update(f"{k} {arrays[k].dtype} {arrays[k].shape}".encode() + np.ascontiguousarray(arrays[k]).tobytes())
     return h.hexdigest()
 
-# %% ../nbs/08c_references.ipynb #eb4ff089
+# %% ../nbs/08c_references.ipynb #360a98d1
 def read_reference(
     path, # own npz, EDM's (mu, sigma) or ADM's (mu, sigma, mu_s, sigma_s, arr_0)
 )->ReferenceStats:
@@ -239,7 +239,7 @@ def read_reference(
     return ReferenceStats(meta["name"], meta["sha256"], meta["features"], meta["n"], t["mean"], t["cov"],
                           (t["spatial_mean"], t["spatial_cov"]) if "spatial_mean" in t else None, t.get("points"), shape, meta["label_counts"], net)
 
-# %% ../nbs/08c_references.ipynb #e288e6a8
+# %% ../nbs/08c_references.ipynb #f79a7c92
 def _foreign_reference(path, a):
     "EDM's or ADM's arrays as a reference."
     def pair(mu, sigma):
@@ -251,7 +251,7 @@ def _foreign_reference(path, a):
     return ReferenceStats(path.stem, file_hash(path), "inception", None, *pair("mu", "sigma"), pair("mu_s", "sigma_s") if "mu_s" in a and "sigma_s" in a else None,
                           None, None if images is None else tuple(images.shape[1:]), None, None, images)
 
-# %% ../nbs/08c_references.ipynb #f13c3ed9
+# %% ../nbs/08c_references.ipynb #09ae4ef5
 @patch
 def get_points(self:ReferenceStats,
     extractor:Extractor, # the feature network
