@@ -1,0 +1,374 @@
+"""Feature networks, references, sample sets, further scores and the command that brings them together."""
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from ctm_nb.cli_evaluate import ctm_nb_evaluate, draw_batches, is_checkpoint, ways
+from ctm_nb.data import digits
+from ctm_nb.evaluation import METRICS, extend_scores, score, text_table
+from ctm_nb.extractors import ClassifierExtractor, InceptionExtractor, load_extractor, resize_clean, resize_tf1, spatial_features
+from ctm_nb.metrics import FeatureStats, distance_blocks, features_and_probs, frechet_distance, frechet_gaussians, precision_recall, train_classifier
+from ctm_nb.references import array_samples, as_pictures, build_reference, collect, open_samples, read_reference
+from ctm_nb.similarity import authenticity, bootstrap_frechet, density_coverage, frechet_against_n, kernel_distance, merge_across_processes, polynomial_mmd
+
+rng = np.random.default_rng(0)
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+
+
+class Block(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.conv, self.rest = nn.Conv2d(4, 8, 3, 2), nn.Conv2d(8, dim, 3, 5)
+
+    def forward(self, x): return self.rest(self.conv(x).relu()).relu()
+
+
+class StandIn(nn.Module):
+    "The joints of inception-2015-12-05.pt, with random weights."
+    def __init__(self, dim=2048):
+        super().__init__()
+        self.layers = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 5, 8), mixed_6=Block(dim), pool2=nn.AdaptiveAvgPool2d(1)))
+        self.output = nn.Linear(dim, 5)
+
+    def forward(self, img: torch.Tensor, return_features: bool = False):
+        theta = torch.eye(2, 3)
+        theta[0, 2], theta[1, 2] = 1 / img.shape[3] - 1 / 299, 1 / img.shape[2] - 1 / 299
+        grid = nn.functional.affine_grid(theta[None].repeat(img.shape[0], 1, 1), [img.shape[0], 3, 299, 299], align_corners=False)
+        x = nn.functional.grid_sample(img.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+        f = self.layers((x - 128) / 128).flatten(1)
+        return f if return_features else self.output(f)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    torch.jit.script(StandIn()).save(folder / "inception-2015-12-05.pt")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def net():
+    return ClassifierExtractor(train_classifier(digits("train"), epochs=1, width=8))
+
+
+@pytest.fixture(scope="session")
+def ref_file(net, tmp_path_factory):
+    return build_reference(net, digits("held_out"), "held out").save(tmp_path_factory.mktemp("ref") / "ref.npz")
+
+
+@pytest.fixture()
+def npz(tmp_path):
+    def make(name="s.npz", n=40, y=None, **kw):
+        d = digits("train")
+        a = kw.get("a", d.images[:n].permute(0, 2, 3, 1).numpy())
+        np.savez(tmp_path / name, arr_0=a, **({} if y is None else {"arr_1": y}))
+        return tmp_path / name
+    return make
+
+
+def fails(capsys, *words):
+    "The one line that a mistake earns."
+    with pytest.raises(SystemExit) as e: ctm_nb_evaluate(list(map(str, words)))
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and err.strip().count("\n") == 0 and not out, (out, err)
+    return err
+
+
+# --- distances and further scores
+
+def test_distances_are_exact_near_and_far():
+    x = torch.tensor(rng.standard_normal((60, 5)))
+    y = torch.cat([x[:20], x[:20] + 1e-7, torch.tensor(rng.standard_normal((30, 5)) * 100)]) + 1e4
+    got = torch.cat(list(distance_blocks(x + 1e4, y, max_pairs=400)))
+    direct = (x[:, None] + 1e4 - y).norm(dim=-1)
+    assert ((got - direct).abs() <= 1e-9 * direct + 1e-12).all() and got[range(20), range(20)].max() == 0
+
+
+def test_ties_are_inside():
+    grid = np.stack(np.meshgrid(np.arange(9.), np.arange(9.)), -1).reshape(-1, 2) * .1 + 7
+    assert precision_recall(grid, grid + [0, .1], k=1)[0] == 1                     # each sample a neighbour's distance away from data
+
+
+def test_density_coverage_against_all_pairs():
+    a, b = rng.standard_normal((70, 4)), rng.standard_normal((50, 4)) + .4
+    dist = lambda x, y: np.sqrt(((x[:, None] - y) ** 2).sum(-1))
+    within = dist(a, b) <= np.sort(dist(a, a), 1)[:, 3:4]
+    assert density_coverage(a, b, 3) == pytest.approx((within.sum() / (3 * 50), within.any(1).mean()), abs=1e-12)
+    with pytest.raises(ValueError, match="k must be >= 1, got 0"): density_coverage(a, b, 0)
+    with pytest.raises(ValueError, match="at least 6 are needed, got 5"): density_coverage(a[:5], b)
+
+
+def test_density_coverage_in_blocks():
+    big = rng.standard_normal((2, 2100, 3))                                       # more pairs than one block holds
+    d, c = density_coverage(*big)
+    assert .9 < d < 1.1 and .93 < c < 1
+
+
+def test_kernel_distance_by_hand_and_unbiased():
+    x, y = torch.tensor(rng.standard_normal((6, 3))), torch.tensor(rng.standard_normal((4, 3)))
+    k = lambda a, b: float((a @ b / 3 + 1) ** 3)
+    own = lambda a: np.mean([k(a[i], a[j]) for i in range(len(a)) for j in range(len(a)) if i != j])
+    assert polynomial_mmd(x, y) == pytest.approx(own(x) + own(y) - 2 * np.mean([k(a, b) for a in x for b in y]), rel=1e-9)
+    a, b = rng.standard_normal((2, 800, 4))
+    value, error = kernel_distance(a, b, 30, 100)
+    assert abs(value) < 6 * error and kernel_distance(a, b + .5, 30, 100)[0] > 10 * error
+    assert kernel_distance(a, b, 5, 50, seed=1) == kernel_distance(a, b, 5, 50, seed=1) != kernel_distance(a, b, 5, 50, seed=2)
+
+
+def test_authenticity_sees_copies():
+    a, b = rng.standard_normal((2, 400, 3))
+    assert authenticity(a, a[:50] + 1e-6) == 0 and .3 < authenticity(a, b) < .7
+
+
+def test_bias_and_interval():
+    exact, samples = FeatureStats(6).update(rng.standard_normal((20000, 6))), rng.standard_normal((1500, 6)) + 6 ** -.5
+    sizes, values, limit = frechet_against_n(exact, samples, 5, 100, repeats=8)
+    assert sizes[0] == 100 and sizes[-1] == 1500 and values[0] > values[-1] and abs(limit - 1) < .15
+    assert values[-1] == pytest.approx(frechet_gaussians(exact.mean, exact.cov, samples.mean(0), np.cov(samples.T)), rel=1e-9)
+    value, low, high = bootstrap_frechet(exact, samples, 20)
+    wide = bootstrap_frechet(exact, samples[:150], 20)
+    assert low < value < high and wide[2] - wide[1] > 1.7 * (high - low)
+    with pytest.raises(ValueError, match="draws must be >= 2"): bootstrap_frechet(exact, samples, 1)
+
+
+def test_rank_deficient_covariances_are_warned_about():
+    with pytest.warns(RuntimeWarning, match="features a: 5 images span at most 4 of 8"): frechet_distance(rng.standard_normal((5, 8)), rng.standard_normal((30, 8)))
+
+
+def worker(rank, meet):
+    "One of two processes; exits with 0 if the merged statistics are those of one pass."
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+    x = np.random.default_rng(0).standard_normal((101, 5)) + 1e3
+    s, whole = merge_across_processes(FeatureStats(5).update(x[:40] if rank == 0 else x[40:])), FeatureStats(5).update(x)
+    ok = s.n == 101 and (s.mean - whole.mean).abs().max() < 1e-10 and (s.cov - whole.cov).abs().max() < 1e-10
+    os._exit(0 if ok else 1)
+
+
+def test_two_processes_equal_one_pass(tmp_path):
+    s = FeatureStats(2).update(rng.standard_normal((5, 2)))
+    assert merge_across_processes(s) is s
+    both = [multiprocessing.get_context("fork").Process(target=worker, args=(r, tmp_path / "meet")) for r in (0, 1)]
+    for p in both: p.start()
+    for p in both: p.join(60)
+    assert [p.exitcode for p in both] == [0, 0]
+
+
+# --- feature networks
+
+def test_resizing_like_tensorflow_1_and_pil():
+    x = torch.randint(0, 256, (1, 3, 20, 33), dtype=torch.uint8)
+    slow = lambda i, n: (i * n / 50, int(i * n / 50))
+    got = resize_tf1(x, 50)
+    for i, j in [(0, 0), (7, 31), (49, 49), (20, 3)]:
+        (p, a), (q, b) = slow(i, 20), slow(j, 33)
+        c, d, v, w = min(a + 1, 19), min(b + 1, 32), p - a, q - b
+        f = x[0, 1].float()
+        assert got[0, 1, i, j] == pytest.approx(float((f[a, b] * (1 - w) + f[a, d] * w) * (1 - v) + (f[c, b] * (1 - w) + f[c, d] * w) * v), abs=1e-3)
+    pil = np.asarray(Image.fromarray(x[0, 0].numpy().astype(np.float32)).resize((299, 299), Image.BICUBIC)).clip(0, 255)
+    assert np.abs(resize_clean(x)[0, 0].numpy() - pil).max() < .05
+
+
+def test_inception_by_both_ways(weights):
+    pytest.importorskip("cleanfid")
+    x = digits("held_out").images[:3]
+    a, b = load_extractor("inception", weights), load_extractor("cleanfid", weights)
+    f = a(x)
+    assert torch.allclose(f.pooled, a.net(x.expand(-1, 3, -1, -1), return_features=True), atol=1e-4)
+    assert f.spatial.shape[1] == 7 * 18 * 18 and a.features_id.split("-")[1] == b.features_id.split("-")[1] and a.features_id != b.features_id
+    logits = f.pooled @ a.net.output.weight.T                                     # the inception score's probabilities have no bias
+    assert torch.allclose(f.probs, logits.double().softmax(1), atol=1e-6)
+    direct = b.net(resize_clean(x).expand(-1, 3, -1, -1))
+    assert torch.allclose(b(x).pooled, direct, atol=1e-4) and b(x).spatial is None
+
+
+def test_spatial_features_go_by_rows_columns_channels():
+    m = torch.arange(2. * 9 * 3 * 4).view(2, 9, 3, 4)
+    assert torch.equal(spatial_features(m), torch.from_numpy(m.numpy().transpose(0, 2, 3, 1)[..., :7].reshape(2, -1)))
+
+
+@pytest.mark.parametrize("name, message", [("inception", "Inception's weights are missing.*download https"), ("cleanfid", "weights are missing"),
+                                           ("timm:resnet10t", "put resnet10t.safetensors"), ("timm:nonesuch", "knows no network"), ("vgg", "must be train, inception")])
+def test_missing_weights_are_said_at_once(tmp_path, name, message):
+    if name.startswith("timm"): pytest.importorskip("timm")
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=message): load_extractor(name, tmp_path)
+    assert time.perf_counter() - start < 5
+
+
+def test_missing_weights_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("CTM_NB_CACHE", str(tmp_path)); monkeypatch.setenv("CTM_NB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="Inception's weights are missing.*--weights FOLDER"): load_extractor("inception")
+
+
+def test_another_network_in_inceptions_place_is_refused(tmp_path):
+    torch.jit.script(nn.Linear(2, 3)).save(tmp_path / "inception-2015-12-05.pt")
+    with pytest.raises(ValueError, match="layers.mixed_6 and output"): load_extractor("inception", tmp_path)
+    (tmp_path / "inception-2015-12-05.pt").write_bytes(b"no")
+    with pytest.raises(ValueError, match="can't be read as TorchScript"): load_extractor("inception", tmp_path)
+
+
+def test_torchscript_and_timm(tmp_path):
+    torch.jit.script(nn.Conv2d(3, 9, 3)).save(tmp_path / "c.pt")
+    f = load_extractor(str(tmp_path / "c.pt"))
+    x = digits("held_out").images[:2]
+    assert torch.allclose(f(x).pooled, f.net(x.expand(-1, 3, -1, -1).float() / 127.5 - 1).mean((2, 3))) and f.features_id.startswith("torchscript:c-")
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("resnet10t", pretrained=False)
+    torch.save(net.state_dict(), tmp_path / "resnet10t.pth")
+    out = load_extractor("timm:resnet10t", tmp_path)(x)
+    assert out.pooled.shape == (2, net.num_features) and torch.allclose(out.probs.sum(1), torch.ones(2).double())
+    torch.save({"a": torch.zeros(1)}, tmp_path / "resnet10t.pth")
+    with pytest.raises(ValueError, match="must hold the weights of timm:resnet10t"): load_extractor("timm:resnet10t", tmp_path)
+
+
+# --- sample sets and references
+
+def test_collect_equals_one_pass(net):
+    x = digits("held_out").images[:101]
+    got, whole = collect(net, array_samples(x).batches(batch_size=17)), features_and_probs(net.net, x)[0]
+    assert torch.allclose(got.points, whole, atol=1e-5) and np.abs(got.stats.cov.numpy() - np.cov(got.points.double().T)).max() < 1e-6
+    again = FeatureStats(64)
+    for part in got.points.split([1, 50, 50]): again.merge(FeatureStats(64).update(part))
+    one = FeatureStats(64).update(got.points)
+    assert (again.cov - one.cov).abs().max() < 1e-10 and (again.mean - one.mean).abs().max() < 1e-10
+
+
+def test_bad_features_are_errors(net):
+    with pytest.raises(ValueError, match="constant: all 4 images"): collect(net, [(digits().images[:1].expand(4, -1, -1, -1), None)])
+    with pytest.raises(ValueError, match="too few images"): collect(net, [])
+    bent = ClassifierExtractor(train_classifier(digits("train"), epochs=0 or 1, width=8))
+    bent.net.norm.running_mean += float("nan")
+    with pytest.raises(ValueError, match="finite"): collect(bent, [(digits().images[:4], None)])
+
+
+@pytest.mark.parametrize("a, message", [(np.full((2, 4, 4, 1), 1.5), "values from 1.5 to 1.5"), (np.full((2, 4, 4, 1), -2.), "from -2"), (np.full((2, 4, 4, 1), np.nan), "nan"),
+                                        (np.zeros((2, 4, 4)), r"shape \(2, 4, 4\)"), (np.zeros((2, 4, 4, 1), int), "int64"), (np.zeros((0, 4, 4, 1)), "shape")])
+def test_pictures_out_of_range(a, message):
+    with pytest.raises(ValueError, match=message): as_pictures(a, "x")
+
+
+def test_pictures_in_three_ranges():
+    a = rng.integers(0, 256, (3, 5, 5, 3)).astype(np.uint8)
+    for b in (a, (a / 255).astype(np.float32), a / 127.5 - 1): assert torch.equal(as_pictures(b), torch.from_numpy(a).permute(0, 3, 1, 2))
+
+
+def test_sample_sets_agree(tmp_path):
+    x = torch.randint(0, 256, (11, 3, 6, 6), dtype=torch.uint8)
+    np.savez(tmp_path / "a.npz", arr_0=x.permute(0, 2, 3, 1).numpy(), arr_1=np.arange(11))
+    names = [f"0000{i // 5}/img{i:05d}.png" for i in range(11)]
+    for f, p in zip(names, x):
+        (tmp_path / "t" / f).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(p.permute(1, 2, 0).numpy()).save(tmp_path / "t" / f)
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as z:
+        for f in names: z.write(tmp_path / "t" / f, f)
+        z.writestr("dataset.json", json.dumps({"labels": [[f, i] for i, f in enumerate(names)]}))
+    for name, labelled in (("a.npz", True), ("t", False), ("z.zip", True)):
+        parts = list(open_samples(tmp_path / name).batches(batch_size=4))
+        assert torch.equal(torch.cat([p for p, _ in parts]), x)
+        assert [y.tolist() for _, y in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]] if labelled else parts[0][1] is None
+    Image.fromarray(np.zeros((7, 7, 3), np.uint8)).save(tmp_path / "t/00000/img00001.png")
+    with pytest.raises(ValueError, match="one size.*img00001"): list(open_samples(tmp_path / "t").batches())
+    (tmp_path / "t/00000/img00001.png").write_bytes(b"no")
+    with pytest.raises(ValueError, match="img00001.png can't be read"): list(open_samples(tmp_path / "t").batches())
+
+
+def test_reference_survives_and_damage_is_seen(net, ref_file, tmp_path):
+    r = read_reference(ref_file)
+    built = build_reference(net, digits("held_out"))
+    assert torch.equal(r.cov, built.cov) and torch.equal(r.points, built.points) and r.sha256 == digits("held_out").sha256() and r.n == 445
+    assert ClassifierExtractor(r.net).features_id == net.features_id == r.features
+    with np.load(ref_file) as z: a = dict(z)
+    np.savez(tmp_path / "bent.npz", **(a | {"cov": a["cov"] * 1.000001}))
+    with pytest.raises(ValueError, match="is damaged"): read_reference(tmp_path / "bent.npz")
+    with pytest.raises(ValueError, match="can't be compared"): r.check("inception-0")
+    with pytest.raises(ValueError, match="8 x 8.*got 9 x 9"): r.check(r.features, (1, 9, 9))
+
+
+def test_foreign_references(tmp_path):
+    e, x = InceptionExtractor(torch.jit.script(StandIn(40)), "inception-0"), digits("held_out").images[:30]
+    got = collect(e, array_samples(x).batches())
+    stats = dict(mu=got.stats.mean.numpy(), sigma=got.stats.cov.numpy())
+    np.savez(tmp_path / "edm.npz", **stats)
+    np.savez(tmp_path / "adm.npz", **stats, mu_s=got.spatial.mean, sigma_s=got.spatial.cov, arr_0=x.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy())
+    edm, adm = read_reference(tmp_path / "edm.npz"), read_reference(tmp_path / "adm.npz")
+    with pytest.warns(RuntimeWarning, match="samples: 30 images"): values = score(adm, got, e, ["fid", "pr"])
+    assert values == {"fid": pytest.approx(0, abs=1e-5), "precision": 1, "recall": 1}
+    with pytest.raises(ValueError, match="mean and covariance only"): score(edm, got, e, ["pr"])
+    with pytest.raises(ValueError, match="reference edm lacks"): score(edm, got, e, ["sfid"])
+    with pytest.raises(ValueError, match="can't be compared"): edm.check("cleanfid-0")
+    np.savez(tmp_path / "bad.npz", mu=stats["mu"], sigma=stats["sigma"][:5])
+    with pytest.raises(ValueError, match=r"mu must be \(d,\) and sigma"): read_reference(tmp_path / "bad.npz")
+
+
+# --- the command
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, ctm_nb.cli_evaluate as c; c.evaluate_parser().format_help(); print([m for m in ('torch', 'numpy', 'matplotlib', 'PIL') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_scores_grow_and_replace(tmp_path):
+    r = {"metric": "fid", "value": 1., "sampler": {"solver": "ctm", "steps": 1, "gamma": 0.}, "checkpoint": "c"}
+    extend_scores(tmp_path / "s.json", [r])
+    assert [x["value"] for x in extend_scores(tmp_path / "s.json", [{**r, "value": 2.}, {**r, "seed": 1}])] == [2., 1.]
+    assert "ctm" in text_table([r]) and text_table([]) == "no scores"
+    (tmp_path / "s.json").write_text("[1]")
+    with pytest.raises(ValueError, match="must be a list of score records"): extend_scores(tmp_path / "s.json", [r])
+
+
+def test_samples_are_scored_and_recorded(npz, ref_file, tmp_path, capsys):
+    d, out = digits("train"), tmp_path / "scores.json"
+    ctm_nb_evaluate([str(npz(n=300, y=d.labels[:300].numpy())), "--ref", str(ref_file), "--metrics", "fid,sfid,is,pr,dc,kid,acc", "--bootstrap", "3", "--out", str(out), "-n", "250"])
+    rows = {r["metric"]: r for r in json.loads(out.read_text())}
+    r, net = read_reference(ref_file), None
+    f = features_and_probs(r.net, d.images[:250])[0]
+    assert rows["frechet_distance"]["value"] == pytest.approx(frechet_distance(features_and_probs(r.net, digits("held_out").images)[0], f), rel=1e-3)
+    assert (rows["precision"]["value"], rows["recall"]["value"]) == pytest.approx(precision_recall(r.points, f), abs=.01)
+    assert rows["class_accuracy"]["value"] > .8 and rows["precision"]["n_samples"] == 250 and rows["precision"]["features"] == r.features
+    assert rows["precision"]["reference"] == {"name": "held out", "sha256": digits("held_out").sha256(), "n": 445} and "interval" in rows["frechet_distance"]
+    assert "frechet_distance" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_line(npz, ref_file, weights, tmp_path, capsys):
+    ref = ("--ref", ref_file)
+    assert "40 are" not in fails(capsys, npz(), *ref, "-n", 50) and not list(tmp_path.glob("*.json"))
+    assert "at least 6 are needed, got 3" in fails(capsys, npz(n=3), *ref)
+    assert "values from 0 to 9" in fails(capsys, npz(a=np.arange(10.)[:, None, None, None] * np.ones((10, 8, 8, 1))), *ref)
+    assert "8 x 8 as in the reference" in fails(capsys, npz(a=np.zeros((9, 4, 4, 1), np.uint8)), *ref)
+    assert "must be below 10" in fails(capsys, npz(y=np.full(40, 10)), *ref)
+    assert "labels must be >= 0, got -1" in fails(capsys, npz(y=np.full(40, -1)), *ref)
+    assert "can't be compared" in fails(capsys, npz(), *ref, "--features", "inception", "--weights", weights)
+    assert "got 'fdi'" in fails(capsys, npz(), *ref, "--metrics", "fid,fdi")
+    assert "--gamma must be >= 0 and <= 1, got 2" in fails(capsys, npz(), *ref, "--gamma", "2")
+    assert "--steps must be >= 1, got 0" in fails(capsys, npz(), *ref, "--steps", "0")
+    assert "no samples at" in fails(capsys, tmp_path / "none", *ref)
+    assert "constant" in fails(capsys, npz(a=np.zeros((20, 8, 8, 1), np.uint8)), *ref)
+    np.savez(tmp_path / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    assert "mean and covariance only" in fails(capsys, npz(), "--ref", tmp_path / "edm.npz", "--metrics", "pr", "--weights", weights)
+    assert "weights are missing" in fails(capsys, npz(), "--ref", tmp_path / "edm.npz", "--weights", tmp_path)
+
+
+def test_drawing_in_batches_is_drawing_at_once():
+    from ctm_nb.networks import DDPMpp
+    from ctm_nb.sampling import sample
+    from ctm_nb.trajectory import CTM
+    m, way = CTM(DDPMpp(8, 1, n_classes=3, s_branch=True, model_channels=8)).eval(), dict(solver="ctm", steps=2, gamma=.7)
+    parts = list(draw_batches(m, 10, way, [1, 2, 7], 5, 4))
+    y = torch.cat([y for _, y in parts])
+    assert y.tolist() == [0, 1, 1] + [2] * 7
+    whole = ((sample(m, 10, y=y, seed=5, **way) + 1) * 127.5).round().clamp(0, 255)
+    assert (torch.cat([x for x, _ in parts]).float() - whole).abs().max() <= 1
+    assert len(ways(["ctm", "heun"], [1, 2], [0., 1.])) == 5 and not is_checkpoint("nothing.npz") and set(METRICS) >= {"fid", "sfid", "is", "pr", "dc", "kid"}
