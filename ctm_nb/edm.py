@@ -52,10 +52,6 @@ class Preconditioned(nn.Module):
         self.n_classes, self.image_size, self.channels = c["n_classes"], c.get("image_size"), c.get("channels")
         self.data_shape = (c["dim"],) if "dim" in c else (c["channels"], c["image_size"], c["image_size"])
 
-    def c_noise(self, t: Tensor, x: Tensor, least: float = 0.) -> Tensor:  # (B,) or scalar, (B, ...) -> (B,)
-        "A time, as the network is told it."
-        return noise_condition(expand(t, x).clamp(min=least), self.kind).flatten().expand(len(x))
-
     def precondition(self,
         x: Tensor,  # (B, ...) noisy data
         t: Tensor,  # (B,) or scalar noise level of x
@@ -64,10 +60,40 @@ class Preconditioned(nn.Module):
         **more,  # for the network, e.g. `augment`
     ) -> Tensor:  # (B, ...)
         "c_skip x + c_out F(c_in x, c_noise(t), c_noise(s), y)"
-        c_skip, c_out, c_in = preconditioning(expand(t, x), self.sigma_data, self.kind)
-        return c_skip * x + c_out * self.net(c_in * x, self.c_noise(t, x), None if s is None else self.c_noise(s, x, self.sigma_min), y, **more)
+        y, wide = self.check(x, t, y), x if x.element_size() >= 4 else x.float()  # times and scalings do not fit half precision
+        c_skip, c_out, c_in = preconditioning(expand(t, wide), self.sigma_data, self.kind)
+        F_x = self.net((c_in * wide).to(x.dtype), self.c_noise(t, wide), None if s is None else self.c_noise(s, wide, self.sigma_min), y, **more)
+        return (c_skip * wide + c_out * F_x).to(x.dtype)
 
 # %% ../nbs/03_edm.ipynb #95e4eb8b
+@patch
+def c_noise(self: Preconditioned,
+    t: Tensor,  # (B,) or scalar noise level
+    x: Tensor,  # (B, ...) what it belongs to
+    least: float = 0.,  # smaller times are read as this
+) -> Tensor:  # (B,)
+    "A time, as the network is told it."
+    return noise_condition(expand(t, x).clamp(min=least), self.kind).flatten().expand(len(x))
+
+# %% ../nbs/03_edm.ipynb #cf310021
+@patch
+def check(self: Preconditioned,
+    x: Tensor,  # (B, ...) noisy data
+    t: float | Tensor,  # noise level
+    y: int | Tensor | None = None,  # class indices
+) -> Tensor | None:  # y as (B,) int64, or None
+    "Raise ValueError for data of another shape, a noise level that isn't positive, or a label that doesn't exist."
+    if tuple(x.shape[1:]) != self.data_shape: raise ValueError(f"x must be (B, {', '.join(map(str, self.data_shape))}), got {tuple(x.shape)}")
+    look = not (x.is_cuda or torch.compiler.is_compiling())
+    if look and not bool(torch.all((times := torch.as_tensor(t)) > 0)): raise ValueError(f"t must be > 0, got t={float(times.min()):g}")
+    if y is None or not self.n_classes: return None
+    y = torch.as_tensor(y, device=x.device)
+    if y.is_floating_point() or y.ndim > 1 or (y.ndim == 1 and len(y) not in (1, len(x))): raise ValueError(f"y must be {len(x)} class indices or one for all, got {y.dtype} of shape {tuple(y.shape)}")
+    if look and y.numel() and not (-1 <= int(y.min()) and int(y.max()) < self.n_classes):
+        raise ValueError(f"y must be in 0..{self.n_classes - 1}, or -1 for no label, got {int(y.min()) if y.min() < -1 else int(y.max())}")
+    return y.long().expand(len(x))
+
+# %% ../nbs/03_edm.ipynb #efeaf43b
 class Denoiser(Preconditioned):
     "A teacher: D(x, t), an estimate of E[x_0 | x_t = x]."
     def forward(self,
@@ -82,7 +108,7 @@ class Denoiser(Preconditioned):
         "The denoiser by its name in the paper."
         return self(x, t, y, **more)
 
-# %% ../nbs/03_edm.ipynb #cf310021
+# %% ../nbs/03_edm.ipynb #82d9d64a
 @patch
 def features(self: Preconditioned,
     x: Tensor,  # (B, C, H, W) noisy data
@@ -93,7 +119,7 @@ def features(self: Preconditioned,
     c_in, c_noise = preconditioning(expand(t, x), self.sigma_data, self.kind)[2], self.c_noise(t, x)
     return self.net.features(c_in * x, c_noise, c_noise if self.net.config["s_branch"] else None, y)
 
-# %% ../nbs/03_edm.ipynb #5c0990e5
+# %% ../nbs/03_edm.ipynb #4b18a684
 def edm_loss(
     D,  # denoiser: D(x, t, y) -> (B, ...)
     x0: Tensor,  # (B, ...) clean data
@@ -107,7 +133,7 @@ def edm_loss(
     w = (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2
     return w * (D(x0 + r * eps, sigma, y) - x0).square().flatten(1).mean(1)
 
-# %% ../nbs/03_edm.ipynb #4b18a684
+# %% ../nbs/03_edm.ipynb #1b6f0fb2
 def lognormal_sigma(
     z: Tensor,  # (B,) standard normal numbers
     mean: float = -1.2,  # of ln sigma
@@ -116,7 +142,7 @@ def lognormal_sigma(
     "Training noise levels of EDM: ln sigma is normal.  # EDM Table 1"
     return (mean + std * z).exp()
 
-# %% ../nbs/03_edm.ipynb #1ce90ed9
+# %% ../nbs/03_edm.ipynb #f1b22b62
 def jump(
     x: Tensor,  # (B, ...) data at noise level t
     t: float | Tensor,  # > 0, (B,) or scalar
@@ -127,7 +153,7 @@ def jump(
     r = expand(u, x) / expand(t, x)
     return r * x + (1 - r) * x0
 
-# %% ../nbs/03_edm.ipynb #f1b22b62
+# %% ../nbs/03_edm.ipynb #e5b0d04f
 def heun_step(
     D,  # denoiser: D(x, t, y)
     x: Tensor,  # (B, ...) data at t
@@ -144,7 +170,7 @@ def heun_step(
     corrected = x + expand(u - t, x) * (slope[0] + slope[1]) / 2
     return torch.where(expand(u, x) > 0, corrected, x_u)
 
-# %% ../nbs/03_edm.ipynb #3a61ba87
+# %% ../nbs/03_edm.ipynb #ffc5b54d
 def extrapolate(
     D_t: Tensor,  # (B, ...) guess at t
     D_prev: Tensor | None,  # (B, ...) guess at the time before, or None at the first step
@@ -158,7 +184,7 @@ def extrapolate(
     ratio = torch.where(torch.isfinite(ratio), ratio, torch.zeros_like(ratio))
     return D_t + expand(ratio, D_t) / 2 * (D_t - D_prev)
 
-# %% ../nbs/03_edm.ipynb #766db197
+# %% ../nbs/03_edm.ipynb #13401e25
 def extrapolate3(
     guesses: list,  # D at t, at the time before, at the time before that, each (B, ...)
     times: Tensor,  # (4,) or (4, B): the two times before, this time, the next
@@ -172,7 +198,7 @@ def extrapolate3(
     c1, c2 = (expand(torch.where(fine, c, torch.zeros_like(c)), guesses[0]) for c in (c1, c2))
     return guesses[0] + c1 * (guesses[0] - guesses[1]) - c2 * (guesses[1] - guesses[2])
 
-# %% ../nbs/03_edm.ipynb #9e812cb5
+# %% ../nbs/03_edm.ipynb #4c3e87b1
 def solve(
     D,  # denoiser: D(x, t, y)
     x: Tensor,  # (B, ...) data at times[0]
@@ -197,5 +223,5 @@ def solve(
         if callback: callback(i, x)
     return x
 
-# %% ../nbs/03_edm.ipynb #ae0a5f1e
+# %% ../nbs/03_edm.ipynb #7f438fd5
 SOLVERS = {"euler": 1, "heun": 2, "dpm": 1, "dpm3": 1}  # evaluations a step

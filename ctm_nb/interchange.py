@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'KINDS', 'WRAPPERS', 'PRECONDITIONERS', 'describe', 'rebuild', 'fitting', 'find_checkpoint', 'from_run',
-           'infer_edm', 'infer_openai', 'infer_network', 'filters', 'our_state', 'from_state', 'from_edm',
-           'foreign_state', 'save_model', 'from_safetensors', 'read_model', 'load']
+           'infer_edm', 'infer_openai', 'infer_network', 'filters', 'our_state', 'from_state', 'from_edm', 'attributes',
+           'foreign_state', 'save_model', 'from_safetensors', 'read_model', 'fetched', 'load', 'what_it_is']
 
 # %% ../nbs/10_interchange.ipynb #1a5a15c3
 import io
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from .edm import Denoiser
 from .foreign import EdmNetwork, ForeignFileError, read_edm_pickle, read_safetensors, read_torch, sniff
 from .hub import CATALOGUE, fetch, is_public_name, nearest_name
-from .networks import OpenAIUNet, Resample, build_network, network_config, openai_names
+from .blocks import Resample
+from .networks import FAMILIES, OpenAIUNet, build_network, network_config, openai_names
 from .state import CheckpointError, atomic_write, latest_checkpoint, load_checkpoint
 from .trajectory import CTM
 
@@ -51,7 +52,7 @@ def rebuild(
     if kind not in KINDS: raise ValueError(f"kind of model must be one of {sorted(KINDS)}, got {kind!r}")
     with torch.device("cpu" if state is None else "meta"): m = KINDS[kind](build_network(**network), **d, kind=precondition)
     if state is not None: m.load_state_dict(fitting(m, state), assign=True)
-    m.classes = list(classes)
+    m.classes, m.described = list(classes), True  # its file knows everything about it
     return m
 
 # %% ../nbs/10_interchange.ipynb #2c3ff219
@@ -185,34 +186,55 @@ def from_state(
     if which == "teacher" and kind != "teacher": raise ValueError("this is a CTM, not a teacher: it has a second time embedding")
     with torch.device("meta"): net = build_network(**config)
     numbers = dict(sigma_data=sigma_data, sigma_min=sigma_min, sigma_max=sigma_max, preconditioning=preconditioning)
-    return rebuild({"kind": kind, "network": network_config(net), "classes": [], **numbers}, {f"net.{k}": v for k, v in our_state(net, state).items()})
+    m = rebuild({"kind": kind, "network": network_config(net), "classes": [], **numbers}, {f"net.{k}": v for k, v in our_state(net, state).items()})
+    del m.described
+    return m
 
 # %% ../nbs/10_interchange.ipynb #7d03c2f1
-PRECONDITIONERS = {"EDMPrecond": ("edm", .002, 80.), "VPPrecond": ("vp", .002, 80.), "VEPrecond": ("ve", .02, 100.)}  # class -> kind, usual range of times
+PRECONDITIONERS = {"EDMPrecond": ("edm", .002, 80.), "VPPrecond": ("vp", .002, 80.), "VEPrecond": ("ve", .02, 100.)}  # class -> kind, range of times
 
 def from_edm(
     n: EdmNetwork,  # from `foreign.read_edm_pickle`
     which: str | None = None,  # what is expected
     **architecture,  # as in `from_state`
 ) -> Denoiser | CTM:
-    "A model from EDM's network pickle; raises ValueError for a preconditioner we have no equivalent of."
+    "A model from EDM's network pickle; raises ValueError for a preconditioner or a network we have no equivalent of."
     if n.class_name not in PRECONDITIONERS: raise ValueError(f"preconditioner must be one of {', '.join(PRECONDITIONERS)}, the file has {n.class_name}")
     kind, low, high = PRECONDITIONERS[n.class_name]
     for key, usual in dict(beta_d=19.9, beta_min=.1, M=1000).items():
         if kind == "vp" and n.config.get(key, usual) != usual: raise ValueError(f"{key} of a VP network must be {usual}, the file has {n.config[key]}")
-    return from_state(n.state, which, **{**dict(preconditioning=kind, sigma_min=low, sigma_max=high, sigma_data=float(n.config.get("sigma_data", .5))), **architecture})
+    numbers = dict(preconditioning=kind, sigma_min=low, sigma_max=high, sigma_data=float(n.config.get("sigma_data", .5)))
+    return from_state(n.state, which, **{**numbers, **attributes(n), **architecture})
 
-# %% ../nbs/10_interchange.ipynb #0f14c3c8
+# %% ../nbs/10_interchange.ipynb #ec4f5a2f
+def attributes(
+    n: EdmNetwork,  # from `foreign.read_edm_pickle`
+) -> dict:  # {} or {"channels_per_head": ...}
+    "What the attributes of the blocks say; raises ValueError for what no family of ours does."
+    blocks, state = n.config.get("modules", {}), {k.removeprefix("model."): v for k, v in n.state.items()}
+    k = FAMILIES[infer_edm(state)["family"]].conventions
+    for name, b in blocks.items():
+        for key, mine in dict(skip_scale=k.skip_scale, adaptive_scale=k.scale_shift).items():
+            if key in b and abs(float(b[key]) - float(mine)) > 1e-6: raise ValueError(f"{key} of {name} must be {mine:g} in this family, the file has {b[key]}")
+    heads = {name: (int(b["num_heads"]), len(v)) for name, b in blocks.items() if (v := n.state.get(f"{name}.proj.weight")) is not None and b.get("num_heads")}
+    widths = {width // count for count, width in heads.values()}
+    if all(count == 1 for count, _ in heads.values()): return {} if k.channels_per_head is None else dict(channels_per_head=widths.pop()) if len(widths) == 1 else {}
+    if len(widths) > 1: raise ValueError(f"attention heads must have one width in all blocks, the file has {sorted(widths)}")
+    return dict(channels_per_head=widths.pop())
+
+# %% ../nbs/10_interchange.ipynb #a8bc9ff9
 def foreign_state(
     m: Denoiser | CTM,  # a model
 ) -> dict:  # name -> tensor
-    "The weights under the names that other programs use; raises ValueError for a network they don't have."
+    "The weights under the names that other programs use; raises ValueError for a network, or numbers around it, that they don't have."
+    if "enc" not in dict(m.net.named_children()): raise ValueError(f"no other program has the network {network_config(m.net)['family']!r}; write a .safetensors file")
+    numbers, theirs = (m.kind, m.sigma_data, m.sigma_min, m.sigma_max), ("edm", .5, .002, 80.)
+    if numbers != theirs: raise ValueError(f"other programs take preconditioning, sigma_data, sigma_min and sigma_max to be {theirs}, and a state dict can't say otherwise; this model has {numbers}: write a .safetensors file")
     own = {k.removeprefix("net."): v for k, v in m.state_dict().items()}
     if isinstance(m.net, OpenAIUNet): return {theirs: own[k].T.contiguous() if k == "map_label.weight" else own[k] for k, theirs in openai_names(m.net).items()}
-    if "enc" not in dict(m.net.named_children()): raise ValueError(f"no other program has the network {network_config(m.net)['family']!r}; write a .safetensors file")
     return {f"model.{k}": v for k, v in own.items()}
 
-# %% ../nbs/10_interchange.ipynb #91963051
+# %% ../nbs/10_interchange.ipynb #d02731b7
 def save_model(
     m: Denoiser | CTM,  # a model
     path: str | Path,  # .safetensors: our own; .pt or .pth: a state dict for OpenAI's, sony's or EDM's programs
@@ -230,7 +252,7 @@ def save_model(
     else: torch.save({k: v.detach().cpu() for k, v in foreign_state(m).items()}, buffer := io.BytesIO()); data = buffer.getvalue()
     return atomic_write(path, data)
 
-# %% ../nbs/10_interchange.ipynb #a8bc9ff9
+# %% ../nbs/10_interchange.ipynb #b85ed1ed
 def from_safetensors(
     path: str | Path,  # a .safetensors file
     which: str | None = None,  # what is expected
@@ -239,11 +261,12 @@ def from_safetensors(
     "A model from our single file, or from anybody's weights in that format."
     state, header = read_safetensors(path)
     if "ctm_nb" not in header: return from_state(state, which, **architecture)
+    if architecture: raise ValueError(f"our own file knows its network; {', '.join(architecture)} can't be given")
     description = json.loads(header["ctm_nb"])["description"]
     if which not in (None, description["kind"]): raise ValueError(f"this is a {description['kind']} checkpoint, expected a {which}")
     return rebuild(description, state)
 
-# %% ../nbs/10_interchange.ipynb #416dc114
+# %% ../nbs/10_interchange.ipynb #9c3d6f02
 def read_model(
     path: str | Path,  # a file or folder
     which: str | None,  # what is expected
@@ -258,25 +281,51 @@ def read_model(
     if kind == "safetensors": return "safetensors", from_safetensors(path, which, **architecture)
     return "state dict", from_state(read_torch(path), which, **architecture)
 
-# %% ../nbs/10_interchange.ipynb #4f626128
+# %% ../nbs/10_interchange.ipynb #6affb53b
+def fetched(
+    name: str,  # of `hub.CATALOGUE`, or an address
+    which: str | None,  # what is expected
+    architecture: dict,  # what the caller knows
+) -> tuple:  # path, architecture, kind of the catalogue or None
+    "A public file in the cache; raises ValueError before anything is fetched if it can't be what is expected."
+    if not is_public_name(name): return fetch(name), architecture, None
+    entry = CATALOGUE[name]
+    if entry.kind not in ("teacher", "ctm", "cm"): raise ValueError(f"{name} is no model ({entry.loads_as}); `ctm_nb_convert --list` shows those that are")
+    if entry.loads_as.startswith("not"): raise ValueError(f"{name} can't be loaded: {entry.loads_as}")
+    if which not in (None, entry.kind): raise ValueError(f"{name} is a {dict(cm='consistency model', teacher='teacher', ctm='CTM')[entry.kind]}, not a {which}")
+    return fetch(name), {**entry.architecture, **architecture}, entry.kind
+
+# %% ../nbs/10_interchange.ipynb #8053da6a
 def load(
-    path: str | Path,  # a run or checkpoint folder, .safetensors, EDM's .pkl, OpenAI's or sony's .pt, or a name of `hub.CATALOGUE`
+    path: str | Path,  # a run or checkpoint folder, .safetensors, EDM's .pkl, OpenAI's or sony's .pt, a name of `hub.CATALOGUE`, or an address
     device: str = "cpu",  # where to put the model
     which: str | None = None,  # "ctm" or "teacher"; None: what the file holds, of a run its student
-    **architecture,  # what a bare state dict can't tell: channels_per_head, image_size, sigma_min, sigma_max, sigma_data
+    **architecture,  # what a bare state dict can't tell: channels_per_head, image_size, preconditioning, sigma_min, sigma_max, sigma_data
 ) -> Denoiser | CTM:  # in evaluation mode, without gradients; class names in `.classes`, where it came from in `.about`
     """Load a model for sampling, from any checkpoint.
 
     Raises FileNotFoundError, CheckpointError (missing or damaged part of a run) or ValueError (anything else), each naming the file."""
     if which not in (None, *KINDS): raise ValueError(f"which must be one of {sorted(KINDS)} or None, got {which!r}")
-    if isinstance(path, str) and not Path(path).exists() and is_public_name(path): path, architecture = fetch(path), {**CATALOGUE[path].architecture, **architecture}
-    near = nearest_name(str(path))
+    known, name = None, str(path)
+    if isinstance(path, str) and not Path(path).exists() and (is_public_name(path) or "://" in path): path, architecture, known = fetched(path, which, architecture)
+    near = nearest_name(name)
     if not Path(path).exists(): raise FileNotFoundError(f"{path} does not exist; expected a run folder (runs/digits), a checkpoint, or a name that `ctm_nb_convert --list` shows" + f" (did you mean {near}?)" * bool(near))
     try: format, m = read_model(path, which, architecture)
     except ForeignFileError: raise
     except ValueError as e: raise e if str(e).startswith(str(path)) else ValueError(f"{path}: {e}") from None
-    n, net = sum(p.numel() for p in m.parameters()), network_config(m.net)
-    what = "CTM" if isinstance(m, CTM) else "teacher" + (" (or a consistency model, which looks the same)" if net["family"] == "openai" else "")
-    m.about = f"{path}: {format}, {what}, {net['family']}, {n / 1e6:.2f} M parameters, {m.n_classes or 'no'} classes, {' x '.join(map(str, m.data_shape))}"
+    m.about = f"{path}: {format}, {what_it_is(m, known, architecture)}"
     log.info(m.about)
     return m.to(device).eval().requires_grad_(False)
+
+# %% ../nbs/10_interchange.ipynb #db63b37e
+def what_it_is(
+    m: Denoiser | CTM,  # a model
+    known: str | None,  # its kind in the catalogue
+    architecture: dict,  # what was given to `load`
+) -> str:
+    "Kind, family, size, classes and pictures in words."
+    net, n = network_config(m.net), sum(p.numel() for p in m.parameters())
+    kind = "CTM" if isinstance(m, CTM) else "consistency model, loaded as a denoiser" if known == "cm" else "teacher"
+    doubt = " (or a consistency model, which looks the same)" if kind == "teacher" and net["family"] == "openai" and known is None else ""
+    assumed = " (assumed)" if net["family"] == "openai" and not hasattr(m, "described") and "image_size" not in architecture else ""
+    return f"{kind}{doubt}, {net['family']}, {n / 1e6:.2f} M parameters, {m.n_classes or 'no'} classes, {' x '.join(map(str, m.data_shape))}{assumed}"

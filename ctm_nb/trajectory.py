@@ -65,4 +65,6 @@ def student_from(
     init: str = "teacher",  # "teacher": start exactly as the teacher; "random": new layers at random, as published
 ) -> CTM:
     "A CTM that starts from a teacher's weights."
-    return CTM(with_s_branch(teacher.net, init), teacher.sigma_data, teacher.sigma_min, teacher.sigma_max, teacher.kind)
+    student = CTM(with_s_branch(teacher.net, init), teacher.sigma_data, teacher.sigma_min, teacher.sigma_max, teacher.kind)
+    student.classes = list(getattr(teacher, "classes", []))
+    return student

@@ -94,7 +94,8 @@ def _tree(name, state, num_heads):
     for k, v in parts.items(): module._modules[k] = _tree(k, v, num_heads)
     if class_name == "UNetBlock":
         module.num_heads = num_heads(parts["qkv"]["weight"].shape[0] // 3) if "qkv" in parts else 0
-        module.skip_scale, module.dropout, module.adaptive_scale = np.sqrt(.5), .1, True
+        doubled = "affine" in parts and len(parts["affine"]["weight"]) == 2 * len(parts["conv0"]["weight"])  # as ADM has it: scale and shift
+        module.skip_scale, module.dropout, module.adaptive_scale = 1. if doubled else np.sqrt(.5), .1, doubled
         module.kwargs = dict(emb_channels=8, init=dict(init_mode="xavier_uniform", init_weight=np.sqrt(.2)), resample_filter=[1, 1])
     return module
 

@@ -144,6 +144,44 @@ def test_a_safetensors_file_of_someone_else(tmp_path):
     assert torch.equal(load(tmp_path / "x.safetensors").net.last_layer, m.net.last_layer)
 
 
+def test_what_a_state_dict_cannot_hold_is_refused(tmp_path):
+    for key, value in (("kind", "vp"), ("sigma_data", .7), ("sigma_min", .01), ("sigma_max", 40.)):
+        m = small()
+        setattr(m, key, value)
+        with pytest.raises(ValueError, match="write a .safetensors file"): save_model(m, tmp_path / "x.pt")
+        again = load(save_model(m, tmp_path / f"{key}.safetensors"))
+        assert getattr(again, key) == value
+    assert not (tmp_path / "x.pt").exists()
+    with pytest.raises(ValueError, match="sigma_data, nonsense can't be given"): load(tmp_path / "kind.safetensors", sigma_data=.7, nonsense=3)
+
+
+@pytest.mark.parametrize("heads, per_head", [(lambda c: c // 16, 16), (lambda c: 2, 16), (lambda c: 1, None)])
+def test_heads_of_an_edm_pickle_are_those_of_its_blocks(tmp_path, heads, per_head):
+    import foreign_files as ff
+    m = small(Denoiser, family="adm", channels=3, image_size=16, model_channels=32, channel_mult=(1, 1), attention=(8,), channels_per_head=per_head or 32)
+    got = load(ff.make_edm_pickle(tmp_path / "x.pkl", foreign_state(m), "EDMPrecond", "DhariwalUNet", num_heads=heads(32)))
+    assert got.net.config["channels_per_head"] == (per_head or 32)
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([1., 2.])
+    assert (got.D(x, t) - m.D(x, t)).abs().max() < 1e-6
+
+
+def test_an_edm_pickle_whose_blocks_compute_something_else_is_refused(tmp_path):
+    from dataclasses import replace
+    import foreign_files as ff
+    from ctm_nb.foreign import read_edm_pickle
+    from ctm_nb.interchange import from_edm
+    n = read_edm_pickle(ff.make_edm_pickle(tmp_path / "x.pkl", foreign_state(small(Denoiser)), "EDMPrecond", "SongUNet"))
+    for key, value in (("skip_scale", 1.), ("adaptive_scale", True)):
+        modules = {k: {**v, key: value} for k, v in n.config["modules"].items() if "block" in k}
+        with pytest.raises(ValueError, match=key): from_edm(replace(n, config={**n.config, "modules": modules}))
+
+
+def test_public_names_that_cannot_be_loaded_are_refused_before_any_download(monkeypatch):
+    monkeypatch.setattr("ctm_nb.interchange.fetch", lambda *a, **k: pytest.fail("fetched"))
+    for name, which, message in (("inception-2015-12-05", None, "is no model"), ("cd-imagenet64-lpips", "ctm", "consistency model, not a ctm"), ("edm-cifar10-32x32-cond-vp", "ctm", "is a teacher, not a ctm")):
+        with pytest.raises(ValueError, match=message): load(name, which=which)
+
+
 def test_runs_of_before_the_preconditioning_was_recorded(tmp_path):
     m = small()
     about = describe(m)
@@ -163,11 +201,15 @@ def test_every_shape_is_read_off_the_weights(family, s_branch, n_classes, mult, 
     assert network_config(build_network(**found)) == network_config(m.net)
 
 
-@pytest.mark.parametrize("preset, side, n_classes, published", [("cifar10", 32, 0, 56), ("cifar10", 32, 10, 56), ("imagenet64", 64, 1000, 296)])
-def test_full_size_networks_build_and_run(preset, side, n_classes, published):
+@pytest.mark.parametrize("preset, side, n_classes, published, teacher, student", [
+    ("cifar10", 32, 0, 56, 55_733_891, 60_396_419), ("cifar10-cond", 32, 10, 56, 55_735_299, 60_397_827), ("imagenet64", 64, 1000, 296, 295_899_267, 324_100_611)])
+def test_full_size_networks_build_and_run(preset, side, n_classes, published, teacher, student):
+    "EDM's paper gives rounded counts (56 M, 296 M); the exact ones are this package's, pinned."
     data = ImageData(torch.zeros(1, 3, side, side, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64) if n_classes else None, [str(i) for i in range(n_classes)], "empty")
     with torch.device("meta"): net = make_network(make_config(preset, ["data.source=x"]), data).eval()
-    assert round(sum(p.numel() for p in net.parameters()) / 1e6) == published  # as EDM's paper rounds
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    with torch.device("meta"): with_s = build_network(**{**network_config(net), "s_branch": True})
+    assert (count(net), count(with_s)) == (teacher, student) and round(count(net) / 1e6) == published
     net.to_empty(device="cpu")
     torch.manual_seed(0)
     for k, v in net.state_dict().items(): v.fill_(.25 if k.endswith("filter") else 0.) if v.ndim < 2 or k.endswith("filter") else v.normal_(std=.02)

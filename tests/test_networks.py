@@ -146,6 +146,32 @@ def test_bfloat16_autocast_is_finite_at_both_ends(family):
     assert torch.isfinite(out).all()
 
 
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
+@pytest.mark.parametrize("dtype, least", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_half_precision_weights_stay_near_float32(family, dtype, least):
+    m = student_from(Denoiser(lively(family(8, 3, 10, **WIDE))), "random").eval()
+    t, s, y = torch.tensor([80., 1., .002]), torch.tensor([.5, .01, .002]), torch.tensor([1, 2, 3])
+    x = torch.randn(3, 3, 8, 8) * (1 + t[:, None, None, None])
+    with torch.no_grad():
+        exact = m.g(x.to(dtype).float(), t, s, y)
+        half = m.to(dtype).g(x.to(dtype), t, s, y)
+    assert half.dtype == dtype and (half.float() - exact).norm() < least * exact.norm()
+
+
+@pytest.mark.parametrize("args, message", [
+    (lambda x, t: (x[:, :1], t), "x must be \\(B, 3, 8, 8\\)"), (lambda x, t: (x, 0.), "t must be > 0"), (lambda x, t: (x, t, 10), "y must be in 0..9"),
+    (lambda x, t: (x, t, torch.tensor([0, -2])), "got -2"), (lambda x, t: (x, t, torch.zeros(2, 10)), "2 class indices"), (lambda x, t: (x, t, torch.zeros(3, dtype=torch.int64)), "2 class indices")])
+def test_what_is_given_to_a_model_is_checked(args, message):
+    m = Denoiser(lively(DDPMpp(8, 3, 10, **SMALL)))
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([1., 2.])
+    with pytest.raises(ValueError, match=message): m.D(*args(x, t))
+    assert torch.equal(m.D(x, t, 3), m.D(x, t, torch.tensor([3, 3])))
+
+
+def test_a_student_is_no_teacher():
+    with pytest.raises(ValueError, match="must have no s-branch"): with_s_branch(DDPMpp(8, 1, s_branch=True, **SMALL))
+
+
 def test_openai_names_are_distinct_and_complete():
     net = OpenAIUNet(16, 3, 10, s_branch=True, model_channels=16, channel_mult=(1, 2, 2), n_blocks=2, attention=(8, 4), channels_per_head=8)
     names = openai_names(net)
