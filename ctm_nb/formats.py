@@ -235,7 +235,7 @@ def open_shards(
             if len(pictures) > 1: raise ValueError(f"{path} has {len(pictures)} images under the key {key}: {few(pictures)}; expected one")
             if not pictures: lonely += 1; continue
             names.append(f"{path.name}/{key}.{pictures[0]}")
-            place.append((k, *example[pictures[0]], example[pictures[0]][1], -1))
+            place.append((k, *example[pictures[0]], example[pictures[0]][1], -1, 0))
             if partner := [e for e in ("cls", "json") if e in example][:1]:
                 offset, size = example[partner[0]]
                 labels.append(shard_label(os.pread(source.fd(k), size, offset), partner[0], f"{path.name}/{key}.{partner[0]}"))

@@ -139,9 +139,10 @@ class StreamData:
     @property
     def n_classes(self): return len(self.classes)
 
-    def take(self, idx): # (B,) -> (B, C, H, W) uint8
+    def decode(self, idx): # (B,) -> (B, C, H, W) uint8 array; no torch, whose threads don't survive in a forked worker
         pixels = [one_mode(self.source.pixels(i, self.image_size, self.crop), self.channels == 1) for i in self.positions[np.asarray(idx)]]
-        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+        return np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2))
+    def take(self, idx): return torch.from_numpy(self.decode(idx))
 
 # %% ../nbs/01g_loader.ipynb #0abcb978
 def known_survey(
@@ -289,7 +290,7 @@ def __iter__(self:Batches):
     twin.sampler = None  # the other may be in use
     if self.workers and isinstance(self.data, StreamData):
         tasks = ((twin.indices(p).numpy(), p) for p in positions)
-        pixels = in_order(lambda t: (self.data.take(t[0]).numpy(), *t), tasks, self.workers, self.ahead)
+        pixels = in_order(lambda t: (self.data.decode(t[0]), *t), tasks, self.workers, self.ahead)
         made = (self.finish(torch.from_numpy(x), torch.from_numpy(i), p) for x, i, p in pixels)
     else: made = prepared(map(twin.at, positions), self.ahead)
     for batch in made:

@@ -221,7 +221,7 @@ def open_folder(
 class PackSource(Source):
     "Images at known places of some files."
     files:list=None # paths of the archives
-    place:np.ndarray=None # (N, 5) int64: file, offset, stored bytes, bytes, checksum (-1: unknown)
+    place:np.ndarray=None # (N, 6) int64: file, offset, stored bytes, bytes, checksum (-1: unknown), method (0: stored, 8: deflated)
     is_zip:bool=True # entries begin with a header, and may be deflated
 
     def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k != "fds"}
@@ -234,16 +234,16 @@ class PackSource(Source):
 @patch
 def get(self:PackSource, i):
     "Bytes of the i-th image; `BrokenImage` if the archive is damaged there."
-    k, offset, stored, n, check = self.place[i].tolist()
+    k, offset, stored, n, check, method = self.place[i].tolist()
     if not self.is_zip: return self._sized(os.pread(self.fd(k), stored, offset), stored)
     raw = os.pread(self.fd(k), 30 + 400 + stored, offset)
     if raw[:4] != b"PK\3\4": raise BrokenImage("the zip has no entry where its directory says")
     start = 30 + sum(struct.unpack("<HH", raw[26:30]))
     data = self._sized(raw[start:start + stored] if start <= 430 else os.pread(self.fd(k), stored, offset + start), stored)
-    if stored != n or zlib.crc32(data) != check:
+    if method:
         try: data = zlib.decompressobj(-15).decompress(data, n)
         except zlib.error as e: raise BrokenImage(f"damaged in the zip ({e})") from None
-        if zlib.crc32(data) != check: raise BrokenImage("damaged in the zip (checksum)")
+    if zlib.crc32(data) != check: raise BrokenImage("damaged in the zip (checksum)")
     return data
 
 @patch
@@ -281,7 +281,7 @@ def open_zip(
                 if e.compress_type not in (0, 8): raise ValueError(f"{path}: {e.filename} is compressed by method {e.compress_type}, expected stored or deflate")
                 if e.file_size > MAX_ENTRY: raise ValueError(f"{path}: {e.filename} would unpack to {e.file_size} bytes, the limit is {MAX_ENTRY}")
             at, found = arrange(names, z.read, path, labels)
-            place = np.array([(0, e.header_offset, e.compress_size, e.file_size, e.CRC) for e in (entries[i] for i in at)], np.int64)
+            place = np.array([(0, e.header_offset, e.compress_size, e.file_size, e.CRC, e.compress_type) for e in (entries[i] for i in at)], np.int64)
     except zipfile.BadZipFile as e: raise ValueError(f"{path} can't be read as a zip: {e}") from None
     return PackSource(name=path.stem, kind="EDM zip" if "dataset.json" in names else "zip of images", files=[path], place=place, **found)
 
@@ -312,6 +312,6 @@ def open_tar(
     source = PackSource(name=path.stem, kind="tar of images", files=[path], is_zip=False, names=None)
     read = lambda n: os.pread(source.fd(0), where[n][1], where[n][0])
     at, found = arrange(inside([e[0] for e in entries], path), read, path, labels)
-    source.place = np.array([(0, o, s, s, -1) for _, o, s in (entries[i] for i in at)], np.int64)
+    source.place = np.array([(0, o, s, s, -1, 0) for _, o, s in (entries[i] for i in at)], np.int64)
     for k, v in found.items(): setattr(source, k, v)
     return source

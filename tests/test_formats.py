@@ -181,12 +181,13 @@ def test_zips_that_are_traps(tmp_path):
 
 
 def test_damage_in_a_zip_is_found_by_its_checksum(tmp_path):
-    path = zipped(tmp_path / "d.zip", [("a.png", png()), ("b.png", png())])
-    data = bytearray(path.read_bytes())
-    data[data.find(b"IDAT") + 10] ^= 1
-    path.write_bytes(data)
-    broken = survey(open_source(path)).broken
-    assert list(broken) == [0] and broken[0].startswith("damaged in the zip (")
+    for method, reason in ((zipfile.ZIP_STORED, "damaged in the zip (checksum)"), (zipfile.ZIP_DEFLATED, "damaged in the zip (")):
+        path = zipped(tmp_path / f"{method}.zip", [("a.png", png()), ("b.png", png())], compression=method)
+        data = bytearray(path.read_bytes())
+        data[80] ^= 1
+        path.write_bytes(data)
+        broken = survey(open_source(path)).broken
+        assert list(broken) == [0] and broken[0].startswith(reason), method
 
 
 def test_tars(tmp_path):
