@@ -104,9 +104,10 @@ def make_edm_pickle(path, state, class_name="EDMPrecond", model_class="SongUNet"
     """Write a state dict as an EDM network pickle, and give back its path.
 
     `config` becomes arguments of the preconditioner and its plain attributes; `num_heads` attention heads (default: 1, or
-    one for 64 channels in a DhariwalUNet); `canary` a file that the stored source text would create if it were run;
+    one for 64 channels in a DhariwalUNet), a number or a function of a block's channels; `canary` a file that the stored source text would create if it were run;
     `extra` further entries of the pickled dict; `short` leaves out what networks carry besides `ema`."""
-    heads = lambda channels: num_heads or (max(channels // 64, 1) if model_class == "DhariwalUNet" else 1)  # noqa: E731
+    if num_heads is None: heads = lambda channels: max(channels // 64, 1) if model_class == "DhariwalUNet" else 1  # noqa: E731
+    else: heads = num_heads if callable(num_heads) else lambda channels: num_heads
     net = Persistent(class_name, model_type=model_class, **config)
     net.use_fp16 = False
     for k, v in config.items(): setattr(net, k, v)
@@ -170,13 +171,18 @@ def legacy(program, keys=("0",), raw=b""):
     return b"".join(head) + b"\x80\x02" + program + b"." + pickle.dumps(list(keys), 2) + raw
 
 
-def storage_id(numel, kind="FloatStorage"): return b"(" + text("storage") + glob("torch", kind) + text("0") + text("cpu") + pickle.dumps(numel, 2)[2:-1] + b"NtQ"
+def storage_id(numel, kind="FloatStorage", old=True):
+    "The older format has one entry more, for what the storage is a part of."
+    return b"(" + text("storage") + glob("torch", kind) + text("0") + text("cpu") + pickle.dumps(numel, 2)[2:-1] + (b"NtQ" if old else b"tQ")
 
 
-def zip_bytes(files, compression=zipfile.ZIP_STORED):
+def zip_bytes(files, compression=zipfile.ZIP_STORED, extra=b""):
     f = io.BytesIO()
     with zipfile.ZipFile(f, "w", compression) as z:
-        for name, data in files.items(): z.writestr(name, data)
+        for name, data in files.items():
+            info = zipfile.ZipInfo(name)
+            info.extra, info.compress_type = extra, compression
+            z.writestr(info, data)
     return f.getvalue()
 
 
@@ -270,6 +276,48 @@ def torch_bombs(canary):
     yield "cut.pt", "half an archive", cut[:len(cut) // 2]
 
 
+def pickled_state(size, stride, numel):
+    "The program of a state dict with one tensor, `w`."
+    return b"\x80\x02}" + text("w") + tensor(storage_id(numel, old=False), 0, size, stride) + b"s."
+
+
+def two_tables(first, second):
+    """An archive with two tables of contents: readers that count from the beginning find the first, others the second.
+
+    Both have the same names, so that their tables are of one length."""
+    long = {k: max(len(first[k]), len(second[k])) for k in first}
+    first, second = (zip_bytes({k: v.ljust(long[k], b".") for k, v in files.items()}) for files in (first, second))
+    return first[:-22] + second[:-22] + first[-22:]
+
+
+def two_ways():
+    "Archives that hold an honest network for one reader and something else for another: name, what, bytes of the file."
+    honest, endless, numbers = pickled_state((3,), (1,), 3), pickled_state((2**40,), (0,), 3), {"data/0": bytes(12), "version": b"3\n"}
+    files = lambda root, program, name="data.pkl": {f"{root}/{k}": v for k, v in {name: program, **numbers}.items()}  # noqa: E731
+    plain = zip_bytes(files("a", honest))
+    yield "capitals_below.pt", "2**40 numbers in `a/DATA.PKL`, first; an honest `a/b/data.pkl`", zip_bytes(files("a", endless, "DATA.PKL") | files("a/b", honest))
+    yield "capitals_list.pt", "the same with a list", zip_bytes(files("a", pickle.dumps([1, 2, 3], 2), "DATA.PKL") | files("a/b", honest))
+    yield "capitals.pt", "`a/DATA.PKL` first and an honest `a/data.pkl`", zip_bytes({"a/DATA.PKL": endless, **files("a", honest)})
+    yield "capitals_after.pt", "the same, the honest one first", zip_bytes({"a/data.pkl": honest, "a/DATA.PKL": endless, **files("a", honest)})
+    yield "folders.pt", "two folders, each with a network", zip_bytes(files("a", endless) | files("b", honest))
+    yield "below.pt", "`a/version` first, the network in `a/b`", zip_bytes({"a/version": b"3\n", **files("a/b", honest)})
+    yield "beside.pt", "an entry beside the folder", zip_bytes({**files("a", honest), "version": b"3\n"})
+    yield "absolute.pt", "absolute names", zip_bytes(files("", honest))
+    yield "upwards.pt", "a name with `..`", zip_bytes({**files("a", honest), "a/../b/data.pkl": endless})
+    yield "backslash.pt", "a name with a backslash", zip_bytes({**files("a", honest), "a/b\\data.pkl": endless})
+    yield "zero.pt", "a name with a zero byte", zip_bytes({**files("a", honest), "a/data.pkl?": endless}).replace(b"data.pkl?", b"data.pkl\0")
+    yield "letters.pt", "a name beyond ASCII", zip_bytes({**files("a", honest), "a/d\u00e4ta.pkl": endless})
+    yield "tables.pt", "two tables of contents", two_tables(files("a", endless), files("a", honest))
+    yield "comment.pt", "a comment behind the table of contents", plain[:-2] + b"\4\0more"
+    yield "fewer.pt", "a table of contents longer than it says", plain[:-12] + b"\2\0" + plain[-10:]
+    yield "inner.pt", "an entry with another name in its own header", plain.replace(b"a/data/0", b"a/data/1", 1)
+    yield "longer.pt", "the same, a longer one", plain.replace(struct.pack("<2H", 10, 0) + b"a/data.pkl", struct.pack("<2H", 11, 0) + b"a/data.pkl", 1)
+    yield "mark.pt", "an entry whose own header is none", plain.replace(b"PK\3\4", b"PK\3\5").replace(b"PK\3\5", b"PK\3\4", 1)
+    yield "renamed.pt", "an entry with a second name in an extra field", zip_bytes(files("a", honest), extra=struct.pack("<2HBI", 0x7075, 6, 1, 0) + b"b")
+    yield "moved.pt", "an entry with two places in extra fields", zip_bytes(files("a", honest), extra=b"\1\0\0\0" * 2)
+    yield "split.pt", "an archive of several volumes", b"PK00" + plain
+
+
 def failures():
     "Files that went wrong: name, what, bytes of the file."
     pickled = pickle.dumps({"G_ema": 1, "D": [2]}, 4)
@@ -328,7 +376,7 @@ def in_child(function, memory=None):
 def make_attacks(folder, canary):
     "Write all of them into a folder; `canary` is the file that a payload would create."
     folder, attacks = Path(folder), []
-    groups = ((executing(canary), "read_edm_pickle"), (bombs(), "read_edm_pickle"), (torch_bombs(canary), "read_torch"), (failures(), "read_edm_pickle"),
+    groups = ((executing(canary), "read_edm_pickle"), (bombs(), "read_edm_pickle"), (torch_bombs(canary), "read_torch"), (two_ways(), "read_torch"), (failures(), "read_edm_pickle"),
               (other_formats(canary), "read_torch"), (safetensors_failures(), "read_safetensors"))
     for files, read in groups:
         for name, tries, data in files:

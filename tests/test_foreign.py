@@ -5,6 +5,7 @@ import pickle
 import random
 import struct
 import sys
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -60,6 +61,13 @@ def test_edm_round_trip(name, protocol, tmp_path, canary):
     with_attention = {k[:-len(".qkv.weight")] for k in state if k.endswith(".qkv.weight")}
     assert with_attention and {k for k, n in heads.items() if n} == with_attention
     assert all(v["skip_scale"] == np.sqrt(.5) and type(v["skip_scale"]) is float for v in net.config["modules"].values() if "num_heads" in v)
+
+
+@pytest.mark.parametrize("heads, expected", [(None, 2), (4, 4), (lambda channels: channels // 32, 4)])
+def test_heads_are_those_of_the_file(heads, expected, tmp_path):
+    block = {"model.enc.a.norm0.weight": torch.ones(128), "model.enc.a.qkv.weight": torch.ones(384, 128, 1, 1), "model.enc.b.norm0.weight": torch.ones(128)}
+    net = read_edm_pickle(ff.make_edm_pickle(tmp_path/"net.pkl", block, model_class="DhariwalUNet", num_heads=heads))
+    assert {k: v["num_heads"] for k, v in net.config["modules"].items() if "num_heads" in v} == {"model.enc.a": expected, "model.enc.b": 0}
 
 
 def test_edm_tensors_are_independent_of_the_file(tmp_path):
@@ -189,7 +197,12 @@ EXPECTED = {
     "modules.pkl": "bomb", "escape.pkl": r"a \?\[2J\?ok without a model", "huge.safetensors": "damaged", "header.safetensors": "too long", "cut.safetensors": "cut short",
     "names.pkl": "more memory than the file", "deep.pkl": "key that is a tuple", "cycle.pkl": "nested more than", "bomb.pt": "compressed", "evil.pt": "system", "evil_old.pt": "system",
     "overlap.pt": "longer than the file", "text.pkl": "text file", "empty.pkl": "empty file", "page.pkl": "HTML", "photo.pkl": "JPEG", "arrays.pt": "npz", "other.pkl": "no.* 'ema'|without an entry 'ema'",
-    "pointer.pkl": "LFS", "pictures.pt": "zip archive", "training.pt": "epoch", "a_folder.pkl": "folder", "loop.pkl": "symbolic links", "pipe.pkl": "pipe", "/dev/zero": "device"}
+    "pointer.pkl": "LFS", "pictures.pt": "zip archive", "training.pt": "epoch", "a_folder.pkl": "folder",
+    "capitals_below.pt": "not one that torch.save wrote", "capitals_list.pt": "not one that torch.save wrote", "capitals.pt": "but for capitals", "capitals_after.pt": "but for capitals",
+    "folders.pt": "b/data.pkl is outside of its first folder, a", "below.pt": "not one that torch.save wrote", "beside.pt": "version is outside", "absolute.pt": "of the name '/data.pkl'",
+    "upwards.pt": "of the name 'a/../b", "backslash.pt": "of the name 'a/b.*data.pkl'", "zero.pt": "of the name 'a/data.pkl.*00", "letters.pt": "of the name 'a/d", "tables.pt": "not where it says",
+    "comment.pt": "not where it says", "fewer.pt": "not as long as it says", "inner.pt": "a/data/0 has another name", "longer.pt": "a/data.pkl has another name", "mark.pt": "a/data/0 has another name", "renamed.pt": "extra field", "moved.pt": "extra field",
+    "split.pt": "not a file of torch.save", "loop.pkl": "symbolic links", "pipe.pkl": "pipe", "/dev/zero": "device"}
 
 
 def test_attacks_within_limits(attack_files):
@@ -219,6 +232,69 @@ def test_torch_is_never_asked_to_run_anything(attack_files):
     for name in ("evil.pt", "evil_old.pt"):
         with open(files[name].path, "rb") as f, pytest.raises(ForeignFileError, match="torch says"): foreign.load_weights(f)
     assert not canary.exists()
+
+
+def test_archives_that_are_read_in_two_ways(attack_files):
+    "They are real: torch reads 2**40 numbers, or a list, where a closer look shows three numbers."
+    files, _ = attack_files
+    for name in ("capitals_below.pt", "capitals_after.pt", "tables.pt"):
+        assert torch.load(files[name].path, weights_only=True)["w"].numel() == 2**40, name
+    assert torch.load(files["capitals_list.pt"].path, weights_only=True) == [1, 2, 3]
+    for name, _, _ in ff.two_ways():
+        with pytest.raises(ForeignFileError): sniff(files[name].path)
+    with zipfile.ZipFile(files["tables.pt"].path) as z: assert z.read("a/data.pkl").startswith(ff.pickled_state((3,), (1,), 3))
+
+
+def test_honest_archives_of_other_writers(tmp_path, monkeypatch):
+    "Without zip64 records, with entries for folders, with zip64 fields in every entry."
+    path, files = tmp_path/"x.pt", {"a/": b"", "a/data.pkl": ff.pickled_state((3,), (1,), 3), "a/data/0": np.float32([1, 2, 3]).tobytes(), "a/version": b"3\n"}
+    for limit in (zipfile.ZIP64_LIMIT, 10):
+        monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
+        path.write_bytes(ff.zip_bytes(files))
+        assert (b"PK\6\6" in path.read_bytes()) == (limit == 10)
+        assert sniff(path) == "torch" and read_torch(path)["w"].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("at", [0, 40, 48, 56, 64, 76, 96])
+def test_end_of_an_archive_is_checked(at, tmp_path):
+    "A bit in each field of it that tells where the table of contents lies: of zip64 record, locator, end record."
+    torch.save({"w": torch.ones(3)}, tmp_path/"x.pt")
+    data = bytearray((tmp_path/"x.pt").read_bytes())
+    assert data[-98:-94] == b"PK\6\6" and foreign.table_count(io.BytesIO(data), len(data)) == data[-66] == 7
+    data[at - 98] ^= 1
+    with pytest.raises(ForeignFileError, match="not where it says"): foreign.table_count(io.BytesIO(data), len(data))
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_what_torch_reads_must_be_what_was_checked(new, tmp_path, monkeypatch):
+    w = torch.ones(2, 3)
+    reads = dict(form=[{"w": w[:1]}, {"w": w.double()}, {"w": torch.ones(3, 2).T}, {"w": torch.ones(1).expand(2, 3)}, {"w": [1]}, {"w": torch.ones(2, 3).to_sparse()}],
+                 names=[{"v": w}, {"w": w, "v": w}, {}], where=[[w], w, None])
+    for key in (None, "ema"):
+        torch.save({"w": w} if key is None else {key: {"w": w}}, tmp_path/"x.pt", _use_new_zipfile_serialization=new)
+        assert list(read_torch(tmp_path/"x.pt")) == ["w"]
+        for why, values in reads.items():
+            for value in values:
+                with monkeypatch.context() as mp, pytest.raises(ForeignFileError, match=f"x.pt: torch reads .*{why}"):
+                    mp.setattr(foreign, "load_weights", lambda f: value if key is None else {key: value})
+                    read_torch(tmp_path/"x.pt")
+        with monkeypatch.context() as mp, pytest.raises(ForeignFileError, match="torch reads"):
+            mp.setattr(foreign, "load_weights", lambda f: [1, 2])
+            read_torch(tmp_path/"x.pt")
+
+
+def test_form_of_empty_tensors(tmp_path):
+    "Their strides mean nothing, their layout does."
+    state = {"w": torch.empty(0, 4, 3).transpose(1, 2), "v": torch.ones(2)}
+    torch.save(state, tmp_path/"x.pt")
+    same(read_torch(tmp_path/"x.pt"), state)
+    outline = torch.empty(0, 3, device="meta")
+    with pytest.raises(ForeignFileError, match="another form"): foreign.as_outlined({"w": torch.empty(0, 3).to_sparse()}, None, {"w": outline})
+
+
+@pytest.mark.parametrize("error", [AttributeError, KeyError, IndexError, TypeError, RuntimeError, ZeroDivisionError])
+def test_errors_from_elsewhere_name_the_file(error):
+    with pytest.raises(ForeignFileError, match="x.pt: damaged: .*oh"), foreign.naming("x.pt"): raise error("oh")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is set from /proc")
