@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from .data import SUFFIXES, ImageData, decode
+from .data import ImageData
+from .decode import decode
 from .extractors import ClassifierExtractor, Extractor, file_hash
 from .metrics import FeatureClassifier, FeatureStats
+from .sources import SUFFIXES
 
 # %% ../nbs/08c_references.ipynb #5b6f10be
 def as_pictures(
@@ -73,7 +75,7 @@ def _file_samples(name, files, open_file, labels_json):
     def read(s):
         pictures = []
         for f in files[s]:
-            try: pictures.append(decode(open_file(f)))
+            try: pictures.append(np.broadcast_to(a := decode(open_file(f)), (*a.shape[:2], 3)))
             except Exception as e: raise ValueError(f"{name}: {f} can't be read as an image: {e}") from None  # damaged files raise anything
             if pictures[-1].shape != pictures[0].shape: raise ValueError(f"{name} must hold images of one size, got {pictures[0].shape[:2]} and {pictures[-1].shape[:2]} ({f})")
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
@@ -98,7 +100,7 @@ def open_samples(
     if not zipfile.is_zipfile(path): raise ValueError(f"{path} is no sample set: expected an npz with arr_0, a folder or a zip of images")
     z = zipfile.ZipFile(path)
     files = sorted(f for f in z.namelist() if Path(f).suffix.lower() in SUFFIXES and not f.startswith("__"))
-    return _file_samples(path.name, files, lambda f: BytesIO(z.read(f)), z.read("dataset.json") if "dataset.json" in z.namelist() else None)
+    return _file_samples(path.name, files, z.read, z.read("dataset.json") if "dataset.json" in z.namelist() else None)
 
 # %% ../nbs/08c_references.ipynb #e0768497
 def _npz_samples(path):
