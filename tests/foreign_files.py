@@ -301,6 +301,7 @@ def two_ways():
     yield "capitals_after.pt", "the same, the honest one first", zip_bytes({"a/data.pkl": honest, "a/DATA.PKL": endless, **files("a", honest)})
     yield "folders.pt", "two folders, each with a network", zip_bytes(files("a", endless) | files("b", honest))
     yield "below.pt", "`a/version` first, the network in `a/b`", zip_bytes({"a/version": b"3\n", **files("a/b", honest)})
+    yield "deeper.pt", "an honest `a/b/data.pkl` first, 2**40 numbers in `a/data.pkl`", zip_bytes(files("a/b", honest) | files("a", endless))
     yield "beside.pt", "an entry beside the folder", zip_bytes({**files("a", honest), "version": b"3\n"})
     yield "absolute.pt", "absolute names", zip_bytes(files("", honest))
     yield "upwards.pt", "a name with `..`", zip_bytes({**files("a", honest), "a/../b/data.pkl": endless})

@@ -199,7 +199,7 @@ EXPECTED = {
     "overlap.pt": "longer than the file", "text.pkl": "text file", "empty.pkl": "empty file", "page.pkl": "HTML", "photo.pkl": "JPEG", "arrays.pt": "npz", "other.pkl": "no.* 'ema'|without an entry 'ema'",
     "pointer.pkl": "LFS", "pictures.pt": "zip archive", "training.pt": "epoch", "a_folder.pkl": "folder",
     "capitals_below.pt": "not one that torch.save wrote", "capitals_list.pt": "not one that torch.save wrote", "capitals.pt": "but for capitals", "capitals_after.pt": "but for capitals",
-    "folders.pt": "b/data.pkl is outside of its first folder, a", "below.pt": "not one that torch.save wrote", "beside.pt": "version is outside", "absolute.pt": "of the name '/data.pkl'",
+    "folders.pt": "b/data.pkl is outside of its first folder, a", "below.pt": "not one that torch.save wrote", "deeper.pt": "impossible shape", "beside.pt": "version is outside", "absolute.pt": "of the name '/data.pkl'",
     "upwards.pt": "of the name 'a/../b", "backslash.pt": "of the name 'a/b.*data.pkl'", "zero.pt": "of the name 'a/data.pkl.*00", "letters.pt": "of the name 'a/d", "tables.pt": "not where it says",
     "comment.pt": "not where it says", "fewer.pt": "not as long as it says", "inner.pt": "a/data/0 has another name", "longer.pt": "a/data.pkl has another name", "mark.pt": "a/data/0 has another name", "renamed.pt": "extra field", "moved.pt": "extra field",
     "split.pt": "not a file of torch.save", "loop.pkl": "symbolic links", "pipe.pkl": "pipe", "/dev/zero": "device"}
@@ -240,7 +240,7 @@ def test_archives_that_are_read_in_two_ways(attack_files):
     for name in ("capitals_below.pt", "capitals_after.pt", "tables.pt"):
         assert torch.load(files[name].path, weights_only=True)["w"].numel() == 2**40, name
     assert torch.load(files["capitals_list.pt"].path, weights_only=True) == [1, 2, 3]
-    for name, _, _ in ff.two_ways():
+    for name in {name for name, _, _ in ff.two_ways()} - {"deeper.pt"}:
         with pytest.raises(ForeignFileError): sniff(files[name].path)
     with zipfile.ZipFile(files["tables.pt"].path) as z: assert z.read("a/data.pkl").startswith(ff.pickled_state((3,), (1,), 3))
 
