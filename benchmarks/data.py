@@ -73,7 +73,8 @@ def of_decoding(source, workers):
 
 def of_training(seconds):
     "The digits preset in its two stages."
-    from ctm_nb.training import Trainer, make_config
+    from ctm_nb.config import make_config
+    from ctm_nb.training import Trainer
     with tempfile.TemporaryDirectory() as d:
         for stage, words in (("teacher", ["teacher.steps=100000"]), ("ctm_dsm", ["teacher.steps=1", "distill.steps=100000"])):
             t = Trainer(make_config("digits", words), Path(d) / stage)

@@ -63,10 +63,11 @@ def one_variant(name, seed, teacher, out):
     "Distil the given teacher under one variant and score it; runs in a process of its own."
     import torch
 
+    from ctm_nb.config import make_config
     from ctm_nb.data import load_data
     from ctm_nb.metrics import make_reference, score_samples, train_classifier
     from ctm_nb.sampling import sample
-    from ctm_nb.training import Trainer, make_config
+    from ctm_nb.training import Trainer
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as d:
         t = Trainer(make_config("digits", [f"run.seed={seed}", *VARIANTS[name]]), Path(d) / "run")
@@ -74,7 +75,7 @@ def one_variant(name, seed, teacher, out):
         while t.stage == "teacher": t.train_step()
         if not teacher.exists(): torch.save(t.parts["teacher"].state_dict(), teacher)
         evals, before = [], t.seconds
-        while t.step < t.total: evals.append(t.train_step()["teacher_evals"])
+        while t.step < t.ends["ctm_dsm"]: evals.append(t.train_step()["teacher_evals"])
         reference = make_reference(train_classifier(t.data, seed=0), load_data("digits", "held_out"))
         n = t.config.evaluate.n
         y = t.data.labels[torch.arange(n) * len(t.data) // n]

@@ -50,7 +50,7 @@ teacher | EDM pickle | CC BY-NC-SA 4.0 | https://nvlabs-fi-cdn.nvidia.com/edm/pr
 teacher | EDM pickle | CC BY-NC-SA 4.0, derived from Apache 2.0 | https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/baseline/*.pkl
     baseline-cifar10-32x32-uncond-vp    CIFAR-10 without classes, DDPM++ of Song et al., VP preconditioning (config A)
     baseline-cifar10-32x32-uncond-ve    CIFAR-10 without classes, NCSN++ of Song et al., VE preconditioning (config A)
-teacher | EDM pickle | CC BY-NC-SA 4.0, derived from MIT | https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/baseline/*.pkl
+teacher | not loadable here (iDDPM pickle) | CC BY-NC-SA 4.0, derived from MIT | https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/baseline/*.pkl
     baseline-imagenet-64x64-cond-adm    ImageNet, 1000 classes, ADM of Dhariwal and Nichol, iDDPM preconditioning (config A)
 teacher | OpenAI state dict | MIT, as its sister models | https://openaipublic.blob.core.windows.net/consistency/*.pt
     edm-imagenet64-openai [edm_imagenet64_ema]   ImageNet, 1000 classes, EDM by OpenAI: the teacher of the released CTM

@@ -291,7 +291,7 @@ def fetched(
     if not is_public_name(name): return fetch(name), architecture, None
     entry = CATALOGUE[name]
     if entry.kind not in ("teacher", "ctm", "cm"): raise ValueError(f"{name} is no model ({entry.loads_as}); `ctm_nb_convert --list` shows those that are")
-    if entry.loads_as.startswith("not"): raise ValueError(f"{name} can't be loaded: {entry.loads_as}")
+    if entry.loads_as.startswith("not "): raise ValueError(f"{name} can't be loaded: {entry.loads_as}")
     if which not in (None, entry.kind): raise ValueError(f"{name} is a {dict(cm='consistency model', teacher='teacher', ctm='CTM')[entry.kind]}, not a {which}")
     return fetch(name), {**entry.architecture, **architecture}, entry.kind
 

@@ -576,7 +576,7 @@ def test_every_file_of_the_reference_is_listed():
 
 
 def test_entries_are_complete():
-    formats = {"EDM pickle", "OpenAI state dict", "CTM, OpenAI state dict", "mu, sigma npz", "TorchScript", "npz", "consistency model (not a CTM)"}
+    formats = {"EDM pickle", "OpenAI state dict", "CTM, OpenAI state dict", "mu, sigma npz", "TorchScript", "npz", "consistency model (not a CTM)", "not loadable here (iDDPM pickle)"}
     for name, e in CATALOGUE.items():
         assert e.name == name and re.fullmatch("[a-z0-9-]+", name) and e.what and e.licence and e.file.startswith(name + ".")
         assert e.kind in {"teacher", "ctm", "cm", "reference", "features"} and e.loads_as in formats

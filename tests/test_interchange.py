@@ -178,7 +178,7 @@ def test_an_edm_pickle_whose_blocks_compute_something_else_is_refused(tmp_path):
 
 def test_public_names_that_cannot_be_loaded_are_refused_before_any_download(monkeypatch):
     monkeypatch.setattr("ctm_nb.interchange.fetch", lambda *a, **k: pytest.fail("fetched"))
-    for name, which, message in (("inception-2015-12-05", None, "is no model"), ("cd-imagenet64-lpips", "ctm", "consistency model, not a ctm"), ("edm-cifar10-32x32-cond-vp", "ctm", "is a teacher, not a ctm")):
+    for name, which, message in (("inception-2015-12-05", None, "is no model"), ("cd-imagenet64-lpips", "ctm", "consistency model, not a ctm"), ("edm-cifar10-32x32-cond-vp", "ctm", "is a teacher, not a ctm"), ("baseline-imagenet-64x64-cond-adm", None, "can't be loaded: not loadable here")):
         with pytest.raises(ValueError, match=message): load(name, which=which)
 
 
