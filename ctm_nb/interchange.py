@@ -211,8 +211,7 @@ def attributes(
     n: EdmNetwork,  # from `foreign.read_edm_pickle`
 ) -> dict:  # {} or {"channels_per_head": ...}
     "What the attributes of the blocks say; raises ValueError for what no family of ours does."
-    blocks, state = n.config.get("modules", {}), {k.removeprefix("model."): v for k, v in n.state.items()}
-    k = FAMILIES[infer_edm(state)["family"]].conventions
+    blocks, k = n.config.get("modules", {}), FAMILIES[infer_network(n.state)[0]["family"]].conventions
     for name, b in blocks.items():
         for key, mine in dict(skip_scale=k.skip_scale, adaptive_scale=k.scale_shift).items():
             if key in b and abs(float(b[key]) - float(mine)) > 1e-6: raise ValueError(f"{key} of {name} must be {mine:g} in this family, the file has {b[key]}")
@@ -262,9 +261,10 @@ def from_safetensors(
     state, header = read_safetensors(path)
     if "ctm_nb" not in header: return from_state(state, which, **architecture)
     if architecture: raise ValueError(f"our own file knows its network; {', '.join(architecture)} can't be given")
-    description = json.loads(header["ctm_nb"])["description"]
+    try: description = json.loads(header["ctm_nb"])["description"]; m = rebuild(description, state)
+    except (AttributeError, KeyError, TypeError) as e: raise ValueError(f"its header should describe a model, and doesn't ({type(e).__name__}: {e})") from None
     if which not in (None, description["kind"]): raise ValueError(f"this is a {description['kind']} checkpoint, expected a {which}")
-    return rebuild(description, state)
+    return m
 
 # %% ../nbs/10_interchange.ipynb #9c3d6f02
 def read_model(

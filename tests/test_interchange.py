@@ -176,6 +176,20 @@ def test_an_edm_pickle_whose_blocks_compute_something_else_is_refused(tmp_path):
         with pytest.raises(ValueError, match=key): from_edm(replace(n, config={**n.config, "modules": modules}))
 
 
+@pytest.mark.parametrize("header", ["{}", "[]", "nonsense", '{"description": 3}', '{"description": {"kind": "ctm"}}', '{"description": {"kind": "ctm", "classes": [], "network": {"family": "ddpmpp", "image_size": "big"}}}'])
+def test_a_header_that_describes_nothing_is_one_line(tmp_path, header):
+    from safetensors.torch import save_file
+    save_file({"net.x": torch.zeros(1)}, tmp_path / "x.safetensors", {"ctm_nb": header})
+    with pytest.raises(ValueError) as e: load(tmp_path / "x.safetensors")
+    assert str(e.value).startswith(str(tmp_path)) and "\n" not in str(e.value)
+
+
+def test_an_edm_pickle_without_a_network_is_one_line(tmp_path):
+    import foreign_files as ff
+    path = ff.make_edm_pickle(tmp_path / "x.pkl", {"model.map_layer0.weight": torch.zeros(2, 2)}, "EDMPrecond", "SongUNet")
+    with pytest.raises(ValueError, match="incomplete"): load(path)
+
+
 def test_public_names_that_cannot_be_loaded_are_refused_before_any_download(monkeypatch):
     monkeypatch.setattr("ctm_nb.interchange.fetch", lambda *a, **k: pytest.fail("fetched"))
     for name, which, message in (("inception-2015-12-05", None, "is no model"), ("cd-imagenet64-lpips", "ctm", "consistency model, not a ctm"), ("edm-cifar10-32x32-cond-vp", "ctm", "is a teacher, not a ctm"), ("baseline-imagenet-64x64-cond-adm", None, "can't be loaded: not loadable here")):
