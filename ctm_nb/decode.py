@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'CROPS', 'BrokenImage', 'open_image', 'standardise', 'crop_center', 'crop_box', 'decode', 'as_image',
-           'is_grey', 'cores', 'worker_pool', 'in_order']
+           'is_grey', 'cores', 'worker_pool', 'in_order', 'shared_array']
 
 # %% ../nbs/01a_decode.ipynb #8f5112a3
-import io, os, warnings
+import io, math, mmap, os, signal, threading, time, warnings
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 import numpy as np
@@ -115,15 +116,21 @@ def cores()->int:
     "Processor cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-def _remember(work): global _work; _work = work
 def _do(task): return _work(task)
+def _remember(work, parent):
+    global _work; _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+def _leave_with(parent):
+    while os.getppid() == parent: time.sleep(1)
+    os._exit(1)  # it was killed
 
 def worker_pool(
     workers:int, # >= 1 processes
     work, # a function of one argument, handed to each worker once
 )->ProcessPoolExecutor: # give it `_do` and a task
     "Processes that know what to do and wait for tasks."
-    return ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_remember, initargs=(work,))
+    return ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_remember, initargs=(work, os.getpid()))
 
 # %% ../nbs/01a_decode.ipynb #2f49c1e2
 def in_order(
@@ -132,7 +139,7 @@ def in_order(
     workers:int=0, # processes; 0: this one
     ahead:int=2, # tasks in flight a worker
 ):  # a generator of results
-    "Results of `work` in the order of `tasks`, whatever the number of workers."
+    "Results of `work` in the order of `tasks`, whatever the number of workers; `OSError` if one of them dies."
     if not workers: yield from map(work, tasks); return
     waiting, tasks = deque(), iter(tasks)
     with worker_pool(workers, work) as pool:
@@ -141,5 +148,14 @@ def in_order(
                 while len(waiting) < ahead * workers and (t := next(tasks, pool)) is not pool: waiting.append(pool.submit(_do, t))
                 if not waiting: return
                 yield waiting.popleft().result()
+        except BrokenProcessPool: raise OSError("a worker process died; the kernel's log says whether for want of memory") from None
         finally:
             for f in waiting: f.cancel()
+
+# %% ../nbs/01a_decode.ipynb #267cf89e
+def shared_array(
+    shape:tuple, # of the array
+)->np.ndarray: # uint8, zeros
+    "Memory that worker processes started later write into, and this one reads."
+    n = math.prod(shape)
+    return np.frombuffer(mmap.mmap(-1, max(n, 1)), np.uint8, n).reshape(shape)
