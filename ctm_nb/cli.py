@@ -89,7 +89,7 @@ def train_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("ctm_nb_train", description="Train a diffusion teacher, distil it into a one-step CTM, draw samples and score them. "
                                 "The same command run again resumes.", epilog="Every value of the configuration, and what will be done: --dry-run.")
     add = p.add_argument
-    add("--preset", help="where to start from: digits, cifar10, cifar10-cond, imagenet64, tiny (a trial of seconds), or auto: from the data (default: digits, with --data auto)")
+    add("--preset", help="where to start from: digits, mnist, cifar10, cifar10-cond, imagenet64 (the last three also with -fast), tiny (a trial of seconds), or auto: from the data (default: digits, with --data auto)")
     add("--data", metavar="PATH", help="images: a folder (one sub-folder a class), zip, npz, CIFAR or MNIST files, LMDB, shards, torchvision:NAME (see ctm_nb_data inspect)")
     add("--skip-broken", action="store_true", help="leave out images that can't be read, instead of stopping before training")
     add("--stage", choices=("teacher", "ctm_dsm", "ctm_dsm_gan", "all"), help="train to the end of this stage; ctm_dsm_gan and all include an adversary (default: ctm_dsm, or ctm_dsm_gan with --student)")

@@ -17,9 +17,10 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from .data import image_grid, to_uint8
+from .data import to_uint8
 from .guidance import guide_free
 from .interchange import load
+from .pictures import named_grid
 from .sampling import Churn, check_request, default_times, evaluations, sample
 from .search import stored_times
 from .state import atomic_write
@@ -223,7 +224,7 @@ def write_zip(path, images, labels, plan):
     listed = None if labels is None else [[k, int(y)] for k, y in zip(names, labels)]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as z:
         for name, image in zip(names, images): z.writestr(zipfile.ZipInfo(name), _png(image))
-        z.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": listed}))
+        z.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": listed, **({"classes": plan["class_names"]} if listed else {})}))
         z.writestr(zipfile.ZipInfo("sampler.json"), json.dumps(plan, indent=1))
 
 # %% ../nbs/11_draw.ipynb #3e55ab9c
@@ -239,12 +240,13 @@ def write_tree(path, images, labels, plan):
 
 # %% ../nbs/11_draw.ipynb #04096f90
 def write_grid(path, images, labels, plan):
-    "One picture of all samples, about square; a column holds one class where that fits."
+    "One picture of all samples, about square, with the names of their classes; a column holds one class where that fits."
     classes = len(plan["classes"] or [0])
     columns = max(1, round(len(images) ** .5 / classes)) * classes if classes <= 32 else round(len(images) ** .5)
     text = PngImagePlugin.PngInfo()
     text.add_text("sampler", json.dumps(plan))
-    Image.fromarray(image_grid(torch.from_numpy(images).permute(0, 3, 1, 2), columns)).save(path, "png", pnginfo=text)
+    names = None if labels is None else ["" if y < 0 else plan["class_names"][y] for y in labels]
+    named_grid(torch.from_numpy(images).permute(0, 3, 1, 2), columns, names).save(path, "png", pnginfo=text)
 
 # %% ../nbs/11_draw.ipynb #c1c4e478
 WRITERS = {".npz": write_npz, ".zip": write_zip, ".png": write_grid, "": write_tree}

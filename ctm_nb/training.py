@@ -24,10 +24,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .config import STAGES, Config, differences, stage_steps
-from .data import digits, image_grid, to_uint8
+from .data import to_uint8
 from .interchange import describe, rebuild
 from .loader import Batches, Splits, load_splits
 from .metrics import make_reference, score_records, score_samples, train_classifier
+from .pictures import named_grid
 from .sampling import sample
 from .stages import STAGE_CLASSES, Stage, check_weights, lr_at, step_generator
 from .state import CheckpointError, MetricsLog, atomic_write, latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
@@ -40,8 +41,6 @@ def open_images(
 ) -> Splits:  # "train" and "held_out"
     "The images of a configuration; raises ValueError that lists what can't be read."
     d = config.data
-    if d.source == "digits" and d.image_size not in (None, 8): raise ValueError(f"the digits are 8 x 8, got image_size={d.image_size}")
-    if d.source == "digits": return Splits({s: (lambda s=s: digits(s)) for s in ("train", "held_out", "all")}, "digits")
     return load_splits(d.source, d.image_size, d.crop, d.skip_broken, d.labels or None)
 
 # %% ../nbs/11_training.ipynb #31363734
@@ -249,16 +248,22 @@ def sample_grid(self: Trainer,
 
 # %% ../nbs/11_training.ipynb #151300a8
 @patch
+def named_samples(self: Trainer,
+    columns: int = 20,  # samples a way
+) -> Image.Image:  # RGB
+    "The sample grid with the ways of drawing beside its rows and the classes over its columns."
+    classes, ways = self.data.classes if self.parts["teacher"].n_classes else [], list(self.samplers())
+    return named_grid(self.sample_grid(columns), columns, [classes[i % len(classes)] for i in range(columns)] * len(ways) if classes else None, ways)
+
+@patch
 def save_grid(self: Trainer,
     columns: int = 20,  # samples a way
 ) -> Path:  # samples/step_*.png
-    "Write the sample grid as a picture, enlarged so that small images can be seen."
-    path, grid = self.folder / "samples" / f"step_{self.step:08d}.png", image_grid(self.sample_grid(columns), columns)
-    zoom = max(1, 32 // self.data.image_size)
+    "Write the sample grid as a picture."
+    path, picture = self.folder / "samples" / f"step_{self.step:08d}.png", self.named_samples(columns)
     path.parent.mkdir(exist_ok=True)
-    picture = grid.repeat(zoom, 0).repeat(zoom, 1)
-    Image.fromarray(picture).save(path)
-    self.board.add_image("samples", picture, self.step, dataformats="HW" if picture.ndim == 2 else "HWC")
+    picture.save(path)
+    self.board.add_image("samples", np.asarray(picture), self.step, dataformats="HWC")
     return path
 
 # %% ../nbs/11_training.ipynb #e8a913a5
@@ -297,15 +302,8 @@ def scores(self: Trainer) -> list:  # records; empty if this step was not scored
 def save_picture(self: Trainer,
     columns: int = 20,  # samples a way
 ) -> Path:  # samples/final.png
-    "Teacher, one, two and four steps from the same noise, with labels."
-    from matplotlib.figure import Figure
-    rows, grid = list(self.samplers()), self.sample_grid(columns)
-    fig = Figure(figsize=(9, .5 * len(rows) + .1), dpi=150)
-    for i, name in enumerate(rows):
-        ax = fig.add_axes((.17, 1 - (i + 1) / len(rows), .83, 1 / len(rows)))
-        ax.imshow(image_grid(grid[i * columns:(i + 1) * columns], columns), cmap="gray", interpolation="nearest"); ax.axis("off")
-        fig.text(.16, 1 - (i + .5) / len(rows), name, ha="right", va="center", fontsize=8)
-    fig.savefig(path := self.folder / "samples" / "final.png")
+    "Teacher, one, two and four steps from the same noise."
+    self.named_samples(columns).save(path := self.folder / "samples" / "final.png")
     return path
 
 # %% ../nbs/11_training.ipynb #353a6f5d
