@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'Job', 'png', 'write_atomically', 'one_mode', 'edm_name', 'dataset_json', 'class_folders', 'write_npz',
-           'positions_of', 'check_destination', 'format_of', 'convert', 'first_shape']
+           'positions_of', 'check_destination', 'format_of', 'room_for', 'convert', 'first_shape']
 
 # %% ../nbs/01e_convert.ipynb #98222a4c
 import errno, fcntl, hashlib, io, json, os, shutil, zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -230,6 +231,17 @@ def format_of(
 
 def _unknown(dst): raise ValueError(f"{dst}: expected a name ending in .zip or .npz, or a folder; or give --format")
 
+# %% ../nbs/01e_convert.ipynb #57972cb2
+@contextmanager
+def room_for(
+    dst:Path, # being written
+):
+    "Say what a full disk means for a conversion."
+    try: yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
+        raise OSError(e.errno, f"{e.strerror} while writing {dst}: with more room, the same command continues") from None
+
 # %% ../nbs/01e_convert.ipynb #fe781c35
 @patch
 def claim(self:Job):
@@ -274,7 +286,7 @@ def convert(
     if not len(positions): raise ValueError(f"{source.name} has no images in the split {split!r}")
     check_destination(dst, overwrite)
     job = Job(source, dst, format, positions, first_shape(source, positions, size, crop), size, crop, skip_broken)
-    with job.claim():
+    with room_for(dst), job.claim():
         todo = [k for k in range(len(job.tasks)) if not job.is_done(k)]
         with tqdm(total=len(positions), desc=f"reading {source.name}", unit=" images", delay=2, disable=None) as bar:
             bar.update(len(positions) - sum(len(job.tasks[k]) for k in todo))

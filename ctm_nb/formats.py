@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from .decode import as_image
 from .sources import SUFFIXES, FolderSource, Names, PackSource, Source, few, folder_classes, inside, is_image_name, named_classes, open_folder, open_tar, open_zip, tar_entries
+from .zips import find_directory
 
 # %% ../nbs/01c_formats.ipynb #43d3da28
 @dataclass(repr=False, eq=False)
@@ -320,9 +321,11 @@ def file_kind(
         try: unpacked = gzip.open(path).read(512)
         except (EOFError, OSError) as e: raise ValueError(f"{path} can't be read as gz: {e}") from None
     if head[:4] in (b"PK\3\4", b"PK\5\6"):
-        try: members = zipfile.ZipFile(path).namelist()
-        except zipfile.BadZipFile as e: raise ValueError(f"{path} can't be read as a zip{' or npz' * (path.suffix == '.npz')}: {e}") from None
-        return (open_npz if members and all(n.endswith(".npy") for n in members) else open_zip), path
+        try:
+            with open(path, "rb") as f: few_entries = 0 < find_directory(f.fileno(), path.stat().st_size)[0] < 100
+            is_npz = few_entries and all(n.endswith(".npy") for n in zipfile.ZipFile(path).namelist())
+        except (ValueError, zipfile.BadZipFile) as e: raise ValueError(f"{path} can't be read as a zip{' or npz' * (path.suffix == '.npz')}: {e}") from None
+        return (open_npz if is_npz else open_zip), path
     if unpacked[:3] == b"\0\0\x08": return open_idx, [path]
     if head[16:20] == b"\xde\xc0\xef\xbe": return open_lmdb, path
     if unpacked[257:262] == b"ustar" and unpacked is not head or head[:6] == b"\xfd7zXZ\0" or head[:3] == b"BZh": return open_cifar_tar, path

@@ -23,7 +23,7 @@ class Names:
         for n in names:
             text += n if isinstance(n, bytes) else n.encode("utf-8", "surrogateescape")
             ends.append(len(text))
-        self.text, self.ends = bytes(text), np.array(ends, np.int64)
+        self.text, self.ends = bytes(text), np.frombuffer(ends, np.int64)
 
     def __len__(self): return len(self.ends) - 1
     def raw(self, i): return self.text[self.ends[i]:self.ends[i + 1]]
@@ -101,7 +101,7 @@ def read_directory(
             yield name
     try: found = Names(names())
     except (struct.error, StopIteration, RuntimeError): raise ValueError("its directory is cut off or damaged") from None
-    return found, np.array(place, np.int64).reshape(-1, 6)
+    return found, np.frombuffer(place, np.int64).reshape(-1, 6)
 
 def _checked(name, flags, method, size):
     name = name.decode("utf-8" if flags & 0x800 else "cp437")

@@ -139,3 +139,82 @@ def test_image_data_and_stream_answer_the_same(zipped):
     assert type(memory) is ImageData and torch.equal(memory.x0(torch.arange(3)), stream.x0(torch.arange(3)))
     for k in ("classes", "n_classes", "channels", "image_size", "name"): assert getattr(memory, k) == getattr(stream, k), k
     assert len(memory) == len(stream) and len(stream.sha256()) == 64
+
+
+def test_any_position_of_a_stream_and_in_any_order(zipped):
+    stream, memory = (load_splits(zipped, in_memory=m)["train"] for m in (False, True))
+    a, b = Batches(stream, 12, seed=1, flip=True, p=.3, workers=2), Batches(memory, 12, seed=1, flip=True, p=.3)
+    for p in (0, 12, 24, 120, 132, 12, 24, 36): assert torch.equal(a.at(p).x0, b.at(p).x0), p
+    assert a.running[0] == 48
+    a.close()
+    assert torch.equal(a.at(48).x0, b.at(48).x0)
+
+
+@pytest.mark.parametrize("world, batch, workers", [(1, 200, 3), (2, 12, 1), (1, 1, 2)])
+def test_pieces_of_a_batch_make_the_batch(zipped, world, batch, workers):
+    "More pieces than processes, fewer, and batches of one image."
+    stream, memory = (load_splits(zipped, in_memory=m)["train"] for m in (False, True))
+    for rank in range(world):
+        kw = dict(seed=2, rank=rank, world=world)
+        a, b = Batches(stream, batch, workers=workers, **kw), Batches(memory, batch, **kw)
+        for k in range(9): assert torch.equal(a.at(k * batch).x0, b.at(k * batch).x0), (rank, k)
+
+
+@pytest.fixture
+def no_room(monkeypatch):
+    "A machine whose memory no data set fits into."
+    import ctm_nb.loader
+    monkeypatch.setattr(ctm_nb.loader, "fits", lambda *_: False)
+
+
+def test_a_training_on_a_stream_decodes_ahead_and_is_the_same(zipped, tmp_path, no_room, monkeypatch):
+    from ctm_nb.config import make_config
+    from ctm_nb.training import Trainer
+    words = [f"data.source={zipped}", "data.flip=true", "evaluate.n=0", "run.save_every=7"]
+    def train(folder, steps):
+        t = Trainer(make_config("tiny", words), folder)
+        while t.step < steps: t.train_step()
+        return t
+    streamed = train(tmp_path / "a", 34)
+    assert type(streamed.data).__name__ == "StreamData" and streamed.batches.workers >= 1 and streamed.batches.running
+    train(tmp_path / "b", 31).save()
+    resumed = train(tmp_path / "b", 34)  # in the middle of the second stage, and of an epoch
+    monkeypatch.undo()
+    memory = train(tmp_path / "c", 34)
+    for t in (resumed, memory):
+        for name, m in streamed.parts.items():
+            for a, b in zip(m.state_dict().values(), t.parts[name].state_dict().values()): assert torch.equal(a, b), name
+
+
+def test_workers_leave_when_their_parent_is_killed(zipped):
+    import os, signal, subprocess, sys, time
+    code = ("import sys; from ctm_nb.loader import *; from ctm_nb.decode import in_order\n"
+            "b = Batches(load_splits(sys.argv[1], in_memory=False)['train'], 12, workers=2); b.at(0)\n"
+            "import multiprocessing as mp; print(*[p.pid for p in mp.active_children()], flush=True); import time; time.sleep(60)")
+    p = subprocess.Popen([sys.executable, "-c", code, zipped], stdout=subprocess.PIPE, text=True)
+    children = [int(c) for c in p.stdout.readline().split()]
+    p.send_signal(signal.SIGKILL); p.wait()
+    def alive(pid):
+        try: return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
+        except OSError: return False
+    for _ in range(100):
+        if not any(map(alive, children)): break
+        time.sleep(.1)
+    assert len(children) == 2 and not any(map(alive, children))
+
+
+def test_a_dead_worker_ends_the_command_with_a_sentence(zipped, tmp_path, no_room, monkeypatch, capsys):
+    import os
+    from ctm_nb.cli import ctm_nb_train
+    from ctm_nb.loader import StreamData
+    parent = os.getpid()
+    monkeypatch.setattr(StreamData, "decode", lambda self, idx: os._exit(1) if os.getpid() != parent else None)
+    with pytest.raises(SystemExit) as e: ctm_nb_train(["--preset", "tiny", "--data", str(zipped), "--runs", str(tmp_path)])
+    assert e.value.code == 3 and "ctm_nb_train: a worker process died" in capsys.readouterr().err
+
+
+def test_a_single_colour_among_many_greys_is_found(tmp_path):
+    from ctm_nb.loader import decode_all
+    images = IMAGES[:, :, :, :1].repeat(10, 0).repeat(3, 3); images[333] = [255, 0, 0]
+    source = ArraySource("d", "array", Names(map(str, range(700))), images=images)
+    for workers in (0, 2): assert np.array_equal(decode_all(source, workers=workers)[0].transpose(0, 2, 3, 1), images)
