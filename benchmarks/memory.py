@@ -57,6 +57,7 @@ def stream(path, n):
 
     from ctm_nb.loader import Batches, load_splits
     os.environ["CTM_NB_CACHE"] = str(path.parent / "cache")
+    os.makedirs(path.parent / "cache", exist_ok=True)
     for _ in islice(Batches(load_splits(path, in_memory=False)["train"], 128), 100): pass
 
 

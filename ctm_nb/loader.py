@@ -7,7 +7,7 @@ __all__ = ['log', 'any_colour', 'decode_all', 'held_out_of', 'load_splits', 'Spl
            'known_survey', 'stream_splits', 'Batch', 'Batches', 'prepared']
 
 # %% ../nbs/01g_loader.ipynb #edf343c7
-import hashlib, json, logging, os, queue, threading
+import atexit, hashlib, json, logging, os, queue, threading
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import count
@@ -332,14 +332,19 @@ def prepared(
             put((end, None))
         except BaseException as e: put((end, e))
         finally: getattr(items, "close", int)()
-    threading.Thread(target=work, daemon=True).start()
+    thread = threading.Thread(target=work, daemon=True)
+    def leave():
+        stop.set()
+        if thread is not threading.current_thread(): thread.join(60)
+    atexit.register(leave)  # a thread that is inside of torch when Python ends takes the process down with it
+    thread.start()
     try:
         while True:
             item, error = ready.get()
             if error: raise error
             if item is end: return
             yield item
-    finally: stop.set()
+    finally: atexit.unregister(leave); leave()
 
 # %% ../nbs/01g_loader.ipynb #bf86c6dd
 @patch

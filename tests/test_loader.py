@@ -218,3 +218,12 @@ def test_a_single_colour_among_many_greys_is_found(tmp_path):
     images = IMAGES[:, :, :, :1].repeat(10, 0).repeat(3, 3); images[333] = [255, 0, 0]
     source = ArraySource("d", "array", Names(map(str, range(700))), images=images)
     for workers in (0, 2): assert np.array_equal(decode_all(source, workers=workers)[0].transpose(0, 2, 3, 1), images)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_program_may_end_in_the_middle_of_a_loader(zipped, in_memory):
+    import subprocess, sys
+    code = ("import sys; from ctm_nb.loader import *; b = iter(Batches(load_splits(sys.argv[1], in_memory=bool(int(sys.argv[2])))['train'], 12, flip=True, p=.5))\n"
+            "for _ in range(5): next(b)\nprint('done')")
+    done = subprocess.run([sys.executable, "-c", code, zipped, str(int(in_memory))], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")

@@ -92,7 +92,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
-@pytest.mark.parametrize("what, limit", [("write", 260), ("read", 560)])
+@pytest.mark.parametrize("what, limit", [("write", 220), ("read", 300)])
 def test_memory_an_image(tmp_path, what, limit):
     "The highest memory of writing and of opening an EDM zip grows by a few hundred bytes an image at most."
     sizes = (10_000, 60_000)
