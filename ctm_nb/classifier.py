@@ -129,8 +129,9 @@ def judgement(
     needed = classifier_guidance is not None or reject is not None
     if classifier and not needed: raise ValueError(f"a classifier is for classifier_guidance or reject, got classifier={classifier!r} and neither")
     if reject is not None and not 1 <= reject < math.inf: raise ValueError(f"reject must be >= 1 and finite, got reject={reject}")
+    guided = guided_model(m, guidance, classifier_guidance, SimpleNamespace(n_classes=0))
     about = classifier_source(classifier or "train", checkpoint) if needed else None
     if about: check_classifier(about, m)
-    guided = guided_model(m, guidance, classifier_guidance, about and SimpleNamespace(n_classes=about["n_classes"]))
+    if classifier_guidance is not None: guided.n_classes = about["n_classes"]
     if reject is not None and not guided.n_classes: raise ValueError(f"reject={reject:g} needs a model with classes, this one has none; classifier_guidance would give it some")
     return {"guidance": guidance, "classifier": about, "classifier_guidance": classifier_guidance, "reject": reject}, guided

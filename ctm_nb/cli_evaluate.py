@@ -113,6 +113,7 @@ def _extractor_of(reference, a, device):
 # %% ../nbs/12_cli_evaluate.ipynb #4cd37cf3
 def _sides_from_data(a, device, shape):
     "Reference and feature network for a data set."
+    import sys
     from ctm_nb.data import load_data
     from ctm_nb.extractors import ClassifierExtractor, load_extractor
     from ctm_nb.metrics import train_classifier
@@ -126,7 +127,7 @@ def _sides_from_data(a, device, shape):
     kept = _kept_reference(a, features, split, data)
     if kept and (known := send(read_reference(kept) if rank == 0 and kept.exists() else None)): return known, ClassifierExtractor(known.net).to(device)
     if features != "train": extractor = load_extractor(features, a.weights, device)
-    else: extractor = ClassifierExtractor(send(train_classifier(load("train"), seed=a.seed, device=device, progress=True).cpu() if rank == 0 else None)).to(device)
+    else: extractor = ClassifierExtractor(send(train_classifier(load("train"), seed=a.seed, device=device, progress=sys.stderr.isatty()).cpu() if rank == 0 else None)).to(device)
     part = share_of(len(data))
     got = _gathered(extractor, data_samples(data).batches(batch_size=a.batch, part=part), device, len(part), kept_points(len(data))[part.start:part.stop])
     reference = send(got and reference_of(got, extractor, data, f"{data.name}, {split}"))

@@ -8,7 +8,7 @@ __all__ = ['log', 'class_list', 'times_list', 'weights_hash', 'labels_of', 'want
            'find_devices', 'worker', 'draw_on_many', 'draw_samples']
 
 # %% ../nbs/11_draw.ipynb #cd3d54a8
-import difflib, hashlib, io, json, logging, os, shutil, time, uuid
+import difflib, hashlib, io, json, logging, os, shutil, sys, time, uuid
 from pathlib import Path
 
 import numpy as np
@@ -359,7 +359,7 @@ def draw_samples(
     if rank == 0 and not complete: refuse_existing(out, overwrite)
     folder = None if complete else open_parts(out, plan) if rank == 0 else _wait_for(out, plan, overwrite)
     if folder is None: return plan
-    if rank == 0 and plan["classifier"] and not (file := folder / "classifier.pt").exists(): save_classifier(make_classifier(plan["classifier"], devices[0], True), file)
+    if rank == 0 and plan["classifier"] and not (file := folder / "classifier.pt").exists(): save_classifier(make_classifier(plan["classifier"], devices[0], sys.stderr.isatty()), file)
     many = (processes or len(devices)) if world == 1 else 1
     with tqdm(total=plan["draws"], desc="samples", unit="", disable=rank > 0, initial=_done(folder, plan)) as bar:
         if many > 1: del m; draw_on_many(many, plan, folder, (devices, str(checkpoint), which), batch_size, bar)

@@ -53,7 +53,8 @@ def tune(
     if steps < 2: raise ValueError(f"a search needs steps >= 2 (one jump has no stop that could be moved), got steps={steps}")
     folder.mkdir(parents=True, exist_ok=True)
     file = ledger_of(folder, steps, {**settings, "gamma": gamma})
-    known = len(json.loads(file.read_text())["tries"]) if file.exists() else 0
+    try: known = len(json.loads(file.read_text())["tries"])
+    except (OSError, ValueError, KeyError, TypeError): known = 0  # none yet, or a damaged one, which `search_times` refuses
     with tqdm(total=tries, initial=min(known, tries), desc=f"search, {steps} steps", unit=" scores", disable=None) as bar:
         def counted(times, gamma):
             value = score(times, gamma)

@@ -1,7 +1,5 @@
 """Feature networks, references, sample sets, further scores and the command that brings them together."""
 import json
-import multiprocessing
-import os
 import subprocess
 import sys
 import time
@@ -14,13 +12,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ctm_nb.cli_evaluate import ctm_nb_evaluate, draw_batches, is_checkpoint, ways
+from ctm_nb.cli_evaluate import ctm_nb_evaluate, is_checkpoint, ways
 from ctm_nb.data import digits
 from ctm_nb.evaluation import METRICS, extend_scores, score, text_table
 from ctm_nb.extractors import ClassifierExtractor, InceptionExtractor, load_extractor, resize_clean, resize_tf1, spatial_features
 from ctm_nb.metrics import FeatureStats, distance_blocks, features_and_probs, frechet_distance, frechet_gaussians, precision_recall, train_classifier
 from ctm_nb.references import array_samples, as_pictures, build_reference, collect, open_samples, read_reference
-from ctm_nb.similarity import authenticity, bootstrap_frechet, density_coverage, frechet_against_n, kernel_distance, merge_across_processes, polynomial_mmd
+from ctm_nb.shares import draw_batches
+from ctm_nb.similarity import authenticity, bootstrap_frechet, density_coverage, frechet_against_n, kernel_distance, polynomial_mmd
 
 rng = np.random.default_rng(0)
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
@@ -145,25 +144,6 @@ def test_bias_and_interval():
 
 def test_rank_deficient_covariances_are_warned_about():
     with pytest.warns(RuntimeWarning, match="features a: 5 images span at most 4 of 8"): frechet_distance(rng.standard_normal((5, 8)), rng.standard_normal((30, 8)))
-
-
-def worker(rank, meet):
-    "One of two processes; exits with 0 if the merged statistics are those of one pass."
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
-    x = np.random.default_rng(0).standard_normal((101, 5)) + 1e3
-    s, whole = merge_across_processes(FeatureStats(5).update(x[:40] if rank == 0 else x[40:])), FeatureStats(5).update(x)
-    ok = s.n == 101 and (s.mean - whole.mean).abs().max() < 1e-10 and (s.cov - whole.cov).abs().max() < 1e-10
-    os._exit(0 if ok else 1)
-
-
-def test_two_processes_equal_one_pass(tmp_path):
-    s = FeatureStats(2).update(rng.standard_normal((5, 2)))
-    assert merge_across_processes(s) is s
-    both = [multiprocessing.get_context("fork").Process(target=worker, args=(r, tmp_path / "meet")) for r in (0, 1)]
-    for p in both: p.start()
-    for p in both: p.join(60)
-    assert [p.exitcode for p in both] == [0, 0]
 
 
 # --- feature networks
