@@ -213,14 +213,14 @@ def evaluate(
 ) -> list:  # records; of several processes, the first has them
     "The work behind `ctm_nb_evaluate`."
     steps, gammas, words = check_flags(a)
-    from ctm_nb.shares import send, together
     from ctm_nb.evaluation import check_request
+    from ctm_nb.shares import ranks, together
     model, source = _open_model(a) if is_checkpoint(a.what) else (None, _open_set(a))
     if a.search and model is None: raise ValueError(f"--search needs a checkpoint, got samples: {a.what}")
     drawn = with_times(ways(solvers_for(a.solver, model), steps, gammas), a.times, a.what, model, a.gamma is None) if model is not None else []
-    if a.dry_run: return print(plan(a, source, drawn))
+    if a.dry_run: return print(plan(a, source, drawn)) if ranks()[0] == 0 else None
     with together() as (rank, world):
-        device = a.device or _best_device()
+        device = _device(a)
         reference, extractor = find_sides(a, device, tuple(model.data_shape) if model is not None else tuple(source.read(slice(0, 1)).shape[1:]))
         if words: check_request(reference, extractor, words)
         if a.save_ref and rank == 0: reference.save(a.save_ref)
@@ -234,7 +234,7 @@ def evaluate(
 def _open_model(a):
     "The model to draw from, and what to call it."
     from ctm_nb.interchange import find_checkpoint, load
-    m = load(a.what, device=a.device or _best_device(), which=a.which)
+    m = load(a.what, device=_device(a), which=a.which)
     if a.search and not hasattr(m, "G"): raise ValueError("--search finds times of jumps, and this model is a teacher; expected a CTM")
     return m, str(find_checkpoint(a.what)) if Path(a.what).is_dir() else a.what
 
@@ -247,9 +247,9 @@ def _open_set(a):
     return s
 
 # %% ../nbs/12_cli_evaluate.ipynb #ed43f3b9
-def _best_device():
+def _device(a):
     import torch
-    if not torch.cuda.is_available(): return "cpu"
+    if a.device not in (None, "cuda") or not torch.cuda.is_available(): return a.device or "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 # %% ../nbs/12_cli_evaluate.ipynb #f3158c9f

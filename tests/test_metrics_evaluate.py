@@ -205,6 +205,8 @@ def test_torchscript_and_timm(tmp_path):
     f = load_extractor(str(tmp_path / "c.pt"))
     x = digits("held_out").images[:2]
     assert torch.allclose(f(x).pooled, f.net(x.expand(-1, 3, -1, -1).float() / 127.5 - 1).mean((2, 3))) and f.features_id.startswith("torchscript:c-")
+    torch.jit.script(nn.Linear(2, 3)).save(tmp_path / "l.pt")
+    with pytest.raises(ValueError, match=r"torchscript:l-.* must take pictures \(2, 3, 8, 8\)"): load_extractor(str(tmp_path / "l.pt"))(x)
     timm = pytest.importorskip("timm")
     net = timm.create_model("resnet10t", pretrained=False)
     torch.save(net.state_dict(), tmp_path / "resnet10t.pth")
