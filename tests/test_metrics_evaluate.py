@@ -17,7 +17,7 @@ from ctm_nb.data import digits
 from ctm_nb.evaluation import METRICS, extend_scores, score, text_table
 from ctm_nb.extractors import ClassifierExtractor, InceptionExtractor, load_extractor, resize_clean, resize_tf1, spatial_features
 from ctm_nb.metrics import FeatureStats, distance_blocks, features_and_probs, frechet_distance, frechet_gaussians, precision_recall, train_classifier
-from ctm_nb.references import array_samples, as_pictures, build_reference, collect, open_samples, read_reference
+from ctm_nb.references import array_samples, as_pictures, build_reference, collect, data_samples, open_samples, read_reference
 from ctm_nb.shares import draw_batches
 from ctm_nb.similarity import authenticity, bootstrap_frechet, density_coverage, frechet_against_n, kernel_distance, polynomial_mmd
 
@@ -277,6 +277,20 @@ def test_reference_survives_and_damage_is_seen(net, ref_file, tmp_path):
     with pytest.raises(ValueError, match="is damaged"): read_reference(tmp_path / "bent.npz")
     with pytest.raises(ValueError, match="can't be compared"): r.check("inception-0")
     with pytest.raises(ValueError, match="8 x 8.*got 9 x 9"): r.check(r.features, (1, 9, 9))
+
+
+def test_reference_of_images_that_stay_on_disk(net, tmp_path, monkeypatch):
+    monkeypatch.setenv("CTM_NB_CACHE", str(tmp_path / "cache"))
+    from ctm_nb.loader import load_splits
+    d = digits()
+    for i in range(60):
+        (tmp_path / "d" / f"{int(d.labels[i])}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(d.images[i, 0].numpy()).save(tmp_path / "d" / f"{int(d.labels[i])}" / f"{i}.png")
+    here, there = (load_splits(tmp_path / "d", in_memory=k)["all"] for k in (True, False))
+    a, b = build_reference(net, here, batch_size=25), build_reference(net, there, batch_size=25, max_points=40)
+    assert not hasattr(there, "images") and torch.allclose(a.cov, b.cov, atol=1e-4) and a.label_counts == b.label_counts and (a.n, len(a.points), len(b.points)) == (60, 60, 40)
+    x, y = next(data_samples(there).batches(part=range(7, 11)))
+    assert torch.equal(x, here.images[7:11]) and torch.equal(y, here.labels[7:11])
 
 
 def test_foreign_references(tmp_path):
