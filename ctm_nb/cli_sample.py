@@ -30,6 +30,9 @@ def sample_parser() -> argparse.ArgumentParser:
     add("--churn", metavar="S,...", help="S_churn[,S_min,S_max,S_noise] of the solver edm (default: 40,0.05,50,1.003)")
     add("--classes", default="all", metavar="CLASSES", help="names or indices, e.g. cat,dog or 0,1; all: every class in turn; none: without label (default: all)")
     add("--guidance", type=float, metavar="W", help="scale of classifier-free guidance, for models trained with labels dropped; doubles the evaluations")
+    add("--classifier-guidance", type=float, metavar="W", help="scale of the push by a classifier, for any model, labelled or not; doubles the evaluations")
+    add("--reject", type=float, metavar="RATIO", help="draw RATIO times as many, keep those of each class that the classifier likes best")
+    add("--classifier", metavar="WHICH", help="for these two: a reference of ctm_nb_evaluate --save-ref, a data set to train one on, or train: the run's data (default: train)")
     add("--seed", type=int, default=0, help="of the noise (default: 0)")
     add("--which", choices=("ctm", "teacher"), help="which model of a run (default: the student if there is one)")
     add("--batch-size", default="auto", metavar="B", help="samples at a time; auto: as many as memory allows (default: auto)")
@@ -56,7 +59,7 @@ def ctm_nb_sample(
     a = sample_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING, format="%(message)s")
     with one_line_errors("ctm_nb_sample"):
-        batch_size, request = read_batch_size(a.batch_size), {k: getattr(a, k) for k in ("steps", "gamma", "times", "solver", "churn", "classes", "guidance", "seed")}
+        batch_size, request = read_batch_size(a.batch_size), {k: getattr(a, k) for k in ("steps", "gamma", "times", "solver", "churn", "classes", "guidance", "classifier_guidance", "reject", "classifier", "seed")}
         if a.n < 1: raise ValueError(f"-n must be >= 1, got {a.n}")
         if not a.out.absolute().parent.is_dir(): raise FileNotFoundError(f"there is no folder {a.out.absolute().parent} for {a.out.name}")
         from ctm_nb.draw import draw_samples
@@ -71,4 +74,5 @@ def summary(
     "What was drawn, in a line."
     stops = ", ".join(f"{t:.4g}" for t in plan["times"][:6]) + (", ..." if len(plan["times"]) > 6 else "")
     how = f"gamma {plan['gamma']:g}" if plan["solver"] == "ctm" else f"solver {plan['solver']}"
-    return f"{out}: {plan['n']} samples, {plan['evaluations']} evaluations each, {how}, times {stops}, seed {plan['seed']}"
+    kept = f" kept of {plan['draws']}" if plan["reject"] else ""
+    return f"{out}: {plan['n']} samples{kept}, {plan['evaluations']} evaluations each, {how}, times {stops}, seed {plan['seed']}"

@@ -130,8 +130,8 @@ def extend_scores(
 def network_evaluations(
     sampler:dict, # solver, steps
 )->int: # evaluations of the network a sample
-    "What a sample costs: Heun's method needs two evaluations a step, but one in the last."
-    return 2 * sampler["steps"] - 1 if sampler["solver"] == "heun" else sampler["steps"]
+    "What a sample costs: Heun's method, with noise or without, needs two evaluations a step, but one in the last."
+    return 2 * sampler["steps"] - 1 if sampler["solver"] in ("heun", "edm") else sampler["steps"]
 
 # %% ../nbs/08d_evaluation.ipynb #77971a94
 def text_table(
@@ -142,11 +142,13 @@ def text_table(
     names, table = list(dict.fromkeys(r["metric"] for r in rows)), {}
     for r in rows:
         s = r["sampler"]
-        who = (r["checkpoint"] or "samples",) if s is None else (s["solver"], str(network_evaluations(s)), f"{s['gamma']:g}" if s["solver"] == "ctm" else "-")
+        gamma = "" if s is None else f"{s['gamma']:.3g}" if s["solver"] == "ctm" else "-"
+        who = (r["checkpoint"] or "samples",) if s is None else (s["solver"], str(network_evaluations(s)), gamma, " ".join(f"{v:.3g}" for v in s.get("times") or ()) or "default")
         interval = r.get("interval")
         table.setdefault(who, {})[r["metric"]] = f"{r['value']:.4g}" + (f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "")
-    head = ("solver", "NFE", "gamma") if any(len(w) == 3 for w in table) else ("samples",)
-    lines = [[*head, *names], *([*w, *[""] * (len(head) - len(w)), *(v.get(m, "") for m in names)] for w, v in table.items())]
+    head = ("solver", "NFE", "gamma", "times") if any(len(w) == 4 for w in table) else ("samples",)
+    if all(w[3:] in ((), ("default",)) for w in table): head = head[:3]
+    lines = [[*head, *names], *([*w[:len(head)], *[""] * (len(head) - len(w)), *(v.get(m, "") for m in names)] for w, v in table.items())]
     width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, width))).rstrip() for line in lines)
 
@@ -161,7 +163,8 @@ def tradeoff_plot(
     for r in rows:
         if r["metric"] != metric or not r["sampler"]: continue
         s = r["sampler"]
-        lines.setdefault(f"CTM, γ = {s['gamma']:g}" if s["solver"] == "ctm" else s["solver"], []).append((network_evaluations(s), r["value"]))
+        name = s["solver"] if s["solver"] != "ctm" else "CTM, times of its own" if s.get("times") else f"CTM, γ = {s['gamma']:g}"
+        lines.setdefault(name, []).append((network_evaluations(s), r["value"]))
     fig = Figure(figsize=(6, 3.2), layout="constrained")
     ax = fig.subplots()
     for label, points in lines.items(): ax.plot(*zip(*sorted(points)), "o-", ms=4, label=label)

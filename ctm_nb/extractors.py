@@ -119,7 +119,10 @@ class ScriptExtractor(Extractor):
     "Any TorchScript file: (B, 3, H, W) float in [-1, 1] to (B, d), or to maps (B, d, h, w), whose mean is taken."
     family, has_probs = "torchscript", False
     def extract(self, x):
-        out = self.net(x.float() / 127.5 - 1)
+        try: out = self.net(x.float() / 127.5 - 1)
+        except RuntimeError as e:
+            if "memory" in str(e): raise
+            raise ValueError(f"{self.features_id} must take pictures {tuple(x.shape)} in [-1, 1], but failed: {str(e).strip().splitlines()[-1]}") from None
         if not torch.is_tensor(out) or out.ndim not in (2, 4):
             raise ValueError(f"{self.features_id} must return (B, d) or (B, d, h, w), got {tuple(out.shape) if torch.is_tensor(out) else type(out).__name__}")
         return Features(out) if out.ndim == 2 else Features(out.mean((2, 3)), spatial_features(out))

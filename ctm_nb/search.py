@@ -162,7 +162,7 @@ def stored_times(
     "What a search found for a model. Raises ValueError if there is nothing for so many steps."
     places = [times_file(checkpoint), *(p / "times.json" for p in list(Path(checkpoint).resolve().parents)[1:2] if Path(checkpoint).is_dir())]
     path = next((p for p in places if p.exists()), None)
-    if path is None: raise ValueError(f"no times are stored for {checkpoint}: expected {places[0]}, from a search of times (ctm_nb.search)")
+    if path is None: raise ValueError(f"no times are stored for {checkpoint}: expected {places[0]}, from ctm_nb_evaluate CKPT --ref DATA --search")
     stored = json.loads(path.read_text())
     if steps is None and len(stored) == 1: steps = next(iter(stored))
     if str(steps) not in stored: raise ValueError(f"{path} holds times for {', '.join(stored)} steps, got steps={steps}")

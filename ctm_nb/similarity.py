@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['feature_pair', 'density_coverage', 'polynomial_mmd', 'kernel_distance', 'authenticity', 'frechet_against_n',
-           'bootstrap_frechet', 'merge_across_processes']
+           'bootstrap_frechet']
 
 # %% ../nbs/08a_similarity.ipynb #80591382
 import numpy as np, torch
@@ -111,19 +111,3 @@ def bootstrap_frechet(
     value, again = distance(f), [distance(f[torch.from_numpy(rng.integers(len(f), size=len(f)))]) for _ in range(draws)]
     half = torch.distributions.Normal(0., 1.).icdf(torch.tensor((1 + level) / 2)).item() * float(np.std(again, ddof=1))
     return value, max(0., value - half), value + half
-
-# %% ../nbs/08a_similarity.ipynb #d818cdc3
-def merge_across_processes(
-    stats:FeatureStats, # of this process's share
-)->FeatureStats: # of all shares, the same in every process
-    "Join statistics over `torch.distributed`; without it, the statistics as they are."
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized()): return stats
-    shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, (stats.n, stats.mean.cpu(), stats.scatter.cpu()))
-    total = FeatureStats(len(stats.mean))
-    for n, mean, scatter in shares:
-        share = FeatureStats(len(mean))
-        share.n, share.mean, share.scatter = n, mean, scatter
-        total.merge(share)
-    return total

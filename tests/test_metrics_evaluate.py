@@ -1,7 +1,5 @@
 """Feature networks, references, sample sets, further scores and the command that brings them together."""
 import json
-import multiprocessing
-import os
 import subprocess
 import sys
 import time
@@ -14,13 +12,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ctm_nb.cli_evaluate import ctm_nb_evaluate, draw_batches, is_checkpoint, ways
+from ctm_nb.cli_evaluate import ctm_nb_evaluate, is_checkpoint, ways
 from ctm_nb.data import digits
 from ctm_nb.evaluation import METRICS, extend_scores, score, text_table
 from ctm_nb.extractors import ClassifierExtractor, InceptionExtractor, load_extractor, resize_clean, resize_tf1, spatial_features
 from ctm_nb.metrics import FeatureStats, distance_blocks, features_and_probs, frechet_distance, frechet_gaussians, precision_recall, train_classifier
-from ctm_nb.references import array_samples, as_pictures, build_reference, collect, open_samples, read_reference
-from ctm_nb.similarity import authenticity, bootstrap_frechet, density_coverage, frechet_against_n, kernel_distance, merge_across_processes, polynomial_mmd
+from ctm_nb.references import array_samples, as_pictures, build_reference, collect, data_samples, open_samples, read_reference
+from ctm_nb.shares import draw_batches
+from ctm_nb.similarity import authenticity, bootstrap_frechet, density_coverage, frechet_against_n, kernel_distance, polynomial_mmd
 
 rng = np.random.default_rng(0)
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
@@ -147,25 +146,6 @@ def test_rank_deficient_covariances_are_warned_about():
     with pytest.warns(RuntimeWarning, match="features a: 5 images span at most 4 of 8"): frechet_distance(rng.standard_normal((5, 8)), rng.standard_normal((30, 8)))
 
 
-def worker(rank, meet):
-    "One of two processes; exits with 0 if the merged statistics are those of one pass."
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
-    x = np.random.default_rng(0).standard_normal((101, 5)) + 1e3
-    s, whole = merge_across_processes(FeatureStats(5).update(x[:40] if rank == 0 else x[40:])), FeatureStats(5).update(x)
-    ok = s.n == 101 and (s.mean - whole.mean).abs().max() < 1e-10 and (s.cov - whole.cov).abs().max() < 1e-10
-    os._exit(0 if ok else 1)
-
-
-def test_two_processes_equal_one_pass(tmp_path):
-    s = FeatureStats(2).update(rng.standard_normal((5, 2)))
-    assert merge_across_processes(s) is s
-    both = [multiprocessing.get_context("fork").Process(target=worker, args=(r, tmp_path / "meet")) for r in (0, 1)]
-    for p in both: p.start()
-    for p in both: p.join(60)
-    assert [p.exitcode for p in both] == [0, 0]
-
-
 # --- feature networks
 
 def test_resizing_like_tensorflow_1_and_pil():
@@ -225,6 +205,8 @@ def test_torchscript_and_timm(tmp_path):
     f = load_extractor(str(tmp_path / "c.pt"))
     x = digits("held_out").images[:2]
     assert torch.allclose(f(x).pooled, f.net(x.expand(-1, 3, -1, -1).float() / 127.5 - 1).mean((2, 3))) and f.features_id.startswith("torchscript:c-")
+    torch.jit.script(nn.Linear(2, 3)).save(tmp_path / "l.pt")
+    with pytest.raises(ValueError, match=r"torchscript:l-.* must take pictures \(2, 3, 8, 8\)"): load_extractor(str(tmp_path / "l.pt"))(x)
     timm = pytest.importorskip("timm")
     net = timm.create_model("resnet10t", pretrained=False)
     torch.save(net.state_dict(), tmp_path / "resnet10t.pth")
@@ -295,6 +277,20 @@ def test_reference_survives_and_damage_is_seen(net, ref_file, tmp_path):
     with pytest.raises(ValueError, match="is damaged"): read_reference(tmp_path / "bent.npz")
     with pytest.raises(ValueError, match="can't be compared"): r.check("inception-0")
     with pytest.raises(ValueError, match="8 x 8.*got 9 x 9"): r.check(r.features, (1, 9, 9))
+
+
+def test_reference_of_images_that_stay_on_disk(net, tmp_path, monkeypatch):
+    monkeypatch.setenv("CTM_NB_CACHE", str(tmp_path / "cache"))
+    from ctm_nb.loader import load_splits
+    d = digits()
+    for i in range(60):
+        (tmp_path / "d" / f"{int(d.labels[i])}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(d.images[i, 0].numpy()).save(tmp_path / "d" / f"{int(d.labels[i])}" / f"{i}.png")
+    here, there = (load_splits(tmp_path / "d", in_memory=k)["all"] for k in (True, False))
+    a, b = build_reference(net, here, batch_size=25), build_reference(net, there, batch_size=25, max_points=40)
+    assert not hasattr(there, "images") and torch.allclose(a.cov, b.cov, atol=1e-4) and a.label_counts == b.label_counts and (a.n, len(a.points), len(b.points)) == (60, 60, 40)
+    x, y = next(data_samples(there).batches(part=range(7, 11)))
+    assert torch.equal(x, here.images[7:11]) and torch.equal(y, here.labels[7:11])
 
 
 def test_foreign_references(tmp_path):

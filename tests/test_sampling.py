@@ -81,9 +81,11 @@ def test_edm_sampler_against_its_definition():
 
 @pytest.mark.parametrize("kw, word", [
     (dict(gamma=-.1), "gamma=-0.1"), (dict(gamma=float("nan")), "gamma=nan"), (dict(times=[80., 80., .002]), "decreasing"), (dict(times=[81., .002]), "80"), (dict(times=[80., .001]), "0.002"),
-    (dict(times=[80.]), "two"), (dict(times=[80., float("nan"), .002]), "decreasing"), (dict(y=3), r"\[0, 3\)"), (dict(y=-2), "got -2"), (dict(y=[0, 1]), "n=4"), (dict(y=1.5), "whole"), (dict(solver="rk"), "rk"), (dict(steps=0), "steps=0")])
+    (dict(times=[80.]), "two"), (dict(times=[80., float("nan"), .002]), "decreasing"), (dict(y=3), r"\[0, 3\)"), (dict(y=-2), "got -2"), (dict(y=[0, 1]), "n=4"), (dict(y=1.5), "whole"), (dict(solver="rk"), "rk"), (dict(steps=0), "steps=0"),
+    (dict(steps=1.5), "steps=1.5"), (dict(n=-1), "n=-1"), (dict(batch_size=0), "batch_size=0"), (dict(batch_size=-3), "batch_size=-3"), (dict(gamma=float("nan")), "gamma=nan"), (dict(gamma="0.5"), "gamma='0.5'"),
+    (dict(y="cat"), "class indices, got 'cat'"), (dict(noise_fn=lambda i, shape: torch.zeros(5, 2)), "must return noise of shape")])
 def test_bad_requests(kw, word):
-    with pytest.raises(ValueError, match=word): sample(Linear(), 4, **kw)
+    with pytest.raises(ValueError, match=word): sample(Linear(), **{"n": 4, **kw})
 
 
 def test_not_finite_is_named():
