@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['evaluate_parser', 'numbers', 'is_checkpoint', 'is_reference_file', 'find_sides', 'draw_batches', 'solvers_for',
-           'ways', 'evaluate', 'plan', 'ctm_nb_evaluate']
+           'ways', 'evaluate', 'likelihoods', 'plan', 'ctm_nb_evaluate']
 
 # %% ../nbs/12_cli_evaluate.ipynb #bcd3ee8f
 import argparse
 import logging
+import os
 from pathlib import Path
 
 from . import __version__
@@ -22,7 +23,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("what", metavar="SAMPLES|CKPT", help="samples: an npz with arr_0, a folder or zip of images; or a run, a checkpoint, a public name")
     add("--ref", required=True, help="a reference .npz (ours, EDM's, ADM's), a public name of one, or a data set (digits, a folder, ...)")
-    add("--metrics", metavar="M,M", help="of fid, sfid, is, pr, dc, kid, acc, fidinf, auth (default: fid, and pr and acc where possible)")
+    add("--metrics", metavar="M,M", help="of fid, sfid, is, pr, dc, kid, acc, fidinf, auth (default: fid, and pr and acc where possible); of a checkpoint also bpd, elbo")
     add("--features", help="train, inception, cleanfid, timm:NAME or a TorchScript file (default: the reference's; for a data set: train)")
     add("--weights", metavar="FOLDER", help="where the weights of inception, cleanfid or timm lie (default: the cache)")
     add("--ref-split", choices=("train", "held_out", "all"), help="part of a data set that is the reference (default: held_out for --features train, else all)")
@@ -34,6 +35,9 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the samples that a checkpoint draws and of --features train (default: 0)")
     add("--batch", type=int, default=500, metavar="B", help="images at a time (default: 500)")
     add("--bootstrap", type=int, default=0, metavar="N", help="resamples for a 95 %% interval of the Frechet distance (default: 0, none)")
+    add("--tol", type=float, default=1e-4, help="of bpd: largest error of a step of the solver (default: 1e-4)")
+    add("--probes", type=int, default=1, metavar="K", help="of bpd: random vectors an image (default: 1)")
+    add("--levels", type=int, default=64, metavar="L", help="of elbo: noise levels an image (default: 64)")
     add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     add("--out", type=Path, metavar="JSON", help="add the records to this file; several ways also give a picture beside it")
     add("--save-ref", type=Path, metavar="NPZ", help="keep the reference, with its feature classifier if it has one")
@@ -234,6 +238,38 @@ def _score_one(a, reference, extractor, words, name, way, n, batches, device):
     rows = records(score(reference, got, extractor, metrics, device), reference, extractor.features_id, got.n, way, a.seed if way else None, name)
     return with_interval(rows, reference, got, a.bootstrap) if a.bootstrap else rows
 
+# %% ../nbs/12_cli_evaluate.ipynb #b5713f37
+def likelihoods(
+    a: argparse.Namespace,  # flags; --metrics loses what is dealt with here
+) -> bool:  # is nothing left to do?
+    "The words bpd and elbo of `--metrics`: printed and recorded; `ValueError` names what they need."
+    from ctm_nb.likelihood import split_words
+    words, a.metrics = split_words(a.metrics)
+    if words and int(os.environ.get("RANK", 0)) == 0:  # of several processes, the first does it
+        rows = _of_model(a, words, a.ref_split or "held_out")
+        for r in rows: print(f"{r['metric']:<18}  {r['value']:.4f} ± {r['standard_error']:.4f}  ({r['n_samples']} images of {r['reference']['name']}, {r['reference']['sha256'][:12]})")
+        if a.out and rows:
+            from ctm_nb.evaluation import extend_scores
+            extend_scores(a.out, rows)
+    return bool(words) and a.metrics is None
+
+# %% ../nbs/12_cli_evaluate.ipynb #30a7f32a
+def _of_model(a, words, split):
+    "Records of a model's likelihood of the images of --ref."
+    from ctm_nb.data import load_data
+    from ctm_nb.hub import is_public_name
+    from ctm_nb.likelihood import likelihood_records
+    name = "--metrics " + ",".join(words)
+    for flag, value in (("--batch", a.batch), ("--tol", a.tol), ("--probes", a.probes), ("--levels", a.levels), ("-n", 2 if a.n is None else a.n)):
+        if not value > (flag == "-n"): raise ValueError(f"{flag} must be {'>= 2' if flag == '-n' else '> 0'}, got {value}")
+    if not is_checkpoint(a.what): raise ValueError(f"{name} needs a model: a run, a checkpoint or the public name of one, got samples: {a.what}")
+    if is_public_name(a.ref) or is_reference_file(Path(a.ref).expanduser()): raise ValueError(f"{name} needs images: --ref must be a data set (digits, a folder, a zip, ...), got statistics: {a.ref}")
+    data, (m, source) = load_data(a.ref, split, getattr(a, "ref_size", None)), _open_model(a)
+    data.name = f"{data.name}, {split}"
+    if not a.dry_run: return likelihood_records(m, data, words, source, a.n, a.tol, a.probes, a.levels, a.seed, a.batch, progress=True)
+    print(f"likelihood {','.join(words)} of {min(a.n or len(data), len(data))} images of {data.name}, under {source}: tol {a.tol:g}, {a.probes} probes, {a.levels} levels")
+    return []
+
 # %% ../nbs/12_cli_evaluate.ipynb #f3158c9f
 def plan(
     a: argparse.Namespace,  # flags
@@ -257,4 +293,4 @@ def ctm_nb_evaluate(
     "Score samples or a checkpoint (the console command)."
     a = evaluate_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with one_line_errors("ctm_nb_evaluate"): evaluate(a)
+    with one_line_errors("ctm_nb_evaluate"): likelihoods(a) or evaluate(a)
