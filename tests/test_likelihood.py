@@ -63,6 +63,12 @@ def test_mixture_to_one_percent_at_every_point(m):
     assert abs(in_bits(mean[None]) / in_bits(m.log_density(x, .002 * 2 ** .5).mean()[None]) - 1) < .01
 
 
+def reading_cost():
+    "Nats to tell a grey level from its noisy version at sigma_min, by quadrature."
+    h, z = PIXEL / .002, torch.linspace(-9, 9, 20_001, dtype=torch.float64)
+    return torch.trapezoid((-z ** 2 / 2).exp() / math.sqrt(2 * math.pi) * sum((-(k * h) ** 2 / 2 + k * h * z).exp() for k in range(-9, 10)).log(), z)
+
+
 def test_bound_by_quadrature():
     "Every term of the bound, with the exact denoiser: the density for points, and the predicted gap for grey levels."
     m = GaussianMixture([[-.7], [.1], [.6]], [.08, .12, .05], [2, 1, 2])
@@ -76,9 +82,7 @@ def test_bound_by_quadrature():
     ours = torch.stack([elbo_log_density(m, x, levels=64, seed=s) for s in range(20)])
     assert abs(float((ours - points).mean())) < 4 * float(ours.mean(1).std()) / 20 ** .5
     ours = torch.stack([elbo_bits(m, x, levels=64, seed=s) for s in range(20)])
-    h = PIXEL / .002
-    z = torch.linspace(-9, 9, 20_001, dtype=torch.float64)
-    reading = torch.trapezoid((-z ** 2 / 2).exp() / math.sqrt(2 * math.pi) * sum((-(k * h) ** 2 / 2 + k * h * z).exp() for k in range(-9, 10)).log(), z)
+    h, reading = PIXEL / .002, reading_cost()
     assert abs(float(ours.mean() - ((prior_loss(m, x) + diffusion).mean() + reading) / math.log(2))) < 4 * float(ours.mean(1).std()) / 20 ** .5
     scale = m.stds
     P = (m.weights * (torch.special.ndtr((x + PIXEL / 2 - m.means[:, 0]) / scale) - torch.special.ndtr((x - PIXEL / 2 - m.means[:, 0]) / scale))).sum(1)
@@ -173,15 +177,16 @@ def test_levels_weights_and_terms():
     prior = kl_divergence(Normal(x.double(), 80.), Normal(0., math.hypot(80., TOY.sigma_data))).sum(1)
     assert torch.allclose(prior_loss(TOY, x), prior, atol=1e-10)
     edge = torch.tensor([[-1.] * 500, [1.] * 500])
-    inner = torch.full((1, 500), 21 / 127.5 - 1)
+    inner = torch.full((40, 500), 21 / 127.5 - 1)
     cost = [reconstruction_loss(TOY, v, 0, range(len(v))).mean() / 500 for v in (edge, inner)]
+    assert abs(float(cost[1]) - float(reading_cost())) < .016  # 20,000 pixels: four standard errors
     assert abs(float(cost[0] / cost[1]) - .5) < .25  # at the ends there is one neighbour instead of two
 
 
 def test_dequantisation_fills_the_cell_and_knows_no_sample():
     x = torch.zeros(4000, 1) + 1 / 255
     u = ((dequantise(x, 0, range(4000)) - x) / PIXEL)[:, 0]
-    assert u.abs().max() <= .5 and abs(float(u.mean())) < .02 and abs(float(u.var()) - 1 / 12) < .004
+    assert abs(PIXEL - 1 / 127.5) < 1e-12 and u.abs().max() <= .5 and abs(float(u.mean())) < .02 and abs(float(u.var()) - 1 / 12) < .004
     assert abs(float(torch.corrcoef(torch.stack([u, noise((1,), 0, range(4000))[:, 0].double()]))[0, 1])) < .06
 
 
