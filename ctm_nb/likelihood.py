@@ -116,7 +116,7 @@ def integrate_rows(
         evaluations[rows] += 6
         ratio = torch.maximum(error[:, :-1].square().mean(1).sqrt(), error[:, -1].abs()) / tol
         ok = ratio <= 1
-        if (~ok & (step < 1e-6)).any(): raise FloatingPointError(f"tol={tol:g} can't be reached: the rounding of the model is larger; take a larger tol, or a model in double precision")
+        if (~ok & (step < 1e-4)).any() or evaluations.max() > 20_000: raise FloatingPointError(f"tol={tol:g} can't be reached: the rounding of the model is larger; take a larger tol, or a model in double precision")
         out[rows[ok & last]] = new[ok & last]
         time, state, slope = time + ok * step, torch.where(ok[:, None], new, state), torch.where(ok[:, None], new_slope, slope)
         step = step * (.9 * ratio.clamp(min=1e-9) ** -.2).clamp(.2, 5.)
