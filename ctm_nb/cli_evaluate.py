@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOWER', 'evaluate_parser', 'numbers', 'is_checkpoint', 'is_reference_file', 'find_sides', 'solvers_for', 'ways',
-           'with_times', 'check_flags', 'evaluate', 'search', 'report', 'plan', 'ctm_nb_evaluate']
+           'with_times', 'check_flags', 'evaluate', 'search', 'report', 'likelihoods', 'plan', 'ctm_nb_evaluate']
 
 # %% ../nbs/12_cli_evaluate.ipynb #bcd3ee8f
 import argparse
@@ -24,7 +24,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("what", metavar="SAMPLES|CKPT", help="samples: an npz with arr_0, a folder or zip of images; or a run, a checkpoint, a public name")
     add("--ref", required=True, help="a reference .npz (ours, EDM's, ADM's), a public name of one, or a data set (digits, a folder, ...)")
-    add("--metrics", metavar="M,M", help="of fid, sfid, is, pr, dc, kid, acc, fidinf, auth (default: fid, and pr and acc where possible)")
+    add("--metrics", metavar="M,M", help="of fid, sfid, is, pr, dc, kid, acc, fidinf, auth (default: fid, and pr and acc where possible); of a checkpoint also bpd, elbo")
     add("--features", help="train, inception, cleanfid, timm:NAME or a TorchScript file (default: the reference's; for a data set: train)")
     add("--weights", metavar="FOLDER", help="where the weights of inception, cleanfid or timm lie (default: the cache)")
     add("--ref-split", choices=("train", "held_out", "all"), help="part of a data set that is the reference (default: held_out for --features train, else all)")
@@ -41,6 +41,9 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add("--search", action="store_true", help="search good times for each of --steps, score them with fresh noise, and store them for --times auto; the same command continues")
     add("--tries", type=int, default=40, metavar="N", help="scores that a search may compute for each number of steps (default: 40)")
     add("--search-n", type=int, metavar="N", help="samples in each score of a search (default: -n, but at most 5000)")
+    add("--tol", type=float, default=1e-4, help="of bpd: largest error of a step of the solver (default: 1e-4)")
+    add("--probes", type=int, default=1, metavar="K", help="of bpd: random vectors an image (default: 1)")
+    add("--levels", type=int, default=64, metavar="L", help="of elbo: noise levels an image (default: 64)")
     add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     add("--out", type=Path, metavar="JSON", help="add the records to this file; several ways also give a picture beside it")
     add("--save-ref", type=Path, metavar="NPZ", help="keep the reference, with its feature classifier if it has one")
@@ -110,7 +113,7 @@ def _extractor_of(reference, a, device):
     if a.features is None and kind.startswith("torchscript:"): raise ValueError(f"--features must name the TorchScript file in whose features the reference {reference.name} was made ({reference.features})")
     return load_extractor(a.features or kind, a.weights, device)
 
-# %% ../nbs/12_cli_evaluate.ipynb #4cd37cf3
+# %% ../nbs/12_cli_evaluate.ipynb #e0cdc862
 def _sides_from_data(a, device, shape):
     "Reference and feature network for a data set."
     import sys
@@ -207,7 +210,7 @@ def check_flags(
 # %% ../nbs/12_cli_evaluate.ipynb #25c0786c
 LOWER = ("fid", "sfid", "kid")  # scores that a search can minimise
 
-# %% ../nbs/12_cli_evaluate.ipynb #6464b41b
+# %% ../nbs/12_cli_evaluate.ipynb #2afbddcf
 def evaluate(
     a: argparse.Namespace,  # flags
 ) -> list:  # records; of several processes, the first has them
@@ -230,7 +233,7 @@ def evaluate(
         rows = sum((of_set(way) for way in drawn or [None]), [])
         return report(a, rows, reference, extractor, found) if rank == 0 else rows
 
-# %% ../nbs/12_cli_evaluate.ipynb #df965dc6
+# %% ../nbs/12_cli_evaluate.ipynb #d9c6aff9
 def _open_model(a):
     "The model to draw from, and what to call it."
     from ctm_nb.interchange import find_checkpoint, load
@@ -252,7 +255,7 @@ def _device(a):
     if a.device not in (None, "cuda") or not torch.cuda.is_available(): return a.device or "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
-# %% ../nbs/12_cli_evaluate.ipynb #f3158c9f
+# %% ../nbs/12_cli_evaluate.ipynb #af83cee4
 def _set_scorer(a, model, source, reference, extractor, words, device):
     "A function that draws or reads one set and returns its records in the first process, nothing in the others."
     if model is None and reference.net is not None and source.labels is not None and source.labels.max() >= reference.net.n_classes:
@@ -340,7 +343,39 @@ def _grid(a, f):
     from ctm_nb.flow import rho_grid
     return rho_grid(f["steps"] + 1, f["times"][-1], f["times"][0]).tolist()
 
-# %% ../nbs/12_cli_evaluate.ipynb #77510617
+# %% ../nbs/12_cli_evaluate.ipynb #b5713f37
+def likelihoods(
+    a: argparse.Namespace,  # flags; --metrics loses what is dealt with here
+) -> bool:  # is nothing left to do?
+    "The words bpd and elbo of `--metrics`: printed and recorded; `ValueError` names what they need."
+    from ctm_nb.likelihood import split_words
+    words, a.metrics = split_words(a.metrics)
+    if words and int(os.environ.get("RANK", 0)) == 0:  # of several processes, the first does it
+        rows = _of_model(a, words, a.ref_split or "held_out")
+        for r in rows: print(f"{r['metric']:<18}  {r['value']:.4f} ± {r['standard_error']:.4f}  ({r['n_samples']} images of {r['reference']['name']}, {r['reference']['sha256'][:12]})")
+        if a.out and rows:
+            from ctm_nb.evaluation import extend_scores
+            extend_scores(a.out, rows)
+    return bool(words) and a.metrics is None
+
+# %% ../nbs/12_cli_evaluate.ipynb #30a7f32a
+def _of_model(a, words, split):
+    "Records of a model's likelihood of the images of --ref."
+    from ctm_nb.data import load_data
+    from ctm_nb.hub import is_public_name
+    from ctm_nb.likelihood import likelihood_records
+    name = "--metrics " + ",".join(words)
+    for flag, value in (("--batch", a.batch), ("--tol", a.tol), ("--probes", a.probes), ("--levels", a.levels), ("-n", 2 if a.n is None else a.n)):
+        if not value > (flag == "-n"): raise ValueError(f"{flag} must be {'>= 2' if flag == '-n' else '> 0'}, got {value}")
+    if not is_checkpoint(a.what): raise ValueError(f"{name} needs a model: a run, a checkpoint or the public name of one, got samples: {a.what}")
+    if is_public_name(a.ref) or is_reference_file(Path(a.ref).expanduser()): raise ValueError(f"{name} needs images: --ref must be a data set (digits, a folder, a zip, ...), got statistics: {a.ref}")
+    data, (m, source) = load_data(a.ref, split, a.ref_size), _open_model(a)
+    data.name = f"{data.name}, {split}"
+    if not a.dry_run: return likelihood_records(m, data, words, source, a.n, a.tol, a.probes, a.levels, a.seed, a.batch, progress=True)
+    print(f"likelihood {','.join(words)} of {min(a.n or len(data), len(data))} images of {data.name}, under {source}: tol {a.tol:g}, {a.probes} probes, {a.levels} levels")
+    return []
+
+# %% ../nbs/12_cli_evaluate.ipynb #f3158c9f
 def plan(
     a: argparse.Namespace,  # flags
     source,  # a SampleSet, or the model's name
@@ -358,7 +393,7 @@ def plan(
         f"metrics    {a.metrics or 'fid, and pr and acc where possible'}",
         f"writes     {a.out or 'nothing'}{f', {a.save_ref}' if a.save_ref else ''}"])
 
-# %% ../nbs/12_cli_evaluate.ipynb #63116c86
+# %% ../nbs/12_cli_evaluate.ipynb #62b62378
 def ctm_nb_evaluate(
     argv: list | None = None,  # words of the command line; None: those of the process
 ):
@@ -366,6 +401,6 @@ def ctm_nb_evaluate(
     a = evaluate_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     rank = int(os.environ.get("RANK", 0))
-    with one_line_errors("ctm_nb_evaluate" + f" (process {rank})" * (rank > 0)): evaluate(a)
+    with one_line_errors("ctm_nb_evaluate" + f" (process {rank})" * (rank > 0)): likelihoods(a) or evaluate(a)
 
 if __name__ == "__main__" and __package__: ctm_nb_evaluate()  # python -m ctm_nb.cli_evaluate, not in a notebook

@@ -121,7 +121,7 @@ def extend_scores(
         try: old = json.loads(path.read_text())
         except ValueError as e: raise ValueError(f"{path} must be a list of score records, got no JSON ({e})") from None
         if not isinstance(old, list) or not all(isinstance(r, dict) and "metric" in r for r in old): raise ValueError(f"{path} must be a list of score records, got {type(old).__name__}")
-    key = lambda r: json.dumps({k: v for k, v in r.items() if k not in ("value", "interval")}, sort_keys=True)
+    key = lambda r: json.dumps({k: v for k, v in r.items() if k not in ("value", "interval", "standard_error")}, sort_keys=True)
     every = [*{**{key(r): r for r in old}, **{key(r): r for r in new}}.values()]
     atomic_write(path, json.dumps(every, indent=1).encode())
     return every
