@@ -9,6 +9,7 @@ __all__ = ['Collected', 'as_pictures', 'SampleSet', 'array_samples', 'open_sampl
 # %% ../nbs/08c_references.ipynb #a2aa7af3
 import hashlib, json, zipfile
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +18,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .data import ImageData
 from .decode import decode
-from .extractors import ClassifierExtractor, Extractor, file_hash
+from .extractors import Extractor, file_hash
 from .metrics import FeatureClassifier, FeatureStats
 from .sources import SUFFIXES
 
@@ -41,13 +42,13 @@ class SampleSet:
     "Samples that are read a batch at a time."
     name: str                         # for messages and records
     n: int                            # how many
-    read: object                      # read(i) -> (C, H, W) uint8, or for a slice (b, C, H, W)
+    read: Callable                    # read(i) -> (C, H, W) uint8, or for a slice (b, C, H, W)
     labels: torch.Tensor|None = None  # (n,) the classes they were drawn as
 
 # %% ../nbs/08c_references.ipynb #a2b174ef
 @patch
 def batches(self:SampleSet,
-    n:int=None, # the first n; None: all
+    n:int|None=None, # the first n; None: all
     batch_size:int=500, # pictures at a time
 ): # iterator over (b, C, H, W) uint8 and (b,) labels or None
     "The samples in order. Raises `ValueError` if fewer than n are there, or they are not of one size."
@@ -122,7 +123,7 @@ def collect(
     extractor:Extractor, # the feature network
     batches, # iterator over uint8 pictures (b, C, H, W) and labels or None
     device:str="cpu", # where the network is
-    total:int=None, # number of pictures, for the progress bar
+    total:int|None=None, # number of pictures, for the progress bar
     keep:bool=True, # keep the features themselves
 )->Collected:
     "Everything that scores need of a set of pictures, in one pass. Raises `ValueError` for features that are constant or not finite."
@@ -168,7 +169,7 @@ class ReferenceStats:
 def build_reference(
     extractor:Extractor, # the feature network
     data:ImageData, # the real images
-    name:str=None, # for records; None: the data's
+    name:str|None=None, # for records; None: the data's
     max_points:int=10000, # features kept for precision and its relatives, a random subset
     batch_size:int=500, # pictures at a time
     device:str="cpu", # where the network is
@@ -186,7 +187,7 @@ def build_reference(
 @patch
 def check(self:ReferenceStats,
     features_id:str, # of the extractor that is to look at the samples
-    shape:tuple=None, # (C, H, W) of the samples, if known
+    shape:tuple|None=None, # (C, H, W) of the samples, if known
 ):
     "Raise `ValueError` if samples in these features can't be compared with this reference."
     foreign = self.features == "inception"
@@ -250,7 +251,8 @@ def _foreign_reference(path, a):
         if not (m.isfinite().all() and s.isfinite().all()): raise ValueError(f"{path}: {mu} and {sigma} must be finite, got NaN or infinity")
         return m, s
     images = as_pictures(a["arr_0"], f"{path.name}, arr_0") if "arr_0" in a else None
-    return ReferenceStats(path.stem, file_hash(path), "inception", None, *pair("mu", "sigma"), pair("mu_s", "sigma_s") if "mu_s" in a and "sigma_s" in a else None,
+    mean, cov = pair("mu", "sigma")
+    return ReferenceStats(path.stem, file_hash(path), "inception", None, mean, cov, pair("mu_s", "sigma_s") if "mu_s" in a and "sigma_s" in a else None,
                           None, None if images is None else tuple(images.shape[1:]), None, None, images)
 
 # %% ../nbs/08c_references.ipynb #09ae4ef5

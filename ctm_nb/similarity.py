@@ -80,7 +80,7 @@ def frechet_against_n(
     reference:FeatureStats, # statistics of the real images
     samples, # (M, d) features of generated images
     points:int=8, # how many sizes, >= 2
-    smallest:int=None, # least n; None: a tenth of M
+    smallest:int|None=None, # least n; None: a tenth of M
     repeats:int=1, # random subsets at each size, averaged
     seed:int=0, # of the subsets
 )->tuple: # sizes (points,), distances (points,), distance extrapolated to infinite n
@@ -119,7 +119,7 @@ def merge_across_processes(
     "Join statistics over `torch.distributed`; without it, the statistics as they are."
     dist = torch.distributed
     if not (dist.is_available() and dist.is_initialized()): return stats
-    shares = [None] * dist.get_world_size()
+    shares: list = [None] * dist.get_world_size()
     dist.all_gather_object(shares, (stats.n, stats.mean.cpu(), stats.scatter.cpu()))
     total = FeatureStats(len(stats.mean))
     for n, mean, scatter in shares:
