@@ -6,7 +6,7 @@ SETUP := settings.ini setup.py pyproject.toml
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check nbtest pytest export readme clean
+.PHONY: help demo test check nbtest pytest export readme docs lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -38,8 +38,15 @@ export: $(VENV)/.dev ## write ctm_nb/ from the notebooks, clean them, make READM
 readme: $(VENV)/.dev ## make README.md from nbs/index.ipynb
 	$(BIN)/python .ci/readme.py
 
+docs: $(VENV)/.docs ## build the documentation site in _docs and check it (see CONTRIBUTING.md)
+	$(BIN)/python docs/build.py
+
+lint: $(VENV)/.lint ## ruff and types (see pyproject.toml)
+	$(BIN)/ruff check ctm_nb tests benchmarks docs .ci setup.py
+	$(BIN)/python .ci/typecheck.py
+
 clean: ## remove the environment and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache
+	rm -rf $(VENV) _proc _docs build dist *.egg-info .pytest_cache
 	find ctm_nb nbs tests .ci -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -51,6 +58,20 @@ define install
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || echo "no uv, using pip" >&2
 	@if [ -x $(BIN)/uv ] && $(BIN)/uv pip install --python $(BIN)/python -e "$(1)"; then :; else $(BIN)/python -m pip install -e "$(1)"; fi
 endef
+
+# What settings.ini lists under a name, without the package itself and its torch.
+define install_listed
+	@wanted=$$($(BIN)/python -c "import configparser as c; p = c.ConfigParser(delimiters=['=']); p.read('settings.ini'); print(p['DEFAULT']['$(1)'])") && \
+	if $(BIN)/python -m pip install --quiet --disable-pip-version-check uv && $(BIN)/uv pip install --python $(BIN)/python $$wanted; then :; else $(BIN)/python -m pip install $$wanted; fi
+endef
+
+$(VENV)/.docs: settings.ini | $(BIN)/python
+	$(call install_listed,docs_requirements)
+	@touch $@
+
+$(VENV)/.lint: settings.ini | $(BIN)/python
+	$(call install_listed,lint_requirements)
+	@touch $@
 
 $(VENV)/.demo: $(SETUP) | $(BIN)/python
 	$(call install,.)

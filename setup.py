@@ -28,7 +28,8 @@ setup(
     include_package_data=True,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"all": cfg["optional_requirements"].split(), "dev": cfg["dev_requirements"].split() + cfg["optional_requirements"].split()},
+    extras_require={"all": cfg["optional_requirements"].split(), "dev": cfg["dev_requirements"].split() + cfg["optional_requirements"].split(),
+                    "docs": cfg["docs_requirements"].split(), "lint": cfg["lint_requirements"].split()},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],

@@ -63,7 +63,7 @@ def main():
     s = timed("mean and covariance", lambda: statistics(samples))
     timed("Frechet distance from these", lambda: frechet_gaussians(r.mean, r.cov, s.mean, s.cov))
     probs = torch.softmax(torch.randn(a.n, 1008, generator=torch.Generator().manual_seed(2)).double(), 1)
-    timed("inception score, 1008 classes", lambda: inception_score(probs, max(1, a.n // 5000)))
+    timed("inception score, 1008 classes", lambda probs=probs: inception_score(probs, max(1, a.n // 5000)))
     del probs
     samples, reference = samples.to(a.device), reference.to(a.device)
     timed("kernel distance, 100 subsets", lambda: kernel_distance(reference, samples))

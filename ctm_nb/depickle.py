@@ -125,7 +125,7 @@ def does(
     return enter
 
 # %% ../nbs/10_depickle.ipynb #a77845f7
-PUSHED = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+PUSHED: dict = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
           "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": list}
 
 # %% ../nbs/10_depickle.ipynb #d9d2ae29

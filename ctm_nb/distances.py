@@ -122,7 +122,7 @@ class LPIPSDistance:
         return feature_gap(self.maps(a), self.maps(b), lambda l, d: self.net.lins[l](d))
 
 # %% ../nbs/05_distances.ipynb #caa4e542
-DISTANCES = {"l2": l2, "pseudo_huber": pseudo_huber, "lpips": LPIPSDistance, "features": FeatureDistance}  # all choices by name
+DISTANCES: dict = {"l2": l2, "pseudo_huber": pseudo_huber, "lpips": LPIPSDistance, "features": FeatureDistance}  # all choices by name
 
 # %% ../nbs/05_distances.ipynb #0257e8d8
 def make_distance(

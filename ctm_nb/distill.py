@@ -83,7 +83,7 @@ def drops(
 ) -> bool:
     "Does it drop units in its present mode?"
     net = getattr(model, "net", None)
-    return getattr(net, "training", False) and net.config.get("dropout", 0) > 0
+    return net is not None and getattr(net, "training", False) and net.config.get("dropout", 0) > 0
 
 def _no_dropout(name, model):
     if drops(model): raise ValueError(f"{name} must be in eval mode, got one that drops units (dropout {model.net.config['dropout']:g}, training mode)")
@@ -244,7 +244,8 @@ def adaptive_weight(
     scale: float | Tensor = 1.,  # see `last_layer_gradient`
 ) -> Tensor:  # scalar without gradient
     "Weight of `other` that makes both losses pull equally on the last layer, in all processes together.  # CTM: adaptive weight"
-    return balance(*average(*(last_layer_gradient(v, last_layer, scale) for v in (loss, other))), low, high)
+    a, b = average(*(last_layer_gradient(v, last_layer, scale) for v in (loss, other)))
+    return balance(a, b, low, high)
 
 # %% ../nbs/05_distill.ipynb #9ddb4f82
 def project(

@@ -118,7 +118,7 @@ def is_whole(
 # %% ../nbs/10_download.ipynb #db9acfaa
 def _within(seconds, call):
     "The result of a call that may hang; `TimeoutError` after `seconds`."
-    done = []
+    done: list = []
     def run():
         try: done.append((call(), None))
         except Exception as e: done.append((None, e))

@@ -87,11 +87,11 @@ def check(self: Preconditioned,
     look = not (x.is_cuda or torch.compiler.is_compiling())
     if look and not bool(torch.all((times := torch.as_tensor(t)) > 0)): raise ValueError(f"t must be > 0, got t={float(times.min()):g}")
     if y is None or not self.n_classes: return None
-    y = torch.as_tensor(y, device=x.device)
-    if y.is_floating_point() or y.ndim > 1 or (y.ndim == 1 and len(y) not in (1, len(x))): raise ValueError(f"y must be {len(x)} class indices or one for all, got {y.dtype} of shape {tuple(y.shape)}")
-    if look and y.numel() and not (-1 <= int(y.min()) and int(y.max()) < self.n_classes):
-        raise ValueError(f"y must be in 0..{self.n_classes - 1}, or -1 for no label, got {int(y.min()) if y.min() < -1 else int(y.max())}")
-    return y.long().expand(len(x))
+    k = torch.as_tensor(y, device=x.device)
+    if k.is_floating_point() or k.ndim > 1 or (k.ndim == 1 and len(k) not in (1, len(x))): raise ValueError(f"y must be {len(x)} class indices or one for all, got {k.dtype} of shape {tuple(k.shape)}")
+    if look and k.numel() and not (-1 <= int(k.min()) and int(k.max()) < self.n_classes):
+        raise ValueError(f"y must be in 0..{self.n_classes - 1}, or -1 for no label, got {int(k.min()) if k.min() < -1 else int(k.max())}")
+    return k.long().expand(len(x))
 
 # %% ../nbs/03_edm.ipynb #efeaf43b
 class Denoiser(Preconditioned):
@@ -217,7 +217,7 @@ def solve(
         else:
             past = [D(x, t, y), *past[:2]]
             if method == "euler" or i == 0: guess = past[0]
-            elif method == "dpm" or i == 1: guess = extrapolate(*past[:2], times[i - 1], t, u)
+            elif method == "dpm" or i == 1: guess = extrapolate(past[0], past[1], times[i - 1], t, u)
             else: guess = extrapolate3(past, times[i - 2:i + 2])
             x = jump(x, t, u, guess)
         if callback: callback(i, x)

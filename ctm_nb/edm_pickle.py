@@ -9,7 +9,6 @@ __all__ = ['DTYPES', 'STORAGE_NAMES', 'TENSOR_NAMES', 'MAGIC', 'TORCH_CLASSES', 
 
 # %% ../nbs/10_edm_pickle.ipynb #334f0525
 import math
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -35,7 +34,7 @@ def rebuild_tensor(
     Raises ForeignFileError for a tensor that reaches out of its storage."""
     match arguments:
         case (Storage(flat=flat), int(offset), tuple(size), tuple(stride), *rest) if len(size) == len(stride) <= 8: pass
-        case _: rest = None
+        case _: rest = [None]
     if rest not in ([], [False, {}], [True, {}], [False, {}, {}]): raise ForeignFileError("damaged: a tensor with the wrong arguments")
     if not all(type(n) is int and 0 <= n < 2**31 for n in (offset, *size, *stride)):
         raise ForeignFileError("damaged: a tensor of impossible shape")

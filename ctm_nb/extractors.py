@@ -35,7 +35,8 @@ def spatial_features(
 # %% ../nbs/08b_extractors.ipynb #1ae40f8d
 class Extractor(nn.Module):
     "Base: uint8 images (B, 1 or 3, H, W) in, `Features` out. A subclass defines `extract` and sets `features_id`."
-    family, channels, image_size, has_probs = "", 3, None, True                 # image_size None: any
+    family, channels, has_probs = "", 3, True
+    image_size: int|None = None                                                 # None: any
     def __init__(self,
         net:nn.Module, # the network
         features_id:str, # name of the feature space: same name, same numbers
@@ -163,8 +164,8 @@ def timm_file(
     timm = optional("timm", "timm")
     if not timm.is_model(name): raise ValueError(f"timm knows no network {name!r}; timm.list_models() lists them")
     if folder is not None:
-        path = Path(folder).expanduser()
-        found = [path] if path.is_file() else sorted(p for e in ("safetensors", "pth", "pt", "bin") for p in path.glob(f"{name}*.{e}"))
+        here = Path(folder).expanduser()
+        found = [here] if here.is_file() else sorted(p for e in ("safetensors", "pth", "pt", "bin") for p in here.glob(f"{name}*.{e}"))
         if found: return found[0]
     hub_id = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
     cached = importlib.import_module("huggingface_hub").try_to_load_from_cache if hub_id and folder is None else lambda *a: None

@@ -154,10 +154,11 @@ def check_headers(
     archive: zipfile.ZipFile,  # the archive
 ):
     "Refuse entries of which table and header disagree. Raises ForeignFileError."
+    if (f := archive.fp) is None: raise ForeignFileError("an archive that has been closed")
     for e in archive.infolist():
         name = e.orig_filename.encode()
-        archive.fp.seek(e.header_offset)
-        head = archive.fp.read(30 + len(name))
+        f.seek(e.header_offset)
+        head = f.read(30 + len(name))
         if head[:4] != b"PK\3\4" or head[26:28] != struct.pack("<H", len(name)) or head[30:] != name:
             raise ForeignFileError(f"an archive whose entry {printable(e.orig_filename, 60)} has another name in its own header")
         if e.extra and e.extra[:4] != struct.pack("<HH", 1, len(e.extra) - 4):
@@ -251,7 +252,7 @@ def form(
     t,  # a tensor; anything else has no form
 ) -> tuple | None:
     "All of a tensor but device and numbers."
-    if isinstance(t, Tensor): return t.layout, t.dtype, t.shape, t.stride() if t.numel() else None
+    return (t.layout, t.dtype, t.shape, t.stride() if t.numel() else None) if isinstance(t, Tensor) else None
 
 # %% ../nbs/10_foreign.ipynb #014d8ccf
 def as_outlined(

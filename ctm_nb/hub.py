@@ -79,7 +79,7 @@ DRIVE_FOLDER = "https://drive.google.com/drive/folders/1KPF3tWLRad3n18XJ1TD7J04X
 def _entry(group, line):
     "A `PublicFile` from a line of `FILES` and the line that heads its group."
     kind, loads_as, licence, address = (part.strip() for part in group.split("|"))
-    name, stem, what = re.fullmatch(r"\s+(\S+)(?: \[(\S+)\])?\s+(.*)", line).groups()
+    name, stem, what = re.findall(r"^\s+(\S+)(?: \[(\S+)\])?\s+(.*)$", line)[0]
     url, drive = address.replace("*", stem or name), "drive.google.com" in address
     how = f"open {url} in a browser and press Download (all files of that release: {DRIVE_FOLDER})" if drive else ""
     return PublicFile(name, kind, loads_as, licence, what, None if drive else url, name + (Path(url).suffix or ".pt"), how,

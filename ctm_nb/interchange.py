@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save as safetensors_bytes
-from torch import Tensor, nn
+from torch import nn
 
 from .edm import Denoiser
 from .foreign import EdmNetwork, ForeignFileError, read_edm_pickle, read_safetensors, read_torch, sniff

@@ -353,7 +353,7 @@ class Reference:
 def make_reference(
     net:FeatureClassifier, # a trained classifier
     data:ImageData, # real, labelled images that it has not seen
-    name:str=None, # what to call them in records; None: the data's name
+    name:str|None=None, # what to call them in records; None: the data's name
 )->Reference: # what samples are compared with
     "Turn held-out images into a reference for `score_samples`."
     if data.labels is None: raise ValueError(f"data must be labelled, got {data.name!r} without labels")
@@ -379,9 +379,9 @@ def score_records(
     scores:dict, # metric -> value, from `score_samples`
     reference:Reference, # what was compared with
     n_samples:int, # number of samples scored
-    sampler:dict=None, # solver, steps, gamma; None for real images (the floor)
-    seed:int=None, # of the samples
-    checkpoint:str=None, # what drew them
+    sampler:dict|None=None, # solver, steps, gamma; None for real images (the floor)
+    seed:int|None=None, # of the samples
+    checkpoint:str|None=None, # what drew them
 )->list: # of dicts, ready for json
     "One self-contained record for each score."
     common = {"n_samples": n_samples, "reference": {"name": reference.name, "sha256": reference.sha256}, "features": reference.features_id,

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import Conventions, FourierEmbedding, Resample, ResampleConv, ResBlock, group_norm, init_, sinusoidal_embedding
+from .blocks import Conventions, FourierEmbedding, ResampleConv, ResBlock, group_norm, init_, sinusoidal_embedding
 
 # %% ../nbs/02_networks.ipynb #1f9687e3
 class UNet(nn.Module):
@@ -36,12 +36,12 @@ class UNet(nn.Module):
         channels_per_head: int | None = None,  # of the attention; None: the family's
     ):
         super().__init__()
-        self.config = dict(image_size=image_size, channels=channels, n_classes=n_classes, s_branch=s_branch,
+        self.config: dict = dict(image_size=image_size, channels=channels, n_classes=n_classes, s_branch=s_branch,
             model_channels=model_channels, channel_mult=tuple(channel_mult), n_blocks=n_blocks, attention=tuple(attention),
             dropout=dropout, augment_dim=augment_dim, channels_per_head=channels_per_head or self.conventions.channels_per_head)
         if image_size % 2 ** (len(channel_mult) - 1):
             raise ValueError(f"image_size must be divisible by {2 ** (len(channel_mult) - 1)} for {len(channel_mult)} levels, got {image_size}")
-        self._build_mapping(c_emb := 4 * model_channels)
+        self._build_mapping(4 * model_channels)
         self._build_encoder()
         self._build_decoder()
 
@@ -234,7 +234,7 @@ def openai_names(
     net: OpenAIUNet,  # a network
 ) -> dict:  # our name -> OpenAI's name; "map_label.weight" is the transpose of theirs
     "What the weights of a network are called in OpenAI's and sony's state dicts."
-    modules, i = dict(OUTER_NAMES), -1  # our module -> theirs
+    modules, i, below = dict(OUTER_NAMES), -1, None  # our module -> theirs
     def put(ours, block, attention=None):
         for a, b in BLOCK_NAMES.items(): modules[f"{ours}.{a}"] = f"{attention if a in ('norm2', 'qkv', 'proj') else block}.{b}"
     for n, name in enumerate(net.enc): put(f"enc.{name}", f"input_blocks.{n}.0", f"input_blocks.{n}.1")
@@ -320,7 +320,7 @@ def last_layer(self: MLP) -> nn.Parameter:  # (dim, width)
     return self.out.weight
 
 # %% ../nbs/02_networks.ipynb #ebd3801a
-FAMILIES = {"ddpmpp": DDPMpp, "ncsnpp": NCSNpp, "adm": ADM, "openai": OpenAIUNet, "mlp": MLP}
+FAMILIES: dict = {"ddpmpp": DDPMpp, "ncsnpp": NCSNpp, "adm": ADM, "openai": OpenAIUNet, "mlp": MLP}
 
 # %% ../nbs/02_networks.ipynb #1016d7b0
 def build_network(

@@ -51,11 +51,11 @@ def train_on(
     target, gen = copy.deepcopy(student).requires_grad_(False), torch.Generator().manual_seed(seed)
     opt = torch.optim.AdamW(student.parameters(), lr, betas=(.9, .99), weight_decay=0.)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=.1)
-    data, evals = toy.sample(10000, seed=seed), 0
+    data, evals = toy.sample(10000, seed=seed), 0.
     for step in range(steps):
         e, n = toy_example(toy, data[torch.randint(len(data), (batch,), generator=gen)], matching, gen)
         if dsm: loss = ctm_dsm_objective(student, target, **e, distance=pseudo_huber)["objective"]
-        else: loss = ctm_loss(student, target, *(e[k] for k in ("x_t", "x_u", "t", "u", "s")), distance=pseudo_huber).mean()
+        else: loss = ctm_loss(student, target, e["x_t"], e["x_u"], e["t"], e["u"], e["s"], distance=pseudo_huber).mean()
         opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
         rate = min(.99, (1 + step) / (10 + step))
         for p, q in zip(target.parameters(), student.parameters()): p.data.lerp_(q.data, 1 - rate)

@@ -9,6 +9,7 @@ __all__ = ['Collected', 'as_pictures', 'SampleSet', 'array_samples', 'data_sampl
 # %% ../nbs/08c_references.ipynb #a2aa7af3
 import hashlib, json, zipfile
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .decode import decode
-from .extractors import ClassifierExtractor, Extractor, file_hash
+from .extractors import Extractor, file_hash
 from .metrics import FeatureClassifier, FeatureStats
 from .sources import SUFFIXES
 
@@ -40,13 +41,13 @@ class SampleSet:
     "Samples that are read a batch at a time."
     name: str                         # for messages and records
     n: int                            # how many
-    read: object                      # read(i) -> (C, H, W) uint8, or for a slice (b, C, H, W)
+    read: Callable                    # read(i) -> (C, H, W) uint8, or for a slice (b, C, H, W)
     labels: torch.Tensor|None = None  # (n,) the classes they were drawn as
 
 # %% ../nbs/08c_references.ipynb #a2b174ef
 @patch
 def batches(self:SampleSet,
-    n:int=None, # the first n; None: all
+    n:int|None=None, # the first n; None: all
     batch_size:int=500, # pictures at a time
     part:range=None, # only these of them, a range of step 1; None: all of them
 ): # iterator over (b, C, H, W) uint8 and (b,) labels or None
@@ -130,7 +131,7 @@ def look(
     extractor:Extractor, # the feature network
     batches, # iterator over uint8 pictures (b, C, H, W) and labels or None
     device:str="cpu", # where the network is
-    total:int=None, # number of pictures, for the progress bar; None: no bar
+    total:int|None=None, # number of pictures, for the progress bar; None: no bar
     keep=True, # keep the features themselves: all, none (False), or where this mask (n,) is true
 )->Collected: # with n = 0 and nothing else if there are no pictures
     "What scores need of a set of pictures, or of one process's share of a set."
@@ -211,7 +212,7 @@ def reference_of(
     got:Collected, # of all images of the data; points those of `kept_points`
     extractor:Extractor, # that saw them
     data, # the real images, ImageData or StreamData
-    name:str=None, # for records; None: the data's
+    name:str|None=None, # for records; None: the data's
 )->ReferenceStats:
     "What was collected of a data set, as a reference."
     return ReferenceStats(name or data.name, data.sha256(), extractor.features_id, got.n, got.stats.mean, got.stats.cov,
@@ -223,7 +224,7 @@ def reference_of(
 def build_reference(
     extractor:Extractor, # the feature network
     data, # the real images, ImageData or StreamData
-    name:str=None, # for records; None: the data's
+    name:str|None=None, # for records; None: the data's
     max_points:int=10000, # features kept for precision and its relatives, a random subset
     batch_size:int=500, # pictures at a time
     device:str="cpu", # where the network is
@@ -237,7 +238,7 @@ def build_reference(
 @patch
 def check(self:ReferenceStats,
     features_id:str, # of the extractor that is to look at the samples
-    shape:tuple=None, # (C, H, W) of the samples, if known
+    shape:tuple|None=None, # (C, H, W) of the samples, if known
 ):
     "Raise `ValueError` if samples in these features can't be compared with this reference."
     foreign = self.features == "inception"
@@ -301,7 +302,8 @@ def _foreign_reference(path, a):
         if not (m.isfinite().all() and s.isfinite().all()): raise ValueError(f"{path}: {mu} and {sigma} must be finite, got NaN or infinity")
         return m, s
     images = as_pictures(a["arr_0"], f"{path.name}, arr_0") if "arr_0" in a else None
-    return ReferenceStats(path.stem, file_hash(path), "inception", None, *pair("mu", "sigma"), pair("mu_s", "sigma_s") if "mu_s" in a and "sigma_s" in a else None,
+    mean, cov = pair("mu", "sigma")
+    return ReferenceStats(path.stem, file_hash(path), "inception", None, mean, cov, pair("mu_s", "sigma_s") if "mu_s" in a and "sigma_s" in a else None,
                           None, None if images is None else tuple(images.shape[1:]), None, None, images)
 
 # %% ../nbs/08c_references.ipynb #09ae4ef5

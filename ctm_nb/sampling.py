@@ -75,7 +75,8 @@ def edm_sample(
         if kappa > 0 and churn.S_min <= t <= churn.S_max:
             x = x + churn.S_noise * t * math.sqrt((1 + kappa) ** 2 - 1) * draw(i + 1)
             t = (1 + kappa) * t
-        x = heun_step(D, x, *torch.tensor([t, u], dtype=torch.float64).to(x), y)
+        start, end = torch.tensor([t, u], dtype=torch.float64).to(x)
+        x = heun_step(D, x, start, end, y)
         if callback: callback(i, x)
     return x
 

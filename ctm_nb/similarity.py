@@ -80,7 +80,7 @@ def frechet_against_n(
     reference:FeatureStats, # statistics of the real images
     samples, # (M, d) features of generated images
     points:int=8, # how many sizes, >= 2
-    smallest:int=None, # least n; None: a tenth of M
+    smallest:int|None=None, # least n; None: a tenth of M
     repeats:int=1, # random subsets at each size, averaged
     seed:int=0, # of the subsets
 )->tuple: # sizes (points,), distances (points,), distance extrapolated to infinite n

@@ -300,7 +300,8 @@ def prune_checkpoints(
 # %% ../nbs/09_state.ipynb #f696e779
 def random_state() -> dict: # plain tensors and numbers, fit for `save_checkpoint`
     "Where the global random generators of Python, NumPy and torch stand."
-    _, keys, pos, has_gauss, cached = np.random.get_state()
+    s = np.random.get_state(legacy=False)
+    keys, pos, has_gauss, cached = s["state"]["key"], s["state"]["pos"], s["has_gauss"], s["gauss"]
     return dict(python=random.getstate(),
                 numpy=dict(keys=torch.from_numpy(keys.astype(np.int64)), pos=int(pos), has_gauss=int(has_gauss), cached=float(cached)),
                 torch=torch.get_rng_state(),

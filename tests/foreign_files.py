@@ -12,7 +12,6 @@ import sys
 import time
 import types
 import zipfile
-from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path

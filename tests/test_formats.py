@@ -1,7 +1,6 @@
 """Reading: every kind of bad input with the sentence it earns, and every format with the pixels it must give."""
 import gzip
 import io
-import json
 import os
 import pickle
 import struct

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -21,7 +20,6 @@ from urllib.parse import urlsplit
 import pytest
 
 from ctm_nb import download as dl
-from ctm_nb import hub
 from ctm_nb.cli import one_line_errors
 from ctm_nb.download import PIECE, DownloadError, PlaceError, download
 from ctm_nb.hub import CATALOGUE, cache_folder, catalogue_table, fetch, is_public_name, nearest_name, offline_mode
@@ -427,7 +425,7 @@ def test_two_processes_at_once(host):
     pause = threading.Event()
     host.serve(pause=pause)
     processes = [child(host), child(host)]
-    until(lambda: host.get())
+    until(host.get)
     time.sleep(.5)
     pause.set()
     for p in processes: assert p.wait(15) == 0, p.communicate()

@@ -231,7 +231,7 @@ def test_collect_equals_one_pass(net):
 def test_bad_features_are_errors(net):
     with pytest.raises(ValueError, match="constant: all 4 images"): collect(net, [(digits().images[:1].expand(4, -1, -1, -1), None)])
     with pytest.raises(ValueError, match="too few images"): collect(net, [])
-    bent = ClassifierExtractor(train_classifier(digits("train"), epochs=0 or 1, width=8))
+    bent = ClassifierExtractor(train_classifier(digits("train"), epochs=1, width=8))
     bent.net.norm.running_mean += float("nan")
     with pytest.raises(ValueError, match="finite"): collect(bent, [(digits().images[:4], None)])
 
@@ -329,7 +329,7 @@ def test_samples_are_scored_and_recorded(npz, ref_file, tmp_path, capsys):
     d, out = digits("train"), tmp_path / "scores.json"
     ctm_nb_evaluate([str(npz(n=300, y=d.labels[:300].numpy())), "--ref", str(ref_file), "--metrics", "fid,sfid,is,pr,dc,kid,acc", "--bootstrap", "3", "--out", str(out), "-n", "250"])
     rows = {r["metric"]: r for r in json.loads(out.read_text())}
-    r, net = read_reference(ref_file), None
+    r = read_reference(ref_file)
     f = features_and_probs(r.net, d.images[:250])[0]
     assert rows["frechet_distance"]["value"] == pytest.approx(frechet_distance(features_and_probs(r.net, digits("held_out").images)[0], f), rel=1e-3)
     assert (rows["precision"]["value"], rows["recall"]["value"]) == pytest.approx(precision_recall(r.points, f), abs=.01)

@@ -1,0 +1,191 @@
+"""Notebooks as pages: nbdev's processors, exported code kept and marked, captions and alternative texts, names and files linked."""
+import ast
+import copy
+import posixpath
+import re
+from pathlib import Path
+
+import nbformat
+
+# Longest prefix wins. A notebook that none fits stops the build.
+PARTS = {"Foundations": ("00", "02", "03", "04"), "Data": ("01",), "Training": ("05", "06", "09", "11"), "Sampling": ("07", "11_draw", "14", "15"),
+         "Evaluation": ("08", "13"), "Interchange": ("10",), "Commands": ("12",), "Tutorials": ("2",)}
+LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
+FENCE = re.compile(r"(^```.*?^```[ \t]*$|^\$\$.*?\$\$)", re.M | re.S)
+SPAN = re.compile(r"(?<![`\[{}])`([A-Za-z_][\w.]*)(?:\(\))?`(?![`\]])")
+PICTURES = ("image/png", "image/jpeg", "image/svg+xml")
+NO_PARAGRAPH = re.compile(r"#|\||[-*+] |\d+\. |>|```|\$\$|!\[|:::|<|\(.*\)=$")
+
+
+def part_of(name):
+    "The part of the site that a notebook belongs to."
+    fits = [(len(p), part) for part, prefixes in PARTS.items() for p in prefixes if name.startswith(p)]
+    if not fits: raise ValueError(f"{name}.ipynb belongs to no part of the site: add its prefix to PARTS in docs/builder/notebooks.py")
+    return max(fits)[1]
+
+
+def reading_order(names, index):
+    "{part: names}: as the index's links order them; those that it doesn't name come last in their part."
+    text = "\n".join(c.source for c in index.cells if c.cell_type == "markdown") if index else ""
+    linked = list(dict.fromkeys(re.findall(r"\]\((?:nbs/)?([\w.-]+)\.ipynb", text)))
+    place = {n: i for i, n in enumerate(linked)}
+    ordered = sorted(names, key=lambda n: (place.get(n, len(place)), n))
+    return {part: found for part in PARTS if (found := [n for n in ordered if part_of(n) == part])}
+
+
+def processed(path):
+    "A notebook after nbdev's processors; exported cells stay, with a tag, and hidden ones go."
+    from execnb.nbio import read_nb
+    from nbdev.process import NBProcessor
+    from nbdev.processors import clean_magics, filter_stream_, hide_line, populate_language, rm_header_dash, strip_ansi
+    p = NBProcessor(path, procs=[populate_language, strip_ansi, hide_line, filter_stream_, rm_header_dash, tagged, clean_magics])
+    p.process()
+    cells = [{k: v for k, v in c.items() if not k.endswith("_")} for c in p.nb.cells]
+    return nbformat.from_dict({**{k: v for k, v in read_nb(path).items() if k not in ("cells", "path_")}, "cells": cells})
+
+
+def tagged(cell):
+    "Say in tags what the directives say; drop what is not for readers."
+    d = cell.directives_
+    if cell.cell_type != "code": return
+    if d.keys() & {"hide", "default_exp"} or d.get("include:") == ["false"]: del cell["source"]; return
+    tags = ["export"] * bool(d.keys() & {"export", "exporti", "exports"}) + ["remove-input"] * (d.get("echo:") == ["false"]) + ["not-run"] * (d.get("eval:") == ["false"])
+    cell["source"] = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
+    cell["metadata"] = {**cell.metadata, "tags": tags} if tags else dict(cell.metadata)
+    if not cell["source"].strip(): del cell["source"]
+    elif only_imports(cell["source"]) and not cell.get("outputs"): cell["metadata"] = {**cell["metadata"], "tags": [*tags, "hide-input"], "mystnb": {"code_prompt_show": "Imports", "code_prompt_hide": "Imports"}}
+
+
+def only_imports(code):
+    "Is a cell nothing but imports? They are folded."
+    try: body = ast.parse(code).body
+    except SyntaxError: return False
+    return bool(body) and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body)
+
+
+def is_picture(output): return any(k in output.get("data", {}) for k in PICTURES)
+
+
+def paragraph(text):
+    "The first paragraph of a Markdown cell and the rest; nothing where it begins with something else."
+    first, _, rest = text.strip().partition("\n\n")
+    return ("", text) if not first or NO_PARAGRAPH.match(first) or re.search(r"^(\$\$|#)", first, re.M) else (first, rest.strip())
+
+
+def titles(source):
+    "Literal titles that a cell gives its figure or axes."
+    return re.findall(r"""(?:suptitle|title)(?:\(|=)\s*["']([^"'{}]{4,})["']""", source)
+
+
+def plain(text):
+    "Markdown as a person would read it aloud: no signs of mark-up, mathematics in words as far as that is possible."
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    words = {r"\sigma": "sigma", r"\gamma": "gamma", r"\rho": "rho", r"\tau": "tau", r"\epsilon": "epsilon", r"\lambda": "lambda", r"\to": "to", r"\infty": "infinity", r"\approx": "about",
+             r"\pm": "plus or minus ", r"\ge": ">=", r"\le": "<=", r"\times": "x", r"\sqrt": "root of ", r"\,": " ", r"\theta": "theta", r"\varphi": "phi", r"\mu": "mu"}
+    def spoken(m):
+        s = re.sub(r"\\t?frac\s*{?(\w+)}?\s*{?(\w+)}?", r"\1/\2", m[1])
+        for k in sorted(words, key=len, reverse=True): s = s.replace(k, words[k])
+        return re.sub(r"\\[a-zA-Z]+|[{}\\]", "", s)
+    text = re.sub(r"\$([^$]+)\$", spoken, text)
+    return re.sub(r"\s+", " ", re.sub(r"(?<!\w)[*_]+|[*_]+(?!\w)|`", "", text)).strip()
+
+
+def first_sentence(text, limit=240):
+    "Up to the first full stop that ends a sentence, or a cut at a word."
+    s = re.split(r"(?<=[.!?])\s+(?=[A-Z*\"'(])", text, maxsplit=1)[0]
+    return s if len(s) <= limit else s[:limit].rsplit(" ", 1)[0] + " ..."
+
+
+def captioned(cells):
+    """Give every picture a caption and an alternative text, and return the cells and the faults.
+
+    The caption is the paragraph after the picture, which moves into the figure. Where none follows at once it is a title that the code gives the figure, or the first sentence
+    of the nearest paragraph: after the cells of code behind the picture, or before those that lead to it. The alternative text is the caption's first sentence without mark-up."""
+    cells, faults = copy.deepcopy(cells), []
+    for i, c in enumerate(cells):
+        if not any(map(is_picture, c.get("outputs", []))): continue
+        after = cells[i + 1] if i + 1 < len(cells) else None
+        caption, rest = paragraph(after.source) if after is not None and after.cell_type == "markdown" else ("", "")
+        named = titles(c.source)
+        if caption: after.source = rest
+        else: caption = named[0] if named else first_sentence(near(cells, i, 1) or near(cells, i, -1), 400)
+        if not caption: faults.append(f"cell {c.get('id')}: a picture without a paragraph beside it and without a title")
+        else: c.metadata["mystnb"] = {"figure": {"caption": re.sub(r"\s*\n\s*", " ", caption)}, "image": {"alt": first_sentence(plain(caption))}}
+    return [c for c in cells if c.source.strip() or c.cell_type == "code"], faults
+
+
+def near(cells, i, step):
+    "The paragraph that the nearest Markdown cell begins (step 1) or ends with (-1), if only code without pictures lies between; else nothing."
+    while 0 <= (i := i + step) < len(cells):
+        c = cells[i]
+        if c.cell_type == "markdown":
+            blocks = c.source.strip().split("\n\n")
+            return paragraph(blocks[0 if step > 0 else -1])[0].rstrip(":")
+        if step > 0 and any(map(is_picture, c.get("outputs", []))): break
+    return ""
+
+
+def symbols(cells):
+    "(symbol, code, meaning) of the notebook's symbol table."
+    for c in cells:
+        if c.cell_type != "markdown" or not (m := re.search(r"^\| *symbol *\|.*\n\|[-| :]+\n((?:\|.*\n?)+)", c.source, re.M)): continue
+        for row in m[1].strip().splitlines():
+            columns = [x.strip().replace(r"\|", "|") for x in re.split(r"(?<!\\)\|", row.strip()[1:-1])]
+            yield tuple((columns + ["", ""])[:3])
+        return
+
+
+def equations(cells):
+    "{tag: mathematics} of the display equations that carry a paper's name."
+    text = "\n\n".join(c.source for c in cells if c.cell_type == "markdown")
+    found = {}
+    for m in re.finditer(r"\$\$(.+?)\$\$", text, re.S):
+        if t := re.search(r"\\tag\{((?:CTM|EDM)[^}]*)\}", m[1]): found[t[1]] = m[1].replace(t[0], "").strip().rstrip(".,")
+    return found
+
+
+def title_of(cells):
+    "Text of the H1."
+    for c in cells:
+        if c.cell_type == "markdown" and (m := re.search(r"^# +(.+)$", c.source, re.M)): return m[1].strip()
+    return ""
+
+
+def outside_code(change, text):
+    "Apply `change` to what is neither a fenced block nor display mathematics."
+    return "".join(part if part.startswith(("```", "$$")) else change(part) for part in FENCE.split(text))
+
+
+def linked_names(text, find):
+    "The first mention of each name of ours in a text as a link to the reference; `find` says its full name, or None. Headings and tables' heads stay as they are."
+    seen = set()
+    def link(m):
+        full = find(m[1])
+        if not full or full in seen: return m[0]
+        seen.add(full)
+        return f"{{py:obj}}`{m[1]} <{full}>`"
+    change = lambda s: "\n".join(line if line.startswith("#") else SPAN.sub(link, line) for line in s.split("\n"))
+    return outside_code(change, text)
+
+
+class Files:
+    "What notebooks link to: pages stay pages, pictures are copied, other files of the project become addresses at its host."
+    def __init__(self, root, pages, host, branch):
+        self.root, self.pages, self.host, self.branch, self.pictures = Path(root), set(pages), host, branch, set()
+
+    def link(self, target, folder="nbs", to=""):
+        "`target` as written in a notebook of `folder`, as seen from a page; `to` leads from there to the pages of notebooks."
+        if re.match(r"[a-z][a-z0-9+.-]*:|[/#]", target, re.I): return target
+        path, _, anchor = target.partition("#")
+        where = posixpath.normpath(posixpath.join(folder, path))
+        if where.startswith("nbs/") and (name := where[4:]).endswith(".ipynb") and name[:-6] in self.pages: return to + name + ("#" + anchor if anchor else "")
+        if not (self.root/where).exists(): raise ValueError(f"a link to {target}: there is no {where}")
+        if re.search(r"\.(png|jpe?g|gif|svg|webp)$", where) and where.startswith("nbs/"):
+            self.pictures.add(where[4:])
+            return to + where[4:]
+        return f"{self.host}/{'tree' if (self.root/where).is_dir() else 'blob'}/{self.branch}/{where}" + ("#" + anchor if anchor else "")
+
+    def relink(self, text, folder="nbs", to=""):
+        "All links of a Markdown text."
+        change = lambda s: LINK.sub(lambda m: m[1] + self.link(m[2], folder, to) + m[3], s)
+        return outside_code(change, text)
