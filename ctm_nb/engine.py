@@ -86,26 +86,6 @@ def begin(self: Engine,
     self.micro = self.choose_micro()
     if run.compile: compile_networks([m for k, m in self.parts.items() if k in ("model", "target") or k == "teacher" != self.now.name], partial(self.rehearse, self.micro))
 
-# %% ../nbs/11_engine.ipynb #0ff0f576
-@patch
-def material_of(self: Engine,
-    step: int,  # of the run, within the present stage
-) -> dict:  # arguments of the stage's `example`, on the device
-    "Images, labels and random numbers of a step: the rows of this process."
-    n, B = step - self.begun_at, self.now.optim.batch
-    b = self.batches.at(n * B)
-    numbers = take(self.now.draw(B, step_generator(self.config.run.seed, step), n), self.here.share(B))
-    return dict(x0=b.x0, y=b.y, augment=b.augment, numbers=carry_to(numbers, self.device))
-
-@patch
-def example_of(self: Engine,
-    step: int,  # of the run, within the present stage
-    material: dict | None = None,  # from `material_of`, or some rows of it
-) -> dict:  # from the stage's `example`
-    "Everything about a step that does not depend on the networks in training."
-    material = self.material_of(step) if material is None else material
-    with autocast(self.precision, self.device): return self.now.example(**material, n=step - self.begun_at)
-
 # %% ../nbs/11_engine.ipynb #f61468cd
 @patch(as_prop=True)
 def rows(self: Engine) -> list:  # slices
@@ -139,6 +119,26 @@ def choose_micro(self: Engine) -> int:
     except MemoryError as e: raise MemoryError(memory_advice(1, self.precision, self.device)) from e
     if m < B: log.info("%s: %d images at a time, %d times a step", self.now.name, m, -(-B // m))
     return agree_on_least(m, self.here)
+
+# %% ../nbs/11_engine.ipynb #0ff0f576
+@patch
+def material_of(self: Engine,
+    step: int,  # of the run, within the present stage
+) -> dict:  # arguments of the stage's `example`, on the device
+    "Images, labels and random numbers of a step: the rows of this process."
+    n, B = step - self.begun_at, self.now.optim.batch
+    b = self.batches.at(n * B)
+    numbers = take(self.now.draw(B, step_generator(self.config.run.seed, step), n), self.here.share(B))
+    return dict(x0=b.x0, y=b.y, augment=b.augment, numbers=carry_to(numbers, self.device))
+
+@patch
+def example_of(self: Engine,
+    step: int,  # of the run, within the present stage
+    material: dict | None = None,  # from `material_of`, or some rows of it
+) -> dict:  # from the stage's `example`
+    "Everything about a step that does not depend on the networks in training."
+    material = self.material_of(step) if material is None else material
+    with autocast(self.precision, self.device): return self.now.example(**material, n=step - self.begun_at)
 
 # %% ../nbs/11_engine.ipynb #642e4f08
 @patch(as_prop=True)

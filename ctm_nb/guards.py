@@ -116,6 +116,7 @@ def write_report(
         if isinstance(v, dict): return {k: plain(x) for k, x in v.items()}
         if isinstance(v, (list, tuple)): return [plain(x) for x in v]
         return v if not isinstance(v, float) or abs(v) < float("inf") else str(v)
+    path.parent.mkdir(parents=True, exist_ok=True)
     return atomic_write(path, json.dumps(plain(about), indent=1).encode())
 
 # %% ../nbs/11_guards.ipynb #ed6c2ee6
