@@ -258,3 +258,46 @@ def test_a_killed_process_ends_the_others_and_any_number_continues(alone, tmp_pa
     for l, numbers in zip(lines, alone[0]):
         for k in ("loss_edm", "loss_ctm", "loss_dsm", "loss_gan", "loss_d"):
             if k in numbers: assert abs(l[k] - numbers[k]) <= 1e-6 * max(1, abs(numbers[k]))
+
+
+# ---- a GPU, where there is one
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+@gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "radam"])
+def test_gpu_nobody_waits_within_a_step(tmp_path, optimizer):
+    "Between two looks, whatever makes the program wait for the device raises."
+    engine = Engine(make_config("tiny", [w.replace("radam", optimizer) for w in SHORT] + ["teacher.steps=8", "distill.steps=8", "gan.steps=16", "run.log_every=1000", "run.device=cuda"]), tmp_path)
+    engine.begin("teacher", {})
+    for _ in range(3):
+        for _ in range(3): engine.train_step()  # cuDNN tries its kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try: [engine.train_step() for _ in range(4)]
+        finally: torch.cuda.set_sync_debug_mode("default")
+        while engine.step < engine.ends[engine.now.name]: engine.train_step()
+        engine.look()
+        assert all(isinstance(v, (int, float, str)) for w in engine.window for v in w.values())
+        if engine.step < engine.total: engine.begin(engine.stage, engine.parts)
+
+
+@gpu
+@pytest.mark.parametrize("words", [["run.precision=fp32"], ["run.precision=bf16"], ["run.precision=fp16"], ["run.precision=bf16", "run.micro_batch=5"], ["run.compile=true"]])
+def test_gpu_learns_in_every_precision(tmp_path, words):
+    log, ends = follow(["teacher.steps=30", "distill.steps=6", "gan.steps=6", "gan.batch=16", "evaluate.n=0", *words], tmp_path)
+    assert log[29]["loss_edm"] < log[0]["loss_edm"] and all(v.isfinite().all() for part in ends["ctm_dsm_gan"].values() for v in part.values())
+
+
+@gpu
+def test_gpu_stops_before_a_broken_step(tmp_path):
+    engine = Engine(make_config("tiny", ["run.log_every=5"]), tmp_path)
+    engine.begin("teacher", {})
+    good = engine.material_of
+    def spoiled(step):
+        m = good(step)
+        if step == 6: m["x0"] = torch.full_like(m["x0"], float("nan"))
+        return m
+    engine.material_of = spoiled
+    with pytest.raises(FloatingPointError, match="step 6"): [engine.train_step() for _ in range(10)]
+    assert engine.step == 6 and all(v.isfinite().all() for m in engine.parts.values() for v in m.state_dict().values())
