@@ -9,6 +9,7 @@ __all__ = ['one_line_errors', 'plan', 'plan_stages', 'mean_evals', 'train_parser
 import argparse
 import json
 import logging
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,7 +25,7 @@ def one_line_errors(
     "Turn expected errors into one line on stderr: exit code 2 for bad input, 3 for a failed run, 130 for Ctrl-C."
     try: yield
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as e: _quit(command, e, 2)
-    except (FloatingPointError, OSError) as e: _quit(command, e, 3)
+    except (FloatingPointError, MemoryError, OSError) as e: _quit(command, e, 3)
     except RuntimeError as e:
         if type(e).__name__ != "CheckpointError": raise  # known by name: importing it would import torch
         _quit(command, e, 3)
@@ -32,7 +33,8 @@ def one_line_errors(
 
 # %% ../nbs/12_cli.ipynb #a0103392
 def _quit(command, message, code):
-    print(f"{command}: {message}", file=sys.stderr)
+    who = "" if os.environ.get("RANK", "0") == "0" else f" (process {os.environ['RANK']})"
+    print(f"{command}{who}: {message}", file=sys.stderr)
     sys.exit(code)
 
 # %% ../nbs/12_cli.ipynb #4d426b02
@@ -97,6 +99,7 @@ def train_parser() -> argparse.ArgumentParser:
     add("--student", metavar="PATH", help="start the adversarial stage from this CTM instead of distilling one")
     add("--name", help="the run is written to RUNS/NAME (default: the preset's name, or the data's)")
     add("--runs", type=Path, default=Path("runs"), metavar="RUNS", help="folder of all runs (default: runs)")
+    add("--micro-batch", metavar="N", help="images that a device takes at a time; the gradient stays that of the whole batch (default: auto, as many as fit)")
     add("--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE", help="values of the configuration, e.g. --set distill.lr=1e-3 run.seed=1")
     add("--dry-run", action="store_true", help="print the resolved configuration and the plan, write nothing")
     add("--version", action="version", version=f"ctm_nb {__version__}")
@@ -112,7 +115,7 @@ def ctm_nb_train(
         given = {"data.source": a.data, "teacher.source": a.teacher, "distill.source": a.student}
         preset = a.preset or ("auto" if a.data and a.data != "digits" else "digits")
         name = a.name or (Path(a.data).expanduser().resolve().stem if a.data else preset)
-        words = [*(f"{k}={v}" for k, v in given.items() if v), *["data.skip_broken=true"] * a.skip_broken, *a.set]
+        words = [*(f"{k}={v}" for k, v in given.items() if v), *["data.skip_broken=true"] * a.skip_broken, *[f"run.micro_batch={a.micro_batch}"] * bool(a.micro_batch), *a.set]
         train(preset, words, a.runs / name, a.stage or ("ctm_dsm_gan" if a.student else "ctm_dsm"), a.dry_run)
 
 # %% ../nbs/12_cli.ipynb #685b1ca0
@@ -124,8 +127,9 @@ def train(
     dry_run: bool = False,  # only print
 ):
     "The work behind `ctm_nb_train`."
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     from ctm_nb.config import make_config
+    from ctm_nb.processes import launched, leave
+    logging.basicConfig(level=logging.WARNING if launched()[0] else logging.INFO, format="%(message)s")  # of several processes, the first one talks
     from ctm_nb.training import Trainer, markdown_table, score_table
     preset, words, reasons = automatic(assignments) if preset == "auto" else (preset, [], [])
     config = make_config(preset, [*words, *assignments])
@@ -133,7 +137,9 @@ def train(
     if dry_run: return print("\n".join([*_flat(config), "", plan(config, folder)]))
     import torch
     torch.set_flush_denormal(True)
-    records = Trainer(config, folder).run(stage)
+    records = (trainer := Trainer(config, folder)).run(stage)
+    leave()
+    if not trainer.here.main: return
     print(f"\n{markdown_table(score_table(records))}\n" if records else "\nno scores (they need labelled images and evaluate.n > 0)\n")
     print(f"{folder}/samples holds the pictures; to draw more:  ctm_nb_sample {folder} -n 64 --steps 1 --out grid.png")
 
@@ -153,3 +159,6 @@ def automatic(
 # %% ../nbs/12_cli.ipynb #429eb680
 def _flat(config):
     return [f"{section}.{key}={','.join(map(str, v)) if isinstance(v, (tuple, list)) else v}" for section, values in asdict(config).items() for key, v in values.items()]
+
+# %% ../nbs/12_cli.ipynb #3d959527
+if __name__ == "__main__" and "__file__" in globals(): ctm_nb_train()

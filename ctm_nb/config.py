@@ -60,6 +60,7 @@ class OptimConfig:
     decay: str = "constant"  # "constant", "linear" or "cosine", to zero at the end
     beta2: float = .999  # memory of the squared gradients
     ema: float = .999  # rate of the average that samples are drawn with
+    clip: float | None = None  # longest gradient; None: as long as it is
 
 # %% ../nbs/11_config.ipynb #608bb842
 @dataclass
@@ -125,6 +126,9 @@ class RunConfig:
     "How the run is carried out; all but the seed may change from one start of a run to the next."
     seed: int = 0  # of everything
     device: str = "auto"  # "auto": a CUDA device if there is one
+    precision: str = "auto"  # "fp32", "bf16" or "fp16"; "auto": bf16 on a GPU that has it
+    compile: bool = False  # compile the networks, if that works
+    micro_batch: str = "auto"  # images that a device takes at a time, a number; "auto": as many as fit
     save_every: int = 500  # steps between checkpoints
     log_every: int = 20  # steps between lines of metrics.jsonl
     sample_every: int = 500  # steps between sample grids
@@ -216,6 +220,7 @@ def _check_optim(name, o):
     _expect(f"{name}.beta2", o.beta2, 0 <= o.beta2 < 1, "in [0, 1)")
     _expect(f"{name}.batch", o.batch, o.batch >= 1, "at least 1")
     _expect(f"{name}.lr", o.lr, 0 < o.lr < math.inf, "a positive number")
+    _expect(f"{name}.clip", o.clip, o.clip is None or 0 < o.clip < math.inf, "none or a positive number")
     _expect(f"{name}.optimizer", o.optimizer, o.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
     _expect(f"{name}.decay", o.decay, o.decay in ("constant", "linear", "cosine"), "constant, linear or cosine")
     for key in ("ema", "target_ema"):
@@ -255,6 +260,8 @@ def _check_network(n):
 def _check_run(e, r):
     for key in ("save_every", "log_every", "sample_every", "keep"): _expect(f"run.{key}", v := getattr(r, key), v >= 1, "at least 1")
     _expect("run.seed", r.seed, r.seed >= 0, "at least 0")
+    _expect("run.precision", r.precision, r.precision in (known := ("auto", "fp32", "bf16", "fp16")), f"one of {', '.join(known)}")
+    _expect("run.micro_batch", repr(r.micro_batch), r.micro_batch == "auto" or (r.micro_batch.isdecimal() and int(r.micro_batch) > 0), "auto or a number of images")
     _expect("run.device", r.device, r.device == "auto" or _has(r.device), "auto or a device of this machine (cpu, cuda, cuda:1, ...)")
     for key in ("teacher_steps", "batch"): _expect(f"evaluate.{key}", v := getattr(e, key), v >= 1, "at least 1")
     _expect("evaluate.steps", e.steps, e.steps and min(e.steps) >= 1, "one or more numbers, each at least 1")

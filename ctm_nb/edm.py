@@ -160,11 +160,12 @@ def heun_step(
     t: Tensor,  # (B,) or scalar
     u: Tensor,  # (B,) or scalar, u < t
     y: Tensor | None = None,  # (B,) class indices
+    above_zero: bool = False,  # u is known to be > 0: nothing is looked up (on a GPU that would make the program wait)
 ) -> Tensor:  # (B, ...) data at u
     "One step of Heun's method, two evaluations.  # EDM Alg. 1"
     D_t = D(x, t, y)
     x_u = jump(x, t, u, D_t)
-    if not torch.any(u > 0): return x_u
+    if not above_zero and not torch.any(u > 0): return x_u
     safe_u = torch.where(u > 0, u, t)
     slope = (x - D_t) / expand(t, x), (x_u - D(x_u, safe_u, y)) / expand(safe_u, x)
     corrected = x + expand(u - t, x) * (slope[0] + slope[1]) / 2
@@ -206,6 +207,7 @@ def solve(
     y: Tensor | None = None,  # (B,) class indices
     method: str = "heun",  # "euler", "dpm", "dpm3" (n evaluations) or "heun" (2n, one less if it ends at 0)
     callback=None,  # called as callback(i, x) after step i
+    above_zero: bool = False,  # all times are known to be > 0, see `heun_step`
 ) -> Tensor:  # (B, ...) data at times[-1]
     """Integrate the probability-flow ODE.
 
@@ -213,7 +215,7 @@ def solve(
     if method not in SOLVERS: raise ValueError(f"method must be one of {', '.join(SOLVERS)}, got {method!r}")
     times, past = times.to(x), []  # past: the last guesses, newest first
     for i, (t, u) in enumerate(zip(times[:-1], times[1:])):
-        if method == "heun": x = heun_step(D, x, t, u, y)
+        if method == "heun": x = heun_step(D, x, t, u, y, above_zero)
         else:
             past = [D(x, t, y), *past[:2]]
             if method == "euler" or i == 0: guess = past[0]

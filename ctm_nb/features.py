@@ -55,13 +55,14 @@ def cutout(
 # %% ../nbs/06_features.ipynb #482fa7f1
 def augment(
     x: Tensor,  # (B, C, H, W) pictures
-    generator: torch.Generator | None = None,  # source of randomness (CPU)
+    generator: torch.Generator | Tensor | None = None,  # source of randomness (CPU), or the numbers themselves, (B, 7) in [0, 1)
     strength: float = 1.,  # factor on all changes; 0: none, 1: as published
     translation: float = .125,  # largest shift, as a share of the side
     cut: float = .2,  # side of the square, as a share of the side
 ) -> Tensor:  # (B, C, H, W)
     "Random colour, translation and cutout, differentiable in x."
-    u, side = torch.rand(len(x), 7, generator=generator).to(x.device), torch.tensor(x.shape[2:], device=x.device)
+    u = (generator if torch.is_tensor(generator) else torch.rand(len(x), 7, generator=generator)).to(x.device)
+    side = torch.tensor(x.shape[2:]).to(x.device, non_blocking=True)
     x = colour(x, strength * (2 * u[:, :3] - 1))
     reach = (strength * translation * side + .5).long()  # (2,)
     x = translate(x, (u[:, 3:5] * (2 * reach + 1)).long() - reach)
@@ -93,14 +94,18 @@ class TeacherFeatures(Frozen):
         self.times = tuple(times)
         if not times or min(times) <= 0: raise ValueError(f"times must be one or more noise levels above 0, got {times}")
 
+    def draw(self, B: int, shape: tuple, generator: torch.Generator | None = None) -> Tensor:  # (B, levels, C, H, W)
+        "The noise that it takes to look at B pictures."
+        return torch.randn(len(self.times), B, *shape, generator=generator).transpose(0, 1)
+
     def forward(self,
         x: Tensor,  # (B, C, H, W) pictures
         y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
-        generator: torch.Generator | None = None,  # source of the noise (CPU)
+        generator: torch.Generator | Tensor | None = None,  # source of the noise (CPU), or the noise itself, from `draw`
     ) -> list[list[Tensor]]:  # a pyramid for each noise level, each finest first
         K, B = len(self.times), len(x)
-        t = torch.tensor(self.times, device=x.device).repeat_interleave(B)
-        eps = torch.randn(K * B, *x.shape[1:], generator=generator).to(x)
+        t = torch.tensor(self.times).to(x.device, non_blocking=True).repeat_interleave(B)
+        eps = (generator if torch.is_tensor(generator) else self.draw(B, x.shape[1:], generator)).transpose(0, 1).flatten(0, 1).to(x)
         maps = self.net.features(perturb(x.repeat(K, 1, 1, 1), t, eps), t, None if y is None else y.repeat(K))
         return [list(pyramid) for pyramid in zip(*(m.chunk(K) for m in maps))]
 

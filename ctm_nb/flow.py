@@ -25,7 +25,7 @@ def expand(
     """`t` with the trailing axes that broadcasting against `x` needs.
 
     Raises `ValueError` unless `t` holds one level, or one for each row of `x`."""
-    t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+    t = torch.as_tensor(t, dtype=x.dtype, device=x.device) if torch.is_tensor(t) or np.ndim(t) else x.new_full((), t)  # made where it is needed: no copy to wait for
     if t.ndim > 1 or t.numel() not in (1, len(x)):
         raise ValueError(f"t must be a number or one level for each of the {len(x)} rows of x, got shape {tuple(t.shape)}")
     return t.reshape(t.numel(), *[1] * (x.ndim - 1))

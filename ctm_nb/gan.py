@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GAN_LOSSES', 'hinge_d', 'hinge_g', 'softplus_d', 'softplus_g', 'conv', 'Head', 'Discriminator', 'gan_loss_g',
            'slope_penalty', 'gan_loss_d', 'discriminator_optimizer', 'gan_turn', 'lazy', 'ctm_dsm_gan_objective',
-           'discriminator_objective']
+           'add_ctm_dsm_gan', 'discriminator_objective']
 
 # %% ../nbs/06_gan.ipynb #8d628f67
 import torch
@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from .distill import average, balance, ctm_target, last_layer_gradient, student_pass, to_end
+from .distill import GradientSets, average, balance, ctm_target, dsm_loss, last_layer_gradient, student_pass, to_end
 from .distances import at_least_float32, l2
 from .edm import edm_loss
 from .features import RandomProjection, augment, probe
@@ -112,17 +112,28 @@ class Discriminator(nn.Module):
 
 # %% ../nbs/06_gan.ipynb #e76cd0f5
 @patch
+def draw(self: Discriminator,
+    B: int,  # pictures
+    generator: torch.Generator | None = None,  # source of randomness (CPU)
+) -> dict:  # "u" (B, 7) for the augmentation, "eps" for each network: what its own `draw` gives, or None
+    "All random numbers of one look at B pictures, a row for each of them."
+    u = torch.rand(B, 7, generator=generator)
+    return {"u": u, "eps": [net.draw(B, self.shape, generator) if hasattr(net, "draw") else None for net in self.networks]}
+
+# %% ../nbs/06_gan.ipynb #1d65af61
+@patch
 def project(self: Discriminator,
     x: Tensor,  # (B, C, H, W) pictures in [-1, 1], real or fake
     y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
-    generator: torch.Generator | None = None,  # of augmentation and noise (CPU)
+    generator: torch.Generator | dict | None = None,  # of augmentation and noise (CPU), or the numbers from `draw`
 ) -> list[list[Tensor]]:  # mixed maps, for each pyramid
     """Augment, look and mix: the fixed half.
 
     Raises ValueError for pictures of another shape."""
     if tuple(x.shape[1:]) != self.shape: raise ValueError(f"x must be (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
-    x = augment(x, generator, self.strength)
-    return [p(maps) for p, maps in zip(self.projections, [maps for net in self.networks for maps in net(x, y, generator)])]
+    look = generator if isinstance(generator, dict) else self.draw(len(x), generator)
+    x = augment(x, look["u"], self.strength)
+    return [p(maps) for p, maps in zip(self.projections, [maps for net, eps in zip(self.networks, look["eps"]) for maps in net(x, y, eps)])]
 
 # %% ../nbs/06_gan.ipynb #3e1f023a
 @patch
@@ -138,7 +149,7 @@ def judge(self: Discriminator,
 def forward(self: Discriminator,
     x: Tensor,  # (B, C, H, W) pictures in [-1, 1]
     y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
-    generator: torch.Generator | None = None,  # of augmentation and noise (CPU)
+    generator: torch.Generator | dict | None = None,  # see `project`
 ) -> list[Tensor]:  # (B, P) logits for each head
     return self.judge(self.project(x, y, generator), y)
 
@@ -153,7 +164,7 @@ def gan_loss_g(
     discriminator: Discriminator,  # its weights are not changed
     estimate: Tensor,  # (B, C, H, W) with gradient
     y: Tensor | None = None,  # (B,) class indices
-    generator: torch.Generator | None = None,  # of augmentation and noise
+    generator: torch.Generator | dict | None = None,  # of augmentation and noise, or the numbers
     loss: str = "hinge",  # a key of GAN_LOSSES
 ) -> Tensor:  # (B,)
     "Adversarial loss of the student, mean over heads.  # CTM: GAN loss"
@@ -175,12 +186,13 @@ def gan_loss_d(
     real: Tensor,  # (B, C, H, W) data
     fake: Tensor,  # (B, C, H, W) the student's pictures; no gradient flows to them
     y: Tensor | None = None,  # (B,) class indices of both
-    generator: torch.Generator | None = None,  # of augmentation and noise, independent for real and fake
+    generator: torch.Generator | list | None = None,  # of augmentation and noise, independent for real and fake; or the numbers of both looks
     r1: float = 0.,  # weight of the slope at real pictures
     loss: str = "hinge",  # a key of GAN_LOSSES
 ) -> Tensor:  # (B,)
     "Loss of the discriminator, mean over heads.  # CTM: GAN loss"
-    with torch.no_grad(): looks = [discriminator.project(x, y, generator) for x in (real, fake)]
+    sources = generator if isinstance(generator, list) else [generator] * 2
+    with torch.no_grad(): looks = [discriminator.project(x, y, g) for x, g in zip((real, fake), sources)]
     if r1: seen = [z.requires_grad_() for maps in looks[0] for z in maps]
     on_real, on_fake = (discriminator.judge(mixed, y) for mixed in looks)
     losses = torch.stack([GAN_LOSSES[loss][0](a, b) for a, b in zip(on_real, on_fake)]).mean(0)
@@ -191,9 +203,10 @@ def discriminator_optimizer(
     discriminator: Discriminator,  # whose heads to train
     lr: float = 2e-3,  # as published
     betas: tuple = (.5, .9),  # as published
+    **options,  # of torch's RAdam, how to compute rather than what
 ) -> torch.optim.RAdam:
     "The published optimizer of the discriminator."
-    return torch.optim.RAdam(discriminator.parameters(), lr, betas)
+    return torch.optim.RAdam(discriminator.parameters(), lr, betas, **options)
 
 # %% ../nbs/06_gan.ipynb #09f12cee
 def gan_turn(
@@ -225,7 +238,7 @@ def ctm_dsm_gan_objective(
     x0: Tensor, sigma: Tensor, eps: Tensor,  # (B, ...), (B,), (B, ...) for the denoising loss
     y: Tensor | None = None,  # (B,) class indices
     distance=l2,  # per-sample distance
-    generator: torch.Generator | None = None,  # of augmentation and noise
+    generator: torch.Generator | dict | None = None,  # of augmentation and noise, or the numbers
     loss: str = "hinge",  # a key of GAN_LOSSES
     low: float = .01, high: float = 10.,  # clamp of the adversary's weight
     compare_at: str = "end",  # see `distill.carry`; the adversary always judges the end
@@ -246,6 +259,34 @@ def ctm_dsm_gan_objective(
     return {"objective": ctm_x + lam_dsm * dsm + lam_gan * gan_x, **dict(zip(("loss_ctm", "loss_dsm", "loss_gan"), losses)),
             "lambda_dsm": lam_dsm, "lambda_gan": lam_gan}
 
+# %% ../nbs/06_gan.ipynb #bff23cb2
+def add_ctm_dsm_gan(
+    sets: GradientSets,  # of the student's parameters
+    student,  # G_theta, a CTM
+    target,  # G_ema, its parameters frozen
+    discriminator: Discriminator,  # judges the estimate; its weights are not changed
+    x_t: Tensor, x_u: Tensor,  # (B, ...) data at t and the teacher's solution at u
+    t: Tensor, u: Tensor, s: Tensor,  # (B,) t >= u >= s
+    x0: Tensor, sigma: Tensor, eps: Tensor,  # (B, ...), (B,), (B, ...) for the denoising loss
+    y: Tensor | None = None,  # (B,) class indices
+    distance=l2,  # per-sample distance
+    generator: torch.Generator | dict | None = None,  # of augmentation and noise, or the numbers
+    loss: str = "hinge",  # a key of GAN_LOSSES
+    compare_at: str = "end",  # see `distill.carry`; the adversary always judges the end
+    share: float = 1.,  # of the whole batch
+    scale: float | Tensor = 1.,  # the loss scaler's factor, in half precision
+):
+    "Add the gradients of CTM, DSM and GAN on one micro-batch.  # CTM: total loss"
+    goal, x_s = ctm_target(student, target, x_u, u, s, y, compare_at), student.G(x_t, t, s, y)
+    estimate = to_end(target, leaf := x_s.detach().requires_grad_(), s, y)
+    ctm = distance(estimate if compare_at == "end" else leaf, goal).mean()  # CTM: soft-matching loss
+    gan = gan_loss_g(discriminator, estimate, y, generator, loss).mean()  # CTM: GAN loss
+    back = [torch.autograd.grad(l * scale, leaf, retain_graph=keep)[0] for l, keep in ((ctm, True), (gan, False))]
+    ctm_x, gan_x = ((at_least_float32(v) / scale * x_s).sum() for v in back)
+    sets.add("ctm", ctm_x, ctm.detach(), share, scale, keep=True)
+    sets.add("gan", gan_x, gan.detach(), share, scale)
+    sets.add("dsm", dsm_loss(student, x0, sigma, eps, y, student.sigma_data).mean(), None, share, scale)
+
 # %% ../nbs/06_gan.ipynb #4abeca0c
 def discriminator_objective(
     student,  # G_theta, a CTM
@@ -254,7 +295,7 @@ def discriminator_objective(
     x_t: Tensor, t: Tensor, s: Tensor,  # (B, ...), (B,), (B,): where the student's jumps start and land
     x0: Tensor,  # (B, C, H, W) real pictures
     y: Tensor | None = None,  # (B,) class indices of both
-    generator: torch.Generator | None = None,  # of augmentation and noise
+    generator: torch.Generator | list | None = None,  # of augmentation and noise, or the numbers of both looks
     r1: float = 0.,  # weight of the slope at real pictures
     loss: str = "hinge",  # a key of GAN_LOSSES
 ) -> Tensor:  # scalar

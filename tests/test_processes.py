@@ -1,0 +1,303 @@
+"""Two processes, several parts, a killed process, another number of processes: the same training."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctm_nb.config import make_config
+from ctm_nb.engine import Engine
+from ctm_nb.state import load_checkpoint
+from ctm_nb.training import Trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+SHORT = ["teacher.steps=3", "teacher.batch=12", "teacher.label_dropout=.3", "distill.steps=3", "distill.batch=12", "gan.steps=6", "gan.batch=12", "gan.r1=.1", "evaluate.n=0",
+         "teacher.optimizer=radam", "distill.optimizer=radam", "gan.optimizer=radam", "network.augment_dim=9", "teacher.augment=.12",
+         "teacher.lr=.05", "distill.lr=.02", "gan.lr=.02"]  # RAdam's first steps are plain momentum: differences of rounding stay what they are, where Adam would make steps of them
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+def follow(words, folder, spoil=None):
+    "Every number of every step, and the networks at the end of every stage."
+    engine, log, ends = Engine(make_config("tiny", words), folder), [], {}
+    engine.begin(engine.stage, {})
+    spoil and spoil(engine)
+    while engine.step < engine.total:
+        log.append({k: float(v) for k, v in engine.train_step().items() if k != "stage"})
+        if engine.step in engine.ends.values(): ends[engine.now.name] = {p: {k: v.clone() for k, v in m.state_dict().items()} for p, m in engine.parts.items()}
+    return log, ends
+
+
+def assert_close(a, b, at=1e-6, weights=1e-6):
+    "Losses within `at`, weights of every part at the end of every stage within `weights`."
+    (log_a, ends_a), (log_b, ends_b) = a, b
+    for n, (x, y) in enumerate(zip(log_a, log_b, strict=True)):
+        assert x.keys() == y.keys()
+        for k in x: assert abs(x[k] - y[k]) <= at * max(1, abs(x[k])), (n, k, x[k], y[k])
+    for stage in ends_a:
+        for part in ends_a[stage]:
+            for k, v in ends_a[stage][part].items(): assert float((v - ends_b[stage][part][k]).abs().max()) <= weights * max(1, float(v.abs().max())), (stage, part, k)
+
+
+WORKER = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_processes import *
+from ctm_nb.processes import join, leave
+here, found = join("cpu"), {}
+torch.set_num_threads(1)
+for name, more in (("at_once", []), ("in_parts", ["run.micro_batch=4"])): found[name] = follow([*SHORT, *more], sys.argv[2])
+torch.save(found, f"{sys.argv[2]}/{here.rank}.pt")
+leave()
+"""
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    torch.set_num_threads(1)
+    return follow(SHORT, tmp_path_factory.mktemp("alone"))
+
+
+def test_two_processes_are_one_in_every_stage(alone, tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    done = subprocess.run([*TORCHRUN, tmp_path / "worker.py", ROOT / "tests", tmp_path], env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
+    for name in first:
+        assert_close(first[name], second[name], at=0, weights=0)  # the processes hold the same bits
+        assert_close(alone, first[name])
+
+
+def test_the_weights_have_moved(alone):
+    "What agrees above must be worth agreeing on."
+    _, ends = alone
+    far = lambda a, b: float(torch.cat([(v - b[k]).flatten() for k, v in a.items()]).norm())
+    assert far(ends["ctm_dsm"]["model"], ends["ctm_dsm_gan"]["model"]) > .03 and far(ends["ctm_dsm"]["model"], ends["ctm_dsm"]["target"]) > .003
+
+
+@pytest.mark.parametrize("micro", [5])
+def test_parts_are_the_whole_in_every_stage(alone, tmp_path, micro):
+    assert_close(alone, follow([*SHORT, f"run.micro_batch={micro}"], tmp_path))
+
+
+def test_parts_of_a_stage_without_denoising_and_with_stretches_of_all_lengths(tmp_path):
+    "In global matching the solver's steps depend on the longest stretch of the whole batch."
+    words = ["teacher.steps=1", "distill.steps=3", "distill.dsm=false", "distill.matching=global", "distill.max_evals=none", "distill.optimizer=radam", "evaluate.n=0"]
+    assert_close(follow(words, tmp_path), follow([*words, "run.micro_batch=7"], tmp_path))
+
+
+def test_numbers_of_an_image_do_not_depend_on_the_others(tmp_path):
+    "What a part is given is what the whole would give it: every draw of every kind of step, and the teacher's answer."
+    engine = Engine(make_config("tiny", SHORT), tmp_path)
+    engine.begin("teacher", {})
+    for stage, step in (("teacher", 0), ("ctm_dsm", 3), ("ctm_dsm_gan", 6), ("ctm_dsm_gan", 7)):
+        if engine.now.name != stage: engine.step = step; engine.begin(stage, engine.parts)
+        from ctm_nb.stages import take
+        whole, part = engine.example_of(step), engine.example_of(step, take(engine.material_of(step), slice(3, 8)))
+        def compare(a, b, where):
+            if torch.is_tensor(a): torch.testing.assert_close(a[3:8], b, atol=1e-5, rtol=1e-5) if where.endswith("x_u") else torch.testing.assert_close(a[3:8], b, atol=0, rtol=0)
+            elif isinstance(a, dict): [compare(a[k], b[k], f"{where}.{k}") for k in a]
+            elif isinstance(a, list): [compare(u, v, where) for u, v in zip(a, b, strict=True)]
+            else: assert a == b, where
+        compare(whole, part, stage)
+
+
+def test_teacher_and_averages_hold_no_gradients_and_no_optimizer(tmp_path):
+    engine = Engine(make_config("tiny", SHORT), tmp_path)
+    engine.begin("teacher", {})
+    while engine.step < engine.total:
+        engine.train_step()
+        learns = {id(p) for k in ("model", "discriminator") if k in engine.parts for p in engine.parts[k].parameters()}
+        held = {id(p) for o in engine.now.optimizers.values() for g in o.param_groups for p in g["params"]} | {id(p) for o in engine.now.optimizers.values() for p in o.state}
+        assert held <= learns
+        for name, m in engine.parts.items():
+            if name in ("model", "discriminator"): continue
+            assert not any(p.requires_grad or p.grad is not None for p in m.parameters()), (engine.now.name, name)
+
+
+# ---- memory
+
+def greedy(engine, most, seen=None):
+    "A device on which more than `most` images at a time do not fit."
+    def limited(stage, name):
+        real = getattr(type(stage), name)
+        def f(*args):
+            e = next(a for a in args if isinstance(a, dict))
+            seen is not None and seen.append(len(e["x0"]))
+            if len(e["x0"]) > most: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return real(stage, *args)
+        setattr(stage, name, f)
+    begin = engine.begin
+    def begin_and_limit(stage, parts):
+        begin(stage, parts)
+        for name in ("losses", "add"): limited(engine.now, name)
+    engine.begin = begin_and_limit
+    for name in ("losses", "add"): limited(engine.now, name)
+
+
+def test_out_of_memory_takes_fewer_at_a_time_and_changes_nothing_else(alone, tmp_path, caplog):
+    seen = []
+    assert_close(alone, follow(SHORT, tmp_path, lambda e: greedy(e, 4, seen)))
+    assert {12, 6, 3} <= set(seen) and sum("images at a time" in r.message for r in caplog.records) == 2 * 3
+
+
+@pytest.mark.parametrize("words, most, message", [(["run.micro_batch=6"], 4, "--micro-batch 3"), ([], 0, "smaller network")])
+def test_out_of_memory_ends_with_advice(tmp_path, words, most, message):
+    engine = Engine(make_config("tiny", [*SHORT, *words]), tmp_path)
+    engine.begin("teacher", {})
+    greedy(engine, most)
+    before = {k: v.clone() for k, v in engine.parts["model"].state_dict().items()}
+    with pytest.raises(MemoryError, match=message): engine.train_step()
+    assert all(torch.equal(v, before[k]) for k, v in engine.parts["model"].state_dict().items()) and engine.step == 0
+
+
+def test_rehearsal_finds_what_fits_and_leaves_no_trace(tmp_path):
+    engine = Engine(make_config("tiny", SHORT), tmp_path)
+    engine.begin("teacher", {})
+    for _ in range(6): engine.train_step()
+    engine.begin("ctm_dsm_gan", engine.parts)
+    before = {p: {k: v.clone() for k, v in m.state_dict().items()} for p, m in engine.parts.items()}
+    seen = []
+    greedy(engine, 5, seen)
+    engine.wait = False  # as on a GPU
+    assert engine.choose_micro() == 3 and {12, 6, 3} <= set(seen)
+    for p, m in engine.parts.items():
+        for k, v in m.state_dict().items(): assert torch.equal(v, before[p][k]), (p, k)
+    assert all(p.grad is None for p in engine.parts["model"].parameters())
+
+
+# ---- precision and guards
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_and_resumes(tmp_path, precision):
+    words = ["teacher.steps=8", "distill.steps=4", "evaluate.n=0", f"run.precision={precision}", "run.micro_batch=20"]
+    def weights(name, stops):
+        for stop in stops:
+            t = Trainer(make_config("tiny", words), tmp_path / name)
+            while t.step < stop: t.train_step()
+            t.save()
+        return t, torch.cat([v.flatten() for v in t.parts["model"].state_dict().values()])
+    (t, a), (_, b) = weights("straight", [12]), weights("broken", [5, 12])
+    assert torch.equal(a, b) and a.isfinite().all() and a.dtype == torch.float32
+    if precision == "fp16": assert float(t.scaler.scale) >= 2. ** 10 and load_checkpoint(tmp_path / "broken" / "checkpoints" / "step_00000012").state["scaler"]["good_steps"] > 0
+
+
+def test_an_overflow_halves_the_factor_and_leaves_the_step_out(tmp_path):
+    engine = Engine(make_config("tiny", [*SHORT, "run.precision=fp16"]), tmp_path)
+    engine.begin("teacher", {})
+    engine.scaler.scale.fill_(2. ** 40)
+    before = {k: v.clone() for k, v in engine.parts["model"].state_dict().items()}
+    engine.train_step()
+    assert float(engine.scaler.scale) == 2. ** 39 and engine.step == 1
+    assert all(torch.equal(v, before[k]) for k, v in engine.parts["model"].state_dict().items())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "radam"])
+def test_running_ahead_computes_the_same(tmp_path, optimizer):
+    "What a GPU does, on a CPU: nobody waits for the judgement."
+    words = [w.replace("radam", optimizer) for w in SHORT if ".lr" not in w]
+    def ahead(engine): engine.wait = False
+    assert_close(follow(words, tmp_path), follow(words, tmp_path, ahead), at=1e-5, weights=2e-5)
+
+
+def test_a_clipped_gradient_is_no_longer_than_asked(tmp_path):
+    engine = Engine(make_config("tiny", [*SHORT, "teacher.clip=.01", "teacher.optimizer=radam"]), tmp_path)
+    engine.begin("teacher", {})
+    numbers = engine.train_step()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.parts["model"].parameters() if p.grad is not None])
+    assert numbers["grad_norm"] > .011 and abs(float(norm) - .01) < 1e-4
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_at_the_start(tmp_path, monkeypatch):
+    import ctm_nb.engine as engine
+    from ctm_nb.processes import Here
+    monkeypatch.setattr(engine, "join", lambda device: Here(1, 5))
+    with pytest.raises(ValueError, match="12 can't be shared evenly by 5"): Engine(make_config("tiny", SHORT), tmp_path)
+
+
+# ---- the command
+
+TRAIN = [*TORCHRUN, "-m", "ctm_nb.cli", "--preset", "tiny", "--stage", "all", "--set", *SHORT, "run.save_every=1", "run.log_every=1", "run.sample_every=100"]
+
+
+def test_a_killed_process_ends_the_others_and_any_number_continues(alone, tmp_path):
+    "SIGKILL to one of two processes; one process goes on for a step, then the same command to the end, then all are compared."
+    (tmp_path / "r").mkdir()
+    p = subprocess.Popen([*TRAIN, "--runs", tmp_path, "--name", "r"], env=ENV, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    (tmp_path / "r").rmdir()
+    checkpoints, deadline = tmp_path / "r" / "checkpoints", time.monotonic() + 200
+    while not list(checkpoints.glob("step_*")) and time.monotonic() < deadline and p.poll() is None: time.sleep(.02)
+    children = Path(f"/proc/{p.pid}/task/{p.pid}/children").read_text().split()
+    assert len(children) == 2, p.stderr.read()
+    os.kill(int(children[1]), signal.SIGKILL)
+    assert p.wait(timeout=120) != 0
+    assert not any(Path(f"/proc/{c}").exists() for c in children)
+    t = Trainer(make_config("tiny", [*SHORT, "run.save_every=1", "run.log_every=1"]), tmp_path / "r")
+    assert 0 < t.step < t.total
+    t.train_step(), t.log_window(), t.save()
+    subprocess.run([*TRAIN, "--runs", tmp_path, "--name", "r"], env=ENV, cwd=tmp_path, check=True, capture_output=True, timeout=200)
+    c = load_checkpoint(checkpoints / "step_00000012")
+    for part, state in alone[1]["ctm_dsm_gan"].items():
+        for k, v in state.items(): assert float((v - c.models[part][k]).abs().max()) <= 1e-6 * max(1, float(v.abs().max())), (part, k)
+    lines = [json.loads(l) for l in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert [l["step"] for l in lines] == list(range(1, 13))
+    for l, numbers in zip(lines, alone[0]):
+        for k in ("loss_edm", "loss_ctm", "loss_dsm", "loss_gan", "loss_d"):
+            if k in numbers: assert abs(l[k] - numbers[k]) <= 1e-6 * max(1, abs(numbers[k]))
+
+
+# ---- a GPU, where there is one
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+@gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "radam"])
+def test_gpu_nobody_waits_within_a_step(tmp_path, optimizer):
+    "Between two looks, whatever makes the program wait for the device raises."
+    engine = Engine(make_config("tiny", [w.replace("radam", optimizer) for w in SHORT] + ["teacher.steps=8", "distill.steps=8", "gan.steps=16", "run.log_every=1000", "run.device=cuda"]), tmp_path)
+    engine.begin("teacher", {})
+    for _ in range(3):
+        for _ in range(3): engine.train_step()  # cuDNN tries its kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try: [engine.train_step() for _ in range(4)]
+        finally: torch.cuda.set_sync_debug_mode("default")
+        while engine.step < engine.ends[engine.now.name]: engine.train_step()
+        engine.look()
+        assert all(isinstance(v, (int, float, str)) for w in engine.window for v in w.values())
+        if engine.step < engine.total: engine.begin(engine.stage, engine.parts)
+
+
+@gpu
+@pytest.mark.parametrize("words", [["run.precision=fp32"], ["run.precision=bf16"], ["run.precision=fp16"], ["run.precision=bf16", "run.micro_batch=5"], ["run.compile=true"]])
+def test_gpu_learns_in_every_precision(tmp_path, words):
+    log, ends = follow(["teacher.steps=30", "distill.steps=6", "gan.steps=6", "gan.batch=16", "evaluate.n=0", *words], tmp_path)
+    assert log[29]["loss_edm"] < log[0]["loss_edm"] and all(v.isfinite().all() for part in ends["ctm_dsm_gan"].values() for v in part.values())
+
+
+@gpu
+def test_gpu_stops_before_a_broken_step(tmp_path):
+    engine = Engine(make_config("tiny", ["run.log_every=5"]), tmp_path)
+    engine.begin("teacher", {})
+    good = engine.material_of
+    def spoiled(step):
+        m = good(step)
+        if step == 6: m["x0"] = torch.full_like(m["x0"], float("nan"))
+        return m
+    engine.material_of = spoiled
+    with pytest.raises(FloatingPointError, match="step 6"): [engine.train_step() for _ in range(10)]
+    assert engine.step == 6 and all(v.isfinite().all() for m in engine.parts.values() for v in m.state_dict().values())
