@@ -19,45 +19,54 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import sklearn.datasets  # noqa: F401  (the children should not have to import it)
 import torch
-from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
 from ctm_nb import state
 from ctm_nb.cli import train
 from ctm_nb.resume import resume_point
 from ctm_nb.state import CheckpointError, load_checkpoint, step_folders, versions
 
-WORDS = ["teacher.steps=12", "distill.steps=9", "gan.steps=9", "gan.batch=16", "run.save_every=4", "run.log_every=3", "run.sample_every=10", "evaluate.n=0"]
+WORDS = ["teacher.steps=12", "distill.steps=9", "gan.steps=9", "teacher.batch=8", "distill.batch=8", "gan.batch=8", "run.save_every=4", "run.log_every=3", "run.sample_every=10", "evaluate.n=0"]
 CLOCKS = ("seconds", "images_per_sec", "peak_memory_mb")
 CHANGES = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
+
+
+def warm_up():
+    "Import here what every child would have to import: optimizers bring torch's compiler, pictures bring matplotlib's fonts."
+    from io import BytesIO
+
+    import sklearn.datasets  # noqa: F401
+    from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    figure = Figure()
+    figure.text(0, 0, "warm")
+    figure.savefig(BytesIO(), format="png")
 
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
 
 def arm(kind, at, share):
-    "Set the trap that kills this process: before disk change number `at`, or in file number `at` of the checkpoints."
-    count = [0]
+    "Count disk changes and checkpoint files; kill this process before change number `at`, or in file number `at`."
+    count, real_write = {"disk": 0, "write": 0}, state._write_synced
 
     def trap(real):
         def call(*args, **kw):
-            if count[0] == at: die()
-            count[0] += 1
+            if kind == "disk" and count["disk"] == at: die()
+            count["disk"] += 1
             return real(*args, **kw)
         return call
-    if kind == "disk":
-        for name in CHANGES: setattr(os, name, trap(getattr(os, name)))
-    if kind == "write":
-        real = state._write_synced
 
-        def torn(path, data):
-            if count[0] == at:
-                with open(path, "xb") as f: f.write(data[:int(share * len(data))])
-                die()
-            count[0] += 1
-            real(path, data)
-        state._write_synced = torn
+    def torn(path, data):
+        if kind == "write" and count["write"] == at:
+            with open(path, "xb") as f: f.write(data[:int(share * len(data))])
+            die()
+        count["write"] += 1
+        real_write(path, data)
+    for name in CHANGES: setattr(os, name, trap(getattr(os, name)))
+    state._write_synced = torn
+    return count
 
 
 def live(folder, words, kind="none", at=0, share=0.):
@@ -68,8 +77,9 @@ def live(folder, words, kind="none", at=0, share=0.):
         try:
             out = os.open(folder.parent / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1), os.dup2(out, 2)
-            arm(kind, at, share)
+            count = arm(kind, at, share)
             train("tiny", words, folder, "all")
+            (folder.parent / "counts.json").write_text(json.dumps(count))
             code = 0
         except BaseException:
             import traceback
@@ -116,12 +126,11 @@ def campaign(kills, seed, home, progress=None):
     rng, reference = random.Random(seed), home / "reference"
     code, whole = live(reference, [*WORDS, "run.keep=1000"])
     if code: sys.exit(f"the undisturbed run failed: {(home / 'output.txt').read_text()[-2000:]}")
-    lengths = [whole]
-    files = 8 * len(step_folders(reference / "checkpoints"))  # about as many files and disk changes as a run makes
-    record, runs, wrong, folder = [], 0, [], home / "run"
+    count = json.loads((home / "counts.json").read_text())
+    record, runs, wrong, folder, step = [], 0, [], home / "run", 0
     while len(record) < kills:
-        kind = rng.choice(["time", "time", "disk", "write"])
-        at = rng.uniform(0, 1.1 * lengths[-1]) if kind == "time" else rng.randrange(files * (3 if kind == "disk" else 1))
+        kind, left = rng.choice(["time", "time", "disk", "write"]), 1 - (step or 0) / 30  # of the run
+        at = rng.uniform(0, whole * left) if kind == "time" else rng.randrange(max(1, int(count[kind] * left)))
         share = rng.random()
         code, seconds = live(folder, WORDS, kind, at, share)
         if code not in (0, -9): sys.exit(f"the run failed instead of being killed: {(home / 'output.txt').read_text()[-2000:]}")
@@ -131,6 +140,7 @@ def campaign(kills, seed, home, progress=None):
             bad += differences(log_of(folder), log_of(reference), "metrics.jsonl")
             if step != 30: bad.append(f"ended at step {step}")
             shutil.rmtree(folder)
+            step = 0
         else: record.append({"kind": kind, "at": round(at, 3), "after": step, "wrong": bad})
         wrong += bad
         if progress: progress(f"{len(record)} of {kills} kills, {runs} runs came to their end, {len(wrong)} mismatches (now {kind} {at:.4g}, step {step})")
@@ -148,6 +158,7 @@ def main():
     p.add_argument("--out", default="nbs/results/crash/crash.json", help="- for standard output")
     a = p.parse_args()
     torch.set_num_threads(1)
+    warm_up()
     say = (lambda text: None) if a.out == "-" else lambda text: sys.stderr.write(text + "\n")
     with tempfile.TemporaryDirectory() as home: result = campaign(a.kills, a.seed, Path(home), say)
     text = json.dumps({k: v for k, v in result.items() if k != "moments"}, indent=1)[:-2] + ',\n "moments": [\n  ' + ",\n  ".join(map(json.dumps, result["moments"])) + "\n ]\n}\n"

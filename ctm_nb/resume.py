@@ -63,7 +63,7 @@ SAFE = [
     Rule("run.* but not run.seed", "always", "says how the work is carried out, not what is computed", lambda s, k, old, new, step: s == "run" and k != "seed"),
     Rule("evaluate.*", "always", "nothing is learned from scores", lambda s, k, old, new, step: s == "evaluate"),
     Rule("data.source", "always", "the pictures may have moved; they are compared by their hash", lambda s, k, old, new, step: (s, k) == ("data", "source")),
-    Rule("teacher.*, distill.*, gan.*", "until a stage that uses them begins", "nothing has been computed with them", lambda s, k, old, new, step: not in_use(s, old, step)),
+    Rule("teacher.*, distill.*, gan.*", "until a stage that uses them begins", "nothing has been computed with them", lambda s, k, old, new, step: s in USERS and not in_use(s, old, step)),
     Rule("steps of teacher, distill or gan", "while their stage is the one in training and its decay is constant, not below the steps done",
          "the steps so far would have been the same", lambda s, k, old, new, step: k == "steps" and s in USERS and steps_may_change(s, old, new, step)),
 ]
