@@ -130,7 +130,7 @@ def campaign(kills, seed, home, progress=None):
     record, runs, wrong, folder, step = [], 0, [], home / "run", 0
     while len(record) < kills:
         kind, left = rng.choice(["time", "time", "disk", "write"]), 1 - (step or 0) / 30  # of the run
-        at = rng.uniform(0, whole * left) if kind == "time" else rng.randrange(max(1, int(count[kind] * left)))
+        at = rng.uniform(0, whole * (left + .4)) if kind == "time" else rng.randrange(int(count[kind] * (left + .4)))  # often too late, so that some come to their end
         share = rng.random()
         code, seconds = live(folder, WORDS, kind, at, share)
         if code not in (0, -9): sys.exit(f"the run failed instead of being killed: {(home / 'output.txt').read_text()[-2000:]}")
