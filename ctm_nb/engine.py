@@ -18,7 +18,6 @@ import torch
 from fastcore.basics import patch
 
 from .config import STAGES, Config, stage_steps
-from .data import digits
 from .guards import Guard, culprits, write_report
 from .loader import Batches, Splits, load_splits
 from .precision import Scaler, autocast, ballast, choose_precision, compile_networks, free_memory, largest, memory_advice, out_of_memory, prepare
@@ -35,8 +34,6 @@ def open_images(
 ) -> Splits:  # "train" and "held_out"
     "The images of a configuration; raises ValueError that lists what can't be read."
     d = config.data
-    if d.source == "digits" and d.image_size not in (None, 8): raise ValueError(f"the digits are 8 x 8, got image_size={d.image_size}")
-    if d.source == "digits": return Splits({s: (lambda s=s: digits(s)) for s in ("train", "held_out", "all")}, "digits")
     return load_splits(d.source, d.image_size, d.crop, d.skip_broken, d.labels or None)
 
 # %% ../nbs/11_engine.ipynb #fff9c5cb
