@@ -11,6 +11,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,7 @@ def one_line_errors(
     command: str,  # its name, to begin the line with
 ):
     "Turn expected errors into one line on stderr: exit code 2 for bad input, 3 for a failed run, 130 for Ctrl-C (75 for a scheduler's signal, see `signals`)."
+    before, warnings.showwarning = warnings.showwarning, lambda message, *_, **__: print(f"{command}: {message}", file=sys.stderr)  # a user wants no line of ours
     try: yield
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as e: _quit(command, e, 2)
     except (FloatingPointError, MemoryError, OSError) as e: _quit(command, e, 3)
@@ -30,6 +32,7 @@ def one_line_errors(
         if type(e).__name__ != "CheckpointError": raise  # known by name: importing it would import torch
         _quit(command, e, 3)
     except KeyboardInterrupt as e: _quit(command, str(e) or "interrupted; the same command continues from the last checkpoint", 130)
+    finally: warnings.showwarning = before
 
 # %% ../nbs/12_cli.ipynb #a0103392
 def _quit(command, message, code):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Collected', 'as_pictures', 'SampleSet', 'array_samples', 'data_samples', 'open_samples', 'look', 'joined', 'collect',
-           'ReferenceStats', 'kept_points', 'reference_of', 'build_reference', 'read_reference']
+           'ReferenceStats', 'kept_points', 'reference_of', 'build_reference', 'is_reference_file', 'read_reference']
 
 # %% ../nbs/08c_references.ipynb #a2aa7af3
 import hashlib, json, zipfile
@@ -270,6 +270,13 @@ def _arrays_hash(arrays):
     h = hashlib.sha256()
     for k in sorted(arrays): h.update(f"{k} {arrays[k].dtype} {arrays[k].shape}".encode() + np.ascontiguousarray(arrays[k]).tobytes())
     return h.hexdigest()
+
+# %% ../nbs/08c_references.ipynb #f213ca0a
+def is_reference_file(
+    path:Path, # of a file, perhaps not there
+)->bool:
+    "Is this an npz with statistics, rather than one with images?"
+    return path.is_file() and zipfile.is_zipfile(path) and bool({"mu.npy", "mean.npy"} & set(zipfile.ZipFile(path).namelist()))
 
 # %% ../nbs/08c_references.ipynb #360a98d1
 def read_reference(

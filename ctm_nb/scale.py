@@ -14,7 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from .config import STAGES, Config, stage_steps
 from .data import ImageData
 from .edm import SOLVERS
-from .stages import STAGE_CLASSES, make_network, step_generator
+from .precision import autocast, choose_precision
+from .stages import STAGE_CLASSES, carry_to, make_network, step_generator
 
 # %% ../nbs/11_scale.ipynb #b30998bd
 COPIES = {"teacher": 5, "ctm_dsm": 7, "ctm_dsm_gan": 7}  # of the weights, in float32
@@ -98,20 +99,21 @@ def measure(
 ) -> float:  # images a second in the first stage that has steps
     "Train a few steps and forget them."
     name = next(s for s, n in stage_steps(config).items() if n)
-    stage = STAGE_CLASSES[name](config, data, torch.device(device))
+    stage, precision = STAGE_CLASSES[name](config, data, where := torch.device(device)), choose_precision(config.run.precision, where)
     n = batch or min(stage.optim.batch, 64 if "cuda" in device else 8)
     for i in range(steps + 1):
         if i == 1: started = _now(device)
         ids = (torch.arange(n) + i * n) % len(data)
         y = data.labels[ids].to(device) if data.n_classes else None
-        _step(stage, stage.losses(stage.example(data.x0(ids).to(device), y, step_generator(0, i), i), i))
+        numbers = carry_to(stage.draw(n, step_generator(0, i), i), where)
+        with autocast(precision, where): objective = stage.losses(stage.example(data.x0(ids).to(device), y, numbers, i), i)["objective"]
+        _step(stage.optimizers[stage.learner(i)], objective)
     return steps * n / (_now(device) - started)
 
-def _step(stage, out):
+def _step(optimizer, objective):
     "Backward and the optimizer, as a run does it."
-    optimizer = stage.optimizers[out.pop("part", "model")]
     optimizer.zero_grad(set_to_none=True)
-    out.pop("objective", out["loss"]).backward()
+    objective.backward()
     optimizer.step()
 
 def _now(device):

@@ -1,4 +1,5 @@
 """The project around the code: one version, commands that exist, nobody's machine in the text."""
+import ast
 import importlib
 import os
 import re
