@@ -47,8 +47,8 @@ def test_the_grids_of_a_run_name_its_classes(run, written):
 
 def test_checkpoints_know_the_names(run):
     assert load(run).classes == ["cat", "кот"] == load(run, which="teacher").classes
-    meta = json.loads(next((run / "checkpoints").glob("step_*/meta.json")).read_text())
-    assert [m["description"]["classes"] for m in meta["models"].values()] == [["cat", "кот"]] * 2
+    meta = json.loads(next((run / "checkpoints").glob("step_*/checkpoint.json")).read_text())
+    assert [m["description"]["classes"] for m in meta["meta"]["models"].values()] == [["cat", "кот"]] * 2
 
 
 def test_samples_know_the_names(run, tmp_path, written):

@@ -48,7 +48,7 @@ def test_requirements_cover_the_imports():
     "Each module of ours imports the standard library, ourselves and declared requirements, nothing else; optional ones only inside functions."
     names = {k: {re.split(r"[<>=!~\[]", r)[0] for r in CFG[k].split()} for k in ("requirements", "optional_requirements")}
     allowed = {dict(pillow="PIL").get(n, n).replace("scikit-learn", "sklearn") for n in names["requirements"]} | set(sys.stdlib_module_names) | {CFG["lib_path"]}
-    optional = {n.replace("clean-fid", "cleanfid") for n in names["optional_requirements"]}
+    optional = {n.replace("clean-fid", "cleanfid") for n in names["optional_requirements"]} | {"IPython"}  # comes with ipywidgets
     for path in (ROOT/CFG["lib_path"]).glob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
