@@ -290,7 +290,7 @@ class GanStage(DistillStage):
         return gan_turn(n, self.optim.start, self.optim.head_start)
 
     def learner(self, n: int) -> str: return "discriminator" if self.turn(n) == "discriminator" else "model"
-    def kinds(self) -> list: return [first := self.optim.start + self.optim.head_start, first + 1, -(-first // 16) * 16]  # both turns, and one with a penalty
+    def kinds(self) -> list: return [first := self.optim.start + self.optim.head_start, first + 1, -(-first // 16) * 16 + first % 2]  # both turns, and one with a penalty
 
 # %% ../nbs/11_stages.ipynb #f1ea629b
 @patch
@@ -310,7 +310,7 @@ def example(self: GanStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int,
 def _adversary(self: GanStage, e: dict, n: int) -> Tensor:
     starts, g = {k: e[k] for k in ("x_t", "t", "s", "x0", "y")}, self.optim
     networks = (self.parts[k] for k in ("model", "target", "discriminator"))
-    return discriminator_objective(*networks, **starts, generator=e["looks"], r1=lazy(n, g.r1), loss=g.loss)
+    return discriminator_objective(*networks, **starts, generator=e["looks"], r1=lazy(n - (g.start + g.head_start) % 2, g.r1), loss=g.loss)  # on a turn of the discriminator, whatever the parity
 
 @patch
 def _game(self: GanStage, e: dict) -> dict:

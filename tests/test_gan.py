@@ -373,3 +373,19 @@ def test_frozen_and_probe():
     assert torch.equal(mean, net.net[1].running_mean)
     sizes = probe(TeacherFeatures(make_teacher(), (.1, 80.)), (1, 8, 8), 10)
     assert [[s for s, _ in p] for p in sizes] == [[(8, 8, 8), (8, 4, 4)]] * 2 and all(r > 0 for p in sizes for _, r in p)
+
+
+@pytest.mark.parametrize("start, head_start", [(0, 0), (0, 5), (3, 4), (0, 8)])
+def test_the_penalty_falls_on_turns_of_the_discriminator(start, head_start, monkeypatch):
+    from ctm_nb import stages
+    from ctm_nb.config import make_config
+    from ctm_nb.data import digits
+    config = make_config("tiny", ["gan.steps=80", "gan.r1=1", f"gan.start={start}", f"gan.head_start={head_start}"])
+    teacher = stages.TeacherStage(config, digits(), torch.device("cpu")).parts["teacher"]
+    stage = stages.GanStage(config, digits(), torch.device("cpu"), {"teacher": teacher, "ctm": student_from(teacher)})
+    charged = []
+    monkeypatch.setattr(stages, "discriminator_objective", lambda *_, r1, **__: charged.append(r1 > 0))
+    for n in range(start, 80):
+        if stage.turn(n) == "discriminator": stage._adversary(dict.fromkeys(("x_t", "t", "s", "x0", "y", "looks")), n)
+    assert sum(charged) >= (80 - start - head_start) // 16
+    assert stage.turn(stage.kinds()[2]) == "discriminator"
