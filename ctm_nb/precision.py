@@ -35,7 +35,8 @@ def autocast(
     device: torch.device,  # where the networks are
 ):
     "A context in which networks compute in that precision; weights, losses and solvers keep theirs."
-    return torch.autocast(device.type, FORMATS[precision]) if FORMATS[precision] else nullcontext()
+    if FORMATS[precision] is None: return nullcontext()
+    return torch.autocast(device.type, FORMATS[precision], cache_enabled=device.type == "cuda")  # the cache is shared by all threads
 
 # %% ../nbs/11_precision.ipynb #b7c25d55
 class Scaler:

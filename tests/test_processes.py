@@ -12,6 +12,7 @@ import torch
 
 from ctm_nb.config import make_config
 from ctm_nb.engine import Engine
+from ctm_nb.precision import autocast
 from ctm_nb.state import load_checkpoint
 from ctm_nb.training import Trainer
 
@@ -194,6 +195,22 @@ def test_half_precision_learns_and_resumes(tmp_path, precision):
     (t, a), (_, b) = weights("straight", [12]), weights("broken", [5, 12])
     assert torch.equal(a, b) and a.isfinite().all() and a.dtype == torch.float32
     if precision == "fp16": assert float(t.scaler.scale) >= 2. ** 10 and load_checkpoint(tmp_path / "broken" / "checkpoints" / "step_00000012").state["scaler"]["good_steps"] > 0
+
+
+def test_half_precision_does_not_depend_on_what_another_thread_does_meanwhile(tmp_path):
+    "torch keeps rounded weights for all threads and drops them whenever one leaves autocast; here that happens before every look of the student."
+    from threading import Thread
+    def enter_and_leave():
+        with autocast("bf16", torch.device("cpu")): pass
+    def disturb(engine):
+        begin = engine.begin
+        def begin_disturbed(stage, parts):
+            begin(stage, parts)
+            def hook(*_): (t := Thread(target=enter_and_leave)).start(); t.join()
+            engine.parts["model"].net.register_forward_pre_hook(hook)
+        engine.begin = begin_disturbed
+    words = [*SHORT, "run.micro_batch=5", "run.precision=bf16"]  # in parts, the student looks twice
+    assert_close(follow(words, tmp_path), follow(words, tmp_path, disturb), at=0, weights=0)
 
 
 def test_an_overflow_halves_the_factor_and_leaves_the_step_out(tmp_path):
