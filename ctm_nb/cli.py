@@ -50,7 +50,8 @@ def plan(
     "What a run is going to do, as text."
     from ctm_nb.scale import estimate, measure
     from ctm_nb.stages import make_network
-    from ctm_nb.training import no_scores_because, open_images
+    from ctm_nb.engine import open_images
+    from ctm_nb.judge import no_scores_because
     train = (splits := open_images(config))["train"]
     e, why = config.evaluate, no_scores_because(config, splits)
     weights = sum(p.numel() for p in make_network(config, train).parameters())
@@ -169,7 +170,8 @@ def train(
     from ctm_nb.config import make_config
     from ctm_nb.processes import launched, leave
     logging.basicConfig(level=logging.WARNING if launched()[0] else logging.INFO, format="%(message)s")  # of several processes, the first one talks
-    from ctm_nb.training import Trainer, markdown_table, score_table
+    from ctm_nb.history import markdown_table, score_table
+    from ctm_nb.training import Trainer
     preset, words, reasons = automatic(assignments) if preset == "auto" else (preset, [], [])
     config = make_config(preset, [*words, *assignments])
     for why in reasons: logging.info("auto: %s", why)

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -34,7 +35,8 @@ def open_images(
 ) -> Splits:  # "train" and "held_out"
     "The images of a configuration; raises ValueError that lists what can't be read."
     d = config.data
-    return load_splits(d.source, d.image_size, d.crop, d.skip_broken, d.labels or None)
+    splits: Any = load_splits(d.source, d.image_size, d.crop, d.skip_broken, d.labels or None)
+    return splits
 
 # %% ../nbs/11_engine.ipynb #fff9c5cb
 class Engine:
@@ -61,6 +63,7 @@ def stage(self: Engine) -> str:  # a key of config.STAGES
     "The stage that the next step belongs to; after the last step, the last one."
     return next((s for s, end in self.ends.items() if self.step < end), None) or [s for s, n in stage_steps(self.config).items() if n][-1]
 
+# %% ../nbs/11_engine.ipynb #9561a014
 @patch(as_prop=True)
 def parts(self: Engine) -> dict:  # name -> module
     "The networks in memory."
@@ -92,6 +95,7 @@ def rows(self: Engine) -> list:  # slices
     edges = [B * i // n for i in range(n + 1)]
     return [slice(a, b) for a, b in zip(edges, edges[1:])]
 
+# %% ../nbs/11_engine.ipynb #2096ada5
 @patch
 def rehearse(self: Engine,
     m: int,  # images at a time
@@ -106,6 +110,7 @@ def rehearse(self: Engine,
     for o in self.now.optimizers.values(): o.zero_grad(set_to_none=True)
     del held
 
+# %% ../nbs/11_engine.ipynb #d88e68a9
 @patch
 def choose_micro(self: Engine) -> int:
     "How many images this process takes at a time; raises MemoryError if not even one fits."
@@ -128,6 +133,7 @@ def material_of(self: Engine,
     numbers = take(self.now.draw(B, step_generator(self.config.run.seed, step), n), self.here.share(B))
     return dict(x0=b.x0, y=b.y, augment=b.augment, numbers=carry_to(numbers, self.device))
 
+# %% ../nbs/11_engine.ipynb #24820501
 @patch
 def example_of(self: Engine,
     step: int,  # of the run, within the present stage
@@ -143,6 +149,7 @@ def shares(self: Engine) -> bool:
     "Do teacher and student divide the cores between them?"
     return self.now.works_ahead and self.device.type == "cpu"
 
+# %% ../nbs/11_engine.ipynb #a3cc398f
 @patch
 def prepare_step(self: Engine,
     step: int,  # of the run, within the present stage
@@ -180,7 +187,7 @@ def _gradient(self: Engine, step: int, examples, rows: list, at_once: bool) -> d
     def seeded():  # for units that are dropped
         for e, r in zip(examples, rows, strict=True): torch.manual_seed(part_seed(self.config.run.seed, step, first + r.start)); yield e
     self.now.optimizers[self.now.learner(n)].zero_grad(set_to_none=True)
-    if at_once: return gradient_at_once(self.now, *seeded(), n, context, scale)
+    if at_once: return gradient_at_once(self.now, next(seeded()), n, context, scale)
     return gradient_in_parts(self.now, seeded(), n, [(r.stop - r.start) / B for r in rows], context, scale)
 
 # %% ../nbs/11_engine.ipynb #d20444e3
@@ -195,6 +202,7 @@ def gradient(self: Engine) -> dict:  # losses and weights of the losses; the gra
             self.back_off()
             restart()
 
+# %% ../nbs/11_engine.ipynb #a842aab7
 @patch
 def back_off(self: Engine):
     "Half as many images at a time."
@@ -247,24 +255,32 @@ def breaks(self: Engine, step: int, e: dict, rows: list) -> dict | None:  # numb
     numbers = {k: float(v) for k, v in numbers.items()}
     return None if all(map(math.isfinite, numbers.values())) else numbers
 
+# %% ../nbs/11_engine.ipynb #671691a6
+@patch
+def suspects(self: Engine, step: int) -> list:  # dicts: row of the batch, number of the image, times, numbers
+    "The images that break the present step by themselves."
+    found, material = [], self.material_of(step)
+    first, index = self.here.share(self.now.optim.batch).start, self.batches.indices((step - self.begun_at) * self.now.optim.batch)
+    for r in self.rows:
+        e = self.example_of(step, material if len(self.rows) == 1 else take(material, r))
+        for i in culprits(lambda rows: self.breaks(step, e, rows) is not None, r.stop - r.start):
+            about = {k: e[k][i] for k in ("t", "u", "s", "sigma", "y") if torch.is_tensor(e.get(k))}
+            found.append({"row": first + r.start + i, "image": index[r.start + i], **about, **(self.breaks(step, e, [i]) or {})})
+    return found
+
+# %% ../nbs/11_engine.ipynb #0e5ff7dc
 @patch
 def stopped(self: Engine,
     step: int,  # of the run, the present one
     numbers: dict,  # of this step
 ):
     "Write down what broke a step, and raise FloatingPointError."
-    n, o, found, first = step - self.begun_at, self.now.optim, [], self.here.share(self.now.optim.batch).start
-    part, index = self.now.learner(n), self.batches.indices(n * o.batch)
-    examples = [self.example_of(step)] if len(self.rows) == 1 else [self.example_of(step, take(m, r)) for m in [self.material_of(step)] for r in self.rows]
-    for e, r in zip(examples, self.rows):
-        for i in culprits(lambda rows: self.breaks(step, e, rows) is not None, r.stop - r.start):
-            about = {k: e[k][i] for k in ("t", "u", "s", "sigma", "y") if torch.is_tensor(e.get(k))}
-            found.append({"row": first + r.start + i, "image": index[r.start + i], **about, **self.breaks(step, e, [i])})
+    lr, part = lr_at(self.now.optim, step - self.begun_at), self.now.learner(step - self.begun_at)
     broken = [k for k, p in self.parts[part].named_parameters() if not p.isfinite().all()]
     path = self.folder / f"nonfinite-step_{step:08d}{f'-process_{self.here.rank}' * (not self.here.main)}.json"
-    write_report(path, {"step": step, "stage": self.now.name, "learns": part, "lr": lr_at(o, n), "numbers": numbers, "images_that_break_alone": found, "weights_not_finite": broken[:20]})
+    write_report(path, {"step": step, "stage": self.now.name, "learns": part, "lr": lr, "numbers": numbers, "images_that_break_alone": self.suspects(step), "weights_not_finite": broken[:20]})
     bad = [k for k, v in numbers.items() if not isinstance(v, str) and not math.isfinite(v)]
-    raise FloatingPointError(f"{', '.join(bad)} not finite at step {step} ({self.now.name}, lr {lr_at(o, n):.2g}): stopped before the update; the last checkpoint is good. "
+    raise FloatingPointError(f"{', '.join(bad)} not finite at step {step} ({self.now.name}, lr {lr:.2g}): stopped before the update; the last checkpoint is good. "
                              f"A lower {self.now.key}.lr may help; {path} tells more")
 
 # %% ../nbs/11_engine.ipynb #3bb92193

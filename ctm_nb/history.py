@@ -170,7 +170,7 @@ def markdown_table(
     columns: tuple = (),  # which metrics; empty: the usual ones that are there
 ) -> str:
     "Rows as a Markdown table."
-    columns = columns or [c for c in ("frechet_distance", "fid", "precision", "recall", "class_accuracy") if any(c in r for r in rows)]
+    columns = columns or tuple(c for c in ("frechet_distance", "fid", "precision", "recall", "class_accuracy") if any(c in r for r in rows))
     head = ["sampler", *(c.replace("_", " ") for c in columns)]
     cell = lambda row, c: "" if c not in row else f"{row[c]:.2f}" if c in ("frechet_distance", "fid") else f"{row[c]:.3f}"
     lines = [head, ["---"] * len(head), *[[row["sampler"], *(cell(row, c) for c in columns)] for row in rows]]

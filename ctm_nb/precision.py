@@ -12,7 +12,6 @@ import logging
 from contextlib import nullcontext
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
 log = logging.getLogger(__name__)

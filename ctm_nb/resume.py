@@ -77,7 +77,7 @@ def changes(
     "What differs between two configurations, by whether it may."
     plain = lambda v: list(v) if isinstance(v, tuple) else v
     allowed, refused = [], []
-    for s, k in [(s, k) for s in new for k in new[s]]:
+    for s, k in [(section, key) for section in new for key in new[section]]:
         a, b = plain(old.get(s, {}).get(k)), plain(new[s][k])
         if a == b or k not in old.get(s, {}) and s in ("run", "evaluate"): continue  # settings that a new version adds
         (allowed if any(r.allows(s, k, old, new, step) for r in SAFE) else refused).append(f"{s}.{k}: {a} -> {b}")
@@ -92,7 +92,8 @@ def check_changes(
     "Raise ValueError if the new configuration can't continue the old one."
     allowed, refused = changes(old, new, step)
     if not refused: return allowed
-    when = {f"{s}.steps may change {SAFE[4].when}" if k == "steps" else f"{s}.* may change {SAFE[3].when}" for s, _, k in (c.split(":")[0].partition(".") for c in refused) if s in USERS}
+    names = [c.split(":")[0].split(".") for c in refused]
+    when = {f"{section}.steps may change {SAFE[4].when}" if key == "steps" else f"{section}.* may change {SAFE[3].when}" for section, key in names if section in USERS}
     raise ValueError(f"{what} holds a run of another configuration ({'; '.join(refused)}){''.join(f'; {w}' for w in sorted(when))}; choose another name or remove the folder")
 
 # %% ../nbs/11_resume.ipynb #37cb0bd1
@@ -110,6 +111,7 @@ def resume_point(
             damaged.append(path)
         else: return put_aside(damaged) or found
     if damaged: raise CheckpointError(f"{folder} holds no checkpoint that can be read: {', '.join(p.name for p in damaged)} are damaged")
+    return None
 
 # %% ../nbs/11_resume.ipynb #b167e667
 def put_aside(

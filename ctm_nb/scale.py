@@ -104,7 +104,7 @@ def measure(
     for i in range(steps + 1):
         if i == 1: started = _now(device)
         ids = (torch.arange(n) + i * n) % len(data)
-        y = data.labels[ids].to(device) if data.n_classes else None
+        y = data.labels[ids].to(device) if data.labels is not None else None
         numbers = carry_to(stage.draw(n, step_generator(0, i), i), where)
         with autocast(precision, where): objective = stage.losses(stage.example(data.x0(ids).to(device), y, numbers, i), i)["objective"]
         _step(stage.optimizers[stage.learner(i)], objective)

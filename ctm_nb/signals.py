@@ -41,6 +41,7 @@ def note(self: Signals, number: int, frame):
     if again or not self.holding: self.leave()
     log.warning("%s: finishing the step and saving; once more to stop at once", self.asked)
 
+# %% ../nbs/11_signals.ipynb #ba90cc87
 @patch
 def leave(self: Signals, saved: str = "the last checkpoint is whole"):
     "Stop: KeyboardInterrupt for SIGINT, else SystemExit with the code of the table."
@@ -62,14 +63,13 @@ def hold(self: Signals):
 @patch
 def stop_after(self: Signals,
     step: int,  # just finished
-    every: int = 20,  # several processes ask each other after so many steps
+    every: int = 1,  # several processes ask each other after so many steps
 ) -> bool:
     "Should the run be saved and left after this step? The same answer in all processes."
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1): return bool(self.asked)
     if step % every: return False
-    device = "cuda" if "nccl" in str(dist.get_backend()) else "cpu"
     names = list(EXIT_CODES)
-    found = torch.tensor(names.index(self.asked) + 1 if self.asked else 0, device=device)
+    found = torch.tensor(names.index(self.asked) + 1 if self.asked else 0)  # on the CPU, where `join` provides gloo
     dist.all_reduce(found, dist.ReduceOp.MAX)
     self.asked = names[int(found) - 1] if found else ""
     return bool(self.asked)

@@ -11,6 +11,7 @@ __all__ = ['STAGE_CLASSES', 'step_generator', 'take', 'carry_to', 'hand_over', '
 import copy
 import math
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ def take(
     if isinstance(tree, dict): return {k: take(v, rows) for k, v in tree.items()}
     return [take(v, rows) for v in tree] if isinstance(tree, list) else tree
 
+# %% ../nbs/11_stages.ipynb #321b5f5d
 def carry_to(
     tree,  # tensors in dicts and lists, other things among them
     device: torch.device,  # where they are wanted
@@ -89,20 +91,36 @@ class Stage:
     ):
         self.config, self.data, self.device = config, data, device
         self.key, self.shape = STAGES[self.name], (data.channels, data.image_size, data.image_size)
-        self.optim: OptimConfig = getattr(config, self.key)
-        self.parts, self.emas, self.optimizers = {}, {}, {}
-        self.bounds = {}  # lowest and highest weight of a loss, by name, where not (0, 1e4)
+        self.optim: Any = getattr(config, self.key)  # an OptimConfig with the stage's own settings
+        self.parts: dict = {}
+        self.emas, self.optimizers = {}, {}
+        self.bounds: dict = {}  # lowest and highest weight of a loss, by name, where not (0, 1e4)
         torch.manual_seed(config.run.seed + list(STAGES).index(self.name))
         self.build(parts or {})
         self.optimizers = {"model": make_optimizer(self.optim, self.parts["model"]), **self.optimizers}
-
-    def learner(self, n: int) -> str: return "model"  # name of the part that learns in a step
-    def kinds(self) -> list: return [0]  # a step of each kind, for trying how much memory they take
 
     def follow(self, name: str, rate: float):
         "Add an average of the model under a name."
         self.emas[name] = EMA(self.parts["model"], rate)
         self.parts[name] = self.emas[name].module
+
+# %% ../nbs/11_stages.ipynb #d1afd2c6
+@patch
+def build(self: Stage, parts: dict): raise NotImplementedError  # fill `parts`, `emas` and, for other learners, `optimizers`
+@patch
+def draw(self: Stage, B: int, gen: torch.Generator, n: int) -> dict: raise NotImplementedError
+@patch
+def example(self: Stage, x0: Tensor, y: Tensor | None, numbers: dict, n: int, augment: Tensor | None = None) -> dict: raise NotImplementedError
+@patch
+def losses(self: Stage, e: dict, n: int, scale: float | Tensor = 1.) -> dict: raise NotImplementedError
+@patch
+def add(self: Stage, sets: GradientSets, e: dict, n: int, share: float, scale: float | Tensor = 1.): raise NotImplementedError
+
+# %% ../nbs/11_stages.ipynb #592908f7
+@patch
+def learner(self: Stage, n: int) -> str: return "model"  # name of the part that learns in a step
+@patch
+def kinds(self: Stage) -> list: return [0]  # a step of each kind, for trying how much memory they take
 
 # %% ../nbs/11_stages.ipynb #ae4f73df
 def make_optimizer(
@@ -149,16 +167,19 @@ class TeacherStage(Stage):
         self.parts["model"] = Denoiser(make_network(self.config, self.data), n.sigma_data, n.sigma_min, n.sigma_max).to(self.device)
         self.follow("teacher", self.optim.ema)
 
-    def draw(self, B: int, gen: torch.Generator, n: int) -> dict:
-        "Noise levels, noise, and who loses the label."
-        c = self.optim
-        numbers = dict(sigma=lognormal_sigma(torch.randn(B, generator=gen), c.P_mean, c.P_std), eps=torch.randn(B, *self.shape, generator=gen))
-        return {**numbers, "hide": torch.rand(B, generator=gen) < c.label_dropout} if c.label_dropout else numbers
+# %% ../nbs/11_stages.ipynb #eefe96bf
+@patch
+def draw(self: TeacherStage, B: int, gen: torch.Generator, n: int) -> dict:
+    "Noise levels, noise, and who loses the label."
+    c = self.optim
+    numbers = dict(sigma=lognormal_sigma(torch.randn(B, generator=gen), c.P_mean, c.P_std), eps=torch.randn(B, *self.shape, generator=gen))
+    return {**numbers, "hide": torch.rand(B, generator=gen) < c.label_dropout} if c.label_dropout else numbers
 
-    def example(self, x0: Tensor, y: Tensor | None, numbers: dict, n: int, augment: Tensor | None = None) -> dict:
-        "Images with their noise levels and noise; some lose their label."
-        if y is not None and "hide" in numbers: y = torch.where(numbers["hide"], -1, y)
-        return dict(x0=x0, sigma=numbers["sigma"], eps=numbers["eps"], y=y, augment=augment)
+@patch
+def example(self: TeacherStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int, augment: Tensor | None = None) -> dict:
+    "Images with their noise levels and noise; some lose their label."
+    if y is not None and "hide" in numbers: y = torch.where(numbers["hide"], -1, y)
+    return dict(x0=x0, sigma=numbers["sigma"], eps=numbers["eps"], y=y, augment=augment)
 
 # %% ../nbs/11_stages.ipynb #1a8ab6f3
 @patch
@@ -200,19 +221,22 @@ class DistillStage(Stage):
         self.freeze(parts.get("teacher") or given(self.config, self.data, "teacher"))
         self.start(student_from(self.parts["teacher"], self.optim.init))
 
-    def freeze(self, teacher: Denoiser):
-        "Take the teacher and what is made of it."
-        d = self.config.distill
-        self.parts["teacher"] = teacher = teacher.to(self.device).eval().requires_grad_(False)
-        self.grid = dict(sigma_min=teacher.sigma_min, sigma_max=teacher.sigma_max)
-        options = {"folder": d.weights} if d.distance == "lpips" and d.weights else {}
-        self.distance = make_distance(d.distance, teacher=teacher, **options)
+# %% ../nbs/11_stages.ipynb #caafa6e9
+@patch
+def freeze(self: DistillStage, teacher: Denoiser):
+    "Take the teacher and what is made of it."
+    d = self.config.distill
+    self.parts["teacher"] = teacher = teacher.to(self.device).eval().requires_grad_(False)
+    self.grid = dict(sigma_min=teacher.sigma_min, sigma_max=teacher.sigma_max)
+    options = {"folder": d.weights} if d.distance == "lpips" and d.weights else {}
+    self.distance = make_distance(d.distance, teacher=teacher, **options)
 
-    def start(self, student: CTM):
-        "Take the student and its averages."
-        self.parts["model"] = student.to(self.device).requires_grad_(True).eval()
-        self.follow("target", self.optim.target_ema)
-        self.follow("ctm", self.optim.ema)
+@patch
+def start(self: DistillStage, student: CTM):
+    "Take the student and its averages."
+    self.parts["model"] = student.to(self.device).requires_grad_(True).eval()
+    self.follow("target", self.optim.target_ema)
+    self.follow("ctm", self.optim.ema)
 
 # %% ../nbs/11_stages.ipynb #f42dc3cd
 @patch
@@ -229,22 +253,23 @@ def draw(self: DistillStage, B: int, gen: torch.Generator, n: int) -> dict:
 
 # %% ../nbs/11_stages.ipynb #3aa173ad
 @patch
-def example(self: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int, augment: None = None, ask: bool = True) -> dict:
-    "All of a distillation step that does not involve the student; with `ask=False`, the teacher is not asked."
+def example(self: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int, augment: Tensor | None = None) -> dict:
+    "All of a distillation step that does not involve the student."
     teacher, solver = self.parts["teacher"], self.config.distill.solver
     if not teacher.n_classes: y = None
     e = {k: numbers[k] for k in ("t", "u", "s", "sigma", "eps")}
-    x_t = perturb(x0, e["t"], numbers["start"])
-    x_u = follow(teacher.D, x_t, numbers["times"].T, y, solver) if ask else None
-    n_evals = (numbers["times"].shape[1] - 1) * SOLVERS[solver] if ask else 0
+    x_t, asks = perturb(x0, e["t"], numbers["start"]), self.learner(n) == "model"
+    x_u = follow(teacher.D, x_t, numbers["times"].T, y, solver) if asks else None
+    n_evals = (numbers["times"].shape[1] - 1) * SOLVERS[solver] if asks else 0
     return dict(**e, x0=x0, y=y, x_t=x_t, x_u=x_u, teacher_evals=n_evals)
 
 # %% ../nbs/11_stages.ipynb #e919a238
 @patch
 def _ctm(self: DistillStage, e: dict) -> Tensor:
-    pair = (e[k] for k in ("x_t", "x_u", "t", "u", "s", "y"))
-    return ctm_loss(self.parts["model"], self.parts["target"], *pair, self.distance, self.config.distill.compare_at).mean()
+    pair = {k: e[k] for k in ("x_t", "x_u", "t", "u", "s", "y")}
+    return ctm_loss(self.parts["model"], self.parts["target"], **pair, distance=self.distance, compare_at=self.config.distill.compare_at).mean()
 
+# %% ../nbs/11_stages.ipynb #a7b3b22e
 @patch
 def losses(self: DistillStage, e: dict, n: int, scale: float | Tensor = 1.) -> dict:
     "Soft matching and denoising on one batch.  # CTM: training step"
@@ -254,6 +279,7 @@ def losses(self: DistillStage, e: dict, n: int, scale: float | Tensor = 1.) -> d
     value, = average(loss.detach())
     return {"loss": value, "objective": loss, "loss_ctm": value, **evals}
 
+# %% ../nbs/11_stages.ipynb #62296d51
 @patch
 def add(self: DistillStage, sets: GradientSets, e: dict, n: int, share: float, scale: float | Tensor = 1.):
     "The same, for a part."
@@ -301,16 +327,16 @@ def draw(self: GanStage, B: int, gen: torch.Generator, n: int) -> dict:
     return {**numbers, "looks": look()} if turn == "ctm_dsm_gan" else numbers
 
 @patch
-def example(self: GanStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int, augment: None = None) -> dict:
+def example(self: GanStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int, augment: Tensor | None = None) -> dict:
     "As in distillation; the numbers of the looks go along."
-    return DistillStage.example(self, x0, y, numbers, n, ask=self.turn(n) != "discriminator") | {"looks": numbers.get("looks")}
+    return DistillStage.example(self, x0, y, numbers, n) | {"looks": numbers.get("looks")}
 
 # %% ../nbs/11_stages.ipynb #26fa5c01
 @patch
 def _adversary(self: GanStage, e: dict, n: int) -> Tensor:
     starts, g = {k: e[k] for k in ("x_t", "t", "s", "x0", "y")}, self.optim
-    networks = (self.parts[k] for k in ("model", "target", "discriminator"))
-    return discriminator_objective(*networks, **starts, generator=e["looks"], r1=lazy(n - (g.start + g.head_start) % 2, g.r1), loss=g.loss)  # on a turn of the discriminator, whatever the parity
+    r1 = lazy(n - (g.start + g.head_start) % 2, g.r1)  # on a turn of the discriminator, whatever the parity
+    return discriminator_objective(self.parts["model"], self.parts["target"], self.parts["discriminator"], **starts, generator=e["looks"], r1=r1, loss=g.loss)
 
 @patch
 def _game(self: GanStage, e: dict) -> dict:
@@ -331,6 +357,7 @@ def losses(self: GanStage, e: dict, n: int, scale: float | Tensor = 1.) -> dict:
     e.pop("teacher_evals")
     return with_total(ctm_dsm_gan_objective(**self._game(e), low=g.low, high=g.high, scale=scale)) | evals
 
+# %% ../nbs/11_stages.ipynb #f88fe761
 @patch
 def add(self: GanStage, sets: GradientSets, e: dict, n: int, share: float, scale: float | Tensor = 1.):
     "The same, for a part."

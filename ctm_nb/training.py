@@ -22,15 +22,14 @@ from tqdm.auto import tqdm
 
 from .config import STAGES, Config, stage_steps
 from .data import to_uint8
-from .engine import Engine, open_images
+from .engine import Engine
 from .evaluation import extend_scores
 from .guards import gap, jumps
-from .history import markdown_table, score_table
 from .interchange import describe, rebuild
 from .judge import check_judge, make_judge, no_scores_because
 from .pictures import named_grid
 from .precision import load_optimizer
-from .processes import anyone, check_equal, main_only
+from .processes import check_equal, main_only
 from .report import write_report
 from .resume import best_steps, check_changes, library_changes, restore_random, resume_point
 from .sampling import sample
@@ -72,6 +71,7 @@ def _accept(self: Trainer, c: Checkpoint):
     if changed: self.changes = [*self.changes, {"step": c.step, "what": changed}]
     for change in changed: log.warning("from step %d on: %s", c.step, change)
 
+# %% ../nbs/11_training.ipynb #435906b1
 @patch
 def _claim_folder(self: Trainer, found: Checkpoint | None):
     "Write config.json; where there is one but no checkpoint, it must be ours."
@@ -91,19 +91,23 @@ def all_scores(self: Trainer) -> list:  # records
 
 # %% ../nbs/11_training.ipynb #b9b40013
 @patch
+def state(self: Trainer) -> dict:  # plain values and tensors
+    "What a run needs besides the networks in order to go on as if nothing had happened."
+    return {"stage": self.now.name, "optimizers": {k: o.state_dict() for k, o in self.now.optimizers.items()}, "emas": {k: e.state_dict() for k, e in self.now.emas.items()},
+            "scaler": self.scaler.state_dict() if self.scaler else {}, "random": random_state(), "window": self.window, "log_lines": self.log.mark(),
+            "seconds": self.seconds, "logged_at": self.logged_at}
+
+# %% ../nbs/11_training.ipynb #6839e168
+@patch
 def save(self: Trainer) -> Path:  # the checkpoint's folder
     "Write a checkpoint of everything; keep the newest few and the best."
     self.look(), check_equal(self.parts, self.here)
-    path = self.folder / "checkpoints" / f"step_{self.step:08d}"
-    if not self.here.main: return path
-    classes, kinds = self.data.classes, [k for k in ("teacher", "ctm") if k in self.parts]
-    about = {k: {"part": k, "description": describe(self.parts[k], classes)} for k in kinds}
-    state = {"optimizers": {k: o.state_dict() for k, o in self.now.optimizers.items()}, "emas": {k: e.state_dict() for k, e in self.now.emas.items()},
-             "seconds": self.seconds, "logged_at": self.logged_at, "log_lines": self.log.mark(), "window": self.window, "stage": self.now.name, "random": random_state(),
-             "scaler": self.scaler.state_dict() if self.scaler else {}}
-    path = save_checkpoint(self.folder / "checkpoints", self.step, {k: m.state_dict() for k, m in self.parts.items()}, state,
-        {"config": asdict(self.config), "models": about, "data_sha256": self.data_sha256, "changes": self.changes}, replace=True)
-    prune_checkpoints(self.folder / "checkpoints", self.config.run.keep, best_steps(self.all_scores(), asdict(self.config), self.config.run.keep_best))
+    folder, config = self.folder / "checkpoints", asdict(self.config)
+    if not self.here.main: return folder / f"step_{self.step:08d}"
+    about = {k: {"part": k, "description": describe(self.parts[k], self.data.classes)} for k in ("teacher", "ctm") if k in self.parts}
+    meta = {"config": config, "models": about, "data_sha256": self.data_sha256, "changes": self.changes}
+    path = save_checkpoint(folder, self.step, {k: m.state_dict() for k, m in self.parts.items()}, self.state(), meta, replace=True)
+    prune_checkpoints(folder, self.config.run.keep, tuple(best_steps(self.all_scores(), config, self.config.run.keep_best)))
     if hasattr(self, "_board"): self._board.flush()
     return path
 
@@ -186,6 +190,7 @@ def named_samples(self: Trainer,
     classes, ways = self.data.classes if self.parts["teacher"].n_classes else [], list(self.samplers())
     return named_grid(self.sample_grid(columns), columns, [classes[i % len(classes)] for i in range(columns)] * len(ways) if classes else None, ways)
 
+# %% ../nbs/11_training.ipynb #9794acd2
 @patch
 @main_only
 def save_grid(self: Trainer,
@@ -283,7 +288,7 @@ def advance(self: Trainer,
         while self.step < end:
             with signals.hold():
                 self.train_step()
-                stop = anyone(signals.stop_after(self.step, self.config.run.log_every), self.here)  # one asked to stop stops all
+                stop = signals.stop_after(self.step)  # the same answer in all processes
                 if words := self.keep_up(end, stop, score and self.step < last): bar.set_postfix_str(words, refresh=False)
                 bar.update(batch)
             if stop: self.here.main and write_report(self.folder), signals.leave(f"step {self.step} is saved")

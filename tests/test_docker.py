@@ -54,7 +54,7 @@ def complaints(text):
     parts = stages(steps)
     last, env = list(parts.values())[-1], " ".join(a for k, a in steps if k == "ENV")
     say(not {k for k, _ in steps} <= KNOWN, "unknown instruction or ADD (DL3020)")
-    for n, (kind, arg) in enumerate(steps):
+    for kind, arg in steps:
         if kind == "FROM":
             say(":" not in arg.split("@")[0] or ":latest" in arg, "FROM without a tag (DL3006, DL3007)")
             say(not re.search(r"@sha256:[0-9a-f]{64}(\s|$)", arg), "FROM without a digest")

@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from ctm_nb.history import markdown_table, score_table
 from ctm_nb.interchange import load
 from ctm_nb.sampling import sample
 from ctm_nb.resume import changes
 from ctm_nb.state import load_checkpoint
 from ctm_nb.config import PRESETS, Config, make_config, set_value
-from ctm_nb.training import Trainer, markdown_table, score_table
+from ctm_nb.training import Trainer
 from dataclasses import asdict
 
 TINY = ["teacher.steps=12", "distill.steps=9", "gan.steps=9", "gan.batch=16", "run.save_every=4", "run.log_every=3", "run.sample_every=100", "evaluate.n=0"]
