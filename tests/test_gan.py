@@ -171,8 +171,7 @@ def command(*words, cwd):
 
 @pytest.mark.parametrize("words, message", [
     (["gan.steps=2", "gan.features=deit_base_distilled_patch16_224,tf_efficientnet_lite0"], "no weights of deit_base_distilled_patch16_224 on this machine"),
-    (["gan.steps=2", "gan.features=tf_efficientnet_lite0", "gan.weights=nowhere"], "weights of tf_efficientnet_lite0 must be a file or a folder with tf_efficientnet_lite0*.safetensors or .pth, got nowhere"),
-    (["gan.steps=2", "gan.features=my_net"], "'my_net'"), (["distill.distance=lpips"], "distance 'lpips' needs torchvision's vgg16-*.pth")])
+    (["distill.distance=lpips"], "distance 'lpips' needs torchvision's vgg16-*.pth")])
 def test_the_command_misses_weights_before_any_work(tmp_path, words, message):
     "One line and exit code 2, before the first step of the first stage (how fast: above, without the time of starting a process)."
     pytest.importorskip("timm")
@@ -430,7 +429,10 @@ def test_what_the_balance_costs():
     teacher, student, target, e = step()
     D = Discriminator([TeacherFeatures(teacher, (.3,))], (1, 8, 8), 10, width=16)
     seen = []
-    def watch(name, module): module.register_forward_hook(lambda m, i, out: out.requires_grad and out.register_hook(lambda g: seen.append(name)) and None)
+    def watch(name, module):
+        def hook(module, inputs, out):
+            if out.requires_grad: out.register_hook(lambda g: seen.append(name))
+        module.register_forward_hook(hook)
     for name, m in (("student", student.net), ("target", target.net), ("judge", D.heads[0][0].body)): watch(name, list(m.enc.values())[1] if hasattr(m, "enc") else m)
     ctm_dsm_gan_objective(student, target, D, **e, generator=GEN())["objective"].backward()
     assert sorted(seen) == ["judge", "student", "target", "target"]
