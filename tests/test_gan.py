@@ -14,7 +14,7 @@ from ctm_nb.distill import GradientSets, adaptive_weight, ctm_pair, dsm_loss, l2
 from ctm_nb.edm import Denoiser
 from ctm_nb.features import Frozen, RandomProjection, TeacherFeatures, TimmFeatures, augment, colour, cutout, find_weights, load_weights, probe, translate
 from ctm_nb.gan import (Discriminator, add_ctm_dsm_gan, ctm_dsm_gan_objective, discriminator_objective, discriminator_optimizer, gan_loss_d, gan_loss_g, gan_turn, hinge_d, hinge_g,
-                        lazy, softplus_d, softplus_g)
+                        lazy, project_both, softplus_d, softplus_g)
 from ctm_nb.networks import DDPMpp
 from ctm_nb.state import load_checkpoint
 from ctm_nb.training import Trainer
@@ -422,6 +422,20 @@ def test_half_precision_finds_the_same_balance_of_three_losses(dtype, close):
     assert float((flat() / scale - g).norm() / g.norm()) < 3 * close
     out = in_parts(1.)
     for k in full: assert abs(out[k] / full[k] - 1) < 1e-4, (k, out[k], full[k])
+
+
+def test_small_gradients_survive_the_frozen_networks_in_float16():
+    teacher, student, target, e = step(8)
+    D = Discriminator([TeacherFeatures(teacher, (.3,))], (1, 8, 8), 10, width=16).eval()
+    x_s, goal, s, look = e["eps"].requires_grad_(), torch.zeros(8, 1, 8, 8), torch.ones(8), D.draw(8, GEN(5))
+    def gradients(scale, half=True):
+        with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+            both = project_both(x_s, goal, target, D, s, e["y"], lambda a, b: 1e-7 * l2(a, b), look, "hinge", "end", scale)
+        return [torch.autograd.grad(v, x_s)[0] for v, _ in both]
+    off = lambda a, b: float((a - b).norm() / b.norm())
+    exact = gradients(1., half=False)
+    assert off(gradients(2. ** 20)[0], exact[0]) < .03 < .1 < off(gradients(1.)[0], exact[0])
+    assert off(gradients(2. ** 8)[1], exact[1]) < .05
 
 
 def test_what_the_balance_costs():
