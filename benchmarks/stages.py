@@ -1,17 +1,21 @@
 """What each term of CTM's objective does for the digits: CTM, CTM + DSM, CTM + DSM + GAN, the same teacher and number of student updates, several seeds.
 
-    python benchmarks/stages.py --seeds 0 1 2        writes nbs/results/digits/stages.json, a row for each student as soon as it is scored, and keeps other seeds' rows
+    python benchmarks/stages.py --seeds 0 1 2        writes nbs/results/digits/stages.json, a row for each student as soon as it is scored; rows that are there are kept
+    python benchmarks/stages.py time --seed 0        writes nbs/results/digits/all.json: the wall-clock time of `ctm_nb_train --stage all` (nothing else should run meanwhile)
 
 Two regimes: the preset, whose teacher answers with up to 5 evaluations, and a coarse teacher with at most 2, whose mistakes an adversary could repair. The adversary is compared
-with its own control: the same student, number of updates and learning rates, without adversary. One thread a process; the scores don't depend on the load of the machine, the seconds do.
+with its own control: the same student, number of updates and learning rates, without adversary. The tries are further games of the same students; where rows are added to a file,
+the student that they start from is scored again and must be the stored one. One thread a process; the scores don't depend on the load of the machine, the seconds do.
 """
 import argparse
 import copy
+import fcntl
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +23,31 @@ RESULTS = Path(__file__).resolve().parents[1] / "nbs" / "results" / "digits" / "
 REGIMES = {"preset": [], "coarse teacher": ["distill.max_evals=2"]}
 STEPS = (1, 2, 4, 18)
 ADVERSARIES = {"CTM + DSM + GAN": [], "GAN, softplus": ["gan.loss=softplus"], "GAN, R1": ["gan.r1=0.1"], "GAN, rate x 4": ["gan.lr=4e-4"]}
+TRIES = {"GAN, weight <= 0.1": ["gan.high=.1"], "GAN, published looks": ["gan.levels=.1,.3,1", "gan.strength=1"], "GAN, 3 x longer": ["gan.steps=800"]}
+CONTROLS = {"CTM + DSM, longer": [], "CTM + DSM, 3 x longer": ["gan.steps=800"]}  # of the adversary, and of the longer one
+OBJECTIVES = ["training images", "teacher", "CTM", "CTM + DSM", *CONTROLS, *ADVERSARIES, *TRIES]
+
+
+def file_of(steps):
+    "Where rows go: a trial with other values of the configuration must not mix with the results."
+    return Path(tempfile.gettempdir()) / "ctm_nb-stages-trial.json" if steps else RESULTS
+
+
+def rows_of(path):
+    "All rows measured so far."
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def keep(row, path):
+    "Add a row to the file, in the place of an older one of the same regime, objective and seed; several processes may do so."
+    which = lambda r: (r["regime"], r["seed"], OBJECTIVES.index(r["objective"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(Path(tempfile.gettempdir()) / "ctm_nb-stages.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = sorted([r for r in rows_of(path) if which(r) != which(row)] + [row], key=which)
+        (new := path.with_suffix(".new")).write_text(json.dumps(rows, indent=1) + "\n")
+        new.replace(path)
+    print(row["regime"], row["seed"], row["objective"], {k: round(v["frechet_distance"], 3) for k, v in row["scores"].items()}, flush=True)
 
 
 def scores_of(model, data, reference, n, seed, ways):
@@ -45,8 +74,8 @@ def finish(config, folder, parts):
     return t, {"loss_d": mean("loss_d"), "lambda_gan": mean("lambda_gan"), "updates": sum("loss_ctm" in r for r in rows), "more_seconds": t.seconds}
 
 
-def one(regime, seed, steps, n, out):
-    "All students of one regime and seed, rows to a file as they come."
+def one(regime, seed, n, wanted, steps):
+    "Students of one regime and seed: those wanted, and those that they need."
     import torch
 
     from ctm_nb.config import make_config
@@ -54,61 +83,87 @@ def one(regime, seed, steps, n, out):
     from ctm_nb.metrics import make_reference, score_samples, train_classifier
     from ctm_nb.training import Trainer
     torch.set_flush_denormal(True)
-    words, ways = [f"run.seed={seed}", *REGIMES[regime], *steps], {str(k): dict(steps=k) for k in STEPS}
+    path, words, ways = file_of(steps), [f"run.seed={seed}", *REGIMES[regime], *steps], {str(k): dict(steps=k) for k in STEPS}
+    stored = {r["objective"]: r for r in rows_of(path) if (r["regime"], r["seed"], r["n"]) == (regime, seed, n)}
     with tempfile.TemporaryDirectory() as d:
         t = Trainer(make_config("digits", words), Path(d) / "run")
         held_out = load_data("digits", "held_out")
         reference = make_reference(train_classifier(t.data, seed=0), held_out)
 
         def write(objective, scores, **more):
-            with out.open("a") as f: f.write(json.dumps({"regime": regime, "objective": objective, "seed": seed, "n": n, "classifier_accuracy": reference.accuracy, "scores": scores, **more}) + "\n")
+            if objective in wanted: keep({"regime": regime, "objective": objective, "seed": seed, "n": n, "classifier_accuracy": reference.accuracy, "scores": scores, **more}, path)
 
         def student(objective, model, **more): write(objective, scores_of(model, t.data, reference, n, seed, ways), **more)
 
         write("training images", {"floor": score_samples(reference, t.data.images, t.data.labels)})
         while t.stage == "teacher": t.train_step()
         teacher, before = t.parts["teacher"], t.seconds
-        write("teacher", scores_of(teacher, t.data, reference, n, seed, {"heun 18": dict(solver="heun", steps=18)}))
+        if "teacher" in wanted: write("teacher", scores_of(teacher, t.data, reference, n, seed, {"heun 18": dict(solver="heun", steps=18)}))
         while t.step < t.ends["ctm_dsm"]: t.train_step()
-        student("CTM + DSM", t.parts["ctm"], updates=t.config.distill.steps, seconds=t.seconds - before)
+        if "CTM + DSM" in wanted: student("CTM + DSM", t.parts["ctm"], updates=t.config.distill.steps, seconds=t.seconds - before)
+        elif "CTM + DSM" in stored:
+            found, before = (r["1"]["frechet_distance"] for r in (scores_of(t.parts["ctm"], t.data, reference, n, seed, {"1": ways["1"]}), stored["CTM + DSM"]["scores"]))
+            if abs(found / before - 1) > .01: raise SystemExit(f"{regime}, seed {seed}: the student's distance is {found:.4f}, in the file {before:.4f}; measure all again (--again)")
+            print(f"{regime} {seed}: the stored student, {found:.5f} now and {before:.5f} then", flush=True)
 
-        alone = Trainer(make_config("digits", [*words, "distill.dsm=false"]), Path(d) / "alone")
-        alone.step = alone.config.teacher.steps
-        alone.begin("ctm_dsm", {"teacher": teacher})
-        while alone.step < alone.ends["ctm_dsm"]: alone.train_step()
-        student("CTM", alone.parts["ctm"], updates=alone.config.distill.steps, seconds=alone.seconds)
+        if "CTM" in wanted:
+            alone = Trainer(make_config("digits", [*words, "distill.dsm=false"]), Path(d) / "alone")
+            alone.step = alone.config.teacher.steps
+            alone.begin("ctm_dsm", {"teacher": teacher})
+            while alone.step < alone.ends["ctm_dsm"]: alone.train_step()
+            student("CTM", alone.parts["ctm"], updates=alone.config.distill.steps, seconds=alone.seconds)
 
-        given, gan = {"teacher": teacher, "ctm": t.parts["ctm"]}, t.config.gan
-        updates = (gan.steps - gan.start - gan.head_start) // 2
-        longer = [f"gan.steps={updates}", f"gan.start={updates}", "gan.head_start=0"]
-        for objective, extra in {"CTM + DSM, longer": longer, **ADVERSARIES}.items():
+        given = {"teacher": teacher, "ctm": t.parts["ctm"]}
+        def control(extra):  # as many updates as the game has for the student
+            gan = make_config("digits", [*words, *extra]).gan
+            updates = (gan.steps - gan.start - gan.head_start) // 2
+            return [f"gan.steps={updates}", f"gan.start={updates}", "gan.head_start=0"]
+        for objective, extra in {**{k: control(v) for k, v in CONTROLS.items()}, **ADVERSARIES, **TRIES}.items():
+            if objective not in wanted: continue
             s, more = finish(make_config("digits", [*words, *extra]), Path(d) / objective.replace(" ", ""), copy.deepcopy(given))
             student(objective, s.parts["ctm"], **more)
 
 
-def main(seeds, workers, steps, n, regimes):
+def main(seeds, workers, steps, n, regimes, objectives, again):
     "All regimes and seeds, each in a process."
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    with tempfile.TemporaryDirectory() as d, ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         def go(job):
-            out = Path(d) / f"{job[0].replace(' ', '')}{job[1]}.jsonl"
-            subprocess.run([sys.executable, __file__, "one", *map(str, job), str(n), str(out), *steps], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            return [json.loads(l) for l in out.read_text().splitlines()]
-        for new in pool.map(go, [(r, s) for s in seeds for r in regimes]):
-            which = lambda r: (r["regime"], r["seed"])
-            rows = [r for r in rows if which(r) != which(new[0])] + new
-            RESULTS.parent.mkdir(parents=True, exist_ok=True)
-            RESULTS.write_text(json.dumps(sorted(rows, key=which), indent=1) + "\n")
-            for r in new: print(r["regime"], r["seed"], r["objective"], {k: round(v["frechet_distance"], 3) for k, v in r["scores"].items()}, flush=True)
+            regime, seed = job
+            there = {r["objective"] for r in rows_of(file_of(steps)) if (r["regime"], r["seed"], r["n"]) == (regime, seed, n)}
+            wanted = [o for o in objectives if again or o not in there]
+            if not wanted: return
+            subprocess.run([sys.executable, __file__, "one", regime, str(seed), str(n), json.dumps(wanted), *steps], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        list(pool.map(go, [(r, s) for s in seeds for r in regimes]))
+
+
+def whole(seed):
+    "The command with the adversary, in an empty folder, timed from outside."
+    from digits import hardware
+    import torch
+    command = ["ctm_nb_train", "--stage", "all", "--set", f"run.seed={seed}"]
+    with tempfile.TemporaryDirectory() as d:
+        started = time.perf_counter()
+        subprocess.run([str(Path(sys.executable).with_name(command[0])), "--runs", d, "--name", "digits", *command[1:]], check=True)
+        minutes = (time.perf_counter() - started) / 60
+        scores = json.loads((Path(d) / "digits" / "scores.json").read_text())
+        stages = [json.loads(l) for l in (Path(d) / "digits" / "metrics.jsonl").read_text().splitlines()]
+    ends = {l["stage"]: {"step": l["step"], "seconds": l["seconds"]} for l in stages}
+    (out := RESULTS.with_name("all.json")).write_text(json.dumps({"command": " ".join(command), "minutes": minutes, "hardware": hardware(), "torch": torch.__version__, "ends": ends, "scores": scores}, indent=1) + "\n")
+    print(f"{minutes:.2f} minutes; {out}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["one"]: one(sys.argv[2], int(sys.argv[3]), sys.argv[6:], int(sys.argv[4]), Path(sys.argv[5])); sys.exit()
+    if sys.argv[1:2] == ["one"]: one(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), json.loads(sys.argv[5]), sys.argv[6:]); sys.exit()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", nargs="?", choices=["ablation", "time"], default="ablation")
+    p.add_argument("--seed", type=int, default=0, help="of `time`")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="steps", help="values of the configuration, for a trial")
+    p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="steps", help="values of the configuration, for a trial, which goes to a file of its own in the folder for temporary files")
     p.add_argument("-n", type=int, default=5000, help="samples for each score")
     p.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=list(REGIMES))
+    p.add_argument("--objectives", nargs="+", default=OBJECTIVES, choices=OBJECTIVES, metavar="NAME", help=f"which: {'; '.join(OBJECTIVES)}")
+    p.add_argument("--again", action="store_true", help="measure what is in the file already")
     a = p.parse_args()
-    main(a.seeds, a.workers, a.steps, a.n, a.regimes)
+    if a.what == "time": whole(a.seed)
+    else: main(a.seeds, a.workers, a.steps, a.n, a.regimes, a.objectives, a.again)

@@ -14,6 +14,7 @@ from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .flow import perturb
@@ -94,20 +95,24 @@ class TeacherFeatures(Frozen):
         self.times = tuple(times)
         if not times or min(times) <= 0: raise ValueError(f"times must be one or more noise levels above 0, got {times}")
 
-    def draw(self, B: int, shape: tuple, generator: torch.Generator | None = None) -> Tensor:  # (B, levels, C, H, W)
-        "The noise that it takes to look at B pictures."
-        return torch.randn(len(self.times), B, *shape, generator=generator).transpose(0, 1)
+# %% ../nbs/06_features.ipynb #004b00e2
+@patch
+def draw(self: TeacherFeatures, B: int, shape: tuple, generator: torch.Generator | None = None) -> Tensor:  # (B, levels, C, H, W)
+    "The noise that it takes to look at B pictures."
+    return torch.randn(len(self.times), B, *shape, generator=generator).transpose(0, 1)
 
-    def forward(self,
-        x: Tensor,  # (B, C, H, W) pictures
-        y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
-        generator: torch.Generator | Tensor | None = None,  # source of the noise (CPU), or the noise itself, from `draw`
-    ) -> list[list[Tensor]]:  # a pyramid for each noise level, each finest first
-        K, B = len(self.times), len(x)
-        t = torch.tensor(self.times).to(x.device, non_blocking=True).repeat_interleave(B)
-        eps = (generator if torch.is_tensor(generator) else self.draw(B, x.shape[1:], generator)).transpose(0, 1).flatten(0, 1).to(x)
-        maps = self.net.features(perturb(x.repeat(K, 1, 1, 1), t, eps), t, None if y is None else y.repeat(K))
-        return [list(pyramid) for pyramid in zip(*(m.chunk(K) for m in maps))]
+# %% ../nbs/06_features.ipynb #4716eae4
+@patch
+def forward(self: TeacherFeatures,
+    x: Tensor,  # (B, C, H, W) pictures
+    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
+    generator: torch.Generator | Tensor | None = None,  # source of the noise (CPU), or the noise itself, from `draw`
+) -> list[list[Tensor]]:  # a pyramid for each noise level, each finest first
+    K, B = len(self.times), len(x)
+    t = torch.tensor(self.times).to(x.device, non_blocking=True).repeat_interleave(B)
+    eps = (generator if torch.is_tensor(generator) else self.draw(B, x.shape[1:], generator)).transpose(0, 1).flatten(0, 1).to(x)
+    maps = self.net.features(perturb(x.repeat(K, 1, 1, 1), t, eps), t, None if y is None else y.repeat(K))
+    return [list(pyramid) for pyramid in zip(*(m.chunk(K) for m in maps))]
 
 # %% ../nbs/06_features.ipynb #f07a6185
 def import_timm():
@@ -174,15 +179,17 @@ class TimmFeatures(Frozen):
         self.depths, self.fixed = [n - 1 - n * k // 4 for k in (3, 2, 1, 0)], cfg.get("fixed_input_size", False)
         for k in ("mean", "std"): self.register_buffer(k, torch.tensor(cfg[k])[:, None, None])  # (3, 1, 1)
 
-    def forward(self,
-        x: Tensor,  # (B, 1 or 3, H, W) pictures in [-1, 1]
-        y: Tensor | None = None,  # not looked at
-        generator: torch.Generator | None = None,  # not needed
-    ) -> list[list[Tensor]]:  # one pyramid of four maps, finest first
-        if x.shape[1] not in (1, 3): raise ValueError(f"x must have 1 or 3 channels for an image classifier, got {x.shape[1]}")
-        if min(x.shape[2:]) < 256 or self.fixed: x = F.interpolate(x, (224, 224), mode="bilinear", antialias=min(x.shape[2:]) > 224)
-        x = ((x.expand(-1, 3, -1, -1) + 1) / 2 - self.mean) / self.std
-        return [self.net.forward_intermediates(x, indices=self.depths, intermediates_only=True, output_fmt="NCHW")]
+# %% ../nbs/06_features.ipynb #64bceddd
+@patch
+def forward(self: TimmFeatures,
+    x: Tensor,  # (B, 1 or 3, H, W) pictures in [-1, 1]
+    y: Tensor | None = None,  # not looked at
+    generator: torch.Generator | None = None,  # not needed
+) -> list[list[Tensor]]:  # one pyramid of four maps, finest first
+    if x.shape[1] not in (1, 3): raise ValueError(f"x must have 1 or 3 channels for an image classifier, got {x.shape[1]}")
+    if min(x.shape[2:]) < 256 or self.fixed: x = F.interpolate(x, (224, 224), mode="bilinear", antialias=min(x.shape[2:]) > 224)
+    x = ((x.expand(-1, 3, -1, -1) + 1) / 2 - self.mean) / self.std
+    return [self.net.forward_intermediates(x, indices=self.depths, intermediates_only=True, output_fmt="NCHW")]
 
 # %% ../nbs/06_features.ipynb #a4ae402e
 def probe(
@@ -215,14 +222,16 @@ class RandomProjection(nn.Module):
                 B = torch.randn(self.channels[l], self.channels[l + 1], 3, 3, generator=gen) / math.sqrt(9 * self.channels[l + 1])
                 self.register_buffer(f"B{l}", B)
 
-    def forward(self,
-        maps: list[Tensor],  # (B, C_l, H_l, W_l), finest first
-    ) -> list[Tensor]:  # (B, channels[l], H_l, W_l), finest first
-        mixed = []
-        for l, f in reversed(list(enumerate(maps))):
-            z = F.conv2d(f, getattr(self, f"A{l}"))
-            if mixed:
-                up = F.interpolate(mixed[-1], z.shape[2:], mode="bilinear")
-                z = (z + F.conv2d(up, getattr(self, f"B{l}"), padding=1)) * math.sqrt(.5)
-            mixed.append(z)
-        return mixed[::-1]
+# %% ../nbs/06_features.ipynb #067f954e
+@patch
+def forward(self: RandomProjection,
+    maps: list[Tensor],  # (B, C_l, H_l, W_l), finest first
+) -> list[Tensor]:  # (B, channels[l], H_l, W_l), finest first
+    mixed = []
+    for l, f in reversed(list(enumerate(maps))):
+        z = F.conv2d(f, getattr(self, f"A{l}"))
+        if mixed:
+            up = F.interpolate(mixed[-1], z.shape[2:], mode="bilinear")
+            z = (z + F.conv2d(up, getattr(self, f"B{l}"), padding=1)) * math.sqrt(.5)
+        mixed.append(z)
+    return mixed[::-1]

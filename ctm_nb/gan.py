@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GAN_LOSSES', 'hinge_d', 'hinge_g', 'softplus_d', 'softplus_g', 'conv', 'Head', 'Discriminator', 'gan_loss_g',
-           'slope_penalty', 'gan_loss_d', 'discriminator_optimizer', 'gan_turn', 'lazy', 'ctm_dsm_gan_objective',
-           'add_ctm_dsm_gan', 'discriminator_objective']
+           'slope_penalty', 'gan_loss_d', 'discriminator_optimizer', 'gan_turn', 'lazy', 'project_both',
+           'ctm_dsm_gan_objective', 'add_ctm_dsm_gan', 'discriminator_objective']
 
 # %% ../nbs/06_gan.ipynb #8d628f67
 import torch
@@ -81,16 +81,18 @@ class Head(nn.Module):
         self.logit = conv(width, 1, 1)
         if n_classes: self.classes = spectral_norm(nn.Embedding(n_classes, width))
 
-    def forward(self,
-        z: Tensor,  # (B, channels, H, W)
-        y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
-    ) -> Tensor:  # (B, h*w)
-        phi = self.body(z)  # (B, width, h, w)
-        logits = self.logit(phi)  # (B, 1, h, w)
-        if y is not None and hasattr(self, "classes"):
-            e = self.classes(y.clamp(min=0)) * (y >= 0)[:, None]  # (B, width)
-            logits = logits + torch.einsum("bc,bchw->bhw", e, phi)[:, None]
-        return logits.flatten(1)
+# %% ../nbs/06_gan.ipynb #210f8adc
+@patch
+def forward(self: Head,
+    z: Tensor,  # (B, channels, H, W)
+    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
+) -> Tensor:  # (B, h*w)
+    phi = self.body(z)  # (B, width, h, w)
+    logits = self.logit(phi)  # (B, 1, h, w)
+    if y is not None and hasattr(self, "classes"):
+        e = self.classes(y.clamp(min=0)) * (y >= 0)[:, None]  # (B, width)
+        logits = logits + torch.einsum("bc,bchw->bhw", e, phi)[:, None]
+    return logits.flatten(1)
 
 # %% ../nbs/06_gan.ipynb #80a5ae75
 class Discriminator(nn.Module):
@@ -228,6 +230,23 @@ def lazy(
     "A penalty charged seldom and then `every` times as high (Karras et al. 2020): the same on average."
     return weight * every if weight and step % every == 0 else 0.
 
+# %% ../nbs/06_gan.ipynb #13520340
+def project_both(
+    x_s: Tensor,  # (B, ...) the student's jump, with its graph
+    goal: Tensor,  # (B, ...) from `ctm_target`
+    target,  # G_ema
+    discriminator: Discriminator,  # judges the estimate; its weights are not changed
+    s: Tensor,  # (B,)
+    y: Tensor | None,  # (B,) class indices
+    distance, generator, loss: str, compare_at: str, scale: float | Tensor,  # as in `ctm_dsm_gan_objective`
+) -> list[tuple[Tensor, Tensor]]:  # of CTM and of GAN: <gradient, x_s>, and the loss itself, without gradient
+    "Both losses on the student's jump with their graphs cut at x_s, as in `distill.project`."
+    estimate = to_end(target, leaf := x_s.detach().requires_grad_(), s, y)
+    ctm = distance(estimate if compare_at == "end" else leaf, goal).mean()  # CTM: soft-matching loss
+    gan = gan_loss_g(discriminator, estimate, y, generator, loss).mean()  # CTM: GAN loss
+    back = [torch.autograd.grad(l * scale, leaf, retain_graph=keep)[0] for l, keep in ((ctm, True), (gan, False))]
+    return [((at_least_float32(v) / scale * x_s).sum(), l.detach()) for v, l in zip(back, (ctm, gan))]
+
 # %% ../nbs/06_gan.ipynb #8acc31df
 def ctm_dsm_gan_objective(
     student,  # G_theta, a CTM
@@ -247,14 +266,9 @@ def ctm_dsm_gan_objective(
     "CTM + DSM + GAN, each adaptively weighted, one pass of the student.  # CTM: total loss"
     last, goal = student.net.last_layer, ctm_target(student, target, x_u, u, s, y, compare_at)
     x_s, D = student_pass(student, x_t, t, s, perturb(x0, sigma, eps), sigma, y)
-    leaf = x_s.detach().requires_grad_()
-    estimate = to_end(target, leaf, s, y)
-    ctm = distance(estimate if compare_at == "end" else leaf, goal).mean()  # CTM: soft-matching loss
-    gan = gan_loss_g(discriminator, estimate, y, generator, loss).mean()  # CTM: GAN loss
+    (ctm_x, ctm), (gan_x, gan) = project_both(x_s, goal, target, discriminator, s, y, distance, generator, loss, compare_at, scale)
     dsm = edm_loss(lambda *_: at_least_float32(D), x0, sigma, eps, y, student.sigma_data).mean()  # CTM: DSM loss
-    back = [torch.autograd.grad(l * scale, leaf, retain_graph=keep)[0] for l, keep in ((ctm, True), (gan, False))]
-    ctm_x, gan_x = ((at_least_float32(v) / scale * x_s).sum() for v in back)
-    a, b, c, *losses = average(*(last_layer_gradient(v, last, scale) for v in (ctm_x, dsm, gan_x)), ctm.detach(), dsm.detach(), gan.detach())
+    a, b, c, *losses = average(*(last_layer_gradient(v, last, scale) for v in (ctm_x, dsm, gan_x)), ctm, dsm.detach(), gan)
     lam_dsm, lam_gan = balance(a, b), balance(a, c, low, high)
     return {"objective": ctm_x + lam_dsm * dsm + lam_gan * gan_x, **dict(zip(("loss_ctm", "loss_dsm", "loss_gan"), losses)),
             "lambda_dsm": lam_dsm, "lambda_gan": lam_gan}
@@ -277,14 +291,10 @@ def add_ctm_dsm_gan(
     scale: float | Tensor = 1.,  # the loss scaler's factor, in half precision
 ):
     "Add the gradients of CTM, DSM and GAN on one micro-batch.  # CTM: total loss"
-    goal, x_s = ctm_target(student, target, x_u, u, s, y, compare_at), student.G(x_t, t, s, y)
-    estimate = to_end(target, leaf := x_s.detach().requires_grad_(), s, y)
-    ctm = distance(estimate if compare_at == "end" else leaf, goal).mean()  # CTM: soft-matching loss
-    gan = gan_loss_g(discriminator, estimate, y, generator, loss).mean()  # CTM: GAN loss
-    back = [torch.autograd.grad(l * scale, leaf, retain_graph=keep)[0] for l, keep in ((ctm, True), (gan, False))]
-    ctm_x, gan_x = ((at_least_float32(v) / scale * x_s).sum() for v in back)
-    sets.add("ctm", ctm_x, ctm.detach(), share, scale, keep=True)
-    sets.add("gan", gan_x, gan.detach(), share, scale)
+    goal = ctm_target(student, target, x_u, u, s, y, compare_at)
+    (ctm_x, ctm), (gan_x, gan) = project_both(student.G(x_t, t, s, y), goal, target, discriminator, s, y, distance, generator, loss, compare_at, scale)
+    sets.add("ctm", ctm_x, ctm, share, scale, keep=True)
+    sets.add("gan", gan_x, gan, share, scale)
     sets.add("dsm", dsm_loss(student, x0, sigma, eps, y, student.sigma_data).mean(), None, share, scale)
 
 # %% ../nbs/06_gan.ipynb #4abeca0c

@@ -1,14 +1,16 @@
 """The traps of the distillation step."""
 import copy
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from ctm_nb.distill import adaptive_weight, ctm_dsm_objective, ctm_loss, ctm_pair, draw_indices, draw_k, dsm_loss, dsm_sigma, grid_time, l2, pseudo_huber, teacher_jump
+from ctm_nb.distill import GradientSets, adaptive_weight, add_ctm_dsm, ctm_dsm_objective, ctm_loss, ctm_pair, draw_indices, draw_k, dsm_loss, dsm_sigma, grid_time, l2, pseudo_huber, teacher_jump
 from ctm_nb.edm import Denoiser, solve
 from ctm_nb.flow import rho_grid, toy_mixture
 from ctm_nb.networks import DDPMpp
-from ctm_nb.trajectory import student_from
+from ctm_nb.trajectory import CTM, student_from
 
 GEN = lambda seed=0: torch.Generator().manual_seed(seed)
 
@@ -155,3 +157,58 @@ def test_solver_rows_are_independent(trio):
     for method in ("euler", "heun", "dpm"):
         whole, one = solve(teacher.D, x, times, y, method), solve(teacher.D, x[1:2], times[:, 1], y[1:2], method)
         torch.testing.assert_close(whole[1:2], one, rtol=1e-4, atol=1e-4)
+
+
+# ---- one step of the reference implementation, number by number
+
+@pytest.fixture(scope="module")
+def golden():
+    "Networks, inputs and outputs of the file."
+    z = np.load(Path(__file__).parent / "golden" / "ctm_dsm_step_8.npz")
+    def model(prefix, cls, **kw):
+        m = cls(DDPMpp(8, 3, 10, model_channels=16, channel_mult=(1, 2), n_blocks=1, attention=(4,), **kw)).eval()
+        m.net.load_state_dict({k.removeprefix(f"{prefix}.model."): torch.from_numpy(z[k]).float() for k in z.files if k.startswith(prefix + ".")})
+        return m.requires_grad_(prefix == "student")
+    io = {k[3:]: torch.from_numpy(z[k]) for k in z.files if k.startswith("io.")}
+    norms = {k.removeprefix("gradnorm.model."): float(z[k]) for k in z.files if k.startswith("gradnorm.")}
+    return model("teacher", Denoiser, augment_dim=9), model("student", CTM, s_branch=True), model("target", CTM, s_branch=True), io, norms
+
+
+def off(a, b): return float((a.detach() - b).norm() / b.norm())
+
+
+def golden_example(teacher, io):
+    k, i = int(io["num_heun_steps"]), io["t_index"]
+    t, u, s = (grid_time(v, 18).float() for v in (i, i + k, io["s_index"]))
+    x_t = io["x0"] + t.view(-1, 1, 1, 1) * io["noise"]
+    x_u, n = teacher_jump(teacher.D, x_t, i, k, 18, io["y"])
+    assert n == 2 * k
+    return dict(x_t=x_t, x_u=x_u, t=t, u=u, s=s, x0=io["x0"], sigma=io["dsm_sigma"], eps=io["dsm_noise"], y=io["y"])
+
+
+def test_golden_numbers_of_the_step(golden):
+    teacher, student, target, io, _ = golden
+    e = golden_example(teacher, io)
+    estimate, goal = ctm_pair(student, target, *(e[k] for k in ("x_t", "x_u", "t", "u", "s", "y")))
+    assert off(e["x_u"], io["x_u"]) < 1e-4 and off(estimate, io["estimate"]) < 1e-4 and off(goal, io["target"]) < 1e-4
+    ctm, dsm = l2(estimate, goal), dsm_loss(student, e["x0"], e["sigma"], e["eps"], e["y"])
+    assert float((ctm.detach() / io["ctm_loss_l2"] - 1).abs().max()) < 1e-4 and off(dsm, io["dsm_loss"]) < 1e-4  # each sample
+    assert off(adaptive_weight(ctm.mean(), dsm.mean(), student.net.last_layer), io["adaptive_weight_dsm"]) < 1e-3
+
+
+@pytest.mark.parametrize("way", ["plain", "at once", "in parts"])
+def test_golden_norm_of_every_gradient(golden, way):
+    teacher, student, target, io, norms = golden
+    e = golden_example(teacher, io)
+    student.zero_grad(set_to_none=True)
+    if way == "plain":
+        ctm, dsm = ctm_loss(student, target, *(e[k] for k in ("x_t", "x_u", "t", "u", "s", "y"))).mean(), dsm_loss(student, e["x0"], e["sigma"], e["eps"], e["y"]).mean()
+        (ctm + adaptive_weight(ctm, dsm, student.net.last_layer) * dsm).backward()
+    elif way == "at once": ctm_dsm_objective(student, target, **e)["objective"].backward()
+    else:
+        sets, B = GradientSets(student.parameters(), student.net.last_layer), len(e["y"])
+        for rows in torch.arange(B).tensor_split(3): add_ctm_dsm(sets, student, target, **{k: v[rows] for k, v in e.items()}, share=len(rows) / B)
+        sets.combine()
+    mine = {n: float(p.grad.norm()) for n, p in student.net.named_parameters() if p.grad is not None}
+    assert norms.keys() == mine.keys() and len(norms) > 100
+    for name, norm in norms.items(): assert abs(mine[name] - norm) < 1e-3 * norm + 1e-7, (name, mine[name], norm)

@@ -83,6 +83,21 @@ def test_lpips_reads_torchvisions_file_and_is_the_packages_number(tmp_path, monk
     assert seen == [(2, 3, 24, 24)] * 2
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_published_lpips_from_a_folder_is_the_packages_number(tmp_path):
+    "VGG-16 at 224 pixels: the package's own network with random weights, written as torchvision writes them, read from the folder by name."
+    lpips = pytest.importorskip("lpips")
+    torch.manual_seed(2)
+    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    torch.save({"features." + k.split(".", 1)[1]: v for k, v in theirs.net.state_dict().items()}, tmp_path / "vgg16-397923af.pth")
+    d = make_distance("lpips", folder=tmp_path)
+    for channels, size in ((3, 32), (1, 8)):
+        a, b = torch.randn(2, 1, channels, size, size, generator=torch.Generator().manual_seed(3)).tanh()
+        big = lambda x: F.interpolate(x.expand(-1, 3, -1, -1), size=(224, 224), mode="bilinear")
+        with torch.no_grad(): torch.testing.assert_close(d(a, b), theirs(big(a), big(b)).flatten(), rtol=1e-4, atol=1e-6)
+    assert float(d(a, b).detach()) > 1e-3
+
+
 def test_what_is_missing_is_said_at_once(tmp_path, monkeypatch):
     import socket
     monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("tried to reach the network"))

@@ -279,7 +279,8 @@ def test_s_equal_t_gives_the_denoiser():
     student, e = student_from(teacher).double(), example()
     D = teacher.D(e["x_t"], e["t"], e["y"])
     torch.testing.assert_close(student.g(e["x_t"], e["t"], e["t"], e["y"]), D)
-    assert torch.equal(student.D(e["x_t"], e["t"], e["y"]), student.g(e["x_t"], e["t"], e["t"], e["y"]))
+    _, other, _ = models()  # for whom s means something already
+    assert torch.equal(other.D(e["x_t"], e["t"], e["y"]), other.g(e["x_t"], e["t"], e["t"], e["y"])) and relative(other.g(e["x_t"], e["t"], e["t"] / 2, e["y"]), other.D(e["x_t"], e["t"], e["y"])) > 1e-4
     assert torch.equal(student.G(e["x_t"], e["t"], e["t"], e["y"]), e["x_t"])
 
 

@@ -1,18 +1,26 @@
 """The traps of the adversarial stage."""
 import copy
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from ctm_nb.distill import adaptive_weight, ctm_pair, dsm_loss, l2, pseudo_huber, to_end
+from ctm_nb.config import make_config
+from ctm_nb.distill import GradientSets, adaptive_weight, ctm_pair, dsm_loss, l2, pseudo_huber, to_end
 from ctm_nb.edm import Denoiser
 from ctm_nb.features import Frozen, RandomProjection, TeacherFeatures, TimmFeatures, augment, colour, cutout, find_weights, load_weights, probe, translate
-from ctm_nb.gan import (Discriminator, ctm_dsm_gan_objective, discriminator_objective, discriminator_optimizer, gan_loss_d, gan_loss_g, gan_turn, hinge_d, hinge_g,
-                        lazy, softplus_d, softplus_g)
+from ctm_nb.gan import (Discriminator, add_ctm_dsm_gan, ctm_dsm_gan_objective, discriminator_objective, discriminator_optimizer, gan_loss_d, gan_loss_g, gan_turn, hinge_d, hinge_g,
+                        lazy, project_both, softplus_d, softplus_g)
 from ctm_nb.networks import DDPMpp
+from ctm_nb.state import load_checkpoint
+from ctm_nb.training import Trainer
 from ctm_nb.trajectory import student_from
 
+ROOT = Path(__file__).resolve().parents[1]
 GEN = lambda seed=0: torch.Generator().manual_seed(seed)
 TINY, LITE = "deit_tiny_distilled_patch16_224", "tf_efficientnet_lite0"
 
@@ -153,6 +161,60 @@ def test_weights_from_file_folder_and_cache_and_damaged_ones(tmp_path, monkeypat
             assert "\n" not in str(e.value)
     torch.save({"x": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="must hold the weights"): load_weights(net, path)
+
+
+def command(*words, cwd):
+    "The command as a process, where no cache has any weights."
+    return subprocess.run([sys.executable, "-m", "ctm_nb.cli", "--preset", "tiny", "--stage", "all", "--set", *words], capture_output=True, text=True, cwd=cwd,
+                       env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_HOME": str(cwd / "torch"), "HF_HOME": str(cwd / "hf")}, timeout=300)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["gan.steps=2", "gan.features=deit_base_distilled_patch16_224,tf_efficientnet_lite0"], "no weights of deit_base_distilled_patch16_224 on this machine"),
+    (["distill.distance=lpips"], "distance 'lpips' needs torchvision's vgg16-*.pth")])
+def test_the_command_misses_weights_before_any_work(tmp_path, words, message):
+    "One line and exit code 2, before the first step of the first stage (how fast: above, without the time of starting a process)."
+    pytest.importorskip("timm")
+    r = command(*words, cwd=tmp_path)
+    assert r.returncode == 2 and message in r.stderr and r.stderr.count("\n") == 1 and not r.stdout, r.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_several_feature_networks_at_once_train_and_resume(tmp_path):
+    "The teacher beside a classifier whose weights lie in a folder; optimizer and state of the discriminator come back exactly."
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    torch.save(timm.create_model(LITE, pretrained=False).state_dict(), tmp_path / f"{LITE}-0.pth")
+    words = ["teacher.steps=2", "distill.steps=1", "gan.steps=4", "gan.batch=2", f"gan.features=teacher,{LITE}", f"gan.weights={tmp_path}", "evaluate.n=0"]
+    def until(name, stops):
+        for stop in stops:
+            t = Trainer(make_config("tiny", words), tmp_path / name)
+            while t.step < stop: t.train_step()
+            t.save()
+        return t
+    a, b = until("straight", [7]), until("broken", [4, 6, 7])
+    D = a.parts["discriminator"]
+    assert [len(p.channels) for p in D.projections] == [2, 2, 2, 4]  # three levels of the teacher, four depths of the classifier
+    saved = load_checkpoint(tmp_path / "broken" / "checkpoints" / "step_00000007")
+    assert len(saved.state["optimizers"]["discriminator"]["state"]) == len(list(D.parameters())) and saved.state["optimizers"]["discriminator"]["param_groups"][0]["betas"] == (.5, .9)
+    for k, v in D.state_dict().items(): assert torch.equal(v, b.parts["discriminator"].state_dict()[k]) and torch.equal(v, saved.models["discriminator"][k]), k
+    for n, state in a.now.optimizers["discriminator"].state_dict()["state"].items():
+        for k, v in state.items(): assert torch.equal(torch.as_tensor(v), torch.as_tensor(saved.state["optimizers"]["discriminator"]["state"][n][k])), (n, k)
+
+
+def test_the_adversarial_stage_starts_from_the_average_in_a_runs_folder(tmp_path):
+    "`--student RUN`: the run's newest checkpoint, its average and not the weights that were still moving."
+    words = ["teacher.steps=3", "distill.steps=4", "distill.lr=.02", "gan.steps=2", "gan.batch=8", "evaluate.n=0"]
+    first = Trainer(make_config("tiny", words), tmp_path / "first")
+    first.run("ctm_dsm")
+    average, moving = first.parts["ctm"].state_dict(), first.parts["model"].state_dict()
+    last = "net." + next(n for n, p in first.parts["ctm"].net.named_parameters() if p is first.parts["ctm"].net.last_layer)
+    assert not torch.equal(average[last], moving[last])
+    t = Trainer(make_config("tiny", [*words, f"teacher.source={tmp_path / 'first'}", f"distill.source={tmp_path / 'first'}"]), tmp_path / "second")
+    assert (t.stage, t.step) == ("ctm_dsm_gan", 0)
+    for part in ("model", "target", "ctm"):
+        for k, v in average.items(): assert torch.equal(v, t.parts[part].state_dict()[k]), (part, k)
+    for k, v in first.parts["teacher"].state_dict().items(): assert torch.equal(v, t.parts["teacher"].state_dict()[k])
 
 
 @pytest.mark.parametrize("name", [TINY, LITE])
@@ -328,6 +390,66 @@ def test_the_cheap_step_has_the_plain_formulas_gradient(B, n_classes, distance, 
     for a, b in zip(cheap, plain): torch.testing.assert_close(a / scale, b / scale, rtol=1e-3, atol=1e-4)
     out["objective"].detach_()
     assert all(p.grad is None for m in (teacher, target, D) for p in m.parameters())
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float16, .03), (torch.bfloat16, .1)])
+def test_half_precision_finds_the_same_balance_of_three_losses(dtype, close):
+    teacher, student, target, e = step(8)
+    D = Discriminator([TeacherFeatures(teacher, (.3,))], (1, 8, 8), 10, width=16).eval()
+    options, look = dict(distance=pseudo_huber), D.draw(8, GEN(5))
+    flat = lambda: torch.cat([p.grad.flatten() for p in student.parameters()])
+    def at_once(scale):
+        student.zero_grad(set_to_none=True)
+        out = ctm_dsm_gan_objective(student, target, D, **e, **options, generator=look, scale=scale)
+        return out, out.pop("objective")
+    def in_parts(scale):
+        sets = GradientSets(student.parameters(), student.net.last_layer)
+        for rows in torch.arange(8).tensor_split(3):
+            deal = {"u": look["u"][rows], "eps": [v[rows] for v in look["eps"]]}
+            add_ctm_dsm_gan(sets, student, target, D, **{k: v[rows] for k, v in e.items()}, **options, generator=deal, share=len(rows) / 8, scale=scale)
+        return sets.combine(scale, gan=(.01, 10.))
+    full, objective = at_once(1.)
+    objective.backward()
+    g = flat()
+    assert .011 < full["lambda_gan"] < 9.9 and .011 < full["lambda_dsm"] < 9e3  # where the clamps say nothing
+    scale = 2. ** 12
+    with torch.autocast("cpu", dtype=dtype): out, objective = at_once(scale)
+    (objective * scale).backward()
+    for k in full: assert abs(out[k] / full[k] - 1) < close, (k, out[k], full[k])
+    assert float((flat() / scale - g).norm() / g.norm()) < 3 * close
+    with torch.autocast("cpu", dtype=dtype): out = in_parts(scale)
+    for k in full: assert abs(out[k] / full[k] - 1) < close, (k, out[k], full[k])
+    assert float((flat() / scale - g).norm() / g.norm()) < 3 * close
+    out = in_parts(1.)
+    for k in full: assert abs(out[k] / full[k] - 1) < 1e-4, (k, out[k], full[k])
+
+
+def test_small_gradients_survive_the_frozen_networks_in_float16():
+    teacher, student, target, e = step(8)
+    D = Discriminator([TeacherFeatures(teacher, (.3,))], (1, 8, 8), 10, width=16).eval()
+    x_s, goal, s, look = e["eps"].requires_grad_(), torch.zeros(8, 1, 8, 8), torch.ones(8), D.draw(8, GEN(5))
+    def gradients(scale, half=True):
+        with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+            both = project_both(x_s, goal, target, D, s, e["y"], lambda a, b: 1e-7 * l2(a, b), look, "hinge", "end", scale)
+        return [torch.autograd.grad(v, x_s)[0] for v, _ in both]
+    off = lambda a, b: float((a - b).norm() / b.norm())
+    exact = gradients(1., half=False)
+    assert off(gradients(2. ** 20)[0], exact[0]) < .03 < .1 < off(gradients(1.)[0], exact[0])
+    assert off(gradients(2. ** 8)[1], exact[1]) < .05
+
+
+def test_what_the_balance_costs():
+    "The student and the discriminator are walked back once, the frozen map once more: one partial way for the weight of the adversary."
+    teacher, student, target, e = step()
+    D = Discriminator([TeacherFeatures(teacher, (.3,))], (1, 8, 8), 10, width=16)
+    seen = []
+    def watch(name, module):
+        def hook(module, inputs, out):
+            if out.requires_grad: out.register_hook(lambda g: seen.append(name))
+        module.register_forward_hook(hook)
+    for name, m in (("student", student.net), ("target", target.net), ("judge", D.heads[0][0].body)): watch(name, list(m.enc.values())[1] if hasattr(m, "enc") else m)
+    ctm_dsm_gan_objective(student, target, D, **e, generator=GEN())["objective"].backward()
+    assert sorted(seen) == ["judge", "student", "target", "target"]
 
 
 def test_the_adversary_reaches_the_student_through_both_frozen_networks():

@@ -85,6 +85,8 @@ def test_two_processes_are_one_in_every_stage(alone, tmp_path):
 
 def test_the_weights_have_moved(alone):
     "What agrees above must be worth agreeing on."
+    played = [n for n in alone[0] if "lambda_gan" in n]
+    assert played and all(.01 < n["lambda_gan"] < 10 and 0 < n["lambda_dsm"] < 1e4 for n in played)  # a clamp would agree whatever the norms are
     _, ends = alone
     far = lambda a, b: float(torch.cat([(v - b[k]).flatten() for k, v in a.items()]).norm())
     assert far(ends["ctm_dsm"]["model"], ends["ctm_dsm_gan"]["model"]) > .03 and far(ends["ctm_dsm"]["model"], ends["ctm_dsm"]["target"]) > .003
