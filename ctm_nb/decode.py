@@ -65,6 +65,7 @@ def crop_center(
     "Halve while twice too large, resize the short side by bicubic interpolation, cut out the centre.  # ADM"
     while min(im.size) >= 2 * size: im = im.resize((im.width // 2, im.height // 2), Image.Resampling.BOX)
     scale = size / min(im.size)
+    if max(im.size) * scale * size > MAX_PIXELS: raise BrokenImage(f"{im.width} x {im.height} is too long and thin to become {size} x {size}")
     im = im.resize((round(im.width * scale), round(im.height * scale)), Image.Resampling.BICUBIC)
     left, top = (im.width - size) // 2, (im.height - size) // 2
     return im.crop((left, top, left + size, top + size))
