@@ -117,7 +117,8 @@ def cores()->int:
     "Processor cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-def _do(task): return _work(task)
+_work = None  # what a worker does
+def _do(task): return _work(task)  # type: ignore[misc]
 def _remember(work, parent):
     global _work; _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us

@@ -10,18 +10,19 @@ __all__ = ['HARMLESS', 'CIFAR', 'NO_IMAGES', 'EXPECTED', 'ArraySource', 'numbere
 
 # %% ../nbs/01c_formats.ipynb #9ebf7718
 import difflib, gzip, io, importlib, inspect, json, os, pickle, re, struct, tarfile, zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 import numpy as np
-from .decode import as_image
-from .sources import PackSource, Source, as_text, class_names, distinct, few, folder_classes, inside, is_image_name, labels_of_words, named_classes, open_folder, open_tar, open_zip, readable, tar_entries
+from .decode import decode
+from .sources import PackSource, Source, as_text, class_names, few, folder_classes, inside, is_image_name, labels_of_words, named_classes, open_folder, open_tar, open_zip, tar_entries
 from .zips import Names, find_directory
 
 # %% ../nbs/01c_formats.ipynb #43d3da28
 @dataclass(repr=False, eq=False)
 class ArraySource(Source):
     "Images that are an array, in memory or mapped from a file."
-    images:np.ndarray=None # (N, H, W, 1 or 3) uint8
+    images:Any=None # (N, H, W, 1 or 3) uint8
     def get(self, i): return self.images[i]
 
 def numbered(stem, n): return Names(f"{stem}[{i}]" for i in range(n))
@@ -138,7 +139,7 @@ def open_cifar_tar(
 )->ArraySource:
     "CIFAR in the archive as it is offered for download; `ValueError` for any other compressed tar."
     try:
-        with tarfile.open(path) as t: files = {os.path.basename(e.name): t.extractfile(e).read() for e in t if e.isreg() and CIFAR.search(e.name)}
+        with tarfile.open(path) as t: files = {os.path.basename(e.name): f.read() for e in t if e.isreg() and CIFAR.search(e.name) and (f := t.extractfile(e))}
     except (tarfile.ReadError, EOFError, OSError) as e: raise ValueError(f"{path} can't be read as a tar: {e}") from None
     if not {"batches.meta", "meta"} & set(files): raise ValueError(f"{path} is a compressed tar and not CIFAR's for Python: unpack it and give the folder")
     return open_cifar(files, path.name.split(".")[0])
@@ -158,7 +159,7 @@ NO_IMAGES = {"length", "__len__", "__keys__", "__meta__", "num-samples", "classe
 @dataclass(repr=False, eq=False)
 class LMDBSource(Source):
     "Encoded images of an LMDB."
-    path:Path=None # folder with data.mdb, or the file itself
+    path:Path=Path() # folder with data.mdb, or the file itself
     def get(self, i): return lmdb_reader(str(self.path)).get(self.names[i].encode("utf-8", "surrogateescape"))
 
 # %% ../nbs/01c_formats.ipynb #f4c74f6d
@@ -213,7 +214,7 @@ def shard_examples(
     path:Path, # a tar
 ):  # yields key, {extension: (offset, bytes)}
     "Examples of one shard; `ValueError` for an extension that a key has twice."
-    key, example = None, {}
+    key, example = ("", ""), {}
     entries = [e for e in tar_entries(path) if not os.path.basename(e[0]).startswith(("_", "."))]
     inside([e[0] for e in entries], path)
     for n, offset, size in entries:
@@ -254,10 +255,10 @@ def open_shards(
 @dataclass(repr=False, eq=False)
 class TorchvisionSource(Source):
     "Training and, if there is one, test set of a torchvision class."
-    parts:list=None # data sets whose items are (image, label)
+    parts:list=field(default_factory=list) # data sets whose items are (image, label)
     def get(self, i):
         for p in self.parts:
-            if i < len(p): return np.asarray(p[i][0].convert("RGB") if p[i][0].mode not in ("L", "RGB") else p[i][0]).reshape(p[i][0].height, p[i][0].width, -1)
+            if i < len(p): return decode(p[i][0])
             i -= len(p)
 
 # %% ../nbs/01c_formats.ipynb #8b35daaa
@@ -357,4 +358,4 @@ def open_digits()->ArraySource:
     "The embedded digits; of each class every fourth is held out."
     from ctm_nb.data import digits, held_out_mask  # needs torch, which nothing else here does
     d = digits("all")
-    return ArraySource("digits", "embedded", numbered("digits", len(d)), d.labels.numpy(), d.classes, held_out_mask(d.labels, 4).numpy(), images=d.images.permute(0, 2, 3, 1).numpy())
+    return ArraySource("digits", "embedded", numbered("digits", len(d)), np.asarray(d.labels), d.classes, held_out_mask(d.labels, 4).numpy(), images=d.images.permute(0, 2, 3, 1).numpy())

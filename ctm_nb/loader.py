@@ -9,7 +9,8 @@ __all__ = ['log', 'any_colour', 'decode_all', 'held_out_of', 'load_splits', 'Spl
 # %% ../nbs/01g_loader.ipynb #edf343c7
 import atexit, hashlib, json, logging, os, queue, threading
 from copy import copy
-from dataclasses import dataclass, field
+from functools import partial
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 import numpy as np, torch
@@ -70,6 +71,7 @@ def decode_all(
                 if coloured: break
                 broken.update(some); bar.update(n)
             else: return images, broken
+    raise AssertionError("three channels hold every colour")
 
 # %% ../nbs/01g_loader.ipynb #6af3a67e
 def held_out_of(
@@ -217,7 +219,11 @@ def stream_splits(
     if said := complain(broken, source, skip_broken): log.warning("%s", said)
     good, held = ~np.isin(np.arange(len(source)), list(broken)), held_out_of(source)
     parts = {"train": good & ~held, "held_out": good & held, "all": good}
-    return Splits({k: (lambda m=m: StreamData(source, np.flatnonzero(m), size, found["channels"], crop, found["key"])) for k, m in parts.items()}, source.name)
+    def cut(m):
+        data = StreamData(source, np.flatnonzero(m), size, found["channels"], crop, found["key"])
+        if len(data): data.sha256(workers)  # now, while the other processes of the machine wait to read it
+        return data
+    return Splits({k: partial(cut, m) for k, m in parts.items()}, source.name)
 
 # %% ../nbs/01g_loader.ipynb #6adccd57
 @patch
@@ -266,7 +272,8 @@ class Batches:
         self.data, self.batch_size, self.seed, self.position, self.flip, self.p = data, batch_size, seed, position, flip, p
         if workers is None: workers = max(1, cores() // world)
         self.rank, self.world, self.device, self.workers, self.ahead = rank, world, torch.device(device), workers if isinstance(data, StreamData) else 0, ahead
-        self.sampler, self.running = None, None  # made when a batch is asked for
+        self.sampler:IndexSampler|None = None  # made when a batch is asked for
+        self.running:list|None = None  # position of the next batch from the workers, and the generator
         IndexSampler(len(data), batch_size, seed, position)  # raises for impossible values
 
 # %% ../nbs/01g_loader.ipynb #88295d75
@@ -275,7 +282,7 @@ def indices(self:Batches,
     position:int, # of the batch
 )->torch.Tensor: # (B / W,) int64
     "Which images this process takes of the batch at a position."
-    if getattr(self.sampler, "position", None) != position: self.sampler = IndexSampler(len(self.data), self.batch_size, self.seed, position)
+    if self.sampler is None or self.sampler.position != position: self.sampler = IndexSampler(len(self.data), self.batch_size, self.seed, position)
     share = self.batch_size // self.world
     return self.sampler.next()[self.rank * share:(self.rank + 1) * share]
 

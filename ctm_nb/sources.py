@@ -13,8 +13,8 @@ import csv, io, json, os, re, tarfile
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 import numpy as np
-from fastcore.basics import patch
 from .decode import BrokenImage, decode
 from .zips import Names, path_order, read_directory, read_entry, sized
 
@@ -32,6 +32,7 @@ class Source:
 
     def __len__(self): return len(self.names)
     def __repr__(self): return f"{self.name}: {self.kind}, {len(self)} images, {len(self.classes)} classes"
+    def get(self, i)->Any: raise NotImplementedError(f"{type(self).__name__} can't read images")
     def pixels(self, i, size=None, crop="center"): return decode(self.get(i), size, crop)  # (H, W, C) uint8
 
 # %% ../nbs/01b_sources.ipynb #a8f39842
@@ -253,7 +254,7 @@ def arrange(
     at, there, other = np.array(at, np.int64), HELPERS & {*rest}, [n for n in rest if n not in HELPERS]
     images = Names(names[i] for i in at)
     if not len(images): raise ValueError(f"no images in {where}: expected files ending in {', '.join(sorted(SUFFIXES))}, there or in one sub-folder a class" + f"; found {few(other)}" * bool(other))
-    found = dict(held_out=None, notes=[], keep=np.ones(len(images), bool))
+    found:dict = dict(held_out=None, notes=[], keep=np.ones(len(images), bool))
     if labels: found["labels"], found["classes"] = csv_labels(labels[0], images, labels[1])
     elif "dataset.json" in there: found["labels"], found["classes"] = edm_labels(read("dataset.json"), images, f"{where}/dataset.json")
     elif "labels.csv" in there: found["labels"], found["classes"] = csv_labels(read("labels.csv"), images, f"{where}/labels.csv")
@@ -269,7 +270,7 @@ def arrange(
 @dataclass(repr=False, eq=False)
 class FolderSource(Source):
     "Image files of a folder."
-    root:Path=None # the folder
+    root:Path=Path() # the folder
     def get(self, i):
         try: return (self.root/self.names[i]).read_bytes()
         except OSError as e: raise BrokenImage(f"can't be opened ({e.strerror})") from None
@@ -288,8 +289,8 @@ def open_folder(
 @dataclass(repr=False, eq=False)
 class PackSource(Source):
     "Images at known places of some files."
-    files:list=None # paths of the archives
-    place:np.ndarray=None # (N, 6) int64: file, offset, stored bytes, bytes, checksum (-1: unknown), method (0: stored, 8: deflated)
+    files:list=field(default_factory=list) # paths of the archives
+    place:Any=None # (N, 6) int64: file, offset, stored bytes, bytes, checksum (-1: unknown), method (0: stored, 8: deflated)
     is_zip:bool=True # entries begin with a header, and may be deflated
 
     def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k != "fds"}
@@ -342,7 +343,7 @@ def tar_entries(
             for e in t:
                 if e.isreg(): yield e.name.removeprefix("./"), e.offset_data, e.size
                 end = e.offset_data + -(-e.size // 512) * 512 * e.isreg()
-                t.members = []  # it would keep all of them
+                vars(t)["members"] = []  # it would keep all of them
         with open(path, "rb") as f:
             f.seek(end)
             if f.read(512) != bytes(512): raise ValueError(f"{path} is cut off: the block of zeros that ends a tar is missing")
@@ -355,7 +356,7 @@ def open_tar(
     "The images of a tar, arranged as those of a folder."
     entries = sorted(tar_entries(path), key=lambda e: e[0].split("/"))
     where = {n: (o, s) for n, o, s in entries}
-    source = PackSource(name=path.stem, kind="tar of images", files=[path], is_zip=False, names=None)
+    source = PackSource(name=path.stem, kind="tar of images", files=[path], is_zip=False, names=Names([]))
     read = lambda n: os.pread(source.fd(0), where[n][1], where[n][0])
     at, found = arrange(inside([e[0] for e in entries], path), read, path, labels)
     source.place = np.array([(0, o, s, s, -1, 0) for _, o, s in (entries[i] for i in at)], np.int64)

@@ -140,7 +140,7 @@ def test_empty_and_ambiguous_folders(tmp_path):
     endings = ".bmp, .gif, .jfif, .jpe, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp"
     refuse(f"no images in {tmp_path}: expected files ending in {endings}, there or in one sub-folder a class", tmp_path)
     write(tmp_path, {"a/1.png": png(), "2.png": png()})
-    refuse(f"{tmp_path} holds 1 images beside sub-folders with images: expected one or the other", tmp_path)
+    refuse(f"{tmp_path} holds 1 images beside sub-folders with images: expected one or the other, or a labels.csv with a line name,class for each", tmp_path)
 
 
 def test_symlink_loop(tmp_path):

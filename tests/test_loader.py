@@ -187,7 +187,7 @@ def test_a_training_on_a_stream_decodes_ahead_and_is_the_same(zipped, tmp_path, 
 
 
 def test_workers_leave_when_their_parent_is_killed(zipped):
-    import os, signal, subprocess, sys, time
+    import signal, subprocess, sys, time
     code = ("import sys; from ctm_nb.loader import *; from ctm_nb.decode import in_order\n"
             "b = Batches(load_splits(sys.argv[1], in_memory=False)['train'], 12, workers=2); b.at(0)\n"
             "import multiprocessing as mp; print(*[p.pid for p in mp.active_children()], flush=True); import time; time.sleep(60)")
@@ -208,7 +208,8 @@ def test_a_dead_worker_ends_the_command_with_a_sentence(zipped, tmp_path, no_roo
     from ctm_nb.cli import ctm_nb_train
     from ctm_nb.loader import StreamData
     parent = os.getpid()
-    monkeypatch.setattr(StreamData, "decode", lambda self, idx: os._exit(1) if os.getpid() != parent else None)
+    decode = StreamData.decode
+    monkeypatch.setattr(StreamData, "decode", lambda self, idx: os._exit(1) if os.getpid() != parent else decode(self, idx))
     with pytest.raises(SystemExit) as e: ctm_nb_train(["--preset", "tiny", "--data", str(zipped), "--runs", str(tmp_path)])
     assert e.value.code == 3 and "ctm_nb_train: a worker process died" in capsys.readouterr().err
 
