@@ -139,6 +139,6 @@ def choose(
     words, because = network_words(n, gpu)
     start = ("cifar10-cond" if source.classes else "cifar10") if gpu else "digits"
     known = f"{len(source.classes)} classes ({', '.join(source.classes[:5])}{', ...' if len(source.classes) > 5 else ''})" if source.classes else "no classes: an unconditional model"
-    reasons = [f"{source.name} is a {source.kind} of {len(source)} images with {known}", why, because, f"everything else as in the preset {start}" + ("; distances and the adversary look through the teacher's encoder, which needs no download" if gpu else ""), *source.notes]
+    reasons = [f"{source.name} ({source.kind}) has {len(source)} images and {known}", why, because, f"everything else as in the preset {start}" + ("; distances and the adversary look through the teacher's encoder, which needs no download" if gpu else "")]
     if gpu: words += ["distill.distance=features", "gan.features=teacher", "distill.init=teacher"]  # what needs no download
     return start, [f"data.source={path}", *([f"data.image_size={size}"] if size else []), *words], reasons

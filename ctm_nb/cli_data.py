@@ -87,6 +87,7 @@ def ctm_nb_data(
     "Inspect and convert image data sets (the console command)."
     a = data_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # a terminal may lack the letters of a name
     with one_line_errors("ctm_nb_data"):
         if a.workers is not None and a.workers < 0: raise ValueError(f"--workers must be >= 0, got {a.workers}")
         if a.size is not None and a.size < 1: raise ValueError(f"--size must be >= 1, got {a.size}")

@@ -10,7 +10,7 @@ __all__ = ['STAGES', 'PRESETS', 'OPTIMIZERS', 'DataConfig', 'NetworkConfig', 'Op
 # %% ../nbs/11_config.ipynb #67deb94a
 import difflib
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 

@@ -15,7 +15,7 @@ import numpy as np
 from fastcore.basics import patch
 from tqdm import tqdm
 from .decode import CROPS, BrokenImage, as_image, cores, decode, in_order, is_grey
-from .sources import Source
+from .sources import Source, readable
 from .survey import chunks, complain
 from .zips import store
 
@@ -315,5 +315,5 @@ def finish(self:Job)->dict:
     if self.dst.is_dir(): self.dst.rename(self.partial/"replaced")
     out.rename(self.dst)
     shutil.rmtree(self.partial)
-    return {"images": sum(len(m["kept"]) for m in metas), "left_out": {self.source.names[i]: why for i, why in broken.items()},
+    return {"images": sum(len(m["kept"]) for m in metas), "left_out": {readable(self.source.names[i]): why for i, why in broken.items()},
             "channels": 1 if all(m["grey"] for m in metas) else 3, "size": self.shape[0]}

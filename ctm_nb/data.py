@@ -160,7 +160,7 @@ class IndexSampler:
         if n < 1 or batch_size < 1: raise ValueError(f"n and batch_size must be >= 1, got {n=}, {batch_size=}")
         if position < 0 or seed < 0: raise ValueError(f"position and seed must be >= 0, got {position=}, {seed=}")
         self.n, self.batch_size, self.seed, self.position = n, batch_size, seed, position
-        self._epoch, self._order = None, None  # the permutation in use
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)  # the permutation in use
 
     def __iter__(self): return self
     def __next__(self): return self.next()

@@ -65,6 +65,7 @@ def crop_center(
     "Halve while twice too large, resize the short side by bicubic interpolation, cut out the centre.  # ADM"
     while min(im.size) >= 2 * size: im = im.resize((im.width // 2, im.height // 2), Image.Resampling.BOX)
     scale = size / min(im.size)
+    if max(im.size) * scale * size > MAX_PIXELS: raise BrokenImage(f"{im.width} x {im.height} is too long and thin to become {size} x {size}")
     im = im.resize((round(im.width * scale), round(im.height * scale)), Image.Resampling.BICUBIC)
     left, top = (im.width - size) // 2, (im.height - size) // 2
     return im.crop((left, top, left + size, top + size))
@@ -116,7 +117,8 @@ def cores()->int:
     "Processor cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-def _do(task): return _work(task)
+_work = None  # what a worker does
+def _do(task): return _work(task)  # type: ignore[misc]
 def _remember(work, parent):
     global _work; _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us

@@ -5,23 +5,24 @@
 # %% auto #0
 __all__ = ['HARMLESS', 'CIFAR', 'NO_IMAGES', 'EXPECTED', 'ArraySource', 'numbered', 'map_member', 'open_npz', 'read_idx',
            'open_idx', 'ArraysOnly', 'unpickle_arrays', 'open_cifar', 'open_cifar_tar', 'optional', 'LMDBSource',
-           'lmdb_reader', 'open_lmdb', 'shard_label', 'shard_examples', 'open_shards', 'labels_of_words',
-           'TorchvisionSource', 'open_torchvision', 'folder_kind', 'file_kind', 'open_source', 'open_digits']
+           'lmdb_reader', 'open_lmdb', 'shard_label', 'shard_examples', 'open_shards', 'TorchvisionSource',
+           'open_torchvision', 'folder_kind', 'file_kind', 'open_source', 'open_digits']
 
 # %% ../nbs/01c_formats.ipynb #9ebf7718
 import difflib, gzip, io, importlib, inspect, json, os, pickle, re, struct, tarfile, zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 import numpy as np
-from .decode import as_image
-from .sources import SUFFIXES, FolderSource, Names, PackSource, Source, few, folder_classes, inside, is_image_name, named_classes, open_folder, open_tar, open_zip, tar_entries
-from .zips import find_directory
+from .decode import decode
+from .sources import PackSource, Source, as_text, class_names, few, folder_classes, inside, is_image_name, labels_of_words, named_classes, open_folder, open_tar, open_zip, tar_entries
+from .zips import Names, find_directory
 
 # %% ../nbs/01c_formats.ipynb #43d3da28
 @dataclass(repr=False, eq=False)
 class ArraySource(Source):
     "Images that are an array, in memory or mapped from a file."
-    images:np.ndarray=None # (N, H, W, 1 or 3) uint8
+    images:Any=None # (N, H, W, 1 or 3) uint8
     def get(self, i): return self.images[i]
 
 def numbered(stem, n): return Names(f"{stem}[{i}]" for i in range(n))
@@ -57,7 +58,7 @@ def open_npz(
     if y is not None and (y.dtype.kind not in "iu" or y.shape != (len(a),)):
         raise ValueError(f"{path}: expected arr_1 integers ({len(a)},), got {y.dtype} {y.shape}")
     if y is not None and y.min() < 0: raise ValueError(f"{path}: expected arr_1 >= 0, got {y.min()}")
-    names = [] if y is None else [str(k) for k in range(int(y.max()) + 1)] if classes is None else [str(c) for c in classes]
+    names = [] if y is None else class_names([y.max()], path, None if classes is None else list(map(str, classes)))
     return ArraySource(path.stem, "npz", numbered("arr_0", len(a)), None if y is None else np.asarray(y, np.int64), names, images=a)
 
 # %% ../nbs/01c_formats.ipynb #d8913247
@@ -126,7 +127,7 @@ def open_cifar(
         if p["data"].dtype != np.uint8 or p["data"].shape[1:] != (3072,): raise ValueError(f"{name}: expected data uint8 (N, 3072), got {p['data'].dtype} {p['data'].shape}")
     x = np.concatenate([p["data"] for p in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (N, 32, 32, 3)
     y = np.concatenate([p["labels" if ten else "fine_labels"] for p in parts]).astype(np.int64)
-    classes = [c.decode() if isinstance(c, bytes) else c for c in meta["label_names" if ten else "fine_label_names"]]
+    classes = class_names(y, name, [c.decode() if isinstance(c, bytes) else c for c in meta["label_names" if ten else "fine_label_names"]])
     own = np.repeat(held, [len(p["data"]) for p in parts])
     return ArraySource(name, f"CIFAR-{len(classes)} for Python", numbered("data", len(x)), y, classes, own if own.any() else None, images=x)
 
@@ -138,7 +139,7 @@ def open_cifar_tar(
 )->ArraySource:
     "CIFAR in the archive as it is offered for download; `ValueError` for any other compressed tar."
     try:
-        with tarfile.open(path) as t: files = {os.path.basename(e.name): t.extractfile(e).read() for e in t if e.isreg() and CIFAR.search(e.name)}
+        with tarfile.open(path) as t: files = {os.path.basename(e.name): f.read() for e in t if e.isreg() and CIFAR.search(e.name) and (f := t.extractfile(e))}
     except (tarfile.ReadError, EOFError, OSError) as e: raise ValueError(f"{path} can't be read as a tar: {e}") from None
     if not {"batches.meta", "meta"} & set(files): raise ValueError(f"{path} is a compressed tar and not CIFAR's for Python: unpack it and give the folder")
     return open_cifar(files, path.name.split(".")[0])
@@ -158,7 +159,7 @@ NO_IMAGES = {"length", "__len__", "__keys__", "__meta__", "num-samples", "classe
 @dataclass(repr=False, eq=False)
 class LMDBSource(Source):
     "Encoded images of an LMDB."
-    path:Path=None # folder with data.mdb, or the file itself
+    path:Path=Path() # folder with data.mdb, or the file itself
     def get(self, i): return lmdb_reader(str(self.path)).get(self.names[i].encode("utf-8", "surrogateescape"))
 
 # %% ../nbs/01c_formats.ipynb #f4c74f6d
@@ -198,12 +199,14 @@ def shard_label(
     text:bytes, # content of a .cls or .json
     ext:str, # which of them
     where:str, # for messages
-)->str:
+)->str|None: # None: it gives none
     "The label that an example's partner file gives."
-    if ext == "cls": return text.decode().strip()
-    said = json.loads(text)
+    if ext == "cls": return as_text(text, where).strip()
+    try: said = json.loads(text)
+    except (ValueError, RecursionError) as e: raise ValueError(f"{where} can't be read as JSON: {e}") from None
     found = [said[k] for k in ("label", "cls", "class") if k in said] if isinstance(said, dict) else [said]
-    if not found or isinstance(found[0], (dict, list, float)): raise ValueError(f'{where}: expected {{"label": 3}}, got {text[:60]!r}')
+    if not found: return None  # a caption, an address: remarks that are no label
+    if isinstance(found[0], (dict, list, float)): raise ValueError(f'{where}: expected {{"label": 3}}, got {text[:60]!r}')
     return str(found[0])
 
 # %% ../nbs/01c_formats.ipynb #2d012661
@@ -211,7 +214,7 @@ def shard_examples(
     path:Path, # a tar
 ):  # yields key, {extension: (offset, bytes)}
     "Examples of one shard; `ValueError` for an extension that a key has twice."
-    key, example = None, {}
+    key, example = ("", ""), {}
     entries = [e for e in tar_entries(path) if not os.path.basename(e[0]).startswith(("_", "."))]
     inside([e[0] for e in entries], path)
     for n, offset, size in entries:
@@ -239,33 +242,23 @@ def open_shards(
             place.append((k, *example[pictures[0]], example[pictures[0]][1], -1, 0))
             if partner := [e for e in ("cls", "json") if e in example][:1]:
                 offset, size = example[partner[0]]
-                labels.append(shard_label(os.pread(source.fd(k), size, offset), partner[0], f"{path.name}/{key}.{partner[0]}"))
+                label = shard_label(os.pread(source.fd(k), size, offset), partner[0], f"{path.name}/{key}.{partner[0]}")
+                if label is not None: labels.append(label)
     if not names: raise ValueError(f"no images in {few([str(f) for f in files])}")
     if labels and len(labels) != len(names): raise ValueError(f"{files[0].parent}: {len(names) - len(labels)} of {len(names)} images have no label")
     source.names, source.place = Names(names), np.array(place, np.int64)
-    source.labels, source.classes = labels_of_words(labels) if labels else (None, [])
+    source.labels, source.classes = labels_of_words(labels, f"{files[0].parent}") if labels else (None, [])
     if lonely: source.notes.append(f"{lonely} keys have no image and are left alone")
     return source
-
-# %% ../nbs/01c_formats.ipynb #39dce3c0
-def labels_of_words(
-    words:list, # a label each, as text
-)->tuple: # labels (N,) int64, class names
-    "Numbers stay the numbers they are; words become classes in alphabetical order."
-    if all(w.isdigit() for w in words):
-        y = np.array(words, np.int64)
-        return y, [str(k) for k in range(y.max() + 1)]
-    classes, y = np.unique(words, return_inverse=True)
-    return y.astype(np.int64), classes.tolist()
 
 # %% ../nbs/01c_formats.ipynb #50e3e149
 @dataclass(repr=False, eq=False)
 class TorchvisionSource(Source):
     "Training and, if there is one, test set of a torchvision class."
-    parts:list=None # data sets whose items are (image, label)
+    parts:list=field(default_factory=list) # data sets whose items are (image, label)
     def get(self, i):
         for p in self.parts:
-            if i < len(p): return np.asarray(p[i][0].convert("RGB") if p[i][0].mode not in ("L", "RGB") else p[i][0]).reshape(p[i][0].height, p[i][0].width, -1)
+            if i < len(p): return decode(p[i][0])
             i -= len(p)
 
 # %% ../nbs/01c_formats.ipynb #8b35daaa
@@ -275,22 +268,26 @@ def open_torchvision(
 )->TorchvisionSource:
     "A data set that torchvision knows; `ValueError` if it doesn't, or the files aren't there."
     sets = optional("torchvision.datasets", "torchvision:NAME")
-    if name not in sets.__all__: raise ValueError(f"torchvision has no data set {name!r}; the nearest is {difflib.get_close_matches(name, sets.__all__, 1, 0.)[0]}")
+    known = [n for n in sets.__all__ if inspect.isclass(getattr(sets, n))]
+    if name not in known: raise ValueError(f"torchvision has no data set {name!r}; the nearest is {difflib.get_close_matches(name, known, 1, 0.)[0]}")
     takes = inspect.signature(cls := getattr(sets, name)).parameters
     choices = [{"train": True}, {"train": False}] if "train" in takes else [{"split": "train"}, {"split": "test"}] if "split" in takes else [{}]
     try: parts = [cls(**c, **({"root": root} if "root" in takes else {})) for c in choices]
     except (RuntimeError, FileNotFoundError) as e:
         raise ValueError(f"torchvision's {name} is not in {root} ({str(e).splitlines()[0]}); to fetch it: "
-                         f"python -c \"from torchvision.datasets import {name}; {name}('{root}', {', '.join(f'{k}={v!r}' for k, v in choices[0].items())}, download=True)\"") from None
+                         f"python -c \"from torchvision.datasets import {name}; {name}({', '.join([repr(root), *(f'{k}={v!r}' for k, v in choices[0].items()), 'download=True'])})\"") from None
+    except TypeError as e: raise ValueError(f"torchvision's {name} can't be opened by name alone ({e})") from None
     y = np.concatenate([_targets(p) for p in parts])
-    classes = list(getattr(parts[0], "classes", [])) or [str(k) for k in range(y.max() + 1)]
+    classes = class_names([y.max()], name, list(map(str, getattr(parts[0], "classes", []))))
     held = np.repeat([c not in choices[:1] for c in choices], [len(p) for p in parts])
-    return TorchvisionSource(name, "torchvision", numbered(name, len(y)), y, [str(c) for c in classes], held if held.any() else None, parts=parts)
+    return TorchvisionSource(name, "torchvision", numbered(name, len(y)), y, classes, held if held.any() else None, parts=parts)
 
 def _targets(part):
     for attribute in ("targets", "labels", "_labels"):
         if hasattr(part, attribute): return np.asarray(getattr(part, attribute), np.int64)
-    return np.array([part[i][1] for i in range(len(part))], np.int64)
+    found = [part[i][1] for i in range(len(part))]
+    if not all(isinstance(y, (int, np.integer)) for y in found): raise ValueError(f"torchvision's {type(part).__name__} gives {type(found[0]).__name__}s where classes are expected")
+    return np.array(found, np.int64)
 
 # %% ../nbs/01c_formats.ipynb #08b2ac1e
 def folder_kind(
@@ -361,4 +358,4 @@ def open_digits()->ArraySource:
     "The embedded digits; of each class every fourth is held out."
     from ctm_nb.data import digits, held_out_mask  # needs torch, which nothing else here does
     d = digits("all")
-    return ArraySource("digits", "embedded", numbered("digits", len(d)), d.labels.numpy(), d.classes, held_out_mask(d.labels, 4).numpy(), images=d.images.permute(0, 2, 3, 1).numpy())
+    return ArraySource("digits", "embedded", numbered("digits", len(d)), np.asarray(d.labels), d.classes, held_out_mask(d.labels, 4).numpy(), images=d.images.permute(0, 2, 3, 1).numpy())

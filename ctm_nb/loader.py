@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['log', 'any_colour', 'decode_all', 'held_out_of', 'load_splits', 'Splits', 'available_memory', 'fits', 'StreamData',
-           'known_survey', 'stream_splits', 'Batch', 'Batches', 'prepared']
+           'stamp', 'remembered', 'known_survey', 'stream_splits', 'Batch', 'Batches', 'prepared']
 
 # %% ../nbs/01g_loader.ipynb #edf343c7
 import atexit, hashlib, json, logging, os, queue, threading
 from copy import copy
-from dataclasses import dataclass, field
+from functools import partial
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 import numpy as np, torch
@@ -20,7 +21,7 @@ from .convert import first_shape, one_mode, write_atomically
 from .data import ImageData, IndexSampler, held_out_mask
 from .decode import CROPS, BrokenImage, cores, in_order, is_grey, shared_array
 from .formats import open_source
-from .sources import Source
+from .sources import FolderSource, Source
 from .survey import chunks, complain, survey
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def decode_all(
                 if coloured: break
                 broken.update(some); bar.update(n)
             else: return images, broken
+    raise AssertionError("three channels hold every colour")
 
 # %% ../nbs/01g_loader.ipynb #6af3a67e
 def held_out_of(
@@ -119,16 +121,20 @@ class Splits(dict):
 # %% ../nbs/01g_loader.ipynb #d43835c5
 def available_memory()->int: # bytes
     "Memory that could be used without swapping."
-    try: return next(int(l.split()[1]) * 1024 for l in open("/proc/meminfo") if l.startswith("MemAvailable"))
-    except (OSError, StopIteration): return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try: free = next(int(l.split()[1]) * 1024 for l in open("/proc/meminfo") if l.startswith("MemAvailable"))
+    except (OSError, StopIteration): free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try: limit, used = (int(Path(f"/sys/fs/cgroup/memory.{k}").read_text()) for k in ("max", "current"))  # a container may have less
+    except (OSError, ValueError): return free
+    return max(0, min(free, limit - used))
 
 def fits(
     source:Source, # of the images
     size:int|None=None, # side that they will have
 )->bool:
-    "Whether all images, decoded, take at most a third of the available memory (splits are copies)."
+    "Whether all images, decoded, take at most a third of the available memory (splits are copies), in each process of the machine."
     h, w = (size, size) if size else source.pixels(0).shape[:2] if not hasattr(source, "files") and hasattr(source, "images") else (1024, 1024) if len(source) > 10**6 else (64, 64)
-    return len(source) * h * w * 3 <= available_memory() / 3
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process of a machine has its own copy
+    return len(source) * h * w * 3 * here <= available_memory() / 3
 
 # %% ../nbs/01g_loader.ipynb #6ad9b9a0
 @dataclass(repr=False, eq=False)
@@ -139,14 +145,13 @@ class StreamData:
     image_size:int # side
     channels:int # 1 or 3
     crop:str="center" # a key of `CROPS`
-    fingerprint:str="" # of the whole source
+    key:str="" # of the files, see `known_survey`
 
     def __post_init__(self):
         self.name, self.classes, y = self.source.name, self.source.classes, self.source.labels
         self.labels = None if y is None else torch.from_numpy(y[self.positions])
     def __len__(self): return len(self.positions)
     def __repr__(self): return f"{self.name}: {len(self)} images on a stream, {self.channels} x {self.image_size} x {self.image_size}, {self.n_classes} classes"
-    def sha256(self): return hashlib.sha256(self.fingerprint.encode() + self.positions.tobytes()).hexdigest()
     def x0(self, idx): return self.take(idx).float() / 127.5 - 1
 
     @property
@@ -157,25 +162,47 @@ class StreamData:
         return np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2))
     def take(self, idx): return torch.from_numpy(self.decode(idx))
 
+# %% ../nbs/01g_loader.ipynb #6adce2ee
+def stamp(
+    path:str|Path, # a file, or none
+)->tuple: # when it was written, and its bytes
+    "What changes when a file does."
+    try: s = os.stat(path)
+    except OSError: return 0, 0
+    return s.st_mtime_ns, s.st_size
+
+def remembered(
+    name:str, # of the answer
+    ask, # a function without arguments
+)->dict: # JSON-able
+    "An answer from an earlier run, or a new one, kept if it can be."
+    path = Path(os.environ.get("CTM_NB_CACHE", "~/.cache/ctm_nb")).expanduser()/f"{name}.json"
+    try: return json.loads(path.read_text())
+    except (OSError, ValueError): found = ask()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda f: f.write(json.dumps(found).encode()))
+    except OSError as e: log.warning("%s can't be kept: %s", path, e.strerror)  # the next start asks again
+    return found
+
 # %% ../nbs/01g_loader.ipynb #0abcb978
 def known_survey(
     source:Source, # that was perhaps surveyed before
     size:int, # side that its images get
     crop:str, # a key of `CROPS`
     workers:int|None=None, # processes
-)->dict: # "broken", "channels", "sha256"
+)->dict: # "broken", "channels", and "key", which stands for these files as they are
     "What a survey finds, looked up if the same files were surveyed before."
     h = hashlib.sha256(repr((source.name, source.kind, size, crop, source.classes)).encode() + source.names.text)
     for a in (source.labels, getattr(source, "place", None)): h.update(b"" if a is None else np.ascontiguousarray(a).tobytes())
     for p in [getattr(source, "root", None), getattr(source, "path", None), *(getattr(source, "files", None) or [])]:
-        if p is not None: h.update(repr((str(Path(p).resolve()), os.stat(p).st_mtime_ns, os.stat(p).st_size)).encode())
-    path = Path(os.environ.get("CTM_NB_CACHE", "~/.cache/ctm_nb")).expanduser()/f"survey-{h.hexdigest()[:24]}.json"
-    if path.exists(): return json.loads(path.read_text())
-    s = survey(source, size, crop, workers)
-    found = {"broken": s.broken, "channels": s.channels(), "sha256": s.sha256()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda f: f.write(json.dumps(found).encode()))
-    return found
+        if p is not None: h.update(repr((str(Path(p).resolve()), *stamp(p))).encode())
+    if isinstance(source, FolderSource):
+        for n in source.names: h.update(repr(stamp(source.root/n)).encode())
+    def look():
+        s = survey(source, size, crop, workers)
+        return {"broken": s.broken, "channels": s.channels(), "key": h.hexdigest()}
+    return remembered(f"survey-{h.hexdigest()[:24]}", look)
 
 # %% ../nbs/01g_loader.ipynb #752bd9e7
 def stream_splits(
@@ -192,7 +219,27 @@ def stream_splits(
     if said := complain(broken, source, skip_broken): log.warning("%s", said)
     good, held = ~np.isin(np.arange(len(source)), list(broken)), held_out_of(source)
     parts = {"train": good & ~held, "held_out": good & held, "all": good}
-    return Splits({k: (lambda m=m: StreamData(source, np.flatnonzero(m), size, found["channels"], crop, found["sha256"])) for k, m in parts.items()}, source.name)
+    def cut(m):
+        data = StreamData(source, np.flatnonzero(m), size, found["channels"], crop, found["key"])
+        if len(data): data.sha256(workers)  # now, while the other processes of the machine wait to read it
+        return data
+    return Splits({k: partial(cut, m) for k, m in parts.items()}, source.name)
+
+# %% ../nbs/01g_loader.ipynb #6adccd57
+@patch
+def sha256(self:StreamData,
+    workers:int|None=None, # processes; None: all cores if there are many images
+)->str: # 64 hexadecimal digits
+    "Fingerprint of the content, that of the same images in memory."
+    def ask():
+        h = hashlib.sha256(repr(((len(self), self.channels, self.image_size, self.image_size), self.classes)).encode())
+        with tqdm(total=len(self), desc=f"fingerprint of {self.name}", unit=" images", delay=2, disable=None) as bar:
+            for pixels in in_order(self.decode, chunks(len(self)), (cores() if len(self) > 2000 else 0) if workers is None else workers):
+                h.update(pixels); bar.update(len(pixels))
+        if self.labels is not None: h.update(self.labels.numpy().tobytes())
+        return {"sha256": h.hexdigest()}
+    which = hashlib.sha256(self.key.encode() + self.positions.tobytes()).hexdigest()[:24]
+    return (remembered(f"pixels-{which}", ask) if self.key else ask())["sha256"]
 
 # %% ../nbs/01g_loader.ipynb #a1ee43e1
 @dataclass
@@ -225,7 +272,8 @@ class Batches:
         self.data, self.batch_size, self.seed, self.position, self.flip, self.p = data, batch_size, seed, position, flip, p
         if workers is None: workers = max(1, cores() // world)
         self.rank, self.world, self.device, self.workers, self.ahead = rank, world, torch.device(device), workers if isinstance(data, StreamData) else 0, ahead
-        self.sampler, self.running = None, None  # made when a batch is asked for
+        self.sampler:IndexSampler|None = None  # made when a batch is asked for
+        self.running:list|None = None  # position of the next batch from the workers, and the generator
         IndexSampler(len(data), batch_size, seed, position)  # raises for impossible values
 
 # %% ../nbs/01g_loader.ipynb #88295d75
@@ -234,7 +282,7 @@ def indices(self:Batches,
     position:int, # of the batch
 )->torch.Tensor: # (B / W,) int64
     "Which images this process takes of the batch at a position."
-    if getattr(self.sampler, "position", None) != position: self.sampler = IndexSampler(len(self.data), self.batch_size, self.seed, position)
+    if self.sampler is None or self.sampler.position != position: self.sampler = IndexSampler(len(self.data), self.batch_size, self.seed, position)
     share = self.batch_size // self.world
     return self.sampler.next()[self.rank * share:(self.rank + 1) * share]
 

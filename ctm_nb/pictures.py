@@ -64,11 +64,12 @@ def named_grid(
     rows:list|None=None, # what stands beside each row
 )->Image.Image: # RGB
     "Pictures in rows, enlarged if they are small, with the names of their classes."
-    zoom, table = max(1, 32 // images.shape[2]), None if not any(names or []) else [names[i:i + columns] for i in range(0, len(names), columns)]
+    zoom, names = max(1, 32 // images.shape[2]), names if names and any(names) else []
+    table = [names[i:i + columns] for i in range(0, len(names), columns)]
     images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    over = table is not None and all(r == table[0][:len(r)] for r in table) and len(table[0]) > 1
-    beside = table is not None and not over and rows is None and all(len(set(r)) == 1 for r in table)
-    if table is not None and not (over or beside): images = under(images, names)
+    over = bool(table) and all(r == table[0][:len(r)] for r in table) and len(table[0]) > 1
+    beside = bool(table) and not over and rows is None and all(len(set(r)) == 1 for r in table)
+    if table and not (over or beside): images = under(images, names)
     picture = Image.fromarray(image_grid(images, columns, pad=2)).convert("RGB")
     if beside: rows = [r[0] for r in table]
     sheet = label_rows(np.asarray(picture), rows) if rows else picture

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 from .decode import BrokenImage, cores, crop_box, as_image, decode, in_order, is_grey, open_image, standardise
-from .sources import Source, few
+from .sources import Source, readable
 
 # %% ../nbs/01d_survey.ipynb #458f3e1e
 def fingerprint(
@@ -115,7 +115,7 @@ def complain(
 )->str: # the complaint; empty if nothing is broken
     "Raise one `ValueError` that lists what is broken, unless it may be left out."
     if not broken: return ""
-    lines = [f"  {source.names[i]}: {why}" for i, why in sorted(broken.items())[:50]] + [f"  and {len(broken) - 50} more"] * (len(broken) > 50)
+    lines = [f"  {readable(source.names[i])}: {why}" for i, why in sorted(broken.items())[:50]] + [f"  and {len(broken) - 50} more"] * (len(broken) > 50)
     head = f"{len(broken)} of {len(source)} images in {source.name} can't be read"
     if len(broken) == len(source): skip, head = False, f"none of the {len(source)} images in {source.name} can be read"
     if not skip: raise ValueError("\n".join([f"{head}; repair or remove them, or leave them out with --skip-broken:", *lines]))
@@ -138,7 +138,7 @@ def facts(self:Survey)->dict: # JSON-able
     return {"name": s.name, "kind": s.kind, "images": len(s), "held out by the data": None if s.held_out is None else int(s.held_out.sum()),
             "sizes": tally(sizes), "modes": tally(self.mode[good]), "channels": self.channels(),
             "classes": {} if y is None else {c: int(n) for c, n in zip(s.classes, y)}, **self.moments(),
-            "broken": {s.names[i]: why for i, why in sorted(self.broken.items())}, "notes": list(s.notes), "sha256": self.sha256()}
+            "broken": {readable(s.names[i]): why for i, why in sorted(self.broken.items())}, "notes": list(s.notes), "sha256": self.sha256()}
 
 # %% ../nbs/01d_survey.ipynb #4f9ed6d5
 def report(

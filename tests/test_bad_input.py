@@ -89,7 +89,7 @@ exif = Image.Exif(); exif[0x0112] = 6
 FINE = {
     "16-bit": lambda: png(np.full((12, 12), 65535, np.uint16)), "palette": lambda: png(Image.new("P", (12, 12), 3)), "RGBA": lambda: png(np.full((12, 12, 4), 128, np.uint8)),
     "grey": lambda: png(np.zeros((12, 12), np.uint8)), "EXIF": lambda: png(np.zeros((12, 12, 3), np.uint8), "jpeg", exif=exif), "CMYK": lambda: png(Image.new("CMYK", (12, 12)), "jpeg"),
-    "PNG called JPEG": lambda: png(), "an animation": lambda: png(Image.new("RGB", (12, 12)), "gif", save_all=True, append_images=[Image.new("RGB", (12, 12), "red")])}
+    "PNG called JPEG": png, "an animation": lambda: png(Image.new("RGB", (12, 12)), "gif", save_all=True, append_images=[Image.new("RGB", (12, 12), "red")])}
 
 
 @pytest.mark.parametrize("kind", FINE)
@@ -170,3 +170,67 @@ def test_a_full_disk(here, dst, limit):
     assert not (here / dst).exists()
     done = subprocess.run([sys.executable, "-c", code, "convert", "d", dst, "--workers", "0"], capture_output=True, text=True)
     assert done.returncode == 0 and len(open_source(dst)) == 24 and sorted(p.name for p in here.iterdir()) == sorted(["d", dst]), done.stderr
+
+
+LABEL_FILES = {
+    "a list alone": ("dataset.json", b'[["a.png", 0], ["b.png", 1]]', None),
+    "names that are numbers": ("dataset.json", b'{"labels": [[1, 0], ["b.png", 1]]}', 'expected {"labels": [[name, label], ...]}'),
+    "names that are lists": ("dataset.json", b'{"labels": [[["a.png"], 0], ["b.png", 1]]}', 'expected {"labels": [[name, label], ...]}'),
+    "a label of 71 bits": ("dataset.json", b'{"labels": [["a.png", 1180591620717411303424], ["b.png", 1]]}', "gives an image the label 1180591620717411303424, expected at most 262143"),
+    "a label of 30 bits": ("dataset.json", b'{"labels": [["a.png", 999999999], ["b.png", 1]]}', "gives an image the label 999999999, expected at most 262143"),
+    "fewer classes than labels": ("dataset.json", b'{"labels": [["a.png", 0], ["b.png", 1]], "classes": ["x"]}', "gives an image the label 1, but names 1 classes only"),
+    "classes that are no list": ("dataset.json", b'{"labels": [["a.png", 0], ["b.png", 1]], "classes": {"0": "x", "1": "y"}}', "expected a list of the names of the classes"),
+    "brackets without end": ("dataset.json", b"[" * 100_000, "can't be read as JSON"),
+    "a table in Latin-1": ("labels.csv", b"a.png,\xe4\nb.png,x\n", "labels.csv is no text in UTF-8: invalid continuation byte at byte 6"),
+    "a table with a field without end": ("labels.csv", b'a.png,"' + b"x" * 200_000 + b'"\nb.png,x\n', "labels.csv can't be read as a table: field larger than field limit"),
+    "a number of 20 digits": ("labels.csv", b"a.png,99999999999999999999\nb.png,1\n", "gives an image the label 99999999999999999999"),
+    "digits that are no numbers": ("labels.csv", "a.png,²\nb.png,1\n".encode(), None),
+    "a byte order mark and Windows' ends of lines": ("labels.csv", b"\xef\xbb\xbfname,class\r\na.png,x\r\nb.png,y\r\n", None)}
+
+
+@pytest.mark.parametrize("kind", LABEL_FILES)
+@pytest.mark.parametrize("container", ["folder", "zip"])
+def test_labels_that_somebodys_script_wrote(here, capsys, kind, container):
+    name, text, why = LABEL_FILES[kind]
+    files = [("a.png", png()), ("b.png", png()), (name, text)]
+    if container == "zip": (here / "x").write_bytes(zip_of(files))
+    else:
+        (here / "x").mkdir()
+        for n, data in files: (here / "x" / n).write_bytes(data)
+    code, out, err = run(capsys, ctm_nb_data, "inspect", "x", "--workers", 0)
+    if why is None: assert code == 0 and "classes    2, with 1 to 1 images each" in out, err
+    else: assert code == 2 and why in err and err.count("\n") == 1 and not out, err
+
+
+def test_names_of_any_bytes_can_be_said(here):
+    "A file's name that is no UTF-8, one with a line break, and a terminal that knows ASCII only."
+    for name, data in ((b"\xff.png", b"junk"), ("кот.png".encode(), png()), (b"two\nlines.png", b"")): (here / "d" / "a" / os.fsdecode(name)).write_bytes(data)
+    code = "from ctm_nb.cli_data import ctm_nb_data; ctm_nb_data()"
+    done = subprocess.run([sys.executable, "-c", code, "inspect", "d", "--workers", "0", "--json", "r.json"], capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert done.returncode == 1 and r"a/\xff.png: not an image" in done.stdout and r"a/two\nlines.png: empty file" in done.stdout, done.stderr
+    assert sorted(json.loads((here / "r.json").read_text())["broken"]) == [r"a/\xff.png", r"a/two\nlines.png"]
+    done = subprocess.run([sys.executable, "-c", code, "convert", "d", "t", "--workers", "0", "--skip-broken"], capture_output=True, text=True)
+    assert done.returncode == 0 and len(open_source("t")) == 25, done.stderr
+
+
+def test_folders_of_any_bytes_are_classes(here, capsys):
+    (here / "d" / os.fsdecode(b"caf\xe9")).mkdir()
+    (here / "d" / os.fsdecode(b"caf\xe9") / "1.png").write_bytes(png())
+    assert open_source("d").classes == ["a", "b", r"caf\xe9"]
+    for dst in ("t", "e.zip", "n.npz"):
+        code, out, err = run(capsys, ctm_nb_data, "convert", "d", dst, "--workers", 0)
+        assert code == 0 and open_source(dst).classes == ["a", "b", r"caf\xe9"], err
+
+
+def test_a_picture_that_is_long_and_thin(here, capsys):
+    "Its short side enlarged to 12 would take 4 GB for the long one."
+    (here / "d" / "a" / "hair.png").write_bytes(png(np.zeros((1, 10**7), np.uint8)))
+    code, out, err = run(capsys, ctm_nb_data, "convert", "d", "out.zip", "--size", 12, "--workers", 0)
+    assert code == 2 and "a/hair.png: 10000000 x 1 is too long and thin to become 12 x 12" in err
+
+
+def test_no_images_says_what_there_is(here, capsys):
+    (here / "phone").mkdir()
+    (here / "phone" / "IMG_1.HEIC").write_bytes(b"x")
+    code, out, err = run(capsys, ctm_nb_data, "inspect", "phone")
+    assert code == 2 and err.rstrip().endswith("there or in one sub-folder a class; found IMG_1.HEIC")

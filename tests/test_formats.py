@@ -140,7 +140,7 @@ def test_empty_and_ambiguous_folders(tmp_path):
     endings = ".bmp, .gif, .jfif, .jpe, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp"
     refuse(f"no images in {tmp_path}: expected files ending in {endings}, there or in one sub-folder a class", tmp_path)
     write(tmp_path, {"a/1.png": png(), "2.png": png()})
-    refuse(f"{tmp_path} holds 1 images beside sub-folders with images: expected one or the other", tmp_path)
+    refuse(f"{tmp_path} holds 1 images beside sub-folders with images: expected one or the other, or a labels.csv with a line name,class for each", tmp_path)
 
 
 def test_symlink_loop(tmp_path):
@@ -314,3 +314,36 @@ def test_adm_crop_is_halving_then_bicubic():
 def test_a_dead_worker_is_an_error_and_not_a_hang():
     def work(i): return os._exit(1) if i == 3 else i
     with pytest.raises(OSError, match="a worker process died"): list(in_order(work, range(6), workers=1))
+
+
+def test_shards_whose_json_is_a_caption_have_no_labels(tmp_path):
+    "As img2dataset writes them."
+    import webdataset
+    with webdataset.ShardWriter(str(tmp_path / "%05d.tar"), maxcount=3, verbose=0) as w:
+        for i in range(7): w.write({"__key__": f"{i:09}", "png": png(), "txt": "a cat", "json": {"caption": "a cat", "url": "http://x"}})
+    s = open_source(tmp_path)
+    assert (len(s), s.labels, s.classes) == (7, None, [])
+    with tarfile.open(tmp_path / "x.tar", "w") as t:
+        for n, data in (("0.png", png()), ("0.json", b"{")): info = tarfile.TarInfo(n); info.size = len(data); t.addfile(info, io.BytesIO(data))
+    with pytest.raises(ValueError, match=r"x.tar/0.json can't be read as JSON"): open_source(tmp_path)
+
+
+def test_npz_with_too_few_names(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=PIXELS[None].repeat(3, 0), arr_1=np.arange(3), classes=np.array(["x", "y"]))
+    refuse(f"{tmp_path}/a.npz gives an image the label 2, but names 2 classes only", tmp_path / "a.npz")
+
+
+def test_two_classes_of_one_name_stay_two(tmp_path):
+    "ImageNet has two cranes."
+    write(tmp_path, {"n02012849/a.png": png(), "n03126707/b.png": png(), "classes.txt": b"n02012849 crane\nn03126707 crane\n"})
+    s = open_source(tmp_path)
+    assert s.classes == ["crane", "crane (2)"] and survey(s).facts()["classes"] == {"crane": 1, "crane (2)": 1}
+
+
+@pytest.mark.parametrize("name, message", [
+    ("VOCDetection", "torchvision's VOCDetection is not in .*VOCDetection\\('.*', download=True\\)\""), ("", "torchvision has no data set ''"), ("ImageFolder", None)])
+def test_torchvision_by_name(tmp_path, name, message):
+    write(tmp_path, {"cat/a.png": png(), "dog/b.png": png()})
+    if message:
+        with pytest.raises(ValueError, match=message): open_source(f"torchvision:{name}:{tmp_path}")
+    else: assert open_source(f"torchvision:{name}:{tmp_path}").classes == ["cat", "dog"]

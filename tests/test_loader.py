@@ -187,7 +187,7 @@ def test_a_training_on_a_stream_decodes_ahead_and_is_the_same(zipped, tmp_path, 
 
 
 def test_workers_leave_when_their_parent_is_killed(zipped):
-    import os, signal, subprocess, sys, time
+    import signal, subprocess, sys, time
     code = ("import sys; from ctm_nb.loader import *; from ctm_nb.decode import in_order\n"
             "b = Batches(load_splits(sys.argv[1], in_memory=False)['train'], 12, workers=2); b.at(0)\n"
             "import multiprocessing as mp; print(*[p.pid for p in mp.active_children()], flush=True); import time; time.sleep(60)")
@@ -208,7 +208,8 @@ def test_a_dead_worker_ends_the_command_with_a_sentence(zipped, tmp_path, no_roo
     from ctm_nb.cli import ctm_nb_train
     from ctm_nb.loader import StreamData
     parent = os.getpid()
-    monkeypatch.setattr(StreamData, "decode", lambda self, idx: os._exit(1) if os.getpid() != parent else None)
+    decode = StreamData.decode
+    monkeypatch.setattr(StreamData, "decode", lambda self, idx: os._exit(1) if os.getpid() != parent else decode(self, idx))
     with pytest.raises(SystemExit) as e: ctm_nb_train(["--preset", "tiny", "--data", str(zipped), "--runs", str(tmp_path)])
     assert e.value.code == 3 and "ctm_nb_train: a worker process died" in capsys.readouterr().err
 
@@ -227,3 +228,52 @@ def test_a_program_may_end_in_the_middle_of_a_loader(zipped, in_memory):
             "for _ in range(5): next(b)\nprint('done')")
     done = subprocess.run([sys.executable, "-c", code, zipped, str(int(in_memory))], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_a_stream_has_the_fingerprint_of_the_memory(zipped, tmp_path, monkeypatch):
+    "A run that is continued on a machine with less memory continues on the same images."
+    monkeypatch.setenv("CTM_NB_CACHE", str(tmp_path / "cache"))
+    for size in (None, 4):
+        stream, memory = (load_splits(zipped, size, in_memory=m) for m in (False, True))
+        for split in memory:
+            for workers in (0, 2): assert stream[split].sha256(workers=workers) == memory[split].sha256(), (size, split)
+
+
+def test_a_run_continues_where_its_images_no_longer_fit(zipped, tmp_path, monkeypatch):
+    import ctm_nb.loader
+    from ctm_nb.config import make_config
+    from ctm_nb.training import Trainer
+    monkeypatch.setenv("CTM_NB_CACHE", str(tmp_path / "cache"))
+    c = make_config("tiny", [f"data.source={zipped}", "evaluate.n=0"])
+    t = Trainer(c, tmp_path / "run")
+    for _ in range(3): t.train_step()
+    t.save()
+    monkeypatch.setattr(ctm_nb.loader, "fits", lambda *_: False)
+    assert Trainer(c, tmp_path / "run").step == 3
+
+
+def test_a_repaired_file_is_looked_at_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("CTM_NB_CACHE", str(tmp_path / "cache"))
+    from ctm_nb.decode import as_image
+    for k in range(20): (tmp_path / "d" / "ab"[k % 2]).mkdir(parents=True, exist_ok=True); as_image(IMAGES[k]).save(tmp_path / "d" / "ab"[k % 2] / f"{k}.png")
+    good = (tmp_path / "d" / "a" / "0.png").read_bytes()
+    (tmp_path / "d" / "a" / "0.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="a/0.png: empty file"): load_splits(tmp_path / "d", in_memory=False)
+    (tmp_path / "d" / "a" / "0.png").write_bytes(good)
+    assert len(load_splits(tmp_path / "d", in_memory=False)["all"]) == 20
+
+
+def test_a_cache_that_cant_be_written_is_no_reason_to_stop(zipped, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CTM_NB_CACHE", str(tmp_path / "file" / "cache"))
+    assert len(load_splits(zipped, in_memory=False)["train"]) and "can't be kept" in caplog.text
+
+
+def test_processes_of_one_machine_share_its_memory(zipped, monkeypatch):
+    import ctm_nb.loader
+    from ctm_nb.formats import open_source
+    s = open_source(zipped)
+    monkeypatch.setattr(ctm_nb.loader, "available_memory", lambda: len(s) * 8 * 8 * 3 * 3 * 2)
+    for ranks, enough in (("1", True), ("2", True), ("3", False)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert ctm_nb.loader.fits(s, 8) == enough
