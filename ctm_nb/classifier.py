@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 
 from .data import load_data
-from .guidance import Guided, guide, guide_free, on_denoised
+from .guidance import guide, guide_free, on_denoised
 from .metrics import FeatureClassifier, train_classifier
 from .references import read_reference
 from .state import atomic_write
@@ -55,7 +55,7 @@ def make_classifier(
     progress: bool = False,  # show a bar
 ) -> FeatureClassifier:  # on the CPU
     "Read or train the classifier."
-    if "reference" in about: return read_reference(about["reference"]).net
+    if "reference" in about and (net := read_reference(about["reference"]).net) is not None: return net
     return train_classifier(load_data(split="train", **about["data"]), seed=about["seed"], device=device, progress=progress).cpu()
 
 # %% ../nbs/11_classifier.ipynb #cd5fd9be
@@ -95,7 +95,7 @@ def guided_model(
     m,  # a teacher or a student
     guidance: float | None,  # scale of classifier-free guidance; None: without
     classifier_guidance: float | None,  # scale of a classifier's push; None: without
-    net: FeatureClassifier | None,  # the classifier
+    net,  # the classifier, a FeatureClassifier; None: without
 ):  # the model that is sampled from
     "The model with its guidance; ValueError for scales below 0, or for both kinds at once."
     if guidance is not None and classifier_guidance is not None: raise ValueError(f"guidance={guidance} and classifier_guidance={classifier_guidance} can't be combined; leave one out")
@@ -132,6 +132,6 @@ def judgement(
     guided = guided_model(m, guidance, classifier_guidance, SimpleNamespace(n_classes=0))
     about = classifier_source(classifier or "train", checkpoint) if needed else None
     if about: check_classifier(about, m)
-    if classifier_guidance is not None: guided.n_classes = about["n_classes"]
+    if about and classifier_guidance is not None: guided.n_classes = about["n_classes"]
     if reject is not None and not guided.n_classes: raise ValueError(f"reject={reject:g} needs a model with classes, this one has none; classifier_guidance would give it some")
     return {"guidance": guidance, "classifier": about, "classifier_guidance": classifier_guidance, "reject": reject}, guided

@@ -86,7 +86,7 @@ def wanted(
     ids = torch.arange(plan["n"])
     y = labels_of(plan, ids)
     if not plan["reject"]: return ids, y
-    if (y < 0).any(): raise ValueError(f"reject={plan['reject']:g} needs a class for every sample, got classes none")
+    if y is None or (y < 0).any(): raise ValueError(f"reject={plan['reject']:g} needs a class for every sample, got classes none")
     return candidates(y, plan["reject"])
 
 # %% ../nbs/11_draw.ipynb #7575352c
