@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'METRICS', 'NEED_POINTS', 'INCEPTION_NAMES', 'check_metrics', 'check_request', 'score', 'records',
-           'extend_scores', 'network_evaluations', 'text_table', 'tradeoff_plot', 'with_interval']
+           'extend_scores', 'network_evaluations', 'text_table', 'tradeoff_lines', 'tradeoff_plot', 'with_interval']
 
 # %% ../nbs/08d_evaluation.ipynb #67c8deaf
 import json, logging
@@ -154,6 +154,18 @@ def text_table(
     width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, width))).rstrip() for line in lines)
 
+# %% ../nbs/08d_evaluation.ipynb #89aa7254
+def tradeoff_lines(
+    rows:list, # records with samplers
+)->dict: # name of a way of drawing -> list of (network evaluations, value)
+    "The first score of records, as lines over the cost."
+    lines: dict[str, list] = {}
+    for r in rows:
+        if r["metric"] != rows[0]["metric"] or not (s := r["sampler"]): continue
+        name = s["solver"] if s["solver"] != "ctm" else "CTM, times of its own" if s.get("times") else f"CTM, γ = {s['gamma']:g}"
+        lines.setdefault(name, []).append((network_evaluations(s), r["value"]))
+    return lines
+
 # %% ../nbs/08d_evaluation.ipynb #8727a12b
 def tradeoff_plot(
     rows:list, # records with samplers
@@ -161,17 +173,12 @@ def tradeoff_plot(
 ):
     "The first score against network evaluations, a line for each solver and gamma."
     from matplotlib.figure import Figure
-    metric, lines = rows[0]["metric"], {}
-    for r in rows:
-        if r["metric"] != metric or not r["sampler"]: continue
-        s = r["sampler"]
-        name = s["solver"] if s["solver"] != "ctm" else "CTM, times of its own" if s.get("times") else f"CTM, γ = {s['gamma']:g}"
-        lines.setdefault(name, []).append((network_evaluations(s), r["value"]))
+    lines = tradeoff_lines(rows)
     fig = Figure(figsize=(6, 3.2), layout="constrained")
     ax = fig.subplots()
     for label, points in lines.items(): ax.plot(*zip(*sorted(points)), "o-", ms=4, label=label)
     ticks = sorted({p[0] for points in lines.values() for p in points})
-    ax.set(xscale="log", xlabel="network evaluations", ylabel=metric.replace("_", " "))
+    ax.set(xscale="log", xlabel="network evaluations", ylabel=rows[0]["metric"].replace("_", " "))
     ax.set_xticks(ticks, [str(t) for t in ticks]); ax.minorticks_off(); ax.legend(fontsize=8); ax.grid(alpha=.3)
     if path: fig.savefig(path, dpi=150)
     return fig
