@@ -23,8 +23,8 @@ def write_npz(
     plan: dict,  # the recipe
 ):
     "ADM's form: arr_0 (n, H, W, C) uint8, arr_1 labels."
-    more = {} if labels is None else {"arr_1": labels}
-    with open(path, "wb") as f: np.savez(f, arr_0=images, sampler=np.array(json.dumps(plan)), **more)
+    arrays: dict = {"arr_0": images, "sampler": np.array(json.dumps(plan))} | ({} if labels is None else {"arr_1": labels})
+    with open(path, "wb") as f: np.savez(f, **arrays)
 
 # %% ../nbs/11_containers.ipynb #f0dc9dc6
 def _png(image):
@@ -96,7 +96,7 @@ def read_plan(
     try:
         if out.is_dir(): return json.loads((out / "sampler.json").read_text())
         if out.suffix == ".npz": return json.loads(str(np.load(out)["sampler"]))
-        if out.suffix == ".png": return json.loads(Image.open(out).text["sampler"])
+        if out.suffix == ".png": return json.loads(Image.open(out).info["sampler"])
         with zipfile.ZipFile(out) as z: return json.loads(z.read("sampler.json"))
     except (OSError, KeyError, ValueError, AttributeError, zipfile.BadZipFile): return None
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['log', 'METRICS', 'NEED_POINTS', 'INCEPTION_NAMES', 'check_metrics', 'check_request', 'score', 'records',
-           'extend_scores', 'network_evaluations', 'text_table', 'tradeoff_plot', 'with_interval']
+           'extend_scores', 'network_evaluations', 'text_table', 'tradeoff_lines', 'tradeoff_plot', 'with_interval']
 
 # %% ../nbs/08d_evaluation.ipynb #67c8deaf
 import json, logging
+from collections.abc import Sequence
 from pathlib import Path
 import numpy as np
 from .extractors import Extractor
@@ -63,7 +64,7 @@ def check_request(
     reference:ReferenceStats, # the real side
     extractor:Extractor, # that will see the samples
     metrics, # list of words
-    shape:tuple=None, # (C, H, W) of the samples, if known
+    shape:tuple|None=None, # (C, H, W) of the samples, if known
 )->list: # the words, each once
     "Everything that can be checked without features; `ValueError` says what doesn't fit."
     metrics = check_metrics(metrics)
@@ -81,7 +82,7 @@ def score(
     reference:ReferenceStats, # the real side
     got:Collected, # of the samples, from `collect`
     extractor:Extractor, # that saw them
-    metrics:list=("fid", "pr"), # words of METRICS
+    metrics:Sequence=("fid", "pr"), # words of METRICS
     device:str="cpu", # where pairs of points are compared
 )->dict: # name -> value
     "All scores that were asked for. Raises `ValueError` if samples and reference don't fit, or a score's needs aren't met."
@@ -100,9 +101,9 @@ def records(
     reference:ReferenceStats, # the real side
     features_id:str, # of the extractor
     n_samples:int, # how many samples
-    sampler:dict=None, # solver, steps, gamma; None for finished samples
-    seed:int=None, # of the samples, if known
-    checkpoint:str=None, # what drew them, or the file they came from
+    sampler:dict|None=None, # solver, steps, gamma; None for finished samples
+    seed:int|None=None, # of the samples, if known
+    checkpoint:str|None=None, # what drew them, or the file they came from
 )->list: # of dicts, ready for json
     "One self-contained record for each score."
     common = {"n_samples": n_samples, "reference": {"name": reference.name, "sha256": reference.sha256, "n": reference.n}, "features": features_id,
@@ -139,18 +140,31 @@ def text_table(
 )->str: # lines of equal width
     "Records as a table for a terminal, a row for each sampler, checkpoint, n and seed."
     if not rows: return "no scores"
-    names, table = list(dict.fromkeys(r["metric"] for r in rows)), {}
+    names = list(dict.fromkeys(r["metric"] for r in rows))
+    table: dict[tuple, dict] = {}
     for r in rows:
         s = r["sampler"]
         gamma = "" if s is None else f"{s['gamma']:.3g}" if s["solver"] == "ctm" else "-"
         who = (r["checkpoint"] or "samples",) if s is None else (s["solver"], str(network_evaluations(s)), gamma, " ".join(f"{v:.3g}" for v in s.get("times") or ()) or "default")
         interval = r.get("interval")
         table.setdefault(who, {})[r["metric"]] = f"{r['value']:.4g}" + (f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "")
-    head = ("solver", "NFE", "gamma", "times") if any(len(w) == 4 for w in table) else ("samples",)
+    head: tuple = ("solver", "NFE", "gamma", "times") if any(len(w) == 4 for w in table) else ("samples",)
     if all(w[3:] in ((), ("default",)) for w in table): head = head[:3]
     lines = [[*head, *names], *([*w[:len(head)], *[""] * (len(head) - len(w)), *(v.get(m, "") for m in names)] for w, v in table.items())]
     width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, width))).rstrip() for line in lines)
+
+# %% ../nbs/08d_evaluation.ipynb #89aa7254
+def tradeoff_lines(
+    rows:list, # records with samplers
+)->dict: # name of a way of drawing -> list of (network evaluations, value)
+    "The first score of records, as lines over the cost."
+    lines: dict[str, list] = {}
+    for r in rows:
+        if r["metric"] != rows[0]["metric"] or not (s := r["sampler"]): continue
+        name = s["solver"] if s["solver"] != "ctm" else "CTM, times of its own" if s.get("times") else f"CTM, γ = {s['gamma']:g}"
+        lines.setdefault(name, []).append((network_evaluations(s), r["value"]))
+    return lines
 
 # %% ../nbs/08d_evaluation.ipynb #8727a12b
 def tradeoff_plot(
@@ -159,17 +173,12 @@ def tradeoff_plot(
 ):
     "The first score against network evaluations, a line for each solver and gamma."
     from matplotlib.figure import Figure
-    metric, lines = rows[0]["metric"], {}
-    for r in rows:
-        if r["metric"] != metric or not r["sampler"]: continue
-        s = r["sampler"]
-        name = s["solver"] if s["solver"] != "ctm" else "CTM, times of its own" if s.get("times") else f"CTM, γ = {s['gamma']:g}"
-        lines.setdefault(name, []).append((network_evaluations(s), r["value"]))
+    lines = tradeoff_lines(rows)
     fig = Figure(figsize=(6, 3.2), layout="constrained")
     ax = fig.subplots()
     for label, points in lines.items(): ax.plot(*zip(*sorted(points)), "o-", ms=4, label=label)
     ticks = sorted({p[0] for points in lines.values() for p in points})
-    ax.set(xscale="log", xlabel="network evaluations", ylabel=metric.replace("_", " "))
+    ax.set(xscale="log", xlabel="network evaluations", ylabel=rows[0]["metric"].replace("_", " "))
     ax.set_xticks(ticks, [str(t) for t in ticks]); ax.minorticks_off(); ax.legend(fontsize=8); ax.grid(alpha=.3)
     if path: fig.savefig(path, dpi=150)
     return fig

@@ -6,11 +6,10 @@
 __all__ = ['PIXEL', 'LIKELIHOODS', 'fresh_noise', 'trace_probes', 'denoise_with_trace', 'unit_slope', 'rk_step', 'integrate_rows',
            'check_points', 'ode_log_density', 'bits_per_dim', 'dequantise', 'check_images', 'ode_bits', 'elbo_times',
            'diffusion_loss', 'prior_loss', 'elbo_log_density', 'reconstruction_loss', 'elbo_bits', 'split_words',
-           'check_fit', 'likelihood_records']
+           'check_fit', 'likelihood_settings', 'likelihood_records']
 
 # %% ../nbs/13_likelihood.ipynb #f4675772
 import math
-from pathlib import Path
 
 import torch
 from scipy.integrate import RK45
@@ -91,8 +90,8 @@ def rk_step(
     rows: Tensor,  # (b,) which rows these are
 ) -> tuple[Tensor, Tensor, Tensor]:  # state and slope after the step, and the estimated error; each (b, k)
     "A Runge-Kutta step of order 5, with the difference to order 4: six evaluations."
-    mix = lambda weights: step[:, None] * sum(float(w) * k for w, k in zip(weights, slopes) if w)
     slopes = [slope]
+    mix = lambda weights: step[:, None] * sum(float(w) * k for w, k in zip(weights, slopes) if w)
     for weights, c in zip(RK45.A[1:], RK45.C[1:]): slopes.append(f(time + float(c) * step, state + mix(weights), rows))
     new = state + mix(RK45.B)
     slopes.append(f(time + step, new, rows))
@@ -323,6 +322,17 @@ def check_fit(
     if tuple(m.data_shape) != shape: raise ValueError(f"images of {data.name} must be {' x '.join(map(str, m.data_shape))} as the model's, got {' x '.join(map(str, shape))}")
     if m.n_classes and m.n_classes != data.n_classes: raise ValueError(f"{data.name} must have labels of the model's {m.n_classes} classes, got {data.n_classes or 'no'} classes")
 
+# %% ../nbs/13_likelihood.ipynb #8dba470e
+def likelihood_settings(
+    word: str,  # of LIKELIHOODS
+    tol: float,  # of the ODE
+    probes: int,  # of the ODE
+    levels: int,  # of the bound
+) -> tuple:  # the function, its arguments, and how a record names them
+    "How a likelihood is computed."
+    if word == "elbo": return elbo_bits, {"levels": levels}, {"levels": levels}
+    return ode_bits, {"tol": tol, "probes": probes}, {"solver": "RK45", "tolerance": tol, "probes": probes}
+
 # %% ../nbs/13_likelihood.ipynb #135ada7f
 def likelihood_records(
     m,  # a model
@@ -342,12 +352,10 @@ def likelihood_records(
     check_fit(m, data)
     n = min(n or len(data), len(data))
     ids, rows = torch.arange(n) * len(data) // n, []
-    settings = {"bpd": dict(tol=tol, probes=probes), "elbo": dict(levels=levels)}
-    names = dict(solver="RK45", tolerance=tol, probes=probes), dict(levels=levels)
     for word in words:
-        score = {"bpd": ode_bits, "elbo": elbo_bits}[word]
+        score, kw, about = likelihood_settings(word, tol, probes, levels)
         parts = tqdm(ids.split(batch), desc=word, unit=" batches", disable=None if progress else True)
-        b = torch.cat([score(m, data.x0(i), data.labels[i] if m.n_classes else None, seed=seed, ids=i.tolist(), **settings[word]) for i in parts])
+        b = torch.cat([score(m, data.x0(i), data.labels[i] if m.n_classes else None, seed=seed, ids=i.tolist(), **kw) for i in parts])
         rows.append({"metric": LIKELIHOODS[word], "value": float(b.mean()), "standard_error": float(b.std() / n ** .5) if n > 1 else None, "n_samples": n,
-                     "reference": {"name": data.name, "sha256": data.sha256(), "n": len(data)}, "features": None, "sampler": None, **names[word == "elbo"], "seed": seed, "checkpoint": checkpoint})
+                     "reference": {"name": data.name, "sha256": data.sha256(), "n": len(data)}, "features": None, "sampler": None, **about, "seed": seed, "checkpoint": checkpoint})
     return rows

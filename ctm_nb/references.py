@@ -49,7 +49,7 @@ class SampleSet:
 def batches(self:SampleSet,
     n:int|None=None, # the first n; None: all
     batch_size:int=500, # pictures at a time
-    part:range=None, # only these of them, a range of step 1; None: all of them
+    part:range|None=None, # only these of them, a range of step 1; None: all of them
 ): # iterator over (b, C, H, W) uint8 and (b,) labels or None
     "The samples in order. Raises `ValueError` if fewer than n are there, or they are not of one size."
     if n is not None and n > self.n: raise ValueError(f"{self.name} has {self.n} images, but n={n} were asked for")
@@ -169,7 +169,7 @@ def collect(
     extractor:Extractor, # the feature network
     batches, # iterator over uint8 pictures (b, C, H, W) and labels or None
     device:str="cpu", # where the network is
-    total:int=None, # number of pictures, for the progress bar
+    total:int|None=None, # number of pictures, for the progress bar
     keep=True, # see `look`
 )->Collected:
     "Everything that scores need of a set of pictures, in one pass. Raises `ValueError` for features that are constant or not finite."

@@ -109,7 +109,7 @@ def check_counts(
 ):
     "Raise ValueError naming the first value that is no whole number >= 1."
     for name, value in counts.items():
-        if value is not None and not (isinstance(value, Integral) and value >= 1): raise ValueError(f"{name} must be a whole number >= 1, got {name}={value!r}")
+        if value is not None and not (isinstance(value, Integral) and int(value) >= 1): raise ValueError(f"{name} must be a whole number >= 1, got {name}={value!r}")
 
 # %% ../nbs/07_sampling.ipynb #666cf086
 def check_request(

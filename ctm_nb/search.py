@@ -11,6 +11,8 @@ import json
 import math
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from .flow import RHO
 from .sampling import sample
 from .state import atomic_write
@@ -78,16 +80,18 @@ class Ledger:
 
     def key(self, times, gamma): return tuple(round(v, 12) for v in (*times, gamma))
 
-    def __call__(self, times: list, gamma: float) -> float:
-        "The score, from memory if it was asked before; StopIteration when the budget is spent."
-        if (key := self.key(times, gamma)) in self.known: return self.known[key]
-        if len(self.tries) >= self.budget: raise StopIteration
-        value = float(self.score(times, gamma))
-        if not math.isfinite(value): raise FloatingPointError(f"the score of times {times} with gamma={gamma} is {value}; expected a finite number")
-        self.known[key] = value
-        self.tries.append({"times": list(times), "gamma": gamma, "score": value})
-        if self.path: atomic_write(self.path, json.dumps({"settings": self.settings, "tries": self.tries}, indent=1).encode())
-        return value
+# %% ../nbs/07_search.ipynb #aa7da905
+@patch
+def __call__(self: Ledger, times: list, gamma: float) -> float:
+    "The score, from memory if it was asked before; StopIteration when the budget is spent."
+    if (key := self.key(times, gamma)) in self.known: return self.known[key]
+    if len(self.tries) >= self.budget: raise StopIteration
+    value = float(self.score(times, gamma))
+    if not math.isfinite(value): raise FloatingPointError(f"the score of times {times} with gamma={gamma} is {value}; expected a finite number")
+    self.known[key] = value
+    self.tries.append({"times": list(times), "gamma": gamma, "score": value})
+    if self.path: atomic_write(self.path, json.dumps({"settings": self.settings, "tries": self.tries}, indent=1).encode())
+    return value
 
 # %% ../nbs/07_search.ipynb #753b736e
 def sweep(

@@ -77,7 +77,7 @@ def authenticity(
 
 # %% ../nbs/08a_similarity.ipynb #d6dd30c9
 def frechet_against_n(
-    reference:FeatureStats, # statistics of the real images
+    reference, # statistics of the real images: FeatureStats or ReferenceStats, whatever has mean and cov
     samples, # (M, d) features of generated images
     points:int=8, # how many sizes, >= 2
     smallest:int|None=None, # least n; None: a tenth of M
@@ -96,7 +96,7 @@ def frechet_against_n(
 
 # %% ../nbs/08a_similarity.ipynb #73b5e584
 def bootstrap_frechet(
-    reference:FeatureStats, # statistics of the real images
+    reference, # statistics of the real images: FeatureStats or ReferenceStats, whatever has mean and cov
     samples, # (M, d) features of generated images
     draws:int=20, # resamples, >= 2
     level:float=0.95, # of confidence, in (0, 1)

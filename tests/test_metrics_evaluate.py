@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ctm_nb.cli_evaluate import ctm_nb_evaluate, is_checkpoint, ways
+from ctm_nb.cli_evaluate import ctm_nb_evaluate
 from ctm_nb.data import digits
 from ctm_nb.evaluation import METRICS, extend_scores, score, text_table
 from ctm_nb.extractors import ClassifierExtractor, InceptionExtractor, load_extractor, resize_clean, resize_tf1, spatial_features
@@ -20,6 +20,7 @@ from ctm_nb.metrics import FeatureStats, distance_blocks, features_and_probs, fr
 from ctm_nb.references import array_samples, as_pictures, build_reference, collect, data_samples, open_samples, read_reference
 from ctm_nb.shares import draw_batches
 from ctm_nb.similarity import authenticity, bootstrap_frechet, density_coverage, frechet_against_n, kernel_distance, polynomial_mmd
+from ctm_nb.ways import is_checkpoint, ways
 
 rng = np.random.default_rng(0)
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")

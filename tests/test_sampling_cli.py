@@ -1,6 +1,7 @@
 """The sampling command: interrupted, in several processes, refused; the same samples every time."""
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -67,6 +68,22 @@ def test_killed_command_continues_with_two_processes(run, tmp_path, monkeypatch,
     with np.load(tmp_path / "y.npz") as z:
         assert (np.abs(z["arr_0"].astype(int) - images) <= 1).all() and z["arr_1"].tolist() == labels
         assert json.loads(str(z["sampler"]))["seed"] == 0
+
+
+def test_torchrun_is_killed_and_continued(run, tmp_path):
+    out, parts = tmp_path / "x.npz", tmp_path / "x.npz.parts"
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ctm_nb", "sample", str(run), *WORDS, "--out", str(out)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    p = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, start_new_session=True)
+    while p.poll() is None and not list(parts.glob("part_*")): time.sleep(.005)
+    os.killpg(p.pid, signal.SIGKILL); p.wait()
+    left = len(list(parts.glob("part_*")))
+    assert 0 < left < 10 and not out.exists()
+    p = subprocess.run(words, capture_output=True, text=True, env=env)
+    assert p.returncode == 0 and p.stdout.count("78 samples") == 1 and not parts.exists(), p.stderr
+    ctm_nb_sample([str(run), *WORDS, "--out", str(tmp_path / "y.npz"), "--batch-size", "7"])
+    with np.load(out) as a, np.load(tmp_path / "y.npz") as b:
+        assert a["arr_0"].shape == (78, 8, 8, 3) and (np.abs(a["arr_0"].astype(int) - b["arr_0"]) <= 1).all() and (a["arr_1"] == b["arr_1"]).all()
 
 
 def test_ranks_of_torchrun_share_the_work(run, tmp_path, monkeypatch):

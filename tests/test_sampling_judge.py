@@ -1,5 +1,6 @@
 """Samples that a classifier pushes or chooses, through the sampling command: interrupted, in two processes, refused."""
 import json
+import warnings
 import zipfile
 
 import numpy as np
@@ -143,3 +144,14 @@ def test_a_classifier_of_other_pictures_is_refused(run, unlabelled, tmp_path, re
     open_parts(tmp_path / "w.npz", make_plan(load(run), run, 8, reject=2., classifier=str(ref)))
     with pytest.raises(ValueError, match="reject: 2.0 -> 3.0"): draw_samples(run, tmp_path / "w.npz", 8, device="cpu", reject=3., classifier=str(ref))
     with pytest.raises(ValueError, match="classifier: "): draw_samples(run, tmp_path / "w.npz", 8, device="cpu", reject=2., classifier="digits")
+
+
+def test_guidance_without_dropped_labels_is_warned_about(run, tmp_path):
+    m = load(run, which="teacher")
+    for share, word in ((0., "teacher.label_dropout=0"), (.1, None)):
+        (tmp_path / "config.json").write_text(json.dumps({"teacher": {"label_dropout": share}}))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert make_plan(m, tmp_path, 3, guidance=2.)["guidance"] == 2.
+        assert [word in str(w.message) for w in said] == ([True] if word else [])
+    with pytest.warns(RuntimeWarning, match="--which teacher"): make_plan(load(run), tmp_path, 3, guidance=2.)
