@@ -259,10 +259,10 @@ def breaks(self: Engine, step: int, e: dict, rows: list) -> dict | None:  # numb
 @patch
 def suspects(self: Engine, step: int) -> list:  # dicts: row of the batch, number of the image, times, numbers
     "The images that break the present step by themselves."
-    found, material = [], self.material_of(step)
+    found, whole = [], len(self.rows) == 1
     first, index = self.here.share(self.now.optim.batch).start, self.batches.indices((step - self.begun_at) * self.now.optim.batch)
     for r in self.rows:
-        e = self.example_of(step, material if len(self.rows) == 1 else take(material, r))
+        e = self.example_of(step) if whole else self.example_of(step, take(self.material_of(step), r))
         for i in culprits(lambda rows: self.breaks(step, e, rows) is not None, r.stop - r.start):
             about = {k: e[k][i] for k in ("t", "u", "s", "sigma", "y") if torch.is_tensor(e.get(k))}
             found.append({"row": first + r.start + i, "image": index[r.start + i], **about, **(self.breaks(step, e, [i]) or {})})
