@@ -6,20 +6,22 @@
 __all__ = ['picture_html', 'need_widgets', 'Explorer', 'FlowExplorer', 'explore_flow', 'find_runs', 'Models', 'ImageExplorer',
            'explore_images', 'RunExplorer', 'explore_run']
 
-# %% ../nbs/15_explorer.ipynb #f53a198e
+# %% ../nbs/15_explorer.ipynb #6181b369
 import html
+import threading
 import time
 from base64 import b64encode
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from fastcore.basics import patch
 
 from .flow import GaussianMixture, noise
 from .history import read_run
 from .interchange import load
 from .sampling import default_times
-from .scenes import FlowView, ImageView, Paths, Scene, flow_scene, image_scene, teacher_row
+from .scenes import FlowView, ImageView, Paths, Row, Scene, flow_scene, image_scene, teacher_row
 from .watch import Live
 
 # %% ../nbs/15_explorer.ipynb #fa437149
@@ -116,7 +118,7 @@ def find_runs(
     found = {p.parents[2] for p in Path(folder).glob("*/checkpoints/step_*/checkpoint.json")}
     return [str(p) for p in sorted(found, key=lambda p: -p.stat().st_mtime)]
 
-# %% ../nbs/15_explorer.ipynb #33f96f1d
+# %% ../nbs/15_explorer.ipynb #bf8e7050
 class Models:
     "Students and their teachers by path, and the teachers' pictures."
     def __init__(self, teacher_steps: int = 18): self.teacher_steps, self.open, self.drawn = teacher_steps, {}, {}
@@ -142,7 +144,9 @@ class Models:
         if teacher is not None and key not in self.drawn: self.drawn[key] = teacher_row(teacher, v, self.teacher_steps)
         return self.drawn.get(key)
 
-# %% ../nbs/15_explorer.ipynb #69949a4f
+    def ready(self, path: str, v: ImageView): return self.pair(path)[1] is None or (path, v.y, v.seed, v.n) in self.drawn
+
+# %% ../nbs/15_explorer.ipynb #55e8410d
 class ImageExplorer(Explorer):
     "Every jump of a student, its teacher beside it."
     what = "Rows of pictures, from noise to the student's, and the teacher's"
@@ -151,7 +155,7 @@ class ImageExplorer(Explorer):
         n: int = 10,  # pictures
         **start,  # values that the controls begin with: y, seed, steps, gamma
     ):
-        w, v, self.models, self.n, self.known = need_widgets(), ImageView(**start), Models(), n, None
+        w, v, self.models, self.n, self.known, self.waiting = need_widgets(), ImageView(**start), Models(), n, None, None
         if not paths: raise ValueError("there must be at least one checkpoint: train one (ctm_nb_train), or give a path")
         stop = lambda k: w.FloatLogSlider(1., min=-2.699, max=1.9031, step=.02, description=f"τ{k} (stop {k})", tooltip=f"tau {k}: a noise level at which the chain stops", readout_format=".3g")
         self.classes = [("every class in turn", -1)]
@@ -191,7 +195,7 @@ def quiet(self: Explorer):
     finally:
         for c in self.controls.values(): c.observe(self.changed, "value")
 
-# %% ../nbs/15_explorer.ipynb #e3bf7b58
+# %% ../nbs/15_explorer.ipynb #bb2ccab0
 @patch
 def draw(self: ImageExplorer, path, y, seed, steps, gamma, **taus):
     "The scene that the controls ask for."
@@ -201,9 +205,27 @@ def draw(self: ImageExplorer, path, y, seed, steps, gamma, **taus):
     inner = [min(max(x, m.sigma_min), m.sigma_max) for x in inner]
     y = self.controls["y"].value  # `fit` may have changed it
     v = ImageView(y if y >= 0 else None, seed, (m.sigma_max, *inner, m.sigma_min), steps, gamma, self.n)
-    return image_scene(m, v, self.models.row(path, v))
+    if self.scene is None or self.models.ready(path, v): return image_scene(m, v, self.models.row(path, v))
+    self.later(path, v)
+    return image_scene(m, v, Row("teacher, being drawn", -torch.ones(v.n, *m.data_shape) * .2))
 
-# %% ../nbs/15_explorer.ipynb #c11ba79e
+# %% ../nbs/15_explorer.ipynb #0d40b3d3
+@patch
+def later(self: ImageExplorer,
+    path: str,  # of the checkpoint
+    v: ImageView,  # whose class and seed
+    rest: float = .15,  # seconds without a change before the teacher begins
+):
+    "Let a thread draw the teacher's row and complete the picture, unless something else is asked for in the meantime."
+    if self.waiting: self.waiting.cancel()
+    def work():
+        self.models.row(path, v)
+        if self.waiting is timer: self.changed()
+    self.waiting = timer = threading.Timer(rest, work)
+    timer.daemon = True
+    timer.start()
+
+# %% ../nbs/15_explorer.ipynb #206df50e
 def explore_images(
     *paths: str | Path,  # checkpoints to choose from; none: the runs that are there
     runs: str | Path = "runs",  # where to look for them
@@ -212,7 +234,7 @@ def explore_images(
     "The pictures of a checkpoint with controls; raises ValueError if there is none."
     return ImageExplorer([str(p) for p in paths] or find_runs(runs), **start)
 
-# %% ../nbs/15_explorer.ipynb #12312087
+# %% ../nbs/15_explorer.ipynb #255ac73e
 class RunExplorer:
     "A run that is followed: its curves, and a slider over its samples. `stop()` leaves it as it is."
     def __init__(self,
@@ -232,7 +254,7 @@ class RunExplorer:
     def stop(self):
         if self.live: self.live.stop()
 
-# %% ../nbs/15_explorer.ipynb #b592655d
+# %% ../nbs/15_explorer.ipynb #f11a6320
 @patch
 def follow(self: RunExplorer, change=None):
     "Turn to the run that is picked."
@@ -242,7 +264,7 @@ def follow(self: RunExplorer, change=None):
     self.live.html.observe(self.look, "value")
     self.look(); self.show()
 
-# %% ../nbs/15_explorer.ipynb #51f7143d
+# %% ../nbs/15_explorer.ipynb #a21c71ea
 @patch
 def look(self: RunExplorer, change=None):
     "See which samples there are; stay where somebody looks, move on from the newest to a newer one."
@@ -253,20 +275,20 @@ def look(self: RunExplorer, change=None):
     self.step.value = value if value != known[-1][1] and value in dict(map(reversed, found)) else found[-1][1]
     self.show()
 
-# %% ../nbs/15_explorer.ipynb #cbd6c723
+# %% ../nbs/15_explorer.ipynb #37306755
 @patch
 def show(self: RunExplorer, change=None):
     "The samples of the step that is picked."
     if not self.step.value: self.sheet.value = '<p role="status">No samples yet.</p>'
     else: self.sheet.value = picture_html(Scene(Path(self.step.value).read_bytes(), f"Samples at {self.step.label} of {Path(self.path.value).name}."), "Samples")
 
-# %% ../nbs/15_explorer.ipynb #1ae1f39a
+# %% ../nbs/15_explorer.ipynb #acc768ed
 @patch
 def _repr_mimebundle_(self: RunExplorer, include=None, exclude=None):
     "The widget where there is a kernel, curves and samples where there is none."
     return {"text/plain": f"RunExplorer: {self.path.value}", "text/html": self.live.html.value + self.sheet.value, **{k: v for k, v in self.widget._repr_mimebundle_().items() if k != "text/plain"}}
 
-# %% ../nbs/15_explorer.ipynb #045c9ae5
+# %% ../nbs/15_explorer.ipynb #5e65d068
 def explore_run(
     *paths: str | Path,  # runs to choose from; none: those that are there
     runs: str | Path = "runs",  # where to look for them

@@ -19,7 +19,12 @@ def missing() -> str:
     return ""
 
 
-def browser_path(): return os.environ.get("CTM_NB_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
+def browser_path():
+    "A browser of the system, or the one that playwright has downloaded; None without either."
+    if found := os.environ.get("CTM_NB_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None): return found
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p: own = p.chromium.executable_path
+    return own if os.path.exists(own) else None
 
 
 def free_port():
@@ -31,7 +36,9 @@ def free_port():
 @contextmanager
 def jupyter_lab(folder, home):
     "JupyterLab on `folder`, its own settings in `home`; yields the address."
-    port, log = free_port(), open(home/"lab.log", "w")
+    port, log, news = free_port(), open(home/"lab.log", "w"), home/"settings"/"@jupyterlab"/"apputils-extension"/"notification.jupyterlab-settings"
+    news.parent.mkdir(parents=True)
+    news.write_text('{"fetchNews": "false", "checkForUpdates": false}')
     env = {**os.environ, "JUPYTER_CONFIG_DIR": str(home/"config"), "JUPYTER_DATA_DIR": str(home/"data"), "JUPYTER_RUNTIME_DIR": str(home/"run"), "OMP_NUM_THREADS": "1", "IPYTHONDIR": str(home/"ipython")}
     words = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.password=", f"--ServerApp.root_dir={folder}",
              "--allow-root", "--LabApp.news_url=None", "--LabApp.extension_manager=readonly", f"--LabApp.workspaces_dir={home/'workspaces'}", f"--LabApp.user_settings_dir={home/'settings'}"]

@@ -20,8 +20,9 @@ def lab(tmp_path_factory):
     with jupyter_lab(folder, home) as address, page() as p:
         try:
             p.goto(f"{address}/lab/tree/15_explorer.ipynb", timeout=120_000)
-            p.get_by_role("menuitem", name="Run", exact=True).click(timeout=120_000)
-            p.get_by_role("menuitem", name=re.compile("^Run All Cells")).click()
+            p.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for(timeout=120_000)
+            p.get_by_role("menuitem", name="Run", exact=True).click(timeout=60_000)
+            p.get_by_role("menuitem", name=re.compile("^Run All( Cells)?$")).click(timeout=60_000)
             p.locator(".jp-OutputArea .widget-slider").first.wait_for(timeout=240_000)
             p.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for(timeout=300_000)
             yield p
