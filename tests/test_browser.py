@@ -1,8 +1,8 @@
 """The explorer as people use it: JupyterLab is started, the notebook run, a slider moved with the keyboard, and the picture must change. Screenshots are left in build/browser/."""
 import re
-import shutil
 from pathlib import Path
 
+import nbformat
 import pytest
 from browser_lab import jupyter_lab, missing, page
 
@@ -15,7 +15,11 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(missing()), reason=mi
 def lab(tmp_path_factory):
     "The explorer's notebook, run in JupyterLab."
     folder, home = tmp_path_factory.mktemp("nbs"), tmp_path_factory.mktemp("home")
-    shutil.copy(ROOT/"nbs"/"15_explorer.ipynb", folder)  # not beside runs/: the tiny network is trained, whatever this machine has
+    nb = nbformat.read(ROOT/"nbs"/"15_explorer.ipynb", as_version=4)
+    nb.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}, "language_info": {"name": "python"}}  # or JupyterLab asks which kernel
+    for c in nb.cells:
+        if c.cell_type == "code": c.outputs = []
+    nbformat.write(nb, folder/"15_explorer.ipynb")  # not beside runs/: the tiny network is trained, whatever this machine has
     SHOTS.mkdir(parents=True, exist_ok=True)
     with jupyter_lab(folder, home) as address, page() as p:
         try:
