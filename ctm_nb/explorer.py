@@ -11,6 +11,7 @@ import html
 import threading
 import time
 from base64 import b64encode
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,14 @@ def need_widgets():
 # %% ../nbs/15_explorer.ipynb #3d98589e
 class Explorer:
     "Controls around a picture: `controls` by name, `scene` as it is shown, `ms` of each change."
-    what = "picture"
+    what = "picture"  # what the alternative text begins with
+    draw: Callable[..., Scene]  # from the controls' values to a scene; ValueError if they make none
     def __init__(self,
         controls: dict,  # name -> widget, in the order in which they are shown
     ):
         w = need_widgets()
-        self.controls, self.ms, self.scene = controls, [], None
+        self.controls, self.ms = controls, []
+        self.scene: Any = None  # a Scene, once something has been drawn
         self.picture, self.note = w.HTML(), w.HTML()
         for c in controls.values(): c.observe(self.changed, "value")
         for c in controls.values(): c.style.description_width, c.layout.width, c.layout.min_width = "6em", "24em", "0"
@@ -156,7 +159,9 @@ class ImageExplorer(Explorer):
         n: int = 10,  # pictures
         **start,  # values that the controls begin with: y, seed, steps, gamma
     ):
-        w, v, self.models, self.n, self.known, self.waiting = need_widgets(), ImageView(**start), Models(), n, None, None
+        w, v, self.models, self.n = need_widgets(), ImageView(**start), Models(), n
+        self.known: Any = None  # path and steps that the controls fit
+        self.waiting: Any = None  # the timer of the teacher's row
         if not paths: raise ValueError("there must be at least one checkpoint: train one (ctm_nb_train), or give a path")
         stop = lambda k: w.FloatLogSlider(1., min=-2.699, max=1.9031, step=.02, description=f"τ{k} (stop {k})", tooltip=f"tau {k}: a noise level at which the chain stops", readout_format=".3g")
         self.classes = [("every class in turn", -1)]

@@ -194,7 +194,8 @@ def draw_samples(
     x, low = sample(m, v.n, steps=v.steps, gamma=v.gamma, seed=v.seed), toy.sigma_min
     ax.imshow(density_at(toy, low), extent=[-WINDOW, WINDOW] * 2, origin="lower", cmap=SHADE, aspect="auto", vmin=0, vmax=1.6)
     ax.plot(*unit(x, low).T, ".", color=INK, ms=2.5)
-    return tuple(float(toy.log_density(p, low).clamp(min=-20).mean()) for p in (x, toy.sample(v.n, seed=v.seed)))
+    mean = lambda p: float(toy.log_density(p, low).clamp(min=-20).mean())
+    return mean(x), mean(toy.sample(v.n, seed=v.seed))
 
 # %% ../nbs/15_scenes.ipynb #6d20fbaa
 @dataclass
@@ -210,7 +211,7 @@ def _axes(titles, size, dpi):
     from matplotlib.figure import Figure
     fig = Figure(figsize=size, dpi=dpi)
     FigureCanvasAgg(fig)
-    axs = [fig.add_axes([.01 + .333 * k, .03, .313, .86], xlim=(-WINDOW, WINDOW), ylim=(-WINDOW, WINDOW), xticks=[], yticks=[]) for k in range(len(titles))]
+    axs = [fig.add_axes((.01 + .333 * k, .03, .313, .86), xlim=(-WINDOW, WINDOW), ylim=(-WINDOW, WINDOW), xticks=[], yticks=[]) for k in range(len(titles))]
     for ax, title in zip(axs, titles): ax.set_title(title, fontsize=9)
     return fig, axs
 
