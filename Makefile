@@ -6,7 +6,7 @@ SETUP := settings.ini setup.py pyproject.toml
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check nbtest pytest export readme docs lint clean
+.PHONY: help demo test browser check nbtest pytest export readme docs lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -18,6 +18,8 @@ test: $(VENV)/.dev ## install, then check, nbtest and pytest
 	@$(MAKE) --no-print-directory check
 	@$(MAKE) --no-print-directory nbtest
 	@$(MAKE) --no-print-directory pytest
+
+browser: $(VENV)/.browser ## install what tests/test_browser.py needs: a browser and its driver (apt as root, else the driver's own)
 
 check: $(VENV)/.dev ## would export, clean or readme change a file?
 	$(BIN)/python .ci/check.py
@@ -71,6 +73,14 @@ $(VENV)/.docs: settings.ini | $(BIN)/python
 
 $(VENV)/.lint: settings.ini | $(BIN)/python
 	$(call install_listed,lint_requirements)
+	@touch $@
+
+# A browser that is there will do; else Debian's and Ubuntu's by apt where we may, else the one that comes with the driver.
+$(VENV)/.browser: settings.ini | $(VENV)/.dev
+	$(call install_listed,browser_requirements)
+	@if command -v chromium || command -v google-chrome || command -v chromium-browser; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; \
+	else $(BIN)/python -m playwright install chromium; fi
 	@touch $@
 
 $(VENV)/.demo: $(SETUP) | $(BIN)/python

@@ -123,6 +123,14 @@ def test_captions(before, code, after, caption, alt):
     assert ("At $s" in after) == (cells[-1].get("source") == "Next.")
 
 
+def test_a_widget_without_its_state_is_shown_as_its_picture():
+    view = "application/vnd.jupyter.widget-view+json"
+    data = [{view: {"model_id": m}, "text/plain": "x", "image/png": "iVBORw0KGgo="} for m in ("there", "gone")]
+    nb = nbformat.v4.new_notebook(cells=[new_code_cell("w", outputs=[new_output("display_data", d) for d in data])],
+                                  metadata={"widgets": {"application/vnd.jupyter.widget-state+json": {"state": {"there": {}}}}})
+    assert [view in o.data for o in notebooks.without_widgets(nb).cells[0].outputs] == [True, False] and notebooks.is_picture(nb.cells[0].outputs[1])
+
+
 def test_a_picture_without_words_is_a_fault():
     _, faults = notebooks.captioned([new_markdown_cell("## Title"), picture(), picture()])
     assert len(faults) == 2 and "without a paragraph" in faults[0]

@@ -41,7 +41,18 @@ def processed(path):
     p = NBProcessor(path, procs=[populate_language, strip_ansi, hide_line, filter_stream_, rm_header_dash, tagged, clean_magics])
     p.process()
     cells = [{k: v for k, v in c.items() if not k.endswith("_")} for c in p.nb.cells]
-    return nbformat.from_dict({**{k: v for k, v in read_nb(path).items() if k not in ("cells", "path_")}, "cells": cells})
+    nb = nbformat.from_dict({**{k: v for k, v in read_nb(path).items() if k not in ("cells", "path_")}, "cells": cells})
+    return without_widgets(nb)
+
+
+def without_widgets(nb):
+    "A widget whose state the notebook does not hold can't be shown: what it offers instead (a picture, text) is."
+    held = nb.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
+    for c in nb.cells:
+        for o in c.get("outputs", []):
+            d, view = o.get("data", {}), "application/vnd.jupyter.widget-view+json"
+            if view in d and d[view].get("model_id") not in held and len(d) > 1: del d[view]
+    return nb
 
 
 def tagged(cell):

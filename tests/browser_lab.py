@@ -1,0 +1,67 @@
+"""JupyterLab on a free port and a browser in front of it, for test_browser.py."""
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from urllib.request import urlopen
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def missing() -> str:
+    "Why there can be no browser test here; empty if there can."
+    try: import playwright  # noqa: F401
+    except ImportError: return "playwright is not installed (`make browser` installs it)"
+    if not browser_path(): return f"no browser: none of {', '.join(BROWSERS)} is in PATH, and CTM_NB_BROWSER is not set (`make browser` installs one)"
+    return ""
+
+
+def browser_path():
+    "A browser of the system, or the one that playwright has downloaded; None without either."
+    if found := os.environ.get("CTM_NB_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None): return found
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p: own = p.chromium.executable_path
+    return own if os.path.exists(own) else None
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextmanager
+def jupyter_lab(folder, home):
+    "JupyterLab on `folder`, its own settings in `home`; yields the address."
+    port, log, news = free_port(), open(home/"lab.log", "w"), home/"settings"/"@jupyterlab"/"apputils-extension"/"notification.jupyterlab-settings"
+    news.parent.mkdir(parents=True)
+    news.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    env = {**os.environ, "JUPYTER_CONFIG_DIR": str(home/"config"), "JUPYTER_DATA_DIR": str(home/"data"), "JUPYTER_RUNTIME_DIR": str(home/"run"), "OMP_NUM_THREADS": "1", "IPYTHONDIR": str(home/"ipython")}
+    words = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.password=", f"--ServerApp.root_dir={folder}",
+             "--allow-root", "--LabApp.news_url=None", "--LabApp.extension_manager=readonly", f"--LabApp.workspaces_dir={home/'workspaces'}", f"--LabApp.user_settings_dir={home/'settings'}"]
+    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *words], stdout=log, stderr=log, env=env)
+    try:
+        for _ in range(240):
+            if server.poll() is not None: raise RuntimeError(f"JupyterLab ended with {server.returncode}:\n{(home/'lab.log').read_text()[-2000:]}")
+            try: urlopen(f"http://127.0.0.1:{port}/api", timeout=5).close(); break
+            except OSError: time.sleep(.5)
+        else: raise RuntimeError(f"JupyterLab did not answer:\n{(home/'lab.log').read_text()[-2000:]}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        try: server.wait(20)
+        except subprocess.TimeoutExpired: server.kill()
+        log.close()
+
+
+@contextmanager
+def page(width=1400, height=1000):
+    "A page of a headless browser."
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=browser_path(), args=["--no-sandbox", "--disable-dev-shm-usage"])
+        try: yield browser.new_page(viewport=dict(width=width, height=height))
+        finally: browser.close()
