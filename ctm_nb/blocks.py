@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../nbs/02_blocks.ipynb #05ea3faf
@@ -24,8 +25,7 @@ def sinusoidal_embedding(
     half = dim // 2
     omega = 1e4 ** -(torch.arange(half, dtype=torch.float32, device=c.device) / (half if cos_first else half - 1))  # (half,)
     phase = c.float()[:, None] * omega  # (B, half)
-    waves = (phase.cos(), phase.sin()) if cos_first else (phase.sin(), phase.cos())
-    return torch.cat(waves, dim=1).to(c.dtype)
+    return torch.cat((phase.cos(), phase.sin()) if cos_first else (phase.sin(), phase.cos()), dim=1).to(c.dtype)
 
 # %% ../nbs/02_blocks.ipynb #74992901
 class FourierEmbedding(nn.Module):
@@ -176,17 +176,37 @@ class ResBlock(nn.Module):
             self.norm2, self.qkv = norm(c_out), init(nn.Conv2d(c_out, 3 * c_out, 1), math.sqrt(.2) if k.glorot else 1.)
             self.proj = init(nn.Conv2d(c_out, c_out, 1), 0)
 
-    def forward(self,
-        x: Tensor,  # (B, c_in, H, W)
-        emb: Tensor,  # (B, c_emb) embedding of t
-        emb_s: Tensor | None = None,  # (B, c_emb) embedding of s, for a block with an s-branch
-    ) -> Tensor:  # (B, c_out, H', W')
-        k = self.conventions
-        e = (self.affine(emb) if emb_s is None else self.affine(emb) + self.affine_s(emb_s))[:, :, None, None]  # (B, c_out or 2 c_out, 1, 1)
-        h = self.conv0(F.silu(self.norm0(x)))
-        if k.scale_shift: (a, b), h = e.chunk(2, 1), self.norm1(h); h = torch.addcmul(b, h, 1 + a)
-        else: h = self.norm1(h + e)
-        h = self.conv1(F.dropout(F.silu(h), self.dropout, self.training))
-        x = (h + (x if self.skip is None else self.skip(x))) * k.skip_scale
-        if hasattr(self, "qkv"): x = (x + self.proj(pixel_attention(self.qkv(self.norm2(x)), self.heads, k.three_first))) * k.skip_scale
-        return x
+# %% ../nbs/02_blocks.ipynb #33e6992f
+@patch
+def hear(self: ResBlock,
+    h: Tensor,  # (B, c_out, H', W') after the first convolution
+    emb: Tensor,  # (B, c_emb) embedding of t
+    emb_s: Tensor | None = None,  # (B, c_emb) embedding of s, for a block with an s-branch
+) -> Tensor:  # (B, c_out, H', W') normalised
+    "The second normalisation, and in it the times."
+    e = (self.affine(emb) if emb_s is None else self.affine(emb) + self.affine_s(emb_s))[:, :, None, None]  # (B, c_out or 2 c_out, 1, 1)
+    if not self.conventions.scale_shift: return self.norm1(h + e)
+    a, b = e.chunk(2, 1)
+    return torch.addcmul(b, self.norm1(h), 1 + a)
+
+# %% ../nbs/02_blocks.ipynb #3874cf92
+@patch
+def attend(self: ResBlock,
+    x: Tensor,  # (B, c_out, H', W')
+) -> Tensor:  # the same
+    "Self-attention beside a shortcut, in blocks that have it."
+    if not hasattr(self, "qkv"): return x
+    seen = pixel_attention(self.qkv(self.norm2(x)), self.heads, self.conventions.three_first)
+    return (x + self.proj(seen)) * self.conventions.skip_scale
+
+# %% ../nbs/02_blocks.ipynb #fde5c2e0
+@patch
+def forward(self: ResBlock,
+    x: Tensor,  # (B, c_in, H, W)
+    emb: Tensor,  # (B, c_emb) embedding of t
+    emb_s: Tensor | None = None,  # (B, c_emb) embedding of s, for a block with an s-branch
+) -> Tensor:  # (B, c_out, H', W')
+    "Both convolutions with the times between them, the shortcut, and attention."
+    h = self.hear(self.conv0(F.silu(self.norm0(x))), emb, emb_s)
+    h = self.conv1(F.dropout(F.silu(h), self.dropout, self.training))
+    return self.attend((h + (x if self.skip is None else self.skip(x))) * self.conventions.skip_scale)

@@ -34,6 +34,7 @@ def shown_url(
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
+# %% ../nbs/10_download.ipynb #2f962cc6
 def human_size(
     n:int, # bytes
 ) -> str: # e.g. "223.5 MB"
@@ -53,12 +54,14 @@ def _beside(path, ending):
     "The path of a companion file."
     return path.with_name(path.name + ending)
 
+# %% ../nbs/10_download.ipynb #e41b5674
 def _read_note(path):
     "The JSON object in a file; empty if there is none that can be read."
     try: value = json.loads(path.read_text())
     except (FileNotFoundError, ValueError): return {}
     return value if isinstance(value, dict) else {}
 
+# %% ../nbs/10_download.ipynb #fe3337e3
 def _write_note(path, note):
     "Give `path` the JSON object `note`, in one step."
     temp = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
@@ -75,6 +78,7 @@ def _sha256(path):
         while block := f.read(1 << 20): digest.update(block)
     return digest.hexdigest()
 
+# %% ../nbs/10_download.ipynb #4b35300c
 def _receipt(file, url=None):
     "What is recorded of a whole file."
     stat = file.stat()
@@ -149,6 +153,7 @@ def _causes(e):
         yield e
         e = e.__cause__ or e.__context__
 
+# %% ../nbs/10_download.ipynb #11d70ad4
 def _reason(e, url, timeout):
     "Why `requests` gave up, in a few words."
     from requests import exceptions as failed
@@ -187,6 +192,7 @@ def _request(url, start, note, timeout):
 HINTS = {401: "it wants a login", 403: "it does not give the file to everybody", 404: "nothing is there, the file may have moved",
          407: "the proxy wants a login", 429: "too many requests, try later"}
 
+# %% ../nbs/10_download.ipynb #5d7331d5
 def _refuse_status(response, url):
     "Raise unless the answer is the file."
     code = response.status_code
@@ -194,6 +200,7 @@ def _refuse_status(response, url):
     hint = HINTS.get(code, "trouble on the server's side, try later" if code >= 500 else "expected 200")
     raise DownloadError(f"{shown_url(url)}: the server answered {code} {response.reason or ''} ({hint})")
 
+# %% ../nbs/10_download.ipynb #d5c145ba
 def _refuse_type(response, url):
     "Raise if the server says that its answer is a web page."
     if "text/html" in response.headers.get("Content-Type", "").lower():
@@ -251,6 +258,7 @@ def _need_room(path, n):
 # %% ../nbs/10_download.ipynb #d47e0278
 PIECE = 1 << 13  # bytes read at a time
 
+# %% ../nbs/10_download.ipynb #7d9226db
 def _receive(response, path, start, total, progress):
     "Append the body of an answer to the part file and wait for the disk."
     from tqdm import tqdm

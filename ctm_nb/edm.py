@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOLVERS', 'preconditioning', 'noise_condition', 'Preconditioned', 'Denoiser', 'edm_loss', 'lognormal_sigma', 'jump',
-           'heun_step', 'extrapolate', 'extrapolate3', 'solve']
+           'heun_step', 'half_ahead', 'extrapolate', 'parabola_ahead', 'extrapolate3', 'solve']
 
 # %% ../nbs/03_edm.ipynb #1db9902a
 import torch
@@ -20,9 +20,8 @@ def preconditioning(
     kind: str = "edm",  # "edm", or "vp", "ve" for older networks
 ) -> tuple[Tensor, Tensor, Tensor]:  # c_skip, c_out, c_in, each shaped like t
     "Scalings around a network; EDM's give input and target unit variance.  # EDM Table 1"
-    one = torch.ones_like(t)
-    if kind == "vp": return one, -t, 1 / (t ** 2 + 1).sqrt()
-    if kind == "ve": return one, t, one
+    if kind == "vp": return torch.ones_like(t), -t, 1 / (t ** 2 + 1).sqrt()
+    if kind == "ve": return torch.ones_like(t), t, torch.ones_like(t)
     var = t ** 2 + sigma_data ** 2
     return sigma_data ** 2 / var, t * sigma_data / var.sqrt(), 1 / var.sqrt()
 
@@ -104,9 +103,11 @@ class Denoiser(Preconditioned):
     ) -> Tensor:  # (B, ...)
         return self.precondition(x, t, y=y, **more)
 
-    def D(self, x: Tensor, t: float | Tensor, y: Tensor | None = None, **more) -> Tensor:
-        "The denoiser by its name in the paper."
-        return self(x, t, y, **more)
+# %% ../nbs/03_edm.ipynb #a49ad050
+@patch
+def D(self: Denoiser, x: Tensor, t: float | Tensor, y: Tensor | None = None, **more) -> Tensor:  # as `forward`
+    "The denoiser by its name in the paper."
+    return self(x, t, y, **more)
 
 # %% ../nbs/03_edm.ipynb #82d9d64a
 @patch
@@ -172,6 +173,16 @@ def heun_step(
     return torch.where(expand(u, x) > 0, corrected, x_u)
 
 # %% ../nbs/03_edm.ipynb #ffc5b54d
+def half_ahead(
+    t_prev: Tensor,  # the time before, > t
+    t: Tensor,  # this time
+    u: Tensor,  # the next time
+) -> Tensor:  # h_i / (2 h_{i-1}), 0 where a step is infinite
+    "How far the middle of the next step lies ahead, in units of the last step.  # DPM-Solver++ Alg. 2"
+    ratio = (t / u).log() / (t_prev / t).log()
+    return torch.where(torch.isfinite(ratio), ratio, torch.zeros_like(ratio)) / 2
+
+# %% ../nbs/03_edm.ipynb #f438e833
 def extrapolate(
     D_t: Tensor,  # (B, ...) guess at t
     D_prev: Tensor | None,  # (B, ...) guess at the time before, or None at the first step
@@ -180,23 +191,26 @@ def extrapolate(
     u: Tensor,  # the next time
 ) -> Tensor:  # (B, ...) the guess to jump with
     "Guess of the clean data that makes `jump` second order.  # DPM-Solver++ Alg. 2"
-    if D_prev is None: return D_t
-    ratio = (t / u).log() / (t_prev / t).log()  # h_i / h_{i-1}
-    ratio = torch.where(torch.isfinite(ratio), ratio, torch.zeros_like(ratio))
-    return D_t + expand(ratio, D_t) / 2 * (D_t - D_prev)
+    return D_t if D_prev is None else D_t + expand(half_ahead(t_prev, t, u), D_t) * (D_t - D_prev)
 
 # %% ../nbs/03_edm.ipynb #13401e25
+def parabola_ahead(
+    times: Tensor,  # (4,) or (4, B): the two times before, this time, the next
+) -> tuple[Tensor, Tensor]:  # c1 and c2, 0 where a step is infinite
+    "Weights of the last two differences of guesses: a_1 f_1 + (a_2 + a_1 h_{i-1}) f_2 = c1 (D_i - D_{i-1}) - c2 (D_{i-1} - D_{i-2}).  # DPM-Solver++, 3M"
+    h2, h1, h = (times[:-1] / times[1:]).log()
+    a1 = h / -torch.expm1(-h) - 1
+    bend = (h ** 2 / -torch.expm1(-h) - 2 * a1 + a1 * h1) / (h1 + h2)
+    c1, c2 = a1 / h1 + bend / h1, bend / h2
+    return tuple(torch.where(torch.isfinite(c1) & torch.isfinite(c2), c, torch.zeros_like(c)) for c in (c1, c2))
+
+# %% ../nbs/03_edm.ipynb #27580a24
 def extrapolate3(
     guesses: list,  # D at t, at the time before, at the time before that, each (B, ...)
     times: Tensor,  # (4,) or (4, B): the two times before, this time, the next
 ) -> Tensor:  # (B, ...) the guess to jump with
     "Guess of the clean data that makes `jump` third order.  # DPM-Solver++, 3M"
-    h2, h1, h = (times[:-1] / times[1:]).log()
-    a1 = h / -torch.expm1(-h) - 1
-    bend = (h ** 2 / -torch.expm1(-h) - 2 * a1 + a1 * h1) / (h1 + h2)
-    c1, c2 = a1 / h1 + bend / h1, bend / h2  # f_1 and f_2 in terms of the two differences
-    fine = torch.isfinite(c1) & torch.isfinite(c2)
-    c1, c2 = (expand(torch.where(fine, c, torch.zeros_like(c)), guesses[0]) for c in (c1, c2))
+    c1, c2 = (expand(c, guesses[0]) for c in parabola_ahead(times))
     return guesses[0] + c1 * (guesses[0] - guesses[1]) - c2 * (guesses[1] - guesses[2])
 
 # %% ../nbs/03_edm.ipynb #4c3e87b1

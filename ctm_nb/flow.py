@@ -92,14 +92,20 @@ class GaussianMixture:
         self.mean = self.weights @ self.means  # (d,)
         self.sigma_data = (self.weights @ ((self.means - self.mean).pow(2).mean(1) + self.stds**2)).sqrt().item()
 
-    def _positive(self, name, values):
-        values, k = torch.as_tensor(values, dtype=torch.float64), len(self.means)
-        if values.ndim and values.shape != (k,): raise ValueError(f"{name} must have shape ({k},), got {tuple(values.shape)}")
-        if not (values > 0).all(): raise ValueError(f"{name} must all be > 0, got {values.tolist()}")
-        return values.expand(k)
+# %% ../nbs/00_flow.ipynb #e230037b
+@patch
+def _positive(self:GaussianMixture, name, values):
+    "One positive number for each component, float64."
+    values, k = torch.as_tensor(values, dtype=torch.float64), len(self.means)
+    if values.ndim and values.shape != (k,): raise ValueError(f"{name} must have shape ({k},), got {tuple(values.shape)}")
+    if not (values > 0).all(): raise ValueError(f"{name} must all be > 0, got {values.tolist()}")
+    return values.expand(k)
 
-    def _check(self, x):
-        if x.ndim != 2 or x.shape[1] != self.dim: raise ValueError(f"x must have shape (B, {self.dim}), got {tuple(x.shape)}")
+# %% ../nbs/00_flow.ipynb #0af343ba
+@patch
+def _check(self:GaussianMixture, x):
+    "Points must have the dimension of the mixture."
+    if x.ndim != 2 or x.shape[1] != self.dim: raise ValueError(f"x must have shape (B, {self.dim}), got {tuple(x.shape)}")
 
 # %% ../nbs/00_flow.ipynb #a50caf3b
 @patch
@@ -166,6 +172,13 @@ def sample(self:GaussianMixture,
     return (self.means[k] + self.stds[k, None] * z[:, :-1]).float()
 
 # %% ../nbs/00_flow.ipynb #dfc6c72c
+def _refuse(bad, message, t, s):
+    "Raise `ValueError` naming the first row that is bad."
+    if not bad.any(): return
+    row = bad.nonzero()[0].item()
+    raise ValueError(message.format(s=s[row].item(), t=t[row].item()) + f" (row {row})")
+
+# %% ../nbs/00_flow.ipynb #1a7bf188
 def check_times(
     x:torch.Tensor, # (B, ...)
     t, # starting level: a number, or (B,)
@@ -174,10 +187,8 @@ def check_times(
     "One starting and one final time for each row; raises `ValueError` naming the first row where `0 <= s <= t` fails."
     rows = x.new_empty(len(x), dtype=torch.float64)
     t, s = (expand(v, rows).expand_as(rows) for v in (t, s))
-    for bad, message in ((~(s >= 0), "s must be >= 0, got s={s}"), (~(s <= t), "s must be <= t, got s={s} > t={t}")):
-        if bad.any():
-            row = bad.nonzero()[0].item()
-            raise ValueError(message.format(s=s[row].item(), t=t[row].item()) + f" (row {row})")
+    _refuse(~(s >= 0), "s must be >= 0, got s={s}", t, s)
+    _refuse(~(s <= t), "s must be <= t, got s={s} > t={t}", t, s)
     return t, s
 
 # %% ../nbs/00_flow.ipynb #645575fc
@@ -224,8 +235,7 @@ def toy_mixture(
     a = torch.linspace(0, 1, n_modes, dtype=torch.float64)  # (n_modes,) position along the spiral
     angle, radius = 0.6 + 2 * math.pi * 0.93 * a, 0.45 + 0.55 * a
     means = radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1)  # (n_modes, 2)
-    means = means - means.mean(0)
-    stds = 0.04 + 0.05 * a
+    means, stds = means - means.mean(0), 0.04 + 0.05 * a
     scale = SIGMA_DATA / (means.pow(2).mean() + stds.pow(2).mean()).sqrt()
     return GaussianMixture(means * scale, stds * scale)
 

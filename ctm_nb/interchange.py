@@ -72,9 +72,7 @@ def fitting(
 def find_checkpoint(
     path: str | Path,  # a run folder or a checkpoint folder
 ) -> Path:  # the checkpoint folder
-    """The checkpoint that a path means.
-
-    Raises FileNotFoundError for a missing path and CheckpointError for one that holds no checkpoint."""
+    "The checkpoint that a path means; raises FileNotFoundError for a missing path and CheckpointError for one that holds none."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist; expected a run folder (runs/digits) or one of its checkpoints")
     if (path / "checkpoint.json").exists(): return path
@@ -133,6 +131,7 @@ def infer_openai(
 # %% ../nbs/10_interchange.ipynb #1ec59d70
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, EDM's preconditioner
 
+# %% ../nbs/10_interchange.ipynb #ec390372
 def infer_network(
     state: dict,  # name -> tensor
     **given,  # arguments of the network that the caller knows
@@ -193,6 +192,7 @@ def from_state(
 # %% ../nbs/10_interchange.ipynb #7d03c2f1
 PRECONDITIONERS = {"EDMPrecond": ("edm", .002, 80.), "VPPrecond": ("vp", .002, 80.), "VEPrecond": ("ve", .02, 100.)}  # class -> kind, range of times
 
+# %% ../nbs/10_interchange.ipynb #80176051
 def from_edm(
     n: EdmNetwork,  # from `foreign.read_edm_pickle`
     which: str | None = None,  # what is expected

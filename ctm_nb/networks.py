@@ -49,15 +49,18 @@ class UNet(nn.Module):
 class DDPMpp(UNet):
     "DDPM++ of Song et al. (2021) in EDM's configuration: CIFAR-10, FFHQ, AFHQ, and small pictures of one's own."
 
+# %% ../nbs/02_networks.ipynb #570b1e4b
 class NCSNpp(UNet):
     "NCSN++ of Song et al. (2021) in EDM's configuration: random frequencies, smooth resampling, the picture at every level."
     conventions = Conventions(embedding="fourier", taps=(1, 3, 3, 1), picture_path=True)
 
+# %% ../nbs/02_networks.ipynb #97f6eaaf
 class ADM(UNet):
     "ADM of Dhariwal & Nichol (2021) in EDM's configuration: ImageNet 64x64."
     conventions = Conventions(embedding="cos", label="after", scale_shift=True, skip_scale=1., skip_conv=False, eps=1e-5, attention_everywhere=True,
                               channels_per_head=64, glorot=False, out_names=("", "out_norm", "out_conv"))
 
+# %% ../nbs/02_networks.ipynb #54e6cdb5
 class OpenAIUNet(UNet):
     "The U-Net of the consistency models and the released CTM on ImageNet 64x64: ADM with 250 ln t, 32 groups, and s unaware of the class."
     conventions = Conventions(embedding="cos", time_scale=1000., label="after_t", scale_shift=True, skip_scale=1., skip_conv=False, eps=1e-5, group_channels=1,
@@ -155,6 +158,7 @@ def _build_decoder(self: UNet):
 def _run(self: UNet, block: ResBlock, *args):
     return checkpoint(block, *args, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(*args)
 
+# %% ../nbs/02_networks.ipynb #3dbe9517
 @patch
 def encode(self: UNet,
     x: Tensor,  # (B, C, H, W)

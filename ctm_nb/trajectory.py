@@ -43,9 +43,7 @@ def G(self: CTM,
     s: float | Tensor,  # landing time, 0 <= s <= t, (B,) or scalar
     y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
 ) -> Tensor:  # (B, ...) data at noise level s
-    """The jump from t to s.  # CTM: decomposition of G
-
-    Raises ValueError where s > t or s < 0 (checked on the CPU; on a GPU the check would stall the stream)."""
+    "The jump from t to s; ValueError where s > t or s < 0 (on the CPU: on a GPU the check would stall the stream).  # CTM: decomposition of G"
     if not x.is_cuda: check_times(x, expand(t, x).flatten(), expand(s, x).flatten())
     return jump(x, t, s, self.g(x, t, s, y))
 
