@@ -16,7 +16,7 @@ import torch
 
 from .auto import RECIPES, words_of
 from .decode import CROPS
-from .distill import DISTANCES, MATCHING
+from .distill import DISTANCES, MATCHING, SPACINGS
 from .edm import SOLVERS
 from .gan import GAN_LOSSES
 from .networks import FAMILIES
@@ -82,6 +82,8 @@ class DistillConfig(OptimConfig):
     k_power: float = 1.  # the stretch has length k with probability proportional to k**k_power
     solver: str = "heun"  # of the teacher's stretch
     max_evals: int | None = None  # at most so many teacher evaluations a stretch; None: the full grid
+    spacing: str = "grid"  # of these evaluations: even in the "grid"'s index, or in the "log" of t
+    pairs: int = 1  # jumps learned from each stretch: from its start, and from points on the way
     matching: str = "soft"  # where u lies: "soft" (t >= u >= s), "local" (the next grid point) or "global" (u = s)
     compare_at: str = "end"  # both sides of the loss go to sigma_min through the average ("end"), or stay at "s"
     distance: str = "l2"  # a key of distill.DISTANCES
@@ -236,7 +238,8 @@ def _check_distill(d):
     _expect("distill.N", d.N, d.N >= 2, "at least 2")
     _expect("distill.K", d.K, 1 <= d.K < d.N, f"in 1..distill.N-1 = 1..{d.N - 1}")
     _expect("distill.max_evals", d.max_evals, d.max_evals is None or d.max_evals >= 1, "none or at least 1")
-    for key, known in (("matching", MATCHING), ("compare_at", ("end", "s")), ("solver", SOLVERS), ("distance", DISTANCES), ("init", ("teacher", "random"))):
+    _expect("distill.pairs", d.pairs, d.pairs >= 1 and d.batch % d.pairs == 0, f"a divisor of distill.batch = {d.batch}")
+    for key, known in (("matching", MATCHING), ("compare_at", ("end", "s")), ("solver", SOLVERS), ("spacing", SPACINGS), ("distance", DISTANCES), ("init", ("teacher", "random"))):
         _expect(f"distill.{key}", v := getattr(d, key), v in known, f"one of {', '.join(known)}")
 
 # %% ../nbs/11_config.ipynb #b5317f68
@@ -286,6 +289,7 @@ def check_config(
     for key in ("augment", "label_dropout"): _expect(f"teacher.{key}", v := getattr(c.teacher, key), 0 <= v < 1, "in [0, 1)")
     _expect("network.augment_dim", c.network.augment_dim, c.network.augment_dim == 9 or not c.teacher.augment, "9 for a teacher with augmentation")
     _expect("gan.K", c.gan.K, c.gan.K is None or 1 <= c.gan.K < c.distill.N, f"none or in 1..distill.N-1 = 1..{c.distill.N - 1}")
+    _expect("gan.batch", c.gan.batch, not c.gan.steps or c.gan.batch % c.distill.pairs == 0, f"a multiple of distill.pairs = {c.distill.pairs}")
     _expect("data.source", repr(c.data.source), c.data.source, 'the path of the images (--data PATH), or "digits"')
     _expect("teacher.source", repr(c.teacher.source), c.teacher.source or not c.distill.source, "given when distill.source is (an adversarial stage needs both)")
     _expect("gan.steps", c.gan.steps, sum(stage_steps(c).values()), "at least 1 where nothing else is to be trained")

@@ -119,12 +119,13 @@ def follow(
     times: Tensor,  # (steps+1, B), all > 0
     y: Tensor | None = None,  # (B,) class indices
     method: str = "heun",  # of `solve`
+    callback=None,  # called as callback(n, x) after step n
 ) -> Tensor:  # (B, ...) data at times[-1]
     """The teacher's solution of the ODE, without gradient.
 
     Raises ValueError for a teacher that drops units."""
     _no_dropout("teacher", getattr(D, "__self__", D))
-    with torch.no_grad(): return solve(D, x_t, times, y, method, above_zero=True)
+    with torch.no_grad(): return solve(D, x_t, times, y, method, callback, above_zero=True)
 
 # %% ../nbs/05_distill.ipynb #9e192652
 def teacher_jump(

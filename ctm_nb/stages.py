@@ -244,24 +244,59 @@ def draw(self: DistillStage, B: int, gen: torch.Generator, n: int) -> dict:
     "Times, noise, and where the teacher will be asked.  # CTM: training step"
     d, K = self.config.distill, getattr(self.optim, "K", None) or self.config.distill.K
     normal = lambda *shape: torch.randn(B, *shape, generator=gen)
-    i, k, j = draw_stretch(B, d.N, K, gen, d.matching, d.k_power)
-    t, u, s = (grid_time(v, d.N, **self.grid).float() for v in (i, i + k, j))
-    times = stretch_times(i, k, d.N, d.solver, d.max_evals, **self.grid).float()
+    i, k, j = draw_stretch(B // d.pairs, d.N, K, gen, d.matching, d.k_power)
+    u, s = (grid_time(v, d.N, **self.grid).float() for v in (i + k, j))
+    times = stretch_times(i, k, d.N, d.solver, d.max_evals, d.spacing, **self.grid).float()
     start = normal(*self.shape)
     sigma = dsm_sigma(normal(), torch.rand(B, generator=gen), **self.grid).float()
-    return dict(t=t, u=u, s=s, times=times.T, start=start, sigma=sigma, eps=normal(*self.shape))
+    stretch = {name: v.repeat_interleave(d.pairs, 0) for name, v in dict(u=u, s=s, times=times.T).items()}
+    return dict(**stretch, start=start, sigma=sigma, eps=normal(*self.shape), **self.starts(stretch["times"], gen))
+
+# %% ../nbs/11_stages.ipynb #4a7dbe9f
+@patch
+def starts(self: DistillStage, times: Tensor, gen: torch.Generator) -> dict:
+    "After how many of the solver's steps each jump starts, and when that is."
+    B, m, steps = len(times), self.pairs, times.shape[1] - 1
+    after = torch.zeros(B, dtype=torch.int64)
+    if m > 1:
+        nth = torch.arange(B) % m
+        after = (steps * (nth + torch.rand(B, generator=gen) * (nth > 0)) / m).long().clamp(max=steps - 1)
+    return {"after": after, "t": times.gather(1, after[:, None])[:, 0]}
+
+# %% ../nbs/11_stages.ipynb #dae2000f
+@patch(as_prop=True)
+def pairs(self: Stage) -> int:  # rows of a batch that belong together
+    "Jumps that share a stretch of the teacher."
+    return self.config.distill.pairs if self.name != "teacher" else 1
+
+@patch
+def lead(self: DistillStage, v: Tensor | None) -> Tensor | None:
+    "Each stretch's first row in place of its others."
+    return v if v is None or self.pairs == 1 else v[::self.pairs].repeat_interleave(self.pairs, 0)[:len(v)]
+
+# %% ../nbs/11_stages.ipynb #52dea42a
+@patch
+def stretch(self: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict) -> tuple[Tensor, Tensor]:
+    "The teacher's way: x_t at every row's start, and x_u at its end."
+    m, teacher = self.pairs, self.parts["teacher"]
+    first = {k: numbers[k][::m] for k in ("times", "start")}
+    seen = [perturb(x0[::m], first["times"][:, 0], first["start"])]
+    x_u = follow(teacher.D, seen[0], first["times"].T, None if y is None else y[::m], self.config.distill.solver, lambda n, x: seen.append(x) if m > 1 else None)
+    if m == 1: return seen[0], x_u
+    rows = torch.arange(len(x0), device=x_u.device)
+    return torch.stack(seen)[numbers["after"], rows // m], x_u[rows // m]
 
 # %% ../nbs/11_stages.ipynb #3aa173ad
 @patch
 def example(self: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int, augment: Tensor | None = None) -> dict:
     "All of a distillation step that does not involve the student."
-    teacher, solver = self.parts["teacher"], self.config.distill.solver
-    if not teacher.n_classes: y = None
     e = {k: numbers[k] for k in ("t", "u", "s", "sigma", "eps")}
-    x_t, asks = perturb(x0, e["t"], numbers["start"]), self.learner(n) == "model"
-    x_u = follow(teacher.D, x_t, numbers["times"].T, y, solver) if asks else None
-    n_evals = (numbers["times"].shape[1] - 1) * SOLVERS[solver] if asks else 0
-    return dict(**e, x0=x0, y=y, x_t=x_t, x_u=x_u, teacher_evals=n_evals)
+    e |= {"x0": self.lead(x0), "y": self.lead(y) if self.parts["teacher"].n_classes else None}
+    if self.learner(n) != "model":  # the teacher is not asked
+        e["t"] = numbers["times"][:, 0]
+        return e | {"x_t": perturb(e["x0"], e["t"], numbers["start"]), "x_u": None, "teacher_evals": 0}
+    x_t, x_u = self.stretch(e["x0"], e["y"], numbers)
+    return e | {"x_t": x_t, "x_u": x_u, "teacher_evals": (numbers["times"].shape[1] - 1) * SOLVERS[self.config.distill.solver]}
 
 # %% ../nbs/11_stages.ipynb #e919a238
 @patch

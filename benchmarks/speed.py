@@ -1,0 +1,354 @@
+"""What a training step and a sample cost, on any machine. Results are JSON files under nbs/results/speed/ that nbs/16_speed.ipynb reads.
+
+    python benchmarks/speed.py device networks steps sampling start     a machine's ceiling, each network against it, the step and its parts, sampling, start-up
+    python benchmarks/speed.py solvers --teachers runs/digits           error of the teacher's stretch against its evaluations: on the exact mixture, and on trained teachers
+    python benchmarks/speed.py quality --teacher runs/digits --seeds 0 1 2 --seconds 300
+                                                                       distance of one-step samples against seconds of training: the published recipe and others, one teacher
+
+Every section keeps what the others have written. All times are medians, with the fastest and slowest beside them; whatever is compared is timed in turn, in one process. `--threads` sets the threads of a
+CPU. Nothing else should run meanwhile.
+"""
+import argparse
+import copy
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+
+OUT = Path(__file__).resolve().parents[1] / "nbs" / "results" / "speed"
+NETWORKS = {"ddpmpp 32, 32 x 32": ("ddpmpp", dict(image_size=32, model_channels=32)), "ddpmpp 64, 32 x 32": ("ddpmpp", dict(image_size=32, model_channels=64)),
+            "ncsnpp 32, 32 x 32": ("ncsnpp", dict(image_size=32, model_channels=32)), "adm 32, 64 x 64": ("adm", dict(image_size=64, model_channels=32, channel_mult=(1, 2, 3, 4), n_blocks=3, attention=(32, 16, 8), channels_per_head=16)),
+            "openai 32, 64 x 64": ("openai", dict(image_size=64, model_channels=32, channel_mult=(1, 2, 3, 4), n_blocks=3, attention=(32, 16, 8), channels_per_head=16))}
+RECIPES = {"published": ["distill.solver=heun", "distill.max_evals=none", "distill.distance=l2"],
+           "same error": ["distill.solver=dpm", "distill.max_evals=11", "distill.spacing=log"],
+           "five evaluations": ["distill.solver=dpm", "distill.max_evals=5", "distill.spacing=log"]}
+STRETCHES = (5, 8, 11, 13, 15, 16)  # the middles of six equally likely parts of the draw of k, for N = 18
+
+
+def machine():
+    "What was measured on."
+    names = [l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def keep(section, value, file="machine"):
+    "Write one section of a results file."
+    path = OUT / f"{file}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**found, section: {"machine": machine(), "command": " ".join(["python benchmarks/speed.py", *sys.argv[1:]]), **value}}, indent=1) + "\n")
+
+
+def spread(times):
+    "Median, fastest, slowest."
+    times = sorted(times)
+    return {"median": times[len(times) // 2], "least": times[0], "most": times[-1]}
+
+
+def in_turn(jobs, repeats, warm=1):
+    "Seconds of each of several functions, called one after the other, so that a change of the machine hits all."
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    times = {k: [] for k in jobs}
+    for r in range(warm + repeats):
+        for k, f in jobs.items():
+            wait(); started = time.perf_counter(); f(); wait()
+            if r >= warm: times[k].append(time.perf_counter() - started)
+    return {k: spread(v) for k, v in times.items()}
+
+
+def device_section(a):
+    "What the machine can do at best: a large matrix product, a convolution of the networks' kind, a copy."
+    n, x, w = 2048, torch.randn(16, 128, 32, 32, device=a.device), torch.randn(128, 128, 3, 3, device=a.device)
+    m, big = torch.randn(n, n, device=a.device), torch.randn(64 * 2**20, device=a.device)
+    half = [v.bfloat16() for v in (m, x, w)]
+    jobs = {"matmul fp32": lambda: m @ m, "matmul bf16": lambda: half[0] @ half[0], "conv fp32": lambda: torch.nn.functional.conv2d(x, w, padding=1), "conv bf16": lambda: torch.nn.functional.conv2d(*half[1:], padding=1), "copy": lambda: big.clone()}
+    t = in_turn(jobs, a.repeats)
+    flops = {"matmul": 2 * n**3, "conv": 2 * 16 * 32 * 32 * 128 * 128 * 9}
+    keep("device", {"gflops": {k: flops[k.split()[0]] / v["median"] / 1e9 for k, v in t.items() if k != "copy"}, "copy_gb_per_s": 2 * 4 * big.numel() / t["copy"]["median"] / 1e9, "seconds": t})
+
+
+def count(net, B):
+    "Floating-point operations of one forward pass."
+    from torch.utils.flop_counter import FlopCounterMode
+    c = net.config
+    with FlopCounterMode(display=False) as f, torch.no_grad(): net(torch.randn(B, 3, c["image_size"], c["image_size"]), torch.zeros(B))
+    return f.get_total_flops()
+
+
+def network_section(a):
+    "Forward, and forward with backward, of each network."
+    from ctm_nb.networks import build_network
+    rows = {}
+    for name, (family, kw) in NETWORKS.items():
+        torch.manual_seed(0)
+        net = build_network(family, channels=3, **kw).eval()
+        flops, net = count(net, a.batch), net.to(a.device)
+        x, t = torch.randn(a.batch, 3, kw["image_size"], kw["image_size"], device=a.device), torch.zeros(a.batch, device=a.device)
+        def forward(context):
+            with torch.no_grad(), context(): net(x, t)
+        def both(context):
+            with context(): loss = net(x, t).float().square().mean()
+            loss.backward()
+        bf16 = partial(torch.autocast, a.device, torch.bfloat16)
+        times = in_turn({f"{n} {p}": partial(f, c) for n, f in (("forward", forward), ("both", both)) for p, c in (("fp32", nullcontext), ("bf16", bf16))}, a.repeats)
+        rows[name] = {"parameters": sum(p.numel() for p in net.parameters()), "batch": a.batch, "flops": flops, "seconds": times}
+        print(name, {k: round(v["median"], 3) for k, v in times.items()}, flush=True)
+    keep("networks", {"rows": rows})
+
+
+# ---- one training step
+
+def make_stage(channels, recipe, device, batch):
+    "A distillation of CIFAR-10's network with fewer channels, on noise."
+    from ctm_nb.config import make_config
+    from ctm_nb.data import ImageData
+    from ctm_nb.edm import Denoiser
+    from ctm_nb.stages import STAGE_CLASSES, make_network
+    words = [f"network.model_channels={channels}", f"distill.batch={batch}", "network.dropout=0", "network.augment_dim=0", "distill.init=teacher", "distill.distance=l2", *RECIPES[recipe]]
+    config = make_config("cifar10", ["data.source=digits", *words])
+    data = ImageData(torch.randint(0, 256, (batch, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte(), None, [], "noise")
+    torch.manual_seed(0)
+    net = make_network(config, data)
+    for p in net.parameters(): p.data.add_(.02 * torch.randn(p.shape))  # no layer is silent
+    return STAGE_CLASSES["ctm_dsm"](config, data, torch.device(device), {"teacher": Denoiser(net)})
+
+
+def numbers_with(stage, k, step):
+    "What a step draws, for a stretch of k grid steps."
+    import ctm_nb.stages as stages
+    from ctm_nb.distill import draw_indices
+    kept, stages.draw_stretch = stages.draw_stretch, lambda B, N, K, gen, *rest: (ij := draw_indices(B, k, N, gen)) and (ij[0], k, ij[1])
+    try: return stage.draw(len(stage.data), stages.step_generator(0, step), step)
+    finally: stages.draw_stretch = kept
+
+
+def plain_step(stage, numbers, x0):
+    "The published step, written down as its formulas stand."
+    from ctm_nb.distill import adaptive_weight, dsm_loss, l2
+    from ctm_nb.edm import solve
+    from ctm_nb.flow import perturb
+    teacher, student, target = (stage.parts[k] for k in ("teacher", "model", "target"))
+    e, end = numbers, torch.full_like(numbers["s"], .002)
+    x_t = perturb(x0, e["t"], e["start"])
+    with torch.no_grad():
+        x_u = solve(teacher.D, x_t, e["times"].T, None, "heun")
+        goal = target.G(student.G(x_u, e["u"], e["s"]), e["s"], end)
+    ctm = l2(target.G(student.G(x_t, e["t"], e["s"]), e["s"], end), goal).mean()
+    dsm = dsm_loss(student, x0, e["sigma"], e["eps"]).mean()
+    (ctm + adaptive_weight(ctm, dsm, student.net.last_layer) * dsm).backward()
+    finish_plain(stage)
+
+
+def finish_plain(stage):
+    "Optimizer and averages, one parameter after the other."
+    stage.optimizers["model"].step()
+    stage.optimizers["model"].zero_grad()
+    with torch.no_grad():
+        for ema in stage.emas.values():
+            for p, q in zip(ema.module.parameters(), stage.parts["model"].parameters()): p.mul_(.999).add_(q, alpha=.001)
+
+
+def our_step(stage, numbers, x0, context=nullcontext, micro=None):
+    "The package's step."
+    from ctm_nb.guards import Guard
+    from ctm_nb.stages import take
+    from ctm_nb.update import apply_gradient, gradient_at_once, gradient_in_parts
+    optimizer, B = stage.optimizers["model"], len(x0)
+    optimizer.zero_grad(set_to_none=True)
+    if micro:
+        rows = [slice(i, i + micro) for i in range(0, B, micro)]
+        def examples():
+            for r in rows:
+                with context(): e = stage.example(x0[r], None, take(numbers, r), 0)
+                yield e
+        out = gradient_in_parts(stage, examples(), 0, [micro / B] * len(rows), context)
+    else:
+        with context(): e = stage.example(x0, None, numbers, 0)
+        out = gradient_at_once(stage, e, 0, context)
+    apply_gradient(stage, 0, out, Guard(stage.device), 0)
+
+
+def jobs_of(channels, a):
+    "Every kind of step on one network: name -> (stage, function of numbers and images)."
+    stages = {r: make_stage(channels, r, a.device, a.batch) for r in RECIPES}
+    half = partial(torch.autocast, a.device, torch.bfloat16, cache_enabled=a.device != "cpu")
+    out = {"plain": (stages["published"], plain_step), **{r: (s, our_step) for r, s in stages.items()}}
+    out |= {f"{r}, bf16": (s, partial(our_step, context=half)) for r, s in stages.items()}
+    return {k: (s, lambda numbers, x0, s=s, f=f: f(s, numbers, x0)) for k, (s, f) in out.items()}
+
+
+def step_section(a):
+    "Images a second of every kind of step, over six stretches that stand for the draw of k."
+    for channels in a.channels:
+        jobs, x0, total = jobs_of(channels, a), torch.rand(a.batch, 3, 32, 32, device=a.device) * 2 - 1, {}
+        for k in STRETCHES:
+            calls = {n: partial(f, numbers_with(s, k, k), x0) for n, (s, f) in jobs.items()}
+            for n, t in in_turn(calls, a.repeats, warm=int(k == STRETCHES[0])).items(): total.setdefault(n, []).append(t)
+            print(channels, k, {n: round(v[-1]["median"], 2) for n, v in total.items()}, flush=True)
+        rate = lambda ts, which: a.batch * len(ts) / sum(t[which] for t in ts)
+        keep(f"steps {channels}", {"batch": a.batch, "stretches": STRETCHES, "images_per_sec": {n: {"median": rate(ts, "median"), "least": rate(ts, "most"), "most": rate(ts, "least")} for n, ts in total.items()}})
+
+
+def parts_section(a):
+    "The cost of one step by part."
+    from ctm_nb.distill import ctm_target, last_layer_gradient, project, student_pass
+    from ctm_nb.edm import edm_loss
+    from ctm_nb.flow import perturb
+    for channels in a.channels:
+        rows = {}
+        for recipe in RECIPES:
+            stage = make_stage(channels, recipe, a.device, a.batch)
+            x0, numbers = torch.rand(a.batch, 3, 32, 32, device=a.device) * 2 - 1, numbers_with(stage, 12, 0)
+            student, target, made = stage.parts["model"], stage.parts["target"], {}
+            e = stage.example(x0, None, numbers, 0)
+            def teacher(): made.update(e=stage.example(x0, None, numbers, 0))
+            def goal(): made.update(goal=ctm_target(student, target, e["x_u"], e["u"], e["s"]))
+            def forward(): made.update(zip(("x_s", "D"), student_pass(student, e["x_t"], e["t"], e["s"], perturb(x0, e["sigma"], e["eps"]), e["sigma"])))
+            def ema_map(): made.update(projected=project(made["x_s"], made["goal"], target, e["s"], None, stage.distance)[0])
+            def balance():
+                made["dsm"] = edm_loss(lambda *_: made["D"], x0, e["sigma"], e["eps"]).mean()
+                for l in (made["projected"], made["dsm"]): last_layer_gradient(l, student.net.last_layer)
+            def backward(): (made["projected"] + made["dsm"]).backward()
+            def optimizer(): stage.optimizers["model"].step()
+            def averages(): [ema.update(student) for ema in stage.emas.values()]
+            rows[recipe] = in_turn({"data and draw": lambda: numbers_with(stage, 12, 0), "teacher": teacher, "target": goal, "student, forward": forward, "map to the end": ema_map, "balance": balance,
+                                    "student, backward": backward, "optimizer": optimizer, "averages": averages}, a.repeats)
+        keep(f"parts {channels}", {"batch": a.batch, "k": 12, "rows": rows})
+
+
+def memory_section(a):
+    "Peak memory of a step over what the networks themselves need, each in a process of its own."
+    rows = {}
+    for channels in a.channels:
+        for kind in ("plain", "published", "same error", "in parts of half", "in parts of a quarter", "same error, bf16"):
+            line = subprocess.run([sys.executable, __file__, "one-memory", kind, str(channels), "--batch", str(a.memory_batch), "--device", a.device], check=True, capture_output=True, text=True).stdout
+            rows[f"{channels}, {kind}"] = json.loads(line.splitlines()[-1])
+            print(channels, kind, rows[f"{channels}, {kind}"], flush=True)
+    keep("memory", {"batch": a.memory_batch, "rows": rows})
+
+
+def one_memory(kind, channels, a):
+    "MiB of resident memory that one step adds, after a step of a single image has loaded everything."
+    parts = {"in parts of half": 2, "in parts of a quarter": 4}
+    stage = make_stage(channels, "published" if kind in ("plain", "published") else "same error", a.device, a.batch)
+    half = partial(torch.autocast, a.device, torch.bfloat16, cache_enabled=False) if "bf16" in kind else nullcontext
+    step = plain_step if kind == "plain" else partial(our_step, context=half, micro=a.batch // parts[kind] if kind in parts else None)
+    x0, numbers = torch.rand(a.batch, 3, 32, 32, device=a.device) * 2 - 1, numbers_with(stage, 2, 0)
+    small = {k: v[:1] for k, v in numbers.items()}
+    (plain_step if kind == "plain" else partial(our_step, context=half))(stage, small, x0[:1])
+    if a.device != "cpu":
+        torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
+        step(stage, numbers, x0)
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        step(stage, numbers, x0)
+        peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    print(json.dumps({"mib": peak / 2**20}))
+
+
+def sampling_section(a):
+    "Sampling against the bare calls of the network."
+    from ctm_nb.sampling import sample
+    rows = {}
+    for channels in a.channels:
+        m = make_stage(channels, "published", a.device, 1).parts["model"].eval()
+        for steps in (1, 2, 4, 18):
+            x, t = torch.randn(a.batch, 3, 32, 32, device=a.device), torch.full((a.batch,), 1., device=a.device)
+            def bare():
+                with torch.no_grad():
+                    for _ in range(steps): m(x, t, t / 2)
+            times = in_turn({"bare": bare, "sample": lambda: sample(m, a.batch, steps=steps, batch_size=a.batch, device=a.device) if a.device != "cpu" else sample(m, a.batch, steps=steps, batch_size=a.batch)}, a.repeats)
+            rows[f"{channels}, {steps}"] = {"images_per_sec": a.batch / times["sample"]["median"], "overhead": times["sample"]["median"] / times["bare"]["median"] - 1, "seconds": times}
+            print(channels, steps, rows[f"{channels}, {steps}"]["overhead"], flush=True)
+    keep("sampling", {"batch": a.batch, "rows": rows})
+
+
+def start_section(a):
+    "Seconds until a command has printed its help."
+    commands = [Path(sys.executable).with_name(f"ctm_nb_{c}") for c in ("train", "sample", "evaluate", "data", "convert")]
+    call = lambda c: subprocess.run([str(c), "--help"], check=True, stdout=subprocess.DEVNULL)
+    keep("start", {"seconds": in_turn({c.name: partial(call, c) for c in commands}, 2 * a.repeats)})
+
+
+# ---- error of the teacher's stretch
+
+PLANS = {"heun, full grid": ("heun", None, "grid"), **{f"heun, {n}": ("heun", n, "grid") for n in (4, 8, 12, 16)}, **{f"{m}, {w}, {n or 'full'}": (m, n, w) for m in ("dpm", "dpm3") for w in ("grid", "log") for n in (3, 4, 5, 6, 8, 10, 11, 12, None)}}
+
+
+def stretch_errors(D, x0, y, draws, student=None, target=None, N=18, seed=0):
+    "Mean error and evaluations of every plan, over (t, u, s) as training draws them; the target's too, if there is a student."
+    from ctm_nb.distill import ctm_target, draw_stretch, grid_time, teacher_jump
+    from ctm_nb.edm import solve
+    from ctm_nb.flow import expand, perturb
+    gen, rows, B = torch.Generator().manual_seed(seed), {p: {"evals": [], "x_u": [], "target": []} for p in PLANS}, len(x0)
+    for _ in range(draws):
+        i, k, j = draw_stretch(B, N, N - 1, gen, "soft", 1.)
+        t, u, s = (grid_time(v, N) for v in (i, i + k, j))
+        x_t = perturb(x0, t.float(), torch.randn(x0.shape, generator=gen))
+        fine = t * (u / t) ** torch.linspace(0, 1, 64 * 17 // 4 + 1, dtype=torch.float64)[:, None]  # 272 steps of 2M: 64 times Heun's four in the mean stretch
+        with torch.no_grad(): exact = solve(D, x_t, fine.float(), y, "dpm", above_zero=True)
+        ends = lambda x: ctm_target(student, target, x, u.float(), s.float(), y)
+        goal = ends(exact) if student else None
+        for p, (method, most, spacing) in PLANS.items():
+            x_u, n = teacher_jump(D, x_t, i, k, N, y, method, most, spacing)
+            rows[p]["evals"].append(n)
+            rms = lambda d: d.flatten(1).square().mean(1).sqrt()
+            rows[p]["x_u"] += rms(x_u - exact).tolist()
+            if student: rows[p]["target"] += rms(ends(x_u) - goal).tolist()
+    mean = lambda v: sum(v) / len(v) if v else None
+    return {p: {k: mean(v) for k, v in r.items()} for p, r in rows.items()}
+
+
+def solver_section(a):
+    "The mixture with its exact denoiser, and trained teachers with their students."
+    from ctm_nb.flow import toy_mixture
+    from ctm_nb.formats import open_source  # noqa: F401  (fails early where data can't be read)
+    from ctm_nb.interchange import load
+    from ctm_nb.loader import load_splits
+    toy = toy_mixture()
+    keep("mixture", {"rows": stretch_errors(toy.D, toy.sample(256, seed=1).float(), None, a.draws)}, "solvers")
+    for path in a.teachers:
+        run = Path(path)
+        config = json.loads((run / "config.json").read_text())
+        data = load_splits(a.data or config["data"]["source"], config["data"]["image_size"])["train"]
+        ids = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:a.solver_batch]
+        teacher = load(run, which="teacher")
+        try: student = load(run)
+        except ValueError: student = None
+        student = student if hasattr(student, "G") else None
+        y = data.labels[ids] if teacher.n_classes else None
+        rows = stretch_errors(teacher.D, data.x0(ids), y, a.draws, student, student)
+        keep(run.name, {"rows": rows}, "solvers")
+        print(run.name, {p: (round(r["evals"], 1), round(r["x_u"], 5)) for p, r in rows.items()}, flush=True)
+
+
+if __name__ == "__main__":
+    sections = {"device": device_section, "networks": network_section, "steps": step_section, "parts": parts_section, "memory": memory_section, "sampling": sampling_section, "start": start_section, "solvers": solver_section}
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", nargs="+", help=", ".join(sections))
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--threads", type=int, help="of a CPU")
+    p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--memory-batch", type=int, default=32)
+    p.add_argument("--channels", type=int, nargs="+", default=[32, 64])
+    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--draws", type=int, default=30, help="of (t, u, s), for the solvers")
+    p.add_argument("--solver-batch", type=int, default=16)
+    p.add_argument("--teachers", nargs="*", default=[], help="folders of runs")
+    p.add_argument("--data", help="where the images of the runs are now")
+    a = p.parse_args()
+    torch.set_flush_denormal(True)
+    if a.threads: torch.set_num_threads(a.threads)
+    if a.what[0] == "one-memory": one_memory(a.what[1], int(a.what[2]), a); sys.exit()
+    if unknown := [w for w in a.what if w not in sections]: p.error(f"unknown: {', '.join(unknown)}; there are {', '.join(sections)}")
+    for w in a.what: sections[w](a)
