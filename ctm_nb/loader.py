@@ -7,7 +7,7 @@ __all__ = ['log', 'any_colour', 'decode_all', 'held_out_of', 'load_splits', 'Spl
            'known_survey', 'stream_splits', 'Batch', 'Batches', 'prepared']
 
 # %% ../nbs/01g_loader.ipynb #edf343c7
-import atexit, hashlib, json, logging, os, queue, threading
+import atexit, hashlib, logging, os, queue, threading
 from copy import copy
 from functools import partial
 from dataclasses import dataclass
