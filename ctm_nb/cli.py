@@ -10,6 +10,7 @@ __all__ = ['one_line_errors', 'plan', 'device_of', 'place', 'plan_stages', 'trai
 import argparse
 import logging
 import os
+import shlex
 import sys
 import warnings
 from contextlib import contextmanager
@@ -182,7 +183,7 @@ def train(
     leave()
     if not trainer.here.main: return
     print(f"\n{markdown_table(score_table(records))}\n" if records else "\nno scores (they need labelled images and evaluate.n > 0)\n")
-    print(f"{folder}/report.html shows the run; to draw samples:  ctm_nb_sample {folder} -n 64 --steps 1 --out grid.png")
+    print(f"{folder}/report.html shows the run; to draw samples:  ctm_nb_sample {shlex.quote(str(folder))} -n 64 --steps 1 --out grid.png")
 
 # %% ../nbs/12_cli.ipynb #1e9157a2
 def automatic(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'any_colour', 'decode_all', 'held_out_of', 'load_splits', 'Splits', 'available_memory', 'fits', 'StreamData',
-           'stamp', 'remembered', 'known_survey', 'stream_splits', 'Batch', 'Batches', 'prepared']
+           'known_survey', 'stream_splits', 'Batch', 'Batches', 'prepared']
 
 # %% ../nbs/01g_loader.ipynb #edf343c7
-import atexit, hashlib, json, logging, os, queue, threading
+import atexit, hashlib, logging, os, queue, threading
 from copy import copy
 from functools import partial
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from tqdm import tqdm
 from .augment import augment
-from .convert import first_shape, one_mode, write_atomically
+from .convert import first_shape, one_mode, remembered, stamp
 from .data import ImageData, IndexSampler, held_out_mask
 from .decode import CROPS, BrokenImage, cores, in_order, is_grey, shared_array
 from .formats import open_source
@@ -161,29 +161,6 @@ class StreamData:
         pixels = [one_mode(self.source.pixels(i, self.image_size, self.crop), self.channels == 1) for i in self.positions[np.asarray(idx)]]
         return np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2))
     def take(self, idx): return torch.from_numpy(self.decode(idx))
-
-# %% ../nbs/01g_loader.ipynb #6adce2ee
-def stamp(
-    path:str|Path, # a file, or none
-)->tuple: # when it was written, and its bytes
-    "What changes when a file does."
-    try: s = os.stat(path)
-    except OSError: return 0, 0
-    return s.st_mtime_ns, s.st_size
-
-def remembered(
-    name:str, # of the answer
-    ask, # a function without arguments
-)->dict: # JSON-able
-    "An answer from an earlier run, or a new one, kept if it can be."
-    path = Path(os.environ.get("CTM_NB_CACHE", "~/.cache/ctm_nb")).expanduser()/f"{name}.json"
-    try: return json.loads(path.read_text())
-    except (OSError, ValueError): found = ask()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda f: f.write(json.dumps(found).encode()))
-    except OSError as e: log.warning("%s can't be kept: %s", path, e.strerror)  # the next start asks again
-    return found
 
 # %% ../nbs/01g_loader.ipynb #0abcb978
 def known_survey(
