@@ -113,6 +113,14 @@ def resize_clean(
 class CleanExtractor(Extractor):
     "Inception through the package clean-fid."
     family, has_probs = "cleanfid", False
+    def __init__(self,
+        net:nn.Module, # of clean-fid
+        features_id:str="cleanfid", # with the hash of the file
+    ):
+        super().__init__(net, features_id)
+        try: self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+        except RuntimeError as e: raise ValueError(f"{features_id} must be Inception with 2048 features, but failed: {str(e).strip().splitlines()[-1]}") from None
+
     def extract(self, x): return Features(self.net(resize_clean(x)))
 
 # %% ../nbs/08b_extractors.ipynb #51c5f524

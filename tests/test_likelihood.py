@@ -122,7 +122,7 @@ def test_traces():
     x, t = torch.zeros(4000, 6, dtype=torch.float64), torch.ones(4000)
     _, exact = denoise_with_trace(Linear(), x[:1], t[:1], None, trace_probes((6,), None, "gaussian", 0, [0]).double())
     assert torch.allclose(exact, A.trace())
-    S2, sd = ((A + A.T) / 2).square(), {}
+    S2 = ((A + A.T) / 2).square()
     for kind, var in (("rademacher", 2 * (S2.sum() - S2.trace())), ("gaussian", 2 * S2.sum())):
         for K in (1, 4):
             _, e = denoise_with_trace(Linear(), x, t, None, trace_probes((6,), K, kind, 0, range(4000)).double())

@@ -197,6 +197,9 @@ def test_missing_weights_offline(tmp_path, monkeypatch):
 def test_another_network_in_inceptions_place_is_refused(tmp_path):
     torch.jit.script(nn.Linear(2, 3)).save(tmp_path / "inception-2015-12-05.pt")
     with pytest.raises(ValueError, match="layers.mixed_6 and output"): load_extractor("inception", tmp_path)
+    pytest.importorskip("cleanfid")
+    torch.jit.script(StandIn(64)).save(tmp_path / "inception-2015-12-05.pt")
+    with pytest.raises(ValueError, match="cleanfid-.* must be Inception with 2048 features, but failed"): load_extractor("cleanfid", tmp_path)
     (tmp_path / "inception-2015-12-05.pt").write_bytes(b"no")
     with pytest.raises(ValueError, match="can't be read as TorchScript"): load_extractor("inception", tmp_path)
 
