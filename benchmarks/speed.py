@@ -113,7 +113,7 @@ def make_stage(channels, recipe, device, batch):
     from ctm_nb.data import ImageData
     from ctm_nb.edm import Denoiser
     from ctm_nb.stages import STAGE_CLASSES, make_network
-    words = [f"network.model_channels={channels}", f"distill.batch={batch}", "network.dropout=0", "network.augment_dim=0", "distill.init=teacher", "distill.distance=l2", *RECIPES[recipe]]
+    words = [f"network.model_channels={channels}", f"distill.batch={batch}", "network.dropout=0", "network.augment_dim=0", "teacher.augment=0", "distill.init=teacher", "distill.distance=l2", *RECIPES[recipe]]
     config = make_config("cifar10", ["data.source=digits", *words])
     data = ImageData(torch.randint(0, 256, (batch, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte(), None, [], "noise")
     torch.manual_seed(0)

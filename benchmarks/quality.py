@@ -1,0 +1,104 @@
+"""Distance of samples against seconds of training: the published recipe and others on the same teachers. nbs/16_speed.ipynb reads the results.
+
+    python benchmarks/quality.py --teachers runs/digits0 runs/digits1 runs/digits2        writes nbs/results/speed/quality.json after every run; what is there already is kept
+
+One thread a pass and two processes at a time. Seconds are processor seconds of distillation (the thread in which the teacher works ahead counts too; scores don't), so that they mean the same on a busy machine.
+The published recipe has a constant learning rate: one run, scored on its way. The others end with their rate at zero: a run for each point. With `--only` some recipes; `--data` where the images are now.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from digits import PUBLISHED, hardware
+
+RESULTS = Path(__file__).resolve().parents[1] / "nbs" / "results" / "speed" / "quality.json"
+LOG, FIVE = "distill.spacing=log", "distill.max_evals=5"
+RECIPES = {"published": PUBLISHED, "preset": [], "preset, even in log t": [LOG], "preset, 11 evaluations even in log t": [LOG, "distill.max_evals=11"],
+           **{f"preset, {m} jumps a stretch": [LOG, "distill.max_evals=8", f"distill.pairs={m}"] for m in (1, 2, 4)}}
+
+
+def distances(trainer, reference, seed, n):
+    "Frechet distances of one, two and four steps."
+    import torch
+
+    from ctm_nb.metrics import score_samples
+    from ctm_nb.sampling import sample
+    y = trainer.data.labels[torch.arange(n) * len(trainer.data) // n]
+    return {str(k): score_samples(reference, sample(trainer.parts["ctm"], n, y=y, steps=k, seed=seed + 1, batch_size=500), y)["frechet_distance"] for k in (1, 2, 4)}
+
+
+def one(recipe, teacher, seconds, n, data, out):
+    "One recipe on one teacher."
+    import torch
+
+    from ctm_nb.config import make_config
+    from ctm_nb.interchange import load
+    from ctm_nb.metrics import make_reference, train_classifier
+    from ctm_nb.training import Trainer
+    torch.set_flush_denormal(True)
+    about = json.loads((Path(teacher) / "config.json").read_text())
+    preset, seed = "digits" if about["data"]["source"] == "digits" else "mnist", about["run"]["seed"]
+    words = [f"run.seed={seed}", f"data.source={data or about['data']['source']}", "evaluate.n=0", *RECIPES[recipe]]
+
+    def begin(folder, steps):
+        t = Trainer(make_config(preset, [*words, f"distill.steps={steps}"]), folder)
+        t.step = t.config.teacher.steps
+        t.begin("ctm_dsm", {"teacher": load(teacher, which="teacher")})
+        return t
+
+    def write(t, spent, steps):
+        row = dict(recipe=recipe, assignments=RECIPES[recipe], teacher=Path(teacher).name, seed=seed, steps=steps, images=steps * t.config.distill.batch, seconds=spent, n=n, distances=distances(t, reference, seed, n), hardware=hardware())
+        with out.open("a") as f: f.write(json.dumps(row) + "\n")
+        print(recipe, Path(teacher).name, steps, f"{spent:.0f} s", row["distances"], flush=True)
+
+    with tempfile.TemporaryDirectory() as d:
+        t = begin(Path(d) / "probe", 1000)
+        reference = make_reference(train_classifier(t.data, seed=0), t.splits["held_out"])
+        if recipe == "published":
+            marks, spent, done = [m * max(seconds) for m in (.0625, .125, .25, .5, 1.)], 0., 0
+            while marks:
+                started = time.process_time(); t.train_step(); spent += time.process_time() - started; done += 1
+                if spent >= marks[0]: marks.pop(0); write(t, spent, done)
+            return
+        for _ in range(2): t.train_step()
+        started = time.process_time()
+        for _ in range(12): t.train_step()
+        each = (time.process_time() - started) / 12
+        for i, budget in enumerate(seconds):
+            t = begin(Path(d) / f"run{i}", steps := max(20, round(budget / each)))
+            started = time.process_time()
+            while t.step < t.ends["ctm_dsm"]: t.train_step()
+            write(t, time.process_time() - started, steps)
+
+
+def main(a):
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    jobs = [(r, t) for t in a.teachers for r in a.only or RECIPES if not any((row["recipe"], row["teacher"]) == (r, Path(t).name) for row in rows)]
+    with tempfile.TemporaryDirectory() as d, ThreadPoolExecutor(a.workers) as pool:
+        def go(job):
+            out = Path(d) / f"{jobs.index(job)}.jsonl"
+            times = {"published": a.seconds[-1:], "preset": a.seconds[:-1]}.get(job[0], a.seconds[-2:-1])
+            subprocess.run([sys.executable, __file__, "one", *job, json.dumps(times), str(a.n), a.data or "", str(out)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            return [json.loads(l) for l in out.read_text().splitlines()]
+        for new in pool.map(go, jobs):
+            rows += new
+            RESULTS.parent.mkdir(parents=True, exist_ok=True)
+            RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["one"]: one(sys.argv[2], sys.argv[3], json.loads(sys.argv[4]), int(sys.argv[5]), sys.argv[6], Path(sys.argv[7])); sys.exit()
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--teachers", nargs="+", required=True, help="folders of runs that have a teacher")
+    p.add_argument("--seconds", type=float, nargs="+", default=[15, 30, 60, 150], help="processor seconds of distillation: the published recipe gets the last, the preset the others, variants of the preset the last but one")
+    p.add_argument("--only", nargs="*", help="recipes")
+    p.add_argument("--data", help="where the images are now")
+    p.add_argument("-n", type=int, default=5000, help="samples for each score")
+    p.add_argument("--workers", type=int, default=os.cpu_count())
+    main(p.parse_args())
