@@ -45,6 +45,7 @@ def _bits(tensors):
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return [t.detach().view(kinds[t.element_size()]) for t in tensors]
 
+# %% ../nbs/11_guards.ipynb #470b256f
 @contextmanager
 def only_if(
     good: Tensor,  # bool, on the device of the tensors
@@ -65,6 +66,7 @@ def _numbers_of(optimizer):
     weights = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     return [*weights, *(v for p in weights for v in optimizer.state.get(p, {}).values() if torch.is_tensor(v))]
 
+# %% ../nbs/11_guards.ipynb #92ddfb5e
 def step_if(
     optimizer: torch.optim.Optimizer,  # with gradients in place
     good: Tensor,  # bool

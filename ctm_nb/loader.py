@@ -127,6 +127,7 @@ def available_memory()->int: # bytes
     except (OSError, ValueError): return free
     return max(0, min(free, limit - used))
 
+# %% ../nbs/01g_loader.ipynb #819724d2
 def fits(
     source:Source, # of the images
     size:int|None=None, # side that they will have
@@ -227,6 +228,7 @@ class Batch:
     augment:torch.Tensor|None # (B, 9) float32, None without augmentation
     position:int # of the first image of the whole batch
 
+# %% ../nbs/01g_loader.ipynb #576e4a65
 class Batches:
     """Endless batches of a data set, a function of data, seed and position.
 
@@ -263,6 +265,7 @@ def indices(self:Batches,
     share = self.batch_size // self.world
     return self.sampler.next()[self.rank * share:(self.rank + 1) * share]
 
+# %% ../nbs/01g_loader.ipynb #64ae9c96
 @patch
 def fetch(self:Batches,
     idx:torch.Tensor, # (B,) int64
@@ -309,6 +312,7 @@ def from_workers(self:Batches,
     self.running[0] += self.batch_size
     return torch.from_numpy(x)
 
+# %% ../nbs/01g_loader.ipynb #94115f7d
 @patch
 def close(self:Batches):
     "End the processes; the next batch would start others."
@@ -330,6 +334,7 @@ def finish(self:Batches,
         return Batch(x0, y, told, position)
     return Batch(augment(x0, self.seed, first, 0., True)[0] if self.flip else x0, y, None, position)
 
+# %% ../nbs/01g_loader.ipynb #85854837
 @patch
 def at(self:Batches,
     position:int, # images of the stream before the batch

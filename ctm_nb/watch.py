@@ -25,6 +25,7 @@ def spark(
     low, high = min(values), max(values)
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / (high - low))] if high > low else "▁" for v in values)
 
+# %% ../nbs/11_watch.ipynb #fe2da13e
 def bar(
     share: float,  # in [0, 1]
     width: int = 24,  # characters

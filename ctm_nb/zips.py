@@ -103,6 +103,7 @@ def read_directory(
     except (struct.error, StopIteration, RuntimeError): raise ValueError("its directory is cut off or damaged") from None
     return found, np.frombuffer(place, np.int64).reshape(-1, 6)
 
+# %% ../nbs/01a_zips.ipynb #9704ae42
 def _checked(name, flags, method, size):
     name = name.decode("utf-8" if flags & 0x800 else "cp437")
     if "\0" in name: raise ValueError(f"{name!r} is no name of a file")
@@ -131,6 +132,7 @@ def read_entry(
     if zlib.crc32(data) != check: raise BrokenImage("damaged in the zip (checksum)")
     return data
 
+# %% ../nbs/01a_zips.ipynb #e0029253
 def sized(data, n):
     if len(data) < n: raise BrokenImage(f"the archive ends {n - len(data)} bytes too early")
     return data
