@@ -158,10 +158,14 @@ class StreamData:
     @property
     def n_classes(self): return len(self.classes)
 
-    def decode(self, idx): # (B,) -> (B, C, H, W) uint8 array; no torch, whose threads don't survive in a forked worker
-        pixels = [one_mode(self.source.pixels(i, self.image_size, self.crop), self.channels == 1) for i in self.positions[np.asarray(idx)]]
-        return np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2))
-    def take(self, idx): return torch.from_numpy(self.decode(idx))
+# %% ../nbs/01g_loader.ipynb #59f51e92
+@patch
+def decode(self:StreamData, idx): # (B,) -> (B, C, H, W) uint8 array; no torch, whose threads don't survive in a forked worker
+    pixels = [one_mode(self.source.pixels(i, self.image_size, self.crop), self.channels == 1) for i in self.positions[np.asarray(idx)]]
+    return np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2))
+
+@patch
+def take(self:StreamData, idx): return torch.from_numpy(self.decode(idx))
 
 # %% ../nbs/01g_loader.ipynb #0abcb978
 def known_survey(

@@ -11,6 +11,7 @@ import os, struct, zlib
 from array import array
 from pathlib import Path
 import numpy as np
+from fastcore.basics import patch
 from .decode import BrokenImage
 
 # %% ../nbs/01a_zips.ipynb #262fa14b
@@ -144,19 +145,22 @@ class ZipWriter:
         f, # open binary file
     ): self.f, self.n, self.at, self.directory = f, 0, 0, bytearray()
 
-    def add(self, name:str, data:bytes):
-        if len(data) > MAX_ENTRY: raise ValueError(f"{name} has {len(data)} bytes, the limit is {MAX_ENTRY}")
-        raw, check = name.encode(), zlib.crc32(data)
-        flags = 0 if raw.isascii() else 0x800
-        sizes = struct.pack("<HHHHLLL", flags, 0, 0, 0x21, check, len(data), len(data))  # stored, on 1 January 1980
-        extra = struct.pack("<HHQ", 1, 8, self.at) if self.at >= 0xFFFFFFFF else b""
-        self.directory += b"PK\1\2" + struct.pack("<HH", 3 << 8 | 45, 45 if extra else 20) + sizes
-        self.directory += struct.pack("<HHHHHLL", len(raw), len(extra), 0, 0, 0, 0o644 << 16, min(self.at, 0xFFFFFFFF)) + raw + extra
-        self._write(b"PK\3\4" + struct.pack("<H", 20) + sizes + struct.pack("<HH", len(raw), 0) + raw)
-        self._write(data)
-        self.n += 1
+# %% ../nbs/01a_zips.ipynb #180533b8
+@patch
+def add(self:ZipWriter, name:str, data:bytes):
+    if len(data) > MAX_ENTRY: raise ValueError(f"{name} has {len(data)} bytes, the limit is {MAX_ENTRY}")
+    raw, check = name.encode(), zlib.crc32(data)
+    flags = 0 if raw.isascii() else 0x800
+    sizes = struct.pack("<HHHHLLL", flags, 0, 0, 0x21, check, len(data), len(data))  # stored, on 1 January 1980
+    extra = struct.pack("<HHQ", 1, 8, self.at) if self.at >= 0xFFFFFFFF else b""
+    self.directory += b"PK\1\2" + struct.pack("<HH", 3 << 8 | 45, 45 if extra else 20) + sizes
+    self.directory += struct.pack("<HHHHHLL", len(raw), len(extra), 0, 0, 0, 0o644 << 16, min(self.at, 0xFFFFFFFF)) + raw + extra
+    self._write(b"PK\3\4" + struct.pack("<H", 20) + sizes + struct.pack("<HH", len(raw), 0) + raw)
+    self._write(data)
+    self.n += 1
 
-    def _write(self, data): self.f.write(data); self.at += len(data)
+@patch
+def _write(self:ZipWriter, data): self.f.write(data); self.at += len(data)
 
 # %% ../nbs/01a_zips.ipynb #598a8282
 def store(
