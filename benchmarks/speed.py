@@ -9,7 +9,6 @@ Every section keeps what the others have written. All times are medians, with th
 CPU. Nothing else should run meanwhile.
 """
 import argparse
-import copy
 import json
 import os
 import platform
@@ -70,7 +69,7 @@ def device_section(a):
     n, x, w = 2048, torch.randn(16, 128, 32, 32, device=a.device), torch.randn(128, 128, 3, 3, device=a.device)
     m, big = torch.randn(n, n, device=a.device), torch.randn(64 * 2**20, device=a.device)
     half = [v.bfloat16() for v in (m, x, w)]
-    jobs = {"matmul fp32": lambda: m @ m, "matmul bf16": lambda: half[0] @ half[0], "conv fp32": lambda: torch.nn.functional.conv2d(x, w, padding=1), "conv bf16": lambda: torch.nn.functional.conv2d(*half[1:], padding=1), "copy": lambda: big.clone()}
+    jobs = {"matmul fp32": lambda: m @ m, "matmul bf16": lambda: half[0] @ half[0], "conv fp32": lambda: torch.nn.functional.conv2d(x, w, padding=1), "conv bf16": lambda: torch.nn.functional.conv2d(*half[1:], padding=1), "copy": big.clone}
     t = in_turn(jobs, a.repeats)
     flops = {"matmul": 2 * n**3, "conv": 2 * 16 * 32 * 32 * 128 * 128 * 9}
     keep("device", {"gflops": {k: flops[k.split()[0]] / v["median"] / 1e9 for k, v in t.items() if k != "copy"}, "copy_gb_per_s": 2 * 4 * big.numel() / t["copy"]["median"] / 1e9, "seconds": t})
@@ -289,7 +288,7 @@ def stretch_errors(D, x0, y, draws, student=None, target=None, N=18, seed=0):
     "Mean error and evaluations of every plan, over (t, u, s) as training draws them; the target's too, if there is a student."
     from ctm_nb.distill import ctm_target, draw_stretch, grid_time, teacher_jump
     from ctm_nb.edm import solve
-    from ctm_nb.flow import expand, perturb
+    from ctm_nb.flow import perturb
     gen, rows, B = torch.Generator().manual_seed(seed), {p: {"evals": [], "x_u": [], "target": []} for p in PLANS}, len(x0)
     for _ in range(draws):
         i, k, j = draw_stretch(B, N, N - 1, gen, "soft", 1.)

@@ -63,6 +63,7 @@ def lowpass(
     h = np.sinc(x / 2) * np.kaiser(taps, beta)
     return torch.from_numpy(h / h.sum()).float()
 
+# %% ../nbs/01f_augment.ipynb #4d58b128
 def doubler(
     n:int, # pixels in
 )->torch.Tensor: # (2n, n)
@@ -70,6 +71,7 @@ def doubler(
     tap = 2 * torch.arange(n)[None] - torch.arange(2 * n)[:, None] + 6
     return torch.where((tap >= 0) & (tap < 12), 2 * lowpass()[tap.clamp(0, 11)], 0.)
 
+# %% ../nbs/01f_augment.ipynb #869cb783
 def halver(
     n:int, # pixels out
 )->torch.Tensor: # (n, 2n + 10)

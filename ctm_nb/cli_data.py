@@ -36,6 +36,7 @@ def data_parser() -> argparse.ArgumentParser:
         if name == "convert": _convert_flags(add)
     return p
 
+# %% ../nbs/12_cli_data.ipynb #1636d979
 def _convert_flags(add):
     add("--format", choices=["zip", "npz", "tree", "edm"], help="what DST becomes (default: by its name; a folder is a tree of PNGs, edm one with dataset.json)")
     add("--split", choices=["train", "held_out", "all"], help="which images (default: train where the data have a held-out set of their own, else all)")

@@ -32,6 +32,7 @@ def _png(image):
     Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(data, "png")
     return data.getvalue()
 
+# %% ../nbs/11_containers.ipynb #b78cc963
 def write_zip(
     path: Path,  # to write
     images: np.ndarray,  # (n, H, W, C) uint8

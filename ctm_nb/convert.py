@@ -86,6 +86,7 @@ def stamp(
     except OSError: return 0, 0
     return s.st_mtime_ns, s.st_size
 
+# %% ../nbs/01e_convert.ipynb #d7893d4e
 def remembered(
     name:str, # of the answer
     ask, # a function without arguments
@@ -119,6 +120,7 @@ def make_part(self:Job,
     write_atomically(self.part(k), lambda f: store(f, [("meta.json", meta), *((str(i), b) for i, b in zip(kept, blobs))]))
     return len(mine)
 
+# %% ../nbs/01e_convert.ipynb #044a0f7e
 def one_mode(a, grey): return a[..., :1] if grey else np.repeat(a, 3, 2) if a.shape[2] == 1 else a
 
 # %% ../nbs/01e_convert.ipynb #a27cc656
@@ -128,6 +130,7 @@ def metas(self:Job):
     found = (json.loads(zipfile.ZipFile(self.part(k)).read("meta.json")) for k in range(len(self.tasks)))
     return [m | {"kept": np.array(m["kept"], np.int64)} for m in found]
 
+# %% ../nbs/01e_convert.ipynb #51cfb763
 @patch
 def images(self:Job,
     metas:list, # of the parts
@@ -186,6 +189,7 @@ def assemble(self:Job,
         write_atomically(out, lambda f: write_npz(f, (len(kept), *self.shape, c), (b for _, _, b in images), labels, classes))
     else: self.write_folder(out, images, labels, classes)
 
+# %% ../nbs/01e_convert.ipynb #c4cb69be
 def _then(items, last):
     yield from items
     yield last()
@@ -209,6 +213,7 @@ def write_folder(self:Job,
     if self.format == "edm": (out/"dataset.json").write_bytes(dataset_json(labels, classes))
     (out/"conversion.json").write_text(json.dumps(self.description(), indent=1))
 
+# %% ../nbs/01e_convert.ipynb #4df71e4f
 def write_npz(f, shape, blobs, labels, classes):
     "An npz whose images are written one by one."
     with zipfile.ZipFile(f, "w", allowZip64=True) as z:
@@ -246,6 +251,7 @@ def check_destination(
     if not overwrite: raise FileExistsError(f"{dst} exists: choose another name, or give --overwrite to replace it")
     if dst.is_dir() and not (dst/"conversion.json").exists(): raise FileExistsError(f"{dst} is a folder that no conversion made (no conversion.json): remove it yourself")
 
+# %% ../nbs/01e_convert.ipynb #c9eb0a55
 def format_of(
     dst:Path, # destination
     format:str|None=None, # given by the user
@@ -284,6 +290,7 @@ def claim(self:Job):
     for p in self.partial.glob(".tmp-*"): p.unlink()
     return lock
 
+# %% ../nbs/01e_convert.ipynb #73244650
 @patch
 def is_done(self:Job, k):
     "Whether a part is there and needs no second look at broken images."
@@ -330,6 +337,7 @@ def first_shape(source, positions, size, crop)->tuple: # (H, W)
         return h, w
     return 1, 1  # none can be read, which is said later
 
+# %% ../nbs/01e_convert.ipynb #99a42202
 @patch
 def finish(self:Job)->dict:
     "Put the parts together, move the result to its place and remove the rest."

@@ -105,6 +105,7 @@ def as_image(
     "The way back, from pixels to a Pillow image."
     return Image.fromarray(a[..., 0] if a.shape[2] == 1 else np.ascontiguousarray(a))
 
+# %% ../nbs/01a_decode.ipynb #2b87365f
 def is_grey(
     a:np.ndarray, # (..., C) uint8
 )->bool:
@@ -117,16 +118,21 @@ def cores()->int:
     "Processor cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
+# %% ../nbs/01a_decode.ipynb #8e0b4523
 _work = None  # what a worker does
+
 def _do(task): return _work(task)  # type: ignore[misc]
+
 def _remember(work, parent):
     global _work; _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
 def _leave_with(parent):
     while os.getppid() == parent: time.sleep(1)
     os._exit(1)  # it was killed
 
+# %% ../nbs/01a_decode.ipynb #1c88e30c
 def worker_pool(
     workers:int, # >= 1 processes
     work, # a function of one argument, handed to each worker once

@@ -39,15 +39,17 @@ class Purse:
     ):
         self.steps, self.bytes = MAX_STEPS, size + SLACK
 
-    def pay(self,
-        steps: int = 1,  # instructions, visits of an entry
-        nbytes: int = 0,  # bytes about to be allocated
-    ):
-        "Raises ForeignFileError when the purse is empty."
-        self.steps -= steps
-        self.bytes -= nbytes
-        if self.steps < 0: raise ForeignFileError(f"it takes more than {MAX_STEPS:,} steps to unfold: a bomb?")
-        if self.bytes < 0: raise ForeignFileError("it asks for more memory than the file has bytes: a bomb?")
+# %% ../nbs/10_depickle.ipynb #d8de8362
+@patch
+def pay(self: Purse,
+    steps: int = 1,  # instructions, visits of an entry
+    nbytes: int = 0,  # bytes about to be allocated
+):
+    "Raises ForeignFileError when the purse is empty."
+    self.steps -= steps
+    self.bytes -= nbytes
+    if self.steps < 0: raise ForeignFileError(f"it takes more than {MAX_STEPS:,} steps to unfold: a bomb?")
+    if self.bytes < 0: raise ForeignFileError("it asks for more memory than the file has bytes: a bomb?")
 
 # %% ../nbs/10_depickle.ipynb #380ab6f7
 ARGUMENTS = {
@@ -75,14 +77,16 @@ class Machine:
         self.data, self.purse, self.allowed, self.at, self.persistent = data, purse, allowed, at, persistent
         self.stack, self.outer, self.memo = [], [], {}
 
-    def take(self,
-        n: int,  # number of bytes
-    ) -> memoryview:  # (n,) bytes, not copied
-        "The next n bytes. Raises ForeignFileError at the end of the file."
-        left = len(self.data) - self.at
-        if n > left: raise ForeignFileError(f"cut short: {n:,} bytes expected at byte {self.at:,}, {left:,} are left")
-        self.at += n
-        return self.data[self.at - n:self.at]
+# %% ../nbs/10_depickle.ipynb #3684f632
+@patch
+def take(self: Machine,
+    n: int,  # number of bytes
+) -> memoryview:  # (n,) bytes, not copied
+    "The next n bytes. Raises ForeignFileError at the end of the file."
+    left = len(self.data) - self.at
+    if n > left: raise ForeignFileError(f"cut short: {n:,} bytes expected at byte {self.at:,}, {left:,} are left")
+    self.at += n
+    return self.data[self.at - n:self.at]
 
 # %% ../nbs/10_depickle.ipynb #0c50d4f4
 @patch

@@ -40,6 +40,7 @@ def class_list(
     if spec in ("all", "none"): return list(range(known)) if spec == "all" else [-1]
     return [_class_index(word.strip(), names, known) for word in spec.split(",")]
 
+# %% ../nbs/11_draw.ipynb #909acdb6
 def _class_index(word, names, known):
     if word in names: return names.index(word)
     if word.isdecimal() and int(word) < known: return int(word)

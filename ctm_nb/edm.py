@@ -51,18 +51,20 @@ class Preconditioned(nn.Module):
         self.n_classes, self.image_size, self.channels = c["n_classes"], c.get("image_size"), c.get("channels")
         self.data_shape = (c["dim"],) if "dim" in c else (c["channels"], c["image_size"], c["image_size"])
 
-    def precondition(self,
-        x: Tensor,  # (B, ...) noisy data
-        t: Tensor,  # (B,) or scalar noise level of x
-        s: Tensor | None = None,  # (B,) or scalar time to land on; None for a teacher
-        y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
-        **more,  # for the network, e.g. `augment`
-    ) -> Tensor:  # (B, ...)
-        "c_skip x + c_out F(c_in x, c_noise(t), c_noise(s), y)"
-        y, wide = self.check(x, t, y), x if x.element_size() >= 4 else x.float()  # times and scalings do not fit half precision
-        c_skip, c_out, c_in = preconditioning(expand(t, wide), self.sigma_data, self.kind)
-        F_x = self.net((c_in * wide).to(x.dtype), self.c_noise(t, wide), None if s is None else self.c_noise(s, wide, self.sigma_min), y, **more)
-        return (c_skip * wide + c_out * F_x).to(x.dtype)
+# %% ../nbs/03_edm.ipynb #93ab180c
+@patch
+def precondition(self: Preconditioned,
+    x: Tensor,  # (B, ...) noisy data
+    t: Tensor,  # (B,) or scalar noise level of x
+    s: Tensor | None = None,  # (B,) or scalar time to land on; None for a teacher
+    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
+    **more,  # for the network, e.g. `augment`
+) -> Tensor:  # (B, ...)
+    "c_skip x + c_out F(c_in x, c_noise(t), c_noise(s), y)"
+    y, wide = self.check(x, t, y), x if x.element_size() >= 4 else x.float()  # times and scalings do not fit half precision
+    c_skip, c_out, c_in = preconditioning(expand(t, wide), self.sigma_data, self.kind)
+    F_x = self.net((c_in * wide).to(x.dtype), self.c_noise(t, wide), None if s is None else self.c_noise(s, wide, self.sigma_min), y, **more)
+    return (c_skip * wide + c_out * F_x).to(x.dtype)
 
 # %% ../nbs/03_edm.ipynb #95e4eb8b
 @patch

@@ -62,7 +62,7 @@ def augment(
     cut: float = .2,  # side of the square, as a share of the side
 ) -> Tensor:  # (B, C, H, W)
     "Random colour, translation and cutout, differentiable in x."
-    u = (generator if torch.is_tensor(generator) else torch.rand(len(x), 7, generator=generator)).to(x.device)
+    u = (generator if isinstance(generator, Tensor) else torch.rand(len(x), 7, generator=generator)).to(x.device)
     side = torch.tensor(x.shape[2:]).to(x.device, non_blocking=True)
     x = colour(x, strength * (2 * u[:, :3] - 1))
     reach = (strength * translation * side + .5).long()  # (2,)
@@ -110,7 +110,7 @@ def forward(self: TeacherFeatures,
 ) -> list[list[Tensor]]:  # a pyramid for each noise level, each finest first
     K, B = len(self.times), len(x)
     t = torch.tensor(self.times).to(x.device, non_blocking=True).repeat_interleave(B)
-    eps = (generator if torch.is_tensor(generator) else self.draw(B, x.shape[1:], generator)).transpose(0, 1).flatten(0, 1).to(x)
+    eps = (generator if isinstance(generator, Tensor) else self.draw(B, x.shape[1:], generator)).transpose(0, 1).flatten(0, 1).to(x)
     maps = self.net.features(perturb(x.repeat(K, 1, 1, 1), t, eps), t, None if y is None else y.repeat(K))
     return [list(pyramid) for pyramid in zip(*(m.chunk(K) for m in maps))]
 

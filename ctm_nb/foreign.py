@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -110,13 +111,15 @@ class Bounded:
         self.f, self.size, self.limit = f, size, limit
         self.seek, self.tell, self.seekable = f.seek, f.tell, f.seekable
 
-    def read(self,
-        n: int = -1,  # bytes; negative: to the end
-    ) -> bytes:
-        "As a file's. Raises ForeignFileError for a read beyond the limit."
-        if n < 0: n = max(0, self.size - self.tell())
-        if n > self.limit: raise ForeignFileError(f"a table of {n:,} bytes in the archive")
-        return self.f.read(n)
+# %% ../nbs/10_foreign.ipynb #fc4f378c
+@patch
+def read(self: Bounded,
+    n: int = -1,  # bytes; negative: to the end
+) -> bytes:
+    "As a file's. Raises ForeignFileError for a read beyond the limit."
+    if n < 0: n = max(0, self.size - self.tell())
+    if n > self.limit: raise ForeignFileError(f"a table of {n:,} bytes in the archive")
+    return self.f.read(n)
 
 # %% ../nbs/10_foreign.ipynb #3780706c
 def table_count(

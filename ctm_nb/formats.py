@@ -282,6 +282,7 @@ def open_torchvision(
     held = np.repeat([c not in choices[:1] for c in choices], [len(p) for p in parts])
     return TorchvisionSource(name, "torchvision", numbered(name, len(y)), y, classes, held if held.any() else None, parts=parts)
 
+# %% ../nbs/01c_formats.ipynb #4d06a84c
 def _targets(part):
     for attribute in ("targets", "labels", "_labels"):
         if hasattr(part, attribute): return np.asarray(getattr(part, attribute), np.int64)

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .state import EMA, atomic_write
@@ -23,28 +24,33 @@ class Guard:
         device: torch.device,  # of the networks
     ): self.bad = torch.full((), -1, dtype=torch.int64, device=device)
 
-    def judge(self,
-        step: int,  # of the run
-        losses: list,  # of 0-d tensors
-        norm: Tensor,  # of the gradient, not scaled
-        scale: Tensor | None = None,  # the scaler's factor, if there is one
-    ) -> Tensor:  # bool: may the update be made?
-        "Are losses and gradient finite, and was everything fine until now?"
-        losses_finite = torch.stack([v.float() for v in losses]).isfinite().all()
-        finite = losses_finite & norm.isfinite()
-        stop = ~finite if scale is None else ~losses_finite | (~finite & (scale <= 1))
-        self.bad = torch.where((self.bad < 0) & stop, step, self.bad)
-        return finite & (self.bad < 0)
+# %% ../nbs/11_guards.ipynb #abaedb9d
+@patch
+def judge(self: Guard,
+    step: int,  # of the run
+    losses: list,  # of 0-d tensors
+    norm: Tensor,  # of the gradient, not scaled
+    scale: Tensor | None = None,  # the scaler's factor, if there is one
+) -> Tensor:  # bool: may the update be made?
+    "Are losses and gradient finite, and was everything fine until now?"
+    losses_finite = torch.stack([v.float() for v in losses]).isfinite().all()
+    finite = losses_finite & norm.isfinite()
+    stop = ~finite if scale is None else ~losses_finite | (~finite & (scale <= 1))
+    self.bad = torch.where((self.bad < 0) & stop, step, self.bad)
+    return finite & (self.bad < 0)
 
-    def look(self) -> int | None:  # a step of the run
-        "The first step that was stopped; waits for the device."
-        return None if (bad := int(self.bad)) < 0 else bad
+# %% ../nbs/11_guards.ipynb #54806433
+@patch
+def look(self: Guard) -> int | None:  # a step of the run
+    "The first step that was stopped; waits for the device."
+    return None if (bad := int(self.bad)) < 0 else bad
 
 # %% ../nbs/11_guards.ipynb #319798a1
 def _bits(tensors):
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return [t.detach().view(kinds[t.element_size()]) for t in tensors]
 
+# %% ../nbs/11_guards.ipynb #470b256f
 @contextmanager
 def only_if(
     good: Tensor,  # bool, on the device of the tensors
@@ -65,6 +71,7 @@ def _numbers_of(optimizer):
     weights = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     return [*weights, *(v for p in weights for v in optimizer.state.get(p, {}).values() if torch.is_tensor(v))]
 
+# %% ../nbs/11_guards.ipynb #92ddfb5e
 def step_if(
     optimizer: torch.optim.Optimizer,  # with gradients in place
     good: Tensor,  # bool

@@ -32,6 +32,7 @@ def _read_json(path, empty):
     except (OSError, ValueError): return empty
     return found if isinstance(found, type(empty)) else empty
 
+# %% ../nbs/11_history.ipynb #db05be61
 @dataclass
 class History:
     "What a run folder tells."
@@ -43,6 +44,7 @@ class History:
     manifest: dict  # checkpoint.json of the newest checkpoint: step, versions, meta
     closed: bool = False  # has it come to the end of the stages that it was asked for?
 
+# %% ../nbs/11_history.ipynb #4a4ecc98
 def read_run(
     folder: str | Path,  # runs/<name>
 ) -> History:
@@ -97,6 +99,7 @@ def curve(
     ok = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
     return [(l["step"], l[key]) for l in lines if ok(l.get(key)) and stage in ("", l.get("stage"))]
 
+# %% ../nbs/11_history.ipynb #c2c9ba4b
 def keys(
     lines: list,  # of a run
     prefix: str,  # "loss_", "lambda_"
@@ -116,6 +119,7 @@ def smooth(
         out.append((x, total / weight))
     return out
 
+# %% ../nbs/11_history.ipynb #3c41ee55
 def thin(
     points: list,  # (x, y)
     n: int = 400,  # at most so many stay
@@ -136,6 +140,7 @@ def duration(
     if s < 3600: return f"{s // 60} min {s % 60:02d} s"
     return f"{s // 3600} h {s % 3600 // 60:02d} min" if s < 48 * 3600 else f"{s // 86400} d {s % 86400 // 3600:02d} h"
 
+# %% ../nbs/11_history.ipynb #cec921ce
 def number(
     v: float | None,  # None: not known
 ) -> str:
@@ -154,6 +159,7 @@ def sampler_name(
     if s is None: return "training images (floor)"
     return f"teacher, {s['solver']} {s['steps']} steps" if s["solver"] != "ctm" else f"CTM, {s['steps']} step{'s' * (s['steps'] > 1)}"
 
+# %% ../nbs/11_history.ipynb #147b2ede
 def score_table(
     records: list,  # of scores.json
 ) -> list[dict]:  # one row a sampler: {"sampler": ..., metric: value, ...}

@@ -127,6 +127,7 @@ def available_memory()->int: # bytes
     except (OSError, ValueError): return free
     return max(0, min(free, limit - used))
 
+# %% ../nbs/01g_loader.ipynb #819724d2
 def fits(
     source:Source, # of the images
     size:int|None=None, # side that they will have
@@ -157,10 +158,14 @@ class StreamData:
     @property
     def n_classes(self): return len(self.classes)
 
-    def decode(self, idx): # (B,) -> (B, C, H, W) uint8 array; no torch, whose threads don't survive in a forked worker
-        pixels = [one_mode(self.source.pixels(i, self.image_size, self.crop), self.channels == 1) for i in self.positions[np.asarray(idx)]]
-        return np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2))
-    def take(self, idx): return torch.from_numpy(self.decode(idx))
+# %% ../nbs/01g_loader.ipynb #59f51e92
+@patch
+def decode(self:StreamData, idx): # (B,) -> (B, C, H, W) uint8 array; no torch, whose threads don't survive in a forked worker
+    pixels = [one_mode(self.source.pixels(i, self.image_size, self.crop), self.channels == 1) for i in self.positions[np.asarray(idx)]]
+    return np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2))
+
+@patch
+def take(self:StreamData, idx): return torch.from_numpy(self.decode(idx))
 
 # %% ../nbs/01g_loader.ipynb #0abcb978
 def known_survey(
@@ -227,6 +232,7 @@ class Batch:
     augment:torch.Tensor|None # (B, 9) float32, None without augmentation
     position:int # of the first image of the whole batch
 
+# %% ../nbs/01g_loader.ipynb #576e4a65
 class Batches:
     """Endless batches of a data set, a function of data, seed and position.
 
@@ -263,6 +269,7 @@ def indices(self:Batches,
     share = self.batch_size // self.world
     return self.sampler.next()[self.rank * share:(self.rank + 1) * share]
 
+# %% ../nbs/01g_loader.ipynb #64ae9c96
 @patch
 def fetch(self:Batches,
     idx:torch.Tensor, # (B,) int64
@@ -309,6 +316,7 @@ def from_workers(self:Batches,
     self.running[0] += self.batch_size
     return torch.from_numpy(x)
 
+# %% ../nbs/01g_loader.ipynb #94115f7d
 @patch
 def close(self:Batches):
     "End the processes; the next batch would start others."
@@ -330,6 +338,7 @@ def finish(self:Batches,
         return Batch(x0, y, told, position)
     return Batch(augment(x0, self.seed, first, 0., True)[0] if self.flip else x0, y, None, position)
 
+# %% ../nbs/01g_loader.ipynb #85854837
 @patch
 def at(self:Batches,
     position:int, # images of the stream before the batch

@@ -75,6 +75,7 @@ def named_grid(
     sheet = label_rows(np.asarray(picture), rows) if rows else picture
     return sheet if not over else on_top(heading(table[0], images.shape[3] + 2), sheet, sheet.width - picture.width)
 
+# %% ../nbs/11_pictures.ipynb #08f600dd
 def on_top(strip, picture, left):
     "A strip over a picture, beginning at its column `left`."
     out = Image.new("RGB", (max(picture.width, left + strip.width), picture.height + strip.height), "white")

@@ -12,6 +12,7 @@ import logging
 from contextlib import nullcontext
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -47,16 +48,22 @@ class Scaler:
     ):
         self.scale, self.good_steps, self.patience = torch.tensor(start, device=device), torch.tensor(0, device=device), patience
 
-    def update(self, good: Tensor):  # was the gradient finite?
-        "Halve the factor after an overflow, double it after enough good steps."
-        self.good_steps = torch.where(good, self.good_steps + 1, 0)
-        grow = self.good_steps >= self.patience
-        self.scale = torch.where(good, torch.where(grow, self.scale * 2, self.scale), self.scale / 2)
-        self.good_steps = torch.where(grow, 0, self.good_steps)
+# %% ../nbs/11_precision.ipynb #bb1b27ce
+@patch
+def update(self: Scaler, good: Tensor):  # was the gradient finite?
+    "Halve the factor after an overflow, double it after enough good steps."
+    self.good_steps = torch.where(good, self.good_steps + 1, 0)
+    grow = self.good_steps >= self.patience
+    self.scale = torch.where(good, torch.where(grow, self.scale * 2, self.scale), self.scale / 2)
+    self.good_steps = torch.where(grow, 0, self.good_steps)
 
-    def state_dict(self) -> dict: return {"scale": self.scale.cpu(), "good_steps": self.good_steps.cpu()}
-    def load_state_dict(self, state: dict):
-        self.scale, self.good_steps = (state[k].to(self.scale.device) for k in ("scale", "good_steps"))
+# %% ../nbs/11_precision.ipynb #09c91c10
+@patch
+def state_dict(self: Scaler) -> dict: return {"scale": self.scale.cpu(), "good_steps": self.good_steps.cpu()}
+
+@patch
+def load_state_dict(self: Scaler, state: dict):
+    self.scale, self.good_steps = (state[k].to(self.scale.device) for k in ("scale", "good_steps"))
 
 # %% ../nbs/11_precision.ipynb #7ca43144
 def prepare(

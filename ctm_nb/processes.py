@@ -72,6 +72,7 @@ def join(
         _PATIENT.append(dist.new_group(backend="gloo", timeout=timedelta(days=2)))
     return Here(rank, world, local_rank, where)
 
+# %% ../nbs/11_processes.ipynb #53297b20
 _PATIENT = []  # a group for waiting
 
 def leave():
@@ -131,6 +132,7 @@ def share_weights(
     for m in modules:
         for v in (*m.parameters(), *m.buffers()): dist.broadcast(v.data, 0)
 
+# %% ../nbs/11_processes.ipynb #28b0457c
 def check_equal(
     modules: dict,  # name -> network
     here: Here,  # this process

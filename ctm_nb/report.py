@@ -27,6 +27,7 @@ def ticks(
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * .999)
     return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
+# %% ../nbs/11_report.ipynb #b052af60
 def log_ticks(
     low: float, high: float,  # 0 < low < high
 ) -> list[float]:  # within the range
@@ -48,6 +49,7 @@ def _scale(values, log):
     low, high = low - pad * (low != 0), high + pad
     return (lambda v: (v - low) / (high - low)), ticks(low, high)
 
+# %% ../nbs/11_report.ipynb #e6c4af8c
 def _path(points, x, y):
     "The line through points, as the text of a `d` attribute."
     return "M" + "L".join(f"{_LEFT + x(a) * (_W - _LEFT - _RIGHT):.1f} {_TOP + (1 - y(b)) * (_H - _TOP - _BOTTOM):.1f}" for a, b in points)
@@ -85,6 +87,7 @@ def _grid(x, y, x_ticks, y_ticks, marks, low, high):
             side, anchor = (4, "start") if x(at) < .7 else (-4, "end")
             yield f'<path class="mark" d="M{_LEFT + x(at) * across:.1f} {_TOP}V{_TOP + down}"/><text x="{_LEFT + x(at) * across + side:.1f}" y="{_TOP + 10}" text-anchor="{anchor}">{escape(label)}</text>'
 
+# %% ../nbs/11_report.ipynb #2e4c3006
 def _lines(series, x, y, kind):
     "The curves: raw and smoothed, as they are, or with a dot for each point."
     for i, points in enumerate(series.values()):
@@ -142,6 +145,7 @@ def _best(h):
     r = min(found, key=lambda r: (r["sampler"]["solver"] != "ctm", r["sampler"]["steps"], -int((r.get("checkpoint") or "_0").rpartition("_")[2] or 0)))
     return r["value"], f"{'FID' if r['metric'] == 'fid' else 'Fréchet distance'}, {sampler_name(r['sampler'])}"
 
+# %% ../nbs/11_report.ipynb #a69bd24f
 def _head(h):
     "Title, progress and tiles."
     p, last, best = progress(h), h.lines[-1] if h.lines else {}, _best(h)
@@ -177,6 +181,7 @@ def _spread(items, n):
     "At most n of the items, evenly, the first and the last among them."
     return items if len(items) <= n else [items[round(i * (len(items) - 1) / (n - 1))] for i in range(n)]
 
+# %% ../nbs/11_report.ipynb #d24f5bbe
 def _pictures(h, most=24, budget=8e6):
     "The final picture and the sample grids over time."
     final, e = h.folder / "samples" / "final.png", h.config.get("evaluate") or {}
@@ -199,6 +204,7 @@ def _rows(records):
         rows.setdefault((r.get("checkpoint") or "", sampler_name(r["sampler"]), r.get("n_samples"), r.get("features") or ""), {})[r["metric"]] = r["value"]
     return dict(sorted(rows.items(), key=lambda kv: kv[0][0], reverse=True))
 
+# %% ../nbs/11_report.ipynb #c76a24d3
 def _scores(h):
     "A table of all scores, and the distances over the steps."
     if not h.records: return ""
@@ -265,6 +271,7 @@ def page(
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{name}: report of a run</title>'
             f"<style>{STYLE}</style></head><body><main>{body}{foot}</main><script>{SCRIPT}</script></body></html>\n")
 
+# %% ../nbs/11_report.ipynb #db08ce6a
 def write_report(
     folder: str | Path,  # runs/<name>
 ) -> Path:  # report.html in it

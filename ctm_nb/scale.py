@@ -70,6 +70,7 @@ def mean_evals(
     weights = {k: k ** d.k_power for k in range(1, (K or d.K) + 1)}
     return cost * sum(w * steps(k) for k, w in weights.items()) / sum(weights.values())
 
+# %% ../nbs/11_scale.ipynb #a35aedd5
 def costs(
     config: Config,  # of a run
 ) -> dict:  # stage -> forward passes for each image of the batch
@@ -110,6 +111,7 @@ def measure(
         _step(stage.optimizers[stage.learner(i)], objective)
     return steps * n / (_now(device) - started)
 
+# %% ../nbs/11_scale.ipynb #2f522406
 def _step(optimizer, objective):
     "Backward and the optimizer, as a run does it."
     optimizer.zero_grad(set_to_none=True)

@@ -12,6 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from fastcore.basics import patch
 
 from .data import to_uint8
 from .references import Collected, joined, look
@@ -94,11 +95,14 @@ class Lead:
         send(args)
         return self.f(*args)
 
-    def follow(self):
-        "Compute along until the first says `done`."
-        while (args := send()) is not None: self.f(*args)
+# %% ../nbs/08e_shares.ipynb #e5e6f893
+@patch
+def follow(self: Lead):
+    "Compute along until the first says `done`."
+    while (args := send()) is not None: self.f(*args)
 
-    def done(self): send(None)
+@patch
+def done(self: Lead): send(None)
 
 # %% ../nbs/08e_shares.ipynb #2c2fccee
 def labels_like(

@@ -62,6 +62,7 @@ def walk(
         if not is_dir: yield path
         elif not is_hidden(name): yield from walk(root, path, above)
 
+# %% ../nbs/01b_sources.ipynb #35c67c1e
 def _is_folder(entry):
     try: return entry.is_dir()
     except OSError: return False  # a link to itself: a file, and broken
@@ -275,6 +276,7 @@ class FolderSource(Source):
         try: return (self.root/self.names[i]).read_bytes()
         except OSError as e: raise BrokenImage(f"can't be opened ({e.strerror})") from None
 
+# %% ../nbs/01b_sources.ipynb #24da5b4a
 def open_folder(
     root:Path, # a folder of images, or an EDM data set
     labels:tuple|None=None, # (text, path) of a labels file
@@ -349,6 +351,7 @@ def tar_entries(
             if f.read(512) != bytes(512): raise ValueError(f"{path} is cut off: the block of zeros that ends a tar is missing")
     except tarfile.ReadError as e: raise ValueError(f"{path} can't be read as an uncompressed tar: {e}") from None
 
+# %% ../nbs/01b_sources.ipynb #9e7b0d90
 def open_tar(
     path:Path, # an uncompressed tar of image files
     labels:tuple|None=None, # (text, path) of a labels file

@@ -57,6 +57,7 @@ def state_dict(self:EMA) -> dict: # numbers only; the weights are `module.state_
     "The counter and the rule of this average."
     return dict(n_updates=self.n_updates, rate=self.rate, warmup=self.warmup)
 
+# %% ../nbs/09_state.ipynb #1903f872
 @patch
 def load_state_dict(self:EMA,
     state:dict, # from `state_dict`
@@ -73,12 +74,14 @@ def _fsync_folder(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
+# %% ../nbs/09_state.ipynb #5fc426d7
 @contextmanager
 def _naming(path):
     "An error while a file is written names the file, as an error while it is opened does."
     try: yield
     except OSError as e: raise OSError(e.errno, e.strerror, str(path)) from e
 
+# %% ../nbs/09_state.ipynb #ea74e9db
 def _write_synced(path, data):
     "Create the file `path` and wait until the disk holds all of `data`."
     with _naming(path), open(path, "xb") as f:
@@ -151,6 +154,7 @@ def versions() -> dict: # name -> text
     return dict(torch=torch.__version__, numpy=np.__version__, python=platform.python_version(), ctm_nb=ours, cuda=torch.version.cuda or "",
                 cudnn=str(torch.backends.cudnn.version() or ""), machine=platform.machine(), gpus=", ".join(gpus))
 
+# %% ../nbs/09_state.ipynb #30ebf042
 def _write_parts(temp, step, models, state, meta):
     "Write every file of a checkpoint into the new folder `temp` and wait for the disk."
     os.mkdir(temp)
@@ -173,6 +177,7 @@ def _discard(path):
     _fsync_folder(path.parent)
     shutil.rmtree(trash)
 
+# %% ../nbs/09_state.ipynb #a3247b73
 def _publish(temp, target):
     "Give the finished folder `temp` its final name; what had that name steps aside until the disk has the new one."
     aside = target.with_name(f".old-{target.name}")
@@ -228,6 +233,7 @@ def _read(file):
     try: return file.read_bytes()
     except OSError as e: raise CheckpointError(f"{file}: expected a readable file, found {e.strerror}") from e
 
+# %% ../nbs/09_state.ipynb #90ea9f14
 def _read_manifest(path):
     "The checked content of checkpoint.json."
     file = Path(path)/"checkpoint.json"
@@ -244,6 +250,7 @@ def _read_part(path, name, want):
     if (found := _sha256(data)) != want["sha256"]: raise CheckpointError(f"{path/name}: expected sha256 {want['sha256']}, found {found}")
     return data
 
+# %% ../nbs/09_state.ipynb #64284fa6
 @dataclass
 class Checkpoint:
     "What `load_checkpoint` found."

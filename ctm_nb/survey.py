@@ -59,6 +59,7 @@ class Survey:
 # %% ../nbs/01d_survey.ipynb #1cefff50
 def chunks(n, size=128): return [range(i, min(i + size, n)) for i in range(0, n, size)]
 
+# %% ../nbs/01d_survey.ipynb #27315a1a
 def _look_at(source, size, crop):
     def work(positions):
         seen, broken = [], []
@@ -101,6 +102,7 @@ def moments(self:Survey)->dict:
 @patch
 def channels(self:Survey)->int: return 1 if np.delete(self.grey, list(self.broken)).all() else 3
 
+# %% ../nbs/01d_survey.ipynb #ab84a46e
 @patch
 def sha256(self:Survey)->str:
     "Fingerprint of the content: the same for the same pictures and classes in any order and any format."

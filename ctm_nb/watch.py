@@ -12,6 +12,8 @@ import threading
 import time
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from .history import NAMES, History, curve, duration, keys, number, progress, read_run, sampler_name, stage_plan, thin
 
 # %% ../nbs/11_watch.ipynb #dc6009d3
@@ -25,6 +27,7 @@ def spark(
     low, high = min(values), max(values)
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / (high - low))] if high > low else "▁" for v in values)
 
+# %% ../nbs/11_watch.ipynb #fe2da13e
 def bar(
     share: float,  # in [0, 1]
     width: int = 24,  # characters
@@ -109,16 +112,22 @@ class Live:
         self.thread = threading.Thread(target=self.work, daemon=True)
         self.thread.start()
 
-    def work(self):
-        while not self.done.wait(self.every):
-            h = read_run(self.folder)
-            self.html.value = panel(h)
-            if h.closed: self.done.set()
+# %% ../nbs/11_watch.ipynb #5c80978e
+@patch
+def work(self: Live):
+    while not self.done.wait(self.every):
+        h = read_run(self.folder)
+        self.html.value = panel(h)
+        if h.closed: self.done.set()
 
-    def stop(self): self.done.set()
-    def _ipython_display_(self):
-        from IPython.display import display
-        display(self.widget)
+# %% ../nbs/11_watch.ipynb #014adac5
+@patch
+def stop(self: Live): self.done.set()
+
+@patch
+def _ipython_display_(self: Live):
+    from IPython.display import display
+    display(self.widget)
 
 # %% ../nbs/11_watch.ipynb #75686a07
 def live(

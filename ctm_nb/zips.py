@@ -11,6 +11,7 @@ import os, struct, zlib
 from array import array
 from pathlib import Path
 import numpy as np
+from fastcore.basics import patch
 from .decode import BrokenImage
 
 # %% ../nbs/01a_zips.ipynb #262fa14b
@@ -103,6 +104,7 @@ def read_directory(
     except (struct.error, StopIteration, RuntimeError): raise ValueError("its directory is cut off or damaged") from None
     return found, np.frombuffer(place, np.int64).reshape(-1, 6)
 
+# %% ../nbs/01a_zips.ipynb #9704ae42
 def _checked(name, flags, method, size):
     name = name.decode("utf-8" if flags & 0x800 else "cp437")
     if "\0" in name: raise ValueError(f"{name!r} is no name of a file")
@@ -131,6 +133,7 @@ def read_entry(
     if zlib.crc32(data) != check: raise BrokenImage("damaged in the zip (checksum)")
     return data
 
+# %% ../nbs/01a_zips.ipynb #e0029253
 def sized(data, n):
     if len(data) < n: raise BrokenImage(f"the archive ends {n - len(data)} bytes too early")
     return data
@@ -142,19 +145,22 @@ class ZipWriter:
         f, # open binary file
     ): self.f, self.n, self.at, self.directory = f, 0, 0, bytearray()
 
-    def add(self, name:str, data:bytes):
-        if len(data) > MAX_ENTRY: raise ValueError(f"{name} has {len(data)} bytes, the limit is {MAX_ENTRY}")
-        raw, check = name.encode(), zlib.crc32(data)
-        flags = 0 if raw.isascii() else 0x800
-        sizes = struct.pack("<HHHHLLL", flags, 0, 0, 0x21, check, len(data), len(data))  # stored, on 1 January 1980
-        extra = struct.pack("<HHQ", 1, 8, self.at) if self.at >= 0xFFFFFFFF else b""
-        self.directory += b"PK\1\2" + struct.pack("<HH", 3 << 8 | 45, 45 if extra else 20) + sizes
-        self.directory += struct.pack("<HHHHHLL", len(raw), len(extra), 0, 0, 0, 0o644 << 16, min(self.at, 0xFFFFFFFF)) + raw + extra
-        self._write(b"PK\3\4" + struct.pack("<H", 20) + sizes + struct.pack("<HH", len(raw), 0) + raw)
-        self._write(data)
-        self.n += 1
+# %% ../nbs/01a_zips.ipynb #180533b8
+@patch
+def add(self:ZipWriter, name:str, data:bytes):
+    if len(data) > MAX_ENTRY: raise ValueError(f"{name} has {len(data)} bytes, the limit is {MAX_ENTRY}")
+    raw, check = name.encode(), zlib.crc32(data)
+    flags = 0 if raw.isascii() else 0x800
+    sizes = struct.pack("<HHHHLLL", flags, 0, 0, 0x21, check, len(data), len(data))  # stored, on 1 January 1980
+    extra = struct.pack("<HHQ", 1, 8, self.at) if self.at >= 0xFFFFFFFF else b""
+    self.directory += b"PK\1\2" + struct.pack("<HH", 3 << 8 | 45, 45 if extra else 20) + sizes
+    self.directory += struct.pack("<HHHHHLL", len(raw), len(extra), 0, 0, 0, 0o644 << 16, min(self.at, 0xFFFFFFFF)) + raw + extra
+    self._write(b"PK\3\4" + struct.pack("<H", 20) + sizes + struct.pack("<HH", len(raw), 0) + raw)
+    self._write(data)
+    self.n += 1
 
-    def _write(self, data): self.f.write(data); self.at += len(data)
+@patch
+def _write(self:ZipWriter, data): self.f.write(data); self.at += len(data)
 
 # %% ../nbs/01a_zips.ipynb #598a8282
 def store(
