@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ctm_nb.distill import (GradientSets, adaptive_weight, add_ctm_dsm, average, balance, ctm_dsm_objective, ctm_loss, ctm_pair, ctm_target, draw_stretch, dsm_loss, grid_time,
-    l2, make_distance, project, pseudo_huber, teacher_jump)
+    l2, make_distance, move, project, pseudo_huber, stretch_times, teacher_jump)
 from ctm_nb.edm import Denoiser
 from ctm_nb.networks import DDPMpp, MLP
 from ctm_nb.trajectory import student_from
@@ -321,3 +321,50 @@ def test_small_gradients_survive_the_frozen_map_in_float16():
         return torch.autograd.grad(projected, x_s)[0]
     exact = gradient(1., half=False)
     assert relative(gradient(2. ** 20), exact) < .03 < .1 < relative(gradient(1.), exact)
+
+
+# ---- jumps that lead nowhere, and where the teacher is asked
+
+@pytest.mark.parametrize("still", [[], [1, 4, 6], list(range(8))])
+def test_rows_that_stay_ask_no_network(still, monkeypatch):
+    _, _, target = models()
+    e, seen = example(), []
+    e["t"] = torch.where(torch.isin(torch.arange(8), torch.tensor(still, dtype=torch.int64)), e["s"], e["t"] * 1.5)
+    x, z = (e["x_t"].clone().requires_grad_() for _ in range(2))
+    expect = target.G(x, e["t"], e["s"], e["y"])
+    G = target.G
+    monkeypatch.setattr(target, "G", lambda x, *a: seen.append(len(x)) or G(x, *a))
+    got = move(target, z, e["t"], e["s"], e["y"])
+    torch.testing.assert_close(got, expect)
+    assert seen == ([8 - len(still)] if len(still) < 8 else []) and torch.equal(got[still], z[still])
+    for v, at in ((expect, x), (got, z)): (v * torch.linspace(1, 2, 8, dtype=v.dtype).view(-1, 1, 1, 1)).sin().sum().backward()
+    torch.testing.assert_close(z.grad, x.grad)
+
+
+def test_half_of_the_second_jumps_are_not_made():
+    _, student, target = models()
+    seen = {"student": 0, "target": 0}
+    for name, m in (("student", student), ("target", target)):
+        m.net.register_forward_pre_hook(lambda net, args, name=name: seen.__setitem__(name, seen[name] + len(args[0])))
+    e = example()
+    ctm_target(student, target, e["x_u"], e["u"], e["s"], e["y"])
+    assert seen == {"student": int((e["u"] > e["s"]).sum()), "target": int((e["s"] > .0020001).sum())} and 0 < seen["student"] < 8
+
+
+@pytest.mark.parametrize("method, bound", [("dpm", 1.), ("dpm3", 1.5)])
+def test_even_steps_in_the_logarithm_keep_the_published_error(method, bound):
+    "On the mixture: eleven evaluations of a multistep method against Heun on the full grid, twenty-three in the mean."
+    from ctm_nb.flow import toy_mixture
+    toy, gen, error = toy_mixture(), GEN(), {}
+    for _ in range(12):
+        i, k, _ = draw_stretch(64, 18, 17, gen)
+        t = grid_time(i, 18)
+        x_t = toy.sample(64, seed=int(k)) + t[:, None] * torch.randn(64, 2, generator=gen, dtype=torch.float64)
+        exact = teacher_jump(toy.D, x_t, i * 16, k * 16, 17 * 16 + 1, method="dpm")[0]
+        for name, plan in {"published": ("heun", None), "log": (method, 11, "log"), "grid": (method, 11, "grid")}.items():
+            error[name] = error.get(name, 0.) + float((teacher_jump(toy.D, x_t, i, k, 18, None, *plan)[0] - exact).norm(dim=1).mean())
+    assert error["log"] < bound * error["published"] and error["log"] < .8 * error["grid"], error
+
+
+def test_unknown_spacing_is_refused():
+    with pytest.raises(ValueError, match="spacing must be one of grid, log, got 'even'"): stretch_times(torch.tensor([0]), 4, 18, spacing="even")
