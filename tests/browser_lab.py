@@ -8,9 +8,11 @@ import time
 from contextlib import contextmanager
 from urllib.request import urlopen
 
-try: from playwright.sync_api import TimeoutError
-except ImportError: TimeoutError = OSError  # `missing` says so; the tests are skipped
+try: from playwright.sync_api import TimeoutError, expect
+except ImportError: TimeoutError = expect = OSError  # `missing` says so; the tests are skipped
 
+SETTINGS = {"apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
+            "notebook-extension/tracker": '{"windowingMode": "none"}'}  # cells out of sight stay in the page
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -39,9 +41,10 @@ def free_port():
 @contextmanager
 def jupyter_lab(folder, home):
     "JupyterLab on `folder`, its own settings in `home`; yields the address."
-    port, log, news = free_port(), open(home/"lab.log", "w"), home/"settings"/"@jupyterlab"/"apputils-extension"/"notification.jupyterlab-settings"
-    news.parent.mkdir(parents=True)
-    news.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    port, log = free_port(), open(home/"lab.log", "w")
+    for name, text in SETTINGS.items():
+        (file := home/"settings"/"@jupyterlab"/f"{name}.jupyterlab-settings").parent.mkdir(parents=True)
+        file.write_text(text)
     env = {**os.environ, "JUPYTER_CONFIG_DIR": str(home/"config"), "JUPYTER_DATA_DIR": str(home/"data"), "JUPYTER_RUNTIME_DIR": str(home/"run"), "OMP_NUM_THREADS": "1", "IPYTHONDIR": str(home/"ipython")}
     words = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.password=", f"--ServerApp.root_dir={folder}",
              "--allow-root", "--LabApp.news_url=None", "--LabApp.extension_manager=readonly", f"--LabApp.workspaces_dir={home/'workspaces'}", f"--LabApp.user_settings_dir={home/'settings'}"]
