@@ -33,10 +33,10 @@ def _gan(batch, lr, target_ema):
               ("features", "deit_base_distilled_patch16_224,tf_efficientnet_lite0", "CTM, recipe (StyleGAN-XL)"), ("target_ema", target_ema, _CTM), ("ema", .999, _CTM)]
     return [(f"gan.{k}", v, s) for k, v, s in values]
 
-def _cifar10(target_ema):
+def _cifar10(labels, target_ema):
     teacher = [("steps", steps_of(200e6, 512), f"{_EDM}: 200 M images"), ("batch", 512, _EDM), ("optimizer", "adamw", f"{_EDM}: Adam, no decay"), ("lr", 1e-3, _EDM),
                ("warmup", steps_of(10e6, 512), f"{_EDM}: 10 M images"), ("decay", "constant", _EDM), ("ema", rate_of(.5e6, 512), f"{_EDM}: half-life 0.5 M images")]
-    return [("network.family", "ddpmpp", _EDM), ("network.model_channels", 128, _EDM), ("network.channel_mult", "2,2,2", _EDM), ("network.n_blocks", 4, _EDM), ("network.attention", 16, _EDM),
+    return [("data.use_labels", labels, "CTM, recipe"), ("network.family", "ddpmpp", _EDM), ("network.model_channels", 128, _EDM), ("network.channel_mult", "2,2,2", _EDM), ("network.n_blocks", 4, _EDM), ("network.attention", 16, _EDM),
             ("network.dropout", .13, _EDM), ("network.augment_dim", 9, "EDM Table 6"), ("teacher.augment", .12, f"{_EDM}: 12 %"), *((f"teacher.{k}", v, s) for k, v, s in teacher),
             *_STUDENT, ("distill.batch", 256, _CTM), ("distill.N", 18, "CTM, recipe"), ("distill.K", 17, _CTM), ("distill.target_ema", target_ema, _CTM), ("distill.ema", .999, _CTM), *_gan(528, 4e-4, target_ema), ("evaluate.n", 50000, "CTM, recipe")]
 
@@ -78,7 +78,7 @@ _MNIST = changed(_DIGITS, rows_of("network.channel_mult=1,2,2 network.attention=
 _EVERY = rows_of("run.save_every=100 run.sample_every=200", "small runs")
 
 # %% ../nbs/11_auto.ipynb #d48279e5
-RECIPES = {"digits": [*_DIGITS, *_EVERY], "mnist": [*_MNIST, *_EVERY], "cifar10": _cifar10(.9999), "cifar10-cond": _cifar10(.999), "imagenet64": _imagenet64()}
+RECIPES = {"digits": [*_DIGITS, *_EVERY], "mnist": [*_MNIST, *_EVERY], "cifar10": _cifar10("false", .9999), "cifar10-cond": _cifar10("true", .999), "imagenet64": _imagenet64()}
 
 # %% ../nbs/11_auto.ipynb #42ebb5e6
 def propose_size(

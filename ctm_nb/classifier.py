@@ -132,9 +132,10 @@ def warn_unlabelled(
     checkpoint: str | Path,  # where it came from
 ):
     "Warn where guidance would lean on guesses without label that the model was never trained to make."
-    teacher = run_config(checkpoint).get("teacher")
+    teacher, distill = (run_config(checkpoint).get(k) for k in ("teacher", "distill"))
     if not isinstance(teacher, dict) or "label_dropout" not in teacher: return
-    why = "its run has teacher.label_dropout=0" if not teacher["label_dropout"] else "a student learns from labelled images alone; its teacher (--which teacher) has seen some without" if hasattr(m, "G") else ""
+    practised = not hasattr(m, "G") or isinstance(distill, dict) and distill.get("label_dropout")
+    why = "its run has teacher.label_dropout=0" if not teacher["label_dropout"] else "" if practised else "its run has distill.label_dropout=0; its teacher (--which teacher) has seen some without"
     if why: warnings.warn(f"guidance needs a model that was trained with labels dropped, and this one was not: {why}", RuntimeWarning, stacklevel=3)
 
 # %% ../nbs/11_classifier.ipynb #ed0201eb

@@ -29,6 +29,7 @@ class DataConfig:
     image_size: int | None = None  # side to crop and resize to; None: as they are
     crop: str = "center"  # how, a key of decode.CROPS
     labels: str = ""  # a file of labels, for images whose folders don't tell
+    use_labels: bool = True  # false: an unconditional model, whatever labels there are
     flip: bool = False  # mirror half of the images
     skip_broken: bool = False  # leave out what can't be read, instead of stopping before training
 
@@ -83,6 +84,7 @@ class DistillConfig(OptimConfig):
     solver: str = "heun"  # of the teacher's stretch
     max_evals: int | None = None  # at most so many teacher evaluations a stretch; None: the full grid
     spacing: str = "grid"  # of these evaluations: even in the "grid"'s index, or in the "log" of t
+    label_dropout: float = 0.  # share of the stretches that are shown without label, for classifier-free guidance of the student
     pairs: int = 1  # jumps learned from each stretch: from its start, and from points on the way
     matching: str = "soft"  # where u lies: "soft" (t >= u >= s), "local" (the next grid point) or "global" (u = s)
     compare_at: str = "end"  # both sides of the loss go to sigma_min through the average ("end"), or stay at "s"
@@ -236,6 +238,7 @@ def _check_optim(name, o):
 # %% ../nbs/11_config.ipynb #d3c9eee3
 def _check_distill(d):
     _expect("distill.N", d.N, d.N >= 2, "at least 2")
+    _expect("distill.label_dropout", d.label_dropout, 0 <= d.label_dropout < 1, "in [0, 1)")
     _expect("distill.K", d.K, 1 <= d.K < d.N, f"in 1..distill.N-1 = 1..{d.N - 1}")
     _expect("distill.max_evals", d.max_evals, d.max_evals is None or d.max_evals >= 1, "none or at least 1")
     _expect("distill.pairs", d.pairs, d.pairs >= 1 and d.batch % d.pairs == 0, f"a divisor of distill.batch = {d.batch}")
@@ -285,9 +288,11 @@ def check_config(
     "Raise ValueError naming the first impossible value."
     for section in STAGES.values(): _check_optim(section, getattr(c, section))
     _check_distill(c.distill), _check_gan(c.gan), _check_network(c.network), _check_run(c.evaluate, c.run)
+    _expect("data.labels", repr(c.data.labels), c.data.use_labels or not c.data.labels, "empty where data.use_labels is false")
     _expect("data.crop", c.data.crop, c.data.crop in CROPS, f"one of {', '.join(CROPS)}")
     for key in ("augment", "label_dropout"): _expect(f"teacher.{key}", v := getattr(c.teacher, key), 0 <= v < 1, "in [0, 1)")
     _expect("network.augment_dim", c.network.augment_dim, c.network.augment_dim == 9 or not c.teacher.augment, "9 for a teacher with augmentation")
+    _expect("distill.label_dropout", c.distill.label_dropout, not c.distill.label_dropout or c.teacher.label_dropout or c.teacher.source, "0 for a teacher that has seen no image without its label (teacher.label_dropout=0)")
     _expect("gan.K", c.gan.K, c.gan.K is None or 1 <= c.gan.K < c.distill.N, f"none or in 1..distill.N-1 = 1..{c.distill.N - 1}")
     _expect("gan.batch", c.gan.batch, not c.gan.steps or c.gan.batch % c.distill.pairs == 0, f"a multiple of distill.pairs = {c.distill.pairs}")
     _expect("data.source", repr(c.data.source), c.data.source, 'the path of the images (--data PATH), or "digits"')

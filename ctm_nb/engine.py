@@ -35,7 +35,7 @@ def open_images(
 ) -> Splits:  # "train" and "held_out"
     "The images of a configuration; raises ValueError that lists what can't be read."
     d = config.data
-    splits: Any = load_splits(d.source, d.image_size, d.crop, d.skip_broken, d.labels or None)
+    splits: Any = load_splits(d.source, d.image_size, d.crop, d.skip_broken, d.labels or None, use_labels=d.use_labels)
     return splits
 
 # %% ../nbs/11_engine.ipynb #96b2c63f

@@ -59,7 +59,7 @@ def open_npz(
         raise ValueError(f"{path}: expected arr_1 integers ({len(a)},), got {y.dtype} {y.shape}")
     if y is not None and y.min() < 0: raise ValueError(f"{path}: expected arr_1 >= 0, got {y.min()}")
     names = [] if y is None else class_names([y.max()], path, None if classes is None else list(map(str, classes)))
-    return ArraySource(path.stem, "npz", numbered("arr_0", len(a)), None if y is None else np.asarray(y, np.int64), names, images=a)
+    return ArraySource(path.stem, "npz", numbered("arr_0", len(a)), None if y is None else np.array(y, np.int64), names, images=a)
 
 # %% ../nbs/01c_formats.ipynb #d8913247
 def read_idx(

@@ -81,7 +81,7 @@ def no_scores_because(
     if e.n == 0: return "evaluate.n is 0"
     if e.features != "train": return ""
     if not hasattr(data, "images"): return f"{data.name} does not fit in memory; --set evaluate.features=inception or ctm_nb_evaluate score such runs"
-    if data.n_classes < 2: return f"they need labelled images of at least two classes, {data.name} has {data.n_classes}"
+    if data.n_classes < 2: return f"they need labelled images of at least two classes, {data.name} has {data.n_classes}{'' if config.data.use_labels else ' with data.use_labels=false'}; --set evaluate.features=inception needs none"
     if data.image_size < 8: return f"they need images of at least 8 x 8, {data.name} has {data.image_size} x {data.image_size}"
     try: n = len(splits["held_out"])
     except ValueError as e: return str(e)

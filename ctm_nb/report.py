@@ -149,7 +149,7 @@ def _best(h):
 def _head(h):
     "Title, progress and tiles."
     p, last, best = progress(h), h.lines[-1] if h.lines else {}, _best(h)
-    state = "finished" if p["finished"] else f"step {p['step']:,} of {p['total']:,}, in the stage of the {NAMES.get(p['stage'], p['stage'])}"
+    state = "finished" if p["finished"] else f"step {p['step']:,}, in the stage of the {NAMES.get(p['stage'], p['stage'])}, which ends at step {p['end']:,}"
     images = sum(max((l.get("images") or 0 for l in h.lines if l.get("stage") == s), default=0) for s in stage_plan(h.config))
     speed = last.get("images_per_sec")
     tiles = [(number(p["step"]), "optimizer steps"), (number(images), "images seen"), (duration(p["seconds"]), "of training"), (number(speed and round(speed, 1 if speed < 100 else 0)), "images a second at the end"),

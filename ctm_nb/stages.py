@@ -250,7 +250,8 @@ def draw(self: DistillStage, B: int, gen: torch.Generator, n: int) -> dict:
     start = normal(*self.shape)
     sigma = dsm_sigma(normal(), torch.rand(B, generator=gen), **self.grid).float()
     stretch = {name: v.repeat_interleave(d.pairs, 0) for name, v in dict(u=u, s=s, times=times.T).items()}
-    return dict(**stretch, start=start, sigma=sigma, eps=normal(*self.shape), **self.starts(stretch["times"], gen))
+    numbers = dict(**stretch, start=start, sigma=sigma, eps=normal(*self.shape), **self.starts(stretch["times"], gen))
+    return {**numbers, "hide": self.lead(torch.rand(B, generator=gen) < d.label_dropout)} if d.label_dropout else numbers
 
 # %% ../nbs/11_stages.ipynb #4a7dbe9f
 @patch
@@ -292,6 +293,7 @@ def example(self: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: 
     "All of a distillation step that does not involve the student."
     e = {k: numbers[k] for k in ("t", "u", "s", "sigma", "eps")}
     e |= {"x0": self.lead(x0), "y": self.lead(y) if self.parts["teacher"].n_classes else None}
+    if e["y"] is not None and "hide" in numbers: e["y"] = torch.where(numbers["hide"], -1, e["y"])
     if self.learner(n) != "model":  # the teacher is not asked
         e["t"] = numbers["times"][:, 0]
         return e | {"x_t": perturb(e["x0"], e["t"], numbers["start"]), "x_u": None, "teacher_evals": 0}

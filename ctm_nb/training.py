@@ -31,7 +31,7 @@ from .pictures import named_grid
 from .precision import load_optimizer
 from .processes import check_equal, main_only
 from .report import write_report
-from .resume import best_steps, check_changes, library_changes, restore_random, resume_point
+from .resume import best_steps, check_changes, check_precision, library_changes, restore_random, resume_point
 from .sampling import sample
 from .signals import Signals
 from .state import Checkpoint, CheckpointError, MetricsLog, atomic_write, prune_checkpoints, random_state, save_checkpoint, versions
@@ -49,7 +49,7 @@ class Trainer(Engine):
         check_judge(config)
         super().__init__(config, folder)
         checkpoints = self.folder / "checkpoints"
-        self.data_sha256, self.logged_at, self.changes = self.data.sha256(), 0., []
+        self.data_sha256, self.logged_at, self.changes, self.goal = self.data.sha256(), 0., [], self.total
         random.seed(config.run.seed), np.random.seed(config.run.seed % 2 ** 32)  # nothing of ours draws from these; a user's code may
         if found := resume_point(checkpoints, previous): self._accept(found)
         else: self.begin(self.stage, {})  # before anything is written: it finds what check_config can't
@@ -66,6 +66,7 @@ class Trainer(Engine):
 def _accept(self: Trainer, c: Checkpoint):
     "See that this configuration and these images may continue a checkpoint; remember what has changed."
     changed = check_changes(c.meta["config"], asdict(self.config), c.step, str(self.folder))
+    check_precision(c.meta.get("precision"), self.precision, self.config.run.precision, str(self.folder))
     if c.meta["data_sha256"] != self.data_sha256: raise ValueError(f"{c.path} was trained on other images than {self.config.data.source!r} holds now")
     changed, self.changes = changed + library_changes(c.versions, versions()), c.meta.get("changes", [])
     if changed: self.changes = [*self.changes, {"step": c.step, "what": changed}]
@@ -105,7 +106,7 @@ def save(self: Trainer) -> Path:  # the checkpoint's folder
     folder, config = self.folder / "checkpoints", asdict(self.config)
     if not self.here.main: return folder / f"step_{self.step:08d}"
     about = {k: {"part": k, "description": describe(self.parts[k], self.data.classes)} for k in ("teacher", "ctm") if k in self.parts}
-    meta = {"config": config, "models": about, "data_sha256": self.data_sha256, "changes": self.changes}
+    meta = {"config": config, "models": about, "data_sha256": self.data_sha256, "precision": self.precision, "changes": self.changes}
     path = save_checkpoint(folder, self.step, {k: m.state_dict() for k, m in self.parts.items()}, self.state(), meta, replace=True)
     prune_checkpoints(folder, self.config.run.keep, tuple(best_steps(self.all_scores(), config, self.config.run.keep_best)))
     if hasattr(self, "_board"): self._board.flush()
@@ -126,7 +127,7 @@ def resume(self: Trainer,
     if self.scaler and c.state.get("scaler"): self.scaler.load_state_dict(c.state["scaler"])
     if self.here.main: self.log.rewind(c.state["log_lines"])
     if "random" in c.state: restore_random(c.state["random"])
-    log.info("resumed %s at step %d of %d", self.folder, self.step, self.total)
+    log.info("resumed %s at step %d", self.folder, self.step)
 
 # %% ../nbs/11_training.ipynb #7bbfb3d8
 @patch
@@ -271,7 +272,7 @@ def keep_up(self: Trainer,
     if scored := score and every.score_every and self.step % every.score_every == 0: self.evaluate(every.score_n)
     if save or scored or due(every.save_every):
         self.save()
-        if words and not sys.stderr.isatty(): log.info("%s: step %d of %d, %s, %.0f s", self.now.name, self.step, self.total, words.partition(", ")[2], self.seconds)
+        if words and not sys.stderr.isatty(): log.info("%s: step %d of %d, %s, %.0f s", self.now.name, self.step, self.goal, words.partition(", ")[2], self.seconds)
     return words
 
 # %% ../nbs/11_training.ipynb #1ab5587b
@@ -300,6 +301,7 @@ def run(self: Trainer,
 ) -> list:  # records of scores.json for where the run now stands; empty where scores were not asked for
     "Train what is left, score, write the report; a finished run only reports."
     last, why, begun = self.until(stage), no_scores_because(self.config, self.splits), self.step
+    self.goal = last
     if why: log.warning("no scores: %s", why)
     with Signals() as signals:
         while self.step < last: self.advance(last, signals, not why)

@@ -347,3 +347,9 @@ def test_torchvision_by_name(tmp_path, name, message):
     if message:
         with pytest.raises(ValueError, match=message): open_source(f"torchvision:{name}:{tmp_path}")
     else: assert open_source(f"torchvision:{name}:{tmp_path}").classes == ["cat", "dog"]
+
+
+def test_an_uncompressed_npz_is_opened_without_a_warning(tmp_path, recwarn):
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((20, 8, 8, 3), np.uint8), arr_1=np.arange(20) % 2)
+    source = open_source(tmp_path / "a.npz")
+    assert source.labels.flags.writeable and len(load_splits(tmp_path / "a.npz")["train"]) and not [w for w in recwarn if "writable" in str(w.message)]

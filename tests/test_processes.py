@@ -19,7 +19,7 @@ from ctm_nb.training import Trainer
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-SHORT = ["teacher.steps=3", "teacher.batch=12", "teacher.label_dropout=.3", "distill.steps=3", "distill.batch=12", "gan.steps=6", "gan.batch=12", "gan.r1=.1", "evaluate.n=0",
+SHORT = ["teacher.steps=3", "teacher.batch=12", "teacher.label_dropout=.3", "distill.steps=3", "distill.batch=12", "distill.label_dropout=.3", "gan.steps=6", "gan.batch=12", "gan.r1=.1", "evaluate.n=0",
          "teacher.optimizer=radam", "distill.optimizer=radam", "gan.optimizer=radam", "network.augment_dim=9", "teacher.augment=.12",
          "teacher.lr=.05", "distill.lr=.02", "gan.lr=.02"]  # RAdam's first steps are plain momentum: differences of rounding stay what they are, where Adam would make steps of them
 
@@ -287,6 +287,71 @@ def test_a_killed_process_ends_the_others_and_any_number_continues(alone, tmp_pa
     for l, numbers in zip(lines, alone[0]):
         for k in ("loss_edm", "loss_ctm", "loss_dsm", "loss_gan", "loss_d"):
             if k in numbers: assert abs(l[k] - numbers[k]) <= 1e-6 * max(1, abs(numbers[k]))
+
+
+TOLD = """
+import os, signal, sys, torch
+from ctm_nb.config import make_config
+from ctm_nb.training import Trainer
+torch.set_num_threads(1)
+t = Trainer(make_config("tiny", sys.argv[2:]), sys.argv[1])
+step = t.train_step
+def told():
+    if (t.here.rank, t.step) == (1, 5): os.kill(os.getpid(), signal.SIGTERM)
+    return step()
+t.train_step = told
+try: t.run()
+except SystemExit as e: open(f"{sys.argv[1]}-{t.here.rank}", "w").write(f"{e.code} {t.step}")
+"""
+
+
+def test_a_signal_to_one_of_two_stops_both_after_the_same_step(tmp_path):
+    "However seldom the run logs."
+    (tmp_path / "told.py").write_text(TOLD)
+    words = ["teacher.steps=100000", "evaluate.n=0", "run.log_every=1000", "run.save_every=1000", "run.sample_every=100000"]
+    done = subprocess.run([*TORCHRUN, tmp_path / "told.py", tmp_path / "r", *words], env=ENV, capture_output=True, text=True, timeout=200)
+    assert [(tmp_path / f"r-{r}").read_text() for r in range(2)] == ["75 6"] * 2, done.stderr[-2000:]
+    assert load_checkpoint(tmp_path / "r" / "checkpoints" / "step_00000006").step == 6
+
+
+@pytest.mark.parametrize("broken", ["image", "weight"])
+def test_the_report_of_a_broken_distillation_step_names_image_and_times(tmp_path, broken):
+    t = Trainer(make_config("tiny", [*SHORT, "distill.pairs=1"]), tmp_path / "r")
+    while t.step < 4: t.train_step()
+    good, e = t.material_of, t.example_of(4)
+    def spoiled(step):
+        m = good(step)
+        if step == 4: m["x0"] = m["x0"].clone(); m["x0"][3, 0, 2, 2] = float("nan")
+        return m
+    t.ahead = {}
+    if broken == "image": t.material_of = spoiled
+    else: next(t.parts["model"].parameters()).data.view(-1)[0] = float("nan")
+    before = {k: v.clone() for k, v in t.parts["target"].state_dict().items()}
+    with pytest.raises(FloatingPointError, match="loss_ctm.*step 4"): t.train_step()
+    said = json.loads((tmp_path / "r" / "nonfinite-step_00000004.json").read_text())
+    assert (said["step"], said["stage"], said["learns"], said["numbers"]["loss_ctm"]) == (4, "ctm_dsm", "model", "nan")
+    assert bool(said["weights_not_finite"]) == (broken == "weight") and all(torch.equal(v, before[k]) for k, v in t.parts["target"].state_dict().items())
+    rows = said["images_that_break_alone"]
+    assert [r["row"] for r in rows] == ([3] if broken == "image" else list(range(12)))
+    ids = t.batches.indices((4 - t.begun_at) * 12).tolist()
+    for r in rows:
+        assert r["image"] == ids[r["row"]] and r["loss_ctm"] == "nan" and {"y", "sigma"} <= r.keys()
+        for k in "tus": assert r[k] == pytest.approx(float(e[k][r["row"]]))
+
+
+@pytest.mark.parametrize("what, key", [("loss", "loss_edm"), ("average", "gap_teacher")])
+def test_a_jump_of_a_loss_or_of_an_average_is_warned_about(tmp_path, caplog, what, key):
+    config = make_config("tiny", ["teacher.steps=40", "run.log_every=1", "evaluate.n=0", "teacher.lr=1e-4"])
+    t = Trainer(config, tmp_path / "r")
+    while t.step < 12: t.train_step(), t.log_window()
+    t.save()
+    assert "jumped" not in caplog.text
+    t = Trainer(config, tmp_path / "r")  # the past is in the log
+    if what == "loss": good = t.material_of; t.material_of = lambda step: {**(m := good(step)), "x0": m["x0"] * 50}
+    else:
+        for p in t.parts["model"].parameters(): p.data *= 2
+    t.train_step(), t.log_window()
+    assert f"step 13: {key} jumped to" in caplog.text
 
 
 # ---- a GPU, where there is one

@@ -189,7 +189,7 @@ def test_steps_of_a_decaying_rate_are_refused(tmp_path):
 
 def test_every_row_of_the_table_is_tried():
     tried = {w.split("=")[0] for _, _, words in SAFE_CASES for w in words}
-    assert len(SAFE) == 5 and {"run.keep", "evaluate.teacher_steps", "distill.lr", "teacher.steps"} <= tried
+    assert len(SAFE) == 6 and {"run.keep", "evaluate.teacher_steps", "distill.lr", "teacher.steps"} <= tried
 
 
 def test_pictures_that_moved_are_the_same_pictures(tmp_path):
@@ -204,6 +204,24 @@ def test_pictures_that_moved_are_the_same_pictures(tmp_path):
     assert start(tmp_path / "r", f"data.source={tmp_path / 'q'}").step == 3
     next((tmp_path / "q").rglob("*.png")).unlink()
     with pytest.raises(ValueError, match="other images"): start(tmp_path / "r", f"data.source={tmp_path / 'q'}")
+
+
+def test_the_precision_stays_and_its_word_may_change(tmp_path):
+    walk(start(tmp_path / "a"), 3)
+    with pytest.raises(ValueError, match="was trained in fp32, and run.precision=bf16 means bf16 here; --set run.precision=fp32 continues it"): start(tmp_path / "a", "run.precision=bf16")
+    assert start(tmp_path / "a", "run.precision=fp32").step == 3
+    from ctm_nb.cli import place
+    said = [place(make_config("tiny", [*TINY, f"run.precision={p}"]), tmp_path / "a") for p in ("bf16", "fp32")]
+    assert said[0].startswith("refused") and "trained in fp32" in said[0] and said[1].startswith("continues the run there from step 3")
+
+
+def test_a_setting_that_a_new_version_adds_counts_as_its_default():
+    from dataclasses import asdict
+    from ctm_nb.resume import changes
+    new, old = (asdict(make_config("tiny", TINY)) for _ in range(2))
+    del old["data"]["use_labels"], old["distill"]["pairs"]
+    assert changes(old, new, 20) == ([], [])
+    assert changes(old, {**new, "data": {**new["data"], "use_labels": False}}, 20)[1] == ["data.use_labels: True -> False"]
 
 
 def test_other_libraries_are_remembered(tmp_path, monkeypatch):

@@ -221,3 +221,35 @@ def test_unlabelled_pictures_through_all_stages(tmp_path):
     for i in range(24): Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(tmp_path / "p" / f"{i}.png")
     t = Trainer(make_config("tiny", [*TINY, f"data.source={tmp_path / 'p'}", "teacher.steps=2", "distill.steps=2", "gan.steps=4"]), tmp_path / "r")
     assert t.run() == [] and t.step == 8 and torch.isfinite(t.parts["ctm"].net.last_layer).all()
+
+
+def test_labels_can_be_ignored(tmp_path, caplog):
+    "The same images are held out, nothing of the classes is left, and the plan says so."
+    from ctm_nb.cli import plan
+    from ctm_nb.engine import open_images
+    with_labels, without = (make_config("tiny", [*TINY, "teacher.steps=2", f"data.use_labels={v}"]) for v in ("true", "false"))
+    a, b = open_images(with_labels), open_images(without)
+    for split in ("train", "held_out"): assert torch.equal(a[split].images, b[split].images) and b[split].labels is None and b[split].classes == []
+    assert "labels not used (data.use_labels=false)" in plan(without, tmp_path / "r")
+    t = Trainer(without, tmp_path / "r")
+    t.train_step()
+    assert t.parts["teacher"].n_classes == 0 and Trainer(with_labels, tmp_path / "s").parts["teacher"].n_classes == 10
+    assert (make_config("cifar10", ["data.source=x"]).data.use_labels, make_config("cifar10-cond", ["data.source=x"]).data.use_labels) == (False, True)
+    with pytest.raises(ValueError, match="data.labels must be empty where data.use_labels is false"): make_config("tiny", ["data.labels=f", "data.use_labels=false"])
+
+
+def test_plan_and_progress_speak_of_what_this_command_does(tmp_path, caplog):
+    from ctm_nb.cli import plan
+    config = make_config("tiny", TINY)
+    said = {s: plan(config, tmp_path / "r", stage=s) for s in ("teacher", "ctm_dsm", "all")}
+    assert "adversary 9 steps" in said["all"] and "adversary none (--stage ctm_dsm ends before it; --stage all adds 9 steps)" in said["ctm_dsm"]
+    assert "student   none (--stage teacher ends before it)" in said["teacher"] and "student   9 steps" in said["ctm_dsm"]
+    memory = {s: next(l for l in text.splitlines() if l.startswith("memory")) for s, text in said.items()}
+    assert [m.count("GiB") for m in memory.values()] == [1, 2, 3]
+    with caplog.at_level("INFO"): Trainer(config, tmp_path / "r").run("teacher")
+    assert "step 12 of 12," in caplog.text and "of 30" not in caplog.text
+
+
+def test_a_student_practises_without_labels_only_if_its_teacher_did():
+    with pytest.raises(ValueError, match="distill.label_dropout must be 0 for a teacher that has seen no image without its label"): make_config("tiny", ["distill.label_dropout=.1"])
+    make_config("tiny", ["distill.label_dropout=.1", "teacher.label_dropout=.1"]), make_config("tiny", ["distill.label_dropout=.1", "teacher.source=x"])
