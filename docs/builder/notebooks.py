@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 
 # Longest prefix wins. A notebook that none fits stops the build.
-PARTS = {"Foundations": ("00", "02", "03", "04"), "Data": ("01",), "Training": ("05", "06", "09", "11"), "Sampling": ("07", "11_containers", "11_classifier", "11_draw", "14", "15"),
+PARTS = {"Foundations": ("00", "02", "03", "04"), "Data": ("01",), "Training": ("05", "06", "09", "11", "16"), "Sampling": ("07", "11_containers", "11_classifier", "11_draw", "14", "15"),
          "Evaluation": ("08", "11_sides", "11_ways", "11_scoring", "13"), "Interchange": ("10",), "Commands": ("12",), "Tutorials": ("2",)}
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"(^```.*?^```[ \t]*$|^\$\$.*?\$\$)", re.M | re.S)
