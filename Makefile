@@ -19,7 +19,8 @@ test: $(VENV)/.dev ## install, then check, nbtest and pytest
 	@$(MAKE) --no-print-directory nbtest
 	@$(MAKE) --no-print-directory pytest
 
-browser: $(VENV)/.browser ## install what tests/test_browser.py needs: a browser and its driver (apt as root, else the driver's own)
+browser: $(VENV)/.browser ## the explorer in a real browser, after installing one (apt as root, else the driver's own)
+	CTM_BROWSER=1 $(BIN)/python -m pytest tests/test_browser.py
 
 check: $(VENV)/.dev ## would export, clean or readme change a file?
 	$(BIN)/python .ci/check.py

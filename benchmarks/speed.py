@@ -27,7 +27,7 @@ NETWORKS = {"ddpmpp 32, 32 x 32": ("ddpmpp", dict(image_size=32, model_channels=
             "ncsnpp 32, 32 x 32": ("ncsnpp", dict(image_size=32, model_channels=32)), "adm 32, 64 x 64": ("adm", dict(image_size=64, model_channels=32, channel_mult=(1, 2, 3, 4), n_blocks=3, attention=(32, 16, 8), channels_per_head=16)),
             "openai 32, 64 x 64": ("openai", dict(image_size=64, model_channels=32, channel_mult=(1, 2, 3, 4), n_blocks=3, attention=(32, 16, 8), channels_per_head=16))}
 RECIPES = {"published": ["distill.solver=heun", "distill.max_evals=none", "distill.distance=l2"],
-           "same error": ["distill.solver=dpm", "distill.max_evals=11", "distill.spacing=log"],
+           "eleven evaluations": ["distill.solver=dpm", "distill.max_evals=11", "distill.spacing=log"],
            "five evaluations": ["distill.solver=dpm", "distill.max_evals=5", "distill.spacing=log"]}
 CLOCK = [time.perf_counter]  # or time.process_time, see --processor-time
 STRETCHES = (5, 8, 11, 13, 15, 16)  # the middles of six equally likely parts of the draw of k, for N = 18
@@ -229,7 +229,7 @@ def memory_section(a):
     "Peak memory of a step over what the networks themselves need, each in a process of its own."
     rows = {}
     for channels in a.channels:
-        for kind in ("plain", "published", "same error", "in parts of half", "in parts of a quarter", "same error, bf16"):
+        for kind in ("plain", "published", "eleven evaluations", "in parts of half", "in parts of a quarter", "eleven evaluations, bf16"):
             line = subprocess.run([sys.executable, __file__, "one-memory", kind, str(channels), "--batch", str(a.memory_batch), "--device", a.device], check=True, capture_output=True, text=True).stdout
             rows[f"{channels}, {kind}"] = json.loads(line.splitlines()[-1])
             print(channels, kind, rows[f"{channels}, {kind}"], flush=True)
@@ -239,7 +239,7 @@ def memory_section(a):
 def one_memory(kind, channels, a):
     "MiB of resident memory that one step adds, after a step of a single image has loaded everything."
     parts = {"in parts of half": 2, "in parts of a quarter": 4}
-    stage = make_stage(channels, "published" if kind in ("plain", "published") else "same error", a.device, a.batch)
+    stage = make_stage(channels, "published" if kind in ("plain", "published") else "eleven evaluations", a.device, a.batch)
     half = partial(torch.autocast, a.device, torch.bfloat16, cache_enabled=False) if "bf16" in kind else nullcontext
     step = plain_step if kind == "plain" else partial(our_step, context=half, micro=a.batch // parts[kind] if kind in parts else None)
     x0, numbers = torch.rand(a.batch, 3, 32, 32, device=a.device) * 2 - 1, numbers_with(stage, 2, 0)

@@ -100,7 +100,7 @@ def pixel_attention(
     "Scaled dot-product attention of every pixel to every pixel."
     B, C3, H, W = qkv.shape
     d = C3 // (3 * heads)
-    if three_first: q, k, v = qkv.reshape(B, 3, heads, d, H * W).permute(1, 0, 2, 4, 3)  # each (B, heads, HW, d)
+    if three_first: q, k, v = qkv.reshape(B, 3, heads, d, H * W).permute(1, 0, 2, 4, 3).contiguous()  # each (B, heads, HW, d)
     else: q, k, v = qkv.reshape(B, heads, d, 3, H * W).permute(3, 0, 1, 4, 2).contiguous()
     a = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, d)
     return a.transpose(2, 3).reshape(B, C3 // 3, H, W)
