@@ -188,7 +188,7 @@ def train(
     stage: str = "all",  # go to the end of this stage
     dry_run: bool = False,  # only print
     previous: bool = False,  # if the newest checkpoint is damaged, continue from the one before it
-    speed: tuple = (None, False),  # for `plan`: images a second, or measure them
+    speed: tuple[float | None, bool] = (None, False),  # for `plan`: images a second, or measure them
 ):
     "The work behind `ctm_nb_train`."
     from ctm_nb.config import make_config

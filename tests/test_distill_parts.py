@@ -337,7 +337,7 @@ def test_rows_that_stay_ask_no_network(still, monkeypatch):
     got = move(target, z, e["t"], e["s"], e["y"])
     torch.testing.assert_close(got, expect)
     assert seen == ([8 - len(still)] if len(still) < 8 else []) and torch.equal(got[still], z[still])
-    for v, at in ((expect, x), (got, z)): (v * torch.linspace(1, 2, 8, dtype=v.dtype).view(-1, 1, 1, 1)).sin().sum().backward()
+    for v in (expect, got): (v * torch.linspace(1, 2, 8, dtype=v.dtype).view(-1, 1, 1, 1)).sin().sum().backward()
     torch.testing.assert_close(z.grad, x.grad)
 
 
