@@ -2,8 +2,6 @@
 
     python benchmarks/speed.py device networks steps sampling start     a machine's ceiling, each network against it, the step and its parts, sampling, start-up
     python benchmarks/speed.py solvers --teachers runs/digits           error of the teacher's stretch against its evaluations: on the exact mixture, and on trained teachers
-    python benchmarks/speed.py quality --teacher runs/digits --seeds 0 1 2 --seconds 300
-                                                                       distance of one-step samples against seconds of training: the published recipe and others, one teacher
 
 Every section keeps what the others have written. All times are medians, with the fastest and slowest beside them; whatever is compared is timed in turn, in one process. `--threads` sets the threads of a
 CPU. Nothing else should run meanwhile; where that can't be had, `--threads 1 --processor-time` counts the processor's seconds instead of the clock's.
