@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --teachers runs/digits0 runs/digits1 runs/digits2        writes nbs/results/speed/quality.json after every run; what is there already is kept
 
-One thread a pass and two processes at a time. Seconds are processor seconds of distillation (the thread in which the teacher works ahead counts too; scores don't), so that they mean the same on a busy machine.
+One thread a pass and two processes at a time. With `--seeds` several students of each teacher, else one with the teacher's seed. Seconds are processor seconds of distillation (the thread in which the teacher works ahead counts too; scores don't), so that they mean the same on a busy machine.
 The published recipe has a constant learning rate: one run, scored on its way. The others end with their rate at zero: a run for each point. With `--only` some recipes; `--data` where the images are now.
 """
 import argparse
@@ -33,7 +33,7 @@ def distances(trainer, reference, seed, n):
     return {str(k): score_samples(reference, sample(trainer.parts["ctm"], n, y=y, steps=k, seed=seed + 1, batch_size=500), y)["frechet_distance"] for k in (1, 2, 4)}
 
 
-def one(recipe, teacher, seconds, n, data, out):
+def one(recipe, teacher, seed, seconds, n, data, out):
     "One recipe on one teacher."
     import torch
 
@@ -43,7 +43,7 @@ def one(recipe, teacher, seconds, n, data, out):
     from ctm_nb.training import Trainer
     torch.set_flush_denormal(True)
     about = json.loads((Path(teacher) / "config.json").read_text())
-    preset, seed = "digits" if about["data"]["source"] == "digits" else "mnist", about["run"]["seed"]
+    preset = "digits" if about["data"]["source"] == "digits" else "mnist"
     words = [f"run.seed={seed}", f"data.source={data or about['data']['source']}", "evaluate.n=0", *RECIPES[recipe]]
 
     def begin(folder, steps):
@@ -59,7 +59,11 @@ def one(recipe, teacher, seconds, n, data, out):
 
     with tempfile.TemporaryDirectory() as d:
         t = begin(Path(d) / "probe", 1000)
-        reference = make_reference(train_classifier(t.data, seed=0), t.splits["held_out"])
+        kept = out.parent / f"reference-{preset}.pt"  # a classifier of 60,000 images takes minutes: one for all runs
+        if not kept.exists():
+            torch.save(make_reference(train_classifier(t.data, seed=0), t.splits["held_out"]), part := out.with_suffix(".pt"))
+            part.rename(kept)
+        reference = torch.load(kept, weights_only=False)
         if recipe == "published":
             marks, spent, done = [m * max(seconds) for m in (.0625, .125, .25, .5, 1.)], 0., 0
             while marks:
@@ -79,12 +83,13 @@ def one(recipe, teacher, seconds, n, data, out):
 
 def main(a):
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    jobs = [(r, t) for t in a.teachers for r in a.only or RECIPES if not any((row["recipe"], row["teacher"]) == (r, Path(t).name) for row in rows)]
+    seeds = {t: a.seeds or [json.loads((Path(t) / "config.json").read_text())["run"]["seed"]] for t in a.teachers}
+    jobs = [(r, t, s) for t in a.teachers for s in seeds[t] for r in a.only or RECIPES if not any((row["recipe"], row["teacher"], row["seed"]) == (r, Path(t).name, s) for row in rows)]
     with tempfile.TemporaryDirectory() as d, ThreadPoolExecutor(a.workers) as pool:
         def go(job):
             out = Path(d) / f"{jobs.index(job)}.jsonl"
             times = {"published": a.seconds[-1:], "preset": a.seconds[:-1]}.get(job[0], a.seconds[-2:-1])
-            subprocess.run([sys.executable, __file__, "one", *job, json.dumps(times), str(a.n), a.data or "", str(out)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            subprocess.run([sys.executable, __file__, "one", *map(str, job), json.dumps(times), str(a.n), a.data or "", str(out)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             return [json.loads(l) for l in out.read_text().splitlines()]
         for new in pool.map(go, jobs):
             rows += new
@@ -93,11 +98,12 @@ def main(a):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["one"]: one(sys.argv[2], sys.argv[3], json.loads(sys.argv[4]), int(sys.argv[5]), sys.argv[6], Path(sys.argv[7])); sys.exit()
+    if sys.argv[1:2] == ["one"]: one(sys.argv[2], sys.argv[3], int(sys.argv[4]), json.loads(sys.argv[5]), int(sys.argv[6]), sys.argv[7], Path(sys.argv[8])); sys.exit()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--teachers", nargs="+", required=True, help="folders of runs that have a teacher")
     p.add_argument("--seconds", type=float, nargs="+", default=[15, 30, 60, 150], help="processor seconds of distillation: the published recipe gets the last, the preset the others, variants of the preset the last but one")
     p.add_argument("--only", nargs="*", help="recipes")
+    p.add_argument("--seeds", type=int, nargs="*", help="of the students (default: the teacher's)")
     p.add_argument("--data", help="where the images are now")
     p.add_argument("-n", type=int, default=5000, help="samples for each score")
     p.add_argument("--workers", type=int, default=os.cpu_count())

@@ -181,6 +181,15 @@ def jobs_of(channels, a):
     half = partial(torch.autocast, a.device, torch.bfloat16, cache_enabled=a.device != "cpu")
     out = {"plain": (stages["published"], plain_step), **{r: (s, our_step) for r, s in stages.items()}}
     out |= {f"{r}, bf16": (s, partial(our_step, context=half)) for r, s in stages.items()}
+    if a.compiled:
+        from ctm_nb.precision import compile_networks
+        for r in RECIPES:
+            s = make_stage(channels, r, a.device, a.batch)
+            x0, numbers = torch.rand(a.batch, 3, 32, 32, device=a.device), numbers_with(s, 2, 0)
+            def trial():
+                for context in (nullcontext, half): our_step(s, numbers, x0, context)
+            if not compile_networks([s.parts[k] for k in ("model", "target", "teacher")], trial): sys.exit("not compiled: see above")
+            out |= {f"{r}, compiled": (s, our_step), f"{r}, bf16, compiled": (s, partial(our_step, context=half))}
     return {k: (s, lambda numbers, x0, s=s, f=f: f(s, numbers, x0)) for k, (s, f) in out.items()}
 
 
@@ -337,6 +346,7 @@ if __name__ == "__main__":
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=int, help="of a CPU")
     p.add_argument("--processor-time", action="store_true")
+    p.add_argument("--compiled", action="store_true", help="time the steps with compiled networks too (minutes of compiling)")
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--memory-batch", type=int, default=32)
     p.add_argument("--channels", type=int, nargs="+", default=[32, 64])

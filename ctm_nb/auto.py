@@ -28,9 +28,9 @@ _EDM, _CTM = "EDM Table 7", "CTM [R] commands"
 _STUDENT = [("distill.optimizer", "radam", "CTM, recipe"), ("distill.lr", 4e-4, "CTM, recipe"), ("distill.decay", "constant", _CTM), ("distill.solver", "heun", "CTM, recipe"), ("distill.distance", "lpips", "CTM, recipe"),
             ("distill.k_power", 1, _CTM), ("distill.max_evals", "none", _CTM), ("distill.dsm", "true", "CTM: DSM loss"), ("distill.init", "random", _CTM), ("distill.steps", 30000, "CTM [R] advice 10-50k")]
 
-def _gan(batch, lr, target_ema):
+def _gan(batch, lr, target_ema, emas):
     values = [("steps", 30000, "CTM [R] advice >= 30k"), ("batch", batch, _CTM), ("optimizer", "radam", "CTM, recipe"), ("lr", lr, "CTM, recipe"), ("decay", "constant", _CTM),
-              ("features", "deit_base_distilled_patch16_224,tf_efficientnet_lite0", "CTM, recipe (StyleGAN-XL)"), ("target_ema", target_ema, _CTM), ("ema", .999, _CTM)]
+              ("features", "deit_base_distilled_patch16_224,tf_efficientnet_lite0", "CTM, recipe (StyleGAN-XL)"), ("target_ema", target_ema, _CTM), ("ema", .999, _CTM), ("emas", emas, _CTM)]
     return [(f"gan.{k}", v, s) for k, v, s in values]
 
 def _cifar10(labels, target_ema):
@@ -38,7 +38,7 @@ def _cifar10(labels, target_ema):
                ("warmup", steps_of(10e6, 512), f"{_EDM}: 10 M images"), ("decay", "constant", _EDM), ("ema", rate_of(.5e6, 512), f"{_EDM}: half-life 0.5 M images")]
     return [("data.use_labels", labels, "CTM, recipe"), ("network.family", "ddpmpp", _EDM), ("network.model_channels", 128, _EDM), ("network.channel_mult", "2,2,2", _EDM), ("network.n_blocks", 4, _EDM), ("network.attention", 16, _EDM),
             ("network.dropout", .13, _EDM), ("network.augment_dim", 9, "EDM Table 6"), ("teacher.augment", .12, f"{_EDM}: 12 %"), *((f"teacher.{k}", v, s) for k, v, s in teacher),
-            *_STUDENT, ("distill.batch", 256, _CTM), ("distill.N", 18, "CTM, recipe"), ("distill.K", 17, _CTM), ("distill.target_ema", target_ema, _CTM), ("distill.ema", .999, _CTM), *_gan(528, 4e-4, target_ema), ("evaluate.n", 50000, "CTM, recipe")]
+            *_STUDENT, ("distill.batch", 256, _CTM), ("distill.N", 18, "CTM, recipe"), ("distill.K", 17, _CTM), ("distill.target_ema", target_ema, _CTM), ("distill.ema", .999, _CTM), ("distill.emas", ".9999", _CTM), *_gan(528, 4e-4, target_ema, ".9999"), ("evaluate.n", 50000, "CTM, recipe")]
 
 # %% ../nbs/11_auto.ipynb #c27aa9d2
 def _imagenet64():
@@ -46,7 +46,7 @@ def _imagenet64():
                ("warmup", steps_of(10e6, 4096), f"{_EDM}: 10 M images"), ("decay", "constant", _EDM), ("ema", rate_of(50e6, 4096), f"{_EDM}: half-life 50 M images")]
     return [("data.image_size", 64, "CTM, recipe"), ("data.crop", "center", "ADM"), ("network.family", "openai", _CTM), ("network.model_channels", 192, _EDM), ("network.channel_mult", "1,2,3,4", _EDM),
             ("network.n_blocks", 3, _EDM), ("network.attention", "32,16,8", _EDM), ("network.dropout", .1, _EDM), ("teacher.augment", 0, f"{_EDM}: none"), *((f"teacher.{k}", v, s) for k, v, s in teacher),
-            *_STUDENT, ("distill.batch", 1440, _CTM), ("distill.N", 40, "CTM, recipe"), ("distill.K", 39, _CTM), ("distill.target_ema", .999, _CTM), ("distill.ema", .999, _CTM), *_gan(4224, 8e-6, .999), ("gan.K", 20, "CTM, recipe"), ("evaluate.n", 50000, "CTM, recipe")]
+            *_STUDENT, ("distill.batch", 1440, _CTM), ("distill.N", 40, "CTM, recipe"), ("distill.K", 39, _CTM), ("distill.target_ema", .999, _CTM), ("distill.ema", .999, _CTM), ("distill.emas", ".9999,.9999432", _CTM), *_gan(4224, 8e-6, .999, ".9999,.9999432"), ("gan.K", 20, "CTM, recipe"), ("evaluate.n", 50000, "CTM, recipe")]
 
 def words_of(recipe)->str: return " ".join(f"{k}={v}" for k, v, _ in recipe)
 

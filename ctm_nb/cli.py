@@ -50,6 +50,7 @@ def plan(
     stage: str = "all",  # the run goes to the end of this one
 ) -> str:
     "What a run is going to do, as text."
+    from ctm_nb.config import STAGES
     from ctm_nb.scale import estimate, measure
     from ctm_nb.stages import make_network
     from ctm_nb.engine import open_images
@@ -63,7 +64,7 @@ def plan(
         f"network   {config.network.family}, {weights / 1e6:.2f} M parameters" + (" (that of the given teacher counts)" if config.teacher.source else ""),
         *plan_stages(config, stage),
         *estimate(only, train, measure(only, train, device_of(config)) if measured else images_per_sec),
-        f"disk      about {weights * 4 * 6 / 2**20:.0f} MiB a checkpoint, {config.run.keep} are kept{', and the best of each stage' if config.run.score_every else ''}",
+        f"disk      about {weights * 4 * (6 + max(len(getattr(config, k).emas) for k in STAGES.values())) / 2**20:.0f} MiB a checkpoint, {config.run.keep} are kept{', and the best of each stage' if config.run.score_every else ''}",
         f"scores    none: {why}" if why else
         f"scores    {e.n} samples: teacher with {2 * e.teacher_steps - 1} evaluations" + (f", student with {', '.join(map(str, e.steps))}" if stage != "teacher" else ""),
         f"writes    {folder}/ ({place(config, folder)})"])

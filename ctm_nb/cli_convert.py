@@ -22,7 +22,7 @@ def convert_parser() -> argparse.ArgumentParser:
     add("source", nargs="?", metavar="IN", help="run or checkpoint folder, .safetensors, EDM .pkl, OpenAI or sony .pt, or a public name (see --list)")
     add("target", nargs="?", type=Path, metavar="OUT", help=".safetensors: our own format; .pt: a state dict for OpenAI's, sony's or EDM's program")
     add("--list", action="store_true", help="list the public checkpoints by name, with their licences")
-    add("--which", choices=("ctm", "teacher"), help="of a run's two models; for other files: refuse anything else (default: a run's student)")
+    add("--which", metavar="MODEL", help="of a run's models: ctm, teacher, or a further average, ctm-0.9999; for other files: refuse anything else (default: a run's student)")
     add("--channels-per-head", type=int, metavar="N", help="attention width, for a state dict that doesn't tell (default: 64 in ADM and OpenAI's U-Net)")
     add("--image-size", type=int, metavar="N", help="side of the picture, for OpenAI's U-Net (default: 64)")
     add("--preconditioning", choices=("edm", "vp", "ve"), help="around a bare state dict (default: edm)")

@@ -34,7 +34,7 @@ def sample_parser() -> argparse.ArgumentParser:
     add("--reject", type=float, metavar="RATIO", help="draw RATIO times as many, keep those of each class that the classifier likes best")
     add("--classifier", metavar="WHICH", help="for these two: a reference of ctm_nb_evaluate --save-ref, a data set to train one on, or train: the run's data (default: train)")
     add("--seed", type=int, default=0, help="of the noise (default: 0)")
-    add("--which", choices=("ctm", "teacher"), help="which model of a run (default: the student if there is one)")
+    add("--which", metavar="MODEL", help="which model of a run: ctm, teacher, or a further average, ctm-0.9999 (default: the student if there is one)")
     add("--batch-size", default="auto", metavar="B", help="samples at a time; auto: as many as memory allows (default: auto)")
     add("--device", default="auto", help="cpu, cuda, cuda:1; auto: all GPUs, else the CPU (default: auto)")
     add("--processes", type=int, metavar="P", help="how many (default: one for each GPU); torchrun works too")

@@ -61,6 +61,7 @@ class OptimConfig:
     decay: str = "constant"  # "constant", "linear" or "cosine", to zero at the end
     beta2: float = .999  # memory of the squared gradients
     ema: float = .999  # rate of the average that samples are drawn with
+    emas: tuple = ()  # rates of further averages that checkpoints keep
     clip: float | None = None  # longest gradient; None: as long as it is
 
 # %% ../nbs/11_config.ipynb #608bb842
@@ -234,6 +235,7 @@ def _check_optim(name, o):
     _expect(f"{name}.decay", o.decay, o.decay in ("constant", "linear", "cosine"), "constant, linear or cosine")
     for key in ("ema", "target_ema"):
         if hasattr(o, key): _expect(f"{name}.{key}", v := getattr(o, key), 0 <= v < 1, "in [0, 1)")
+    _expect(f"{name}.emas", o.emas, all(0 <= v < 1 for v in o.emas) and len({o.ema, *o.emas}) == 1 + len(o.emas), f"rates in [0, 1), each once and none of them {name}.ema={o.ema}")
 
 # %% ../nbs/11_config.ipynb #d3c9eee3
 def _check_distill(d):

@@ -83,14 +83,14 @@ def find_checkpoint(
 # %% ../nbs/10_interchange.ipynb #638d5f08
 def from_run(
     path: str | Path,  # a run folder or a checkpoint folder
-    which: str | None = None,  # "ctm" or "teacher"; None: the student if there is one
+    which: str | None = None,  # "ctm", "teacher" or a further average, "ctm-0.9999"; None: the student if there is one
 ) -> Denoiser | CTM:
     "A model of one of our runs."
     path = find_checkpoint(path)
     described = load_checkpoint(path, parts=[]).meta.get("models", {})
     which = which or ("ctm" if "ctm" in described else "teacher")
     if which not in described:
-        hint = "this is a teacher's checkpoint, not a CTM's" if "teacher" in described else f"it describes {sorted(described) or 'no models'}"
+        hint = "this is a teacher's checkpoint, not a CTM's" if which == "ctm" and "teacher" in described else f"it describes {sorted(described) or 'no models'}"
         raise ValueError(f"{path} holds no {which!r} model: {hint}")
     part = described[which]["part"]
     return rebuild(described[which]["description"], load_checkpoint(path, parts=[part]).models[part])
@@ -299,13 +299,13 @@ def fetched(
 def load(
     path: str | Path,  # a run or checkpoint folder, .safetensors, EDM's .pkl, OpenAI's or sony's .pt, a name of `hub.CATALOGUE`, or an address
     device: str = "cpu",  # where to put the model
-    which: str | None = None,  # "ctm" or "teacher"; None: what the file holds, of a run its student
+    which: str | None = None,  # "ctm" or "teacher", of a run also a further average ("ctm-0.9999"); None: what the file holds, of a run its student
     **architecture,  # what a bare state dict can't tell: channels_per_head, image_size, preconditioning, sigma_min, sigma_max, sigma_data
 ) -> Denoiser | CTM:  # in evaluation mode, without gradients; class names in `.classes`, where it came from in `.about`
     """Load a model for sampling, from any checkpoint.
 
     Raises FileNotFoundError, CheckpointError (missing or damaged part of a run) or ValueError (anything else), each naming the file."""
-    if which not in (None, *KINDS): raise ValueError(f"which must be one of {sorted(KINDS)} or None, got {which!r}")
+    if which is not None and which.partition("-")[0] not in KINDS: raise ValueError(f"which must be one of {sorted(KINDS)}, a run's further average (ctm-0.9999) or None, got {which!r}")
     known, name = None, str(path)
     if isinstance(path, str) and not Path(path).exists() and (is_public_name(path) or "://" in path): path, architecture, known = fetched(path, which, architecture)
     near = nearest_name(name)

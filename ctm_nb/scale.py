@@ -56,7 +56,7 @@ def memory(
 ) -> dict:  # stage -> bytes; only stages that have steps
     "What a step needs at its peak: copies of the weights and activations, libraries and fragmentation not counted."
     each, parameters = saved_bytes(config, data)
-    need = lambda s, b: 4 * parameters * (COPIES[s] + .5 * half) + b * PASSES[s] * each * (.5 if half else 1)
+    need = lambda s, b: 4 * parameters * (COPIES[s] + len(getattr(config, STAGES[s]).emas) + .5 * half) + b * PASSES[s] * each * (.5 if half else 1)
     return {s: int(need(s, micro_batch or getattr(config, STAGES[s]).batch)) for s, n in stage_steps(config).items() if n}
 
 # %% ../nbs/11_scale.ipynb #6606d56b

@@ -99,10 +99,11 @@ class Stage:
         self.build(parts or {})
         self.optimizers = {"model": make_optimizer(self.optim, self.parts["model"]), **self.optimizers}
 
-    def follow(self, name: str, rate: float):
-        "Add an average of the model under a name."
-        self.emas[name] = EMA(self.parts["model"], rate)
-        self.parts[name] = self.emas[name].module
+    def follow(self, name: str, rate: float, *others: float):
+        "Add an average of the model under a name, and further ones, called NAME-RATE."
+        for k, r in ((name, rate), *((f"{name}-{r}", r) for r in others)):
+            self.emas[k] = EMA(self.parts["model"], r)
+            self.parts[k] = self.emas[k].module
 
 # %% ../nbs/11_stages.ipynb #d1afd2c6
 @patch
@@ -165,7 +166,7 @@ class TeacherStage(Stage):
     def build(self, parts: dict):
         n = self.config.network
         self.parts["model"] = Denoiser(make_network(self.config, self.data), n.sigma_data, n.sigma_min, n.sigma_max).to(self.device)
-        self.follow("teacher", self.optim.ema)
+        self.follow("teacher", self.optim.ema, *self.optim.emas)
 
 # %% ../nbs/11_stages.ipynb #eefe96bf
 @patch
@@ -236,7 +237,7 @@ def start(self: DistillStage, student: CTM):
     "Take the student and its averages."
     self.parts["model"] = student.to(self.device).requires_grad_(True).eval()
     self.follow("target", self.optim.target_ema)
-    self.follow("ctm", self.optim.ema)
+    self.follow("ctm", self.optim.ema, *self.optim.emas)
 
 # %% ../nbs/11_stages.ipynb #f42dc3cd
 @patch

@@ -208,7 +208,7 @@ def save_checkpoint(
     Raises FileExistsError if `step` was saved before (and not `replace`), ValueError for content that could not be read back."""
     folder, target = Path(folder), Path(folder)/f"step_{step:08d}"
     for name in models:
-        if not re.fullmatch(r"\w[\w-]*", name) or name == "state":
+        if not re.fullmatch(r"\w([\w.-]*\w)?", name) or name == "state":
             raise ValueError(f"a model needs a plain name other than 'state', got {name!r}")
     _check_plain(state)
     folder.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from .data import to_uint8
 from .engine import Engine
 from .evaluation import extend_scores
 from .guards import gap, jumps
-from .interchange import describe, rebuild
+from .interchange import KINDS, describe, rebuild
 from .judge import check_judge, make_judge, no_scores_because
 from .pictures import named_grid
 from .precision import load_optimizer
@@ -105,7 +105,7 @@ def save(self: Trainer) -> Path:  # the checkpoint's folder
     self.look(), check_equal(self.parts, self.here)
     folder, config = self.folder / "checkpoints", asdict(self.config)
     if not self.here.main: return folder / f"step_{self.step:08d}"
-    about = {k: {"part": k, "description": describe(self.parts[k], self.data.classes)} for k in ("teacher", "ctm") if k in self.parts}
+    about = {k: {"part": k, "description": describe(self.parts[k], self.data.classes)} for k in self.parts if k.partition("-")[0] in KINDS}
     meta = {"config": config, "models": about, "data_sha256": self.data_sha256, "precision": self.precision, "changes": self.changes}
     path = save_checkpoint(folder, self.step, {k: m.state_dict() for k, m in self.parts.items()}, self.state(), meta, replace=True)
     prune_checkpoints(folder, self.config.run.keep, tuple(best_steps(self.all_scores(), config, self.config.run.keep_best)))
@@ -119,7 +119,7 @@ def resume(self: Trainer,
 ):
     "Continue from a checkpoint."
     self.step, self.seconds, self.logged_at = c.step, c.state["seconds"], c.state["logged_at"]
-    self.begin(c.state["stage"], {k: rebuild(about["description"]) for k, about in c.meta["models"].items()})  # a given teacher is in the checkpoint
+    self.begin(c.state["stage"], {k: rebuild(about["description"]) for k, about in c.meta["models"].items() if k in KINDS})  # a given teacher is in the checkpoint
     self.window = c.state["window"]
     for name, module in self.parts.items(): module.load_state_dict(c.models[name])
     for name, ema in self.now.emas.items(): ema.load_state_dict(c.state["emas"][name])

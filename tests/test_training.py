@@ -185,6 +185,26 @@ def test_the_adversarial_stage_starts_from_the_average(tmp_path):
         assert all(torch.equal(v, average[k]) for k, v in t.parts[part].state_dict().items()), part
 
 
+def test_further_averages_are_kept_resumed_and_loaded(tmp_path):
+    config = make_config("tiny", [*TINY, "gan.steps=0", "distill.steps=15", "distill.ema=.5", "distill.emas=.2,.9999"])
+    straight, cut = Trainer(config, tmp_path / "a"), Trainer(config, tmp_path / "b")
+    while straight.step < 27: straight.train_step()
+    straight.save()
+    for stop in (14, 20, 27):
+        while cut.step < stop: cut.train_step()
+        cut.save()
+        cut = Trainer(config, tmp_path / "b")
+    a, b = (load_checkpoint(tmp_path / k / "checkpoints" / "step_00000027") for k in "ab")
+    averages = {k for k in a.models if k.startswith("ctm")}
+    assert averages == {"ctm", "ctm-0.2", "ctm-0.9999"}
+    for k in averages: assert all(torch.equal(v, b.models[k][n]) for n, v in a.models[k].items()), k
+    by_rate = [load(tmp_path / "a", which=k) for k in ("ctm-0.2", "ctm", "ctm-0.9999")]
+    far = [sum(float((p - q).square().sum()) for p, q in zip(m.parameters(), straight.parts["model"].parameters())) for m in by_rate]
+    assert 0 < far[0] < far[1] < far[2]  # the longer the memory, the farther behind
+    with pytest.raises(ValueError, match="holds no 'ctm-0.3' model: it describes .*'ctm-0.2'"): load(tmp_path / "a", which="ctm-0.3")
+    with pytest.raises(ValueError, match="which must be one of"): load(tmp_path / "a", which="cmt")
+
+
 def test_a_given_teacher_is_distilled_and_a_given_student_sharpened(undisturbed, tmp_path):
     from ctm_nb.interchange import save_model
     files = {which: save_model(load(undisturbed, which=which), tmp_path / f"{which}.pt") for which in ("teacher", "ctm")}
