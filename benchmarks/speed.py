@@ -26,6 +26,7 @@ NETWORKS = {"ddpmpp 32, 32 x 32": ("ddpmpp", dict(image_size=32, model_channels=
             "openai 32, 64 x 64": ("openai", dict(image_size=64, model_channels=32, channel_mult=(1, 2, 3, 4), n_blocks=3, attention=(32, 16, 8), channels_per_head=16))}
 RECIPES = {"published": ["distill.solver=heun", "distill.max_evals=none", "distill.distance=l2"],
            "eleven evaluations": ["distill.solver=dpm", "distill.max_evals=11", "distill.spacing=log"],
+           "3M": ["distill.solver=dpm3", "distill.spacing=log"],
            "five evaluations": ["distill.solver=dpm", "distill.max_evals=5", "distill.spacing=log"]}
 CLOCK = [time.perf_counter]  # or time.process_time, see --processor-time
 STRETCHES = (5, 8, 11, 13, 15, 16)  # the middles of six equally likely parts of the draw of k, for N = 18
@@ -187,9 +188,9 @@ def jobs_of(channels, a):
             s = make_stage(channels, r, a.device, a.batch)
             x0, numbers = torch.rand(a.batch, 3, 32, 32, device=a.device), numbers_with(s, 2, 0)
             def trial():
-                for context in (nullcontext, half): our_step(s, numbers, x0, context)
+                for context in (nullcontext, half) if r == "published" else (half,): our_step(s, numbers, x0, context)
             if not compile_networks([s.parts[k] for k in ("model", "target", "teacher")], trial): sys.exit("not compiled: see above")
-            out |= {f"{r}, compiled": (s, our_step), f"{r}, bf16, compiled": (s, partial(our_step, context=half))}
+            out |= {f"{r}, bf16, compiled": (s, partial(our_step, context=half)), **({f"{r}, compiled": (s, our_step)} if r == "published" else {})}
     return {k: (s, lambda numbers, x0, s=s, f=f: f(s, numbers, x0)) for k, (s, f) in out.items()}
 
 
@@ -199,7 +200,7 @@ def step_section(a):
         jobs, x0, total = jobs_of(channels, a), torch.rand(a.batch, 3, 32, 32, device=a.device) * 2 - 1, {}
         for k in STRETCHES:
             calls = {n: partial(f, numbers_with(s, k, k), x0) for n, (s, f) in jobs.items()}
-            for n, t in in_turn(calls, a.repeats, warm=int(k == STRETCHES[0])).items(): total.setdefault(n, []).append(t)
+            for n, t in in_turn(calls, a.repeats).items(): total.setdefault(n, []).append(t)
             print(channels, k, {n: round(v[-1]["median"], 2) for n, v in total.items()}, flush=True)
         rate = lambda ts, which: a.batch * len(ts) / sum(t[which] for t in ts)
         keep(f"steps {channels}", {"batch": a.batch, "stretches": STRETCHES, "images_per_sec": {n: {"median": rate(ts, "median"), "least": rate(ts, "most"), "most": rate(ts, "least")} for n, ts in total.items()}})
@@ -289,29 +290,70 @@ def start_section(a):
 
 # ---- error of the teacher's stretch
 
-PLANS = {"heun, full grid": ("heun", None, "grid"), **{f"heun, {n}": ("heun", n, "grid") for n in (4, 8, 12, 16)}, **{f"{m}, {w}, {n or 'full'}": (m, n, w) for m in ("dpm", "dpm3") for w in ("grid", "log") for n in (3, 4, 5, 6, 8, 10, 11, 12, None)}}
+def at_most(n): return lambda k: min(k, n)
+def twice(n): return lambda k: min(2 * k, n)  # short stretches get more than their grid has
 
 
-def stretch_errors(D, x0, y, draws, student=None, target=None, N=18, seed=0):
-    "Mean error and evaluations of every plan, over (t, u, s) as training draws them; the target's too, if there is a student."
-    from ctm_nb.distill import ctm_target, draw_stretch, grid_time, teacher_jump
+PLANS = {"heun, full grid": ("heun", lambda k: k, "grid"), "heun, full grid, bf16": ("heun", lambda k: k, "grid"), **{f"heun, {n}": ("heun", at_most(n // 2), "grid") for n in (4, 8, 12, 16)},
+         **{f"{m}, {w}, {n or 'full'}": (m, at_most(n or 999), w) for m in ("dpm", "dpm3") for w in ("grid", "log") for n in (3, 4, 5, 6, 8, 10, 11, 12, None)},
+         **{f"{m}, log, twice, {n}": (m, twice(n), "log") for m in ("dpm", "dpm3") for n in (8, 9, 10, 11, 12, 14)}, **{f"dpm, curved, {n}": ("dpm", at_most(n), "curved") for n in (5, 8, 10, 11, 12)},
+         **{f"{p}, bf16": (m, at_most(n), "log") for p, m, n in (("dpm, log, 11", "dpm", 11), ("dpm3, log, full", "dpm3", 999))}}
+
+
+def bend(D, x0, y, seed=7, points=97):
+    "How the denoiser's answer bends along its trajectories: a map of ln t to [0, 1], steep where its third derivative is large."
     from ctm_nb.edm import solve
     from ctm_nb.flow import perturb
+    t = 80. * (.002 / 80.) ** torch.linspace(0, 1, points, dtype=torch.float64)
+    seen, top = [], torch.full((len(x0),), 80.)
+    def watched(*args): seen.append(D(*args)); return seen[-1]
+    with torch.no_grad(): solve(watched, perturb(x0, top, torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))), t.float()[:, None].expand(-1, len(x0)), y, "dpm", above_zero=True)
+    d = torch.stack(seen).flatten(2).diff(n=3, dim=0).square().mean(2).sqrt().mean(1).double() ** .25  # where a step's error grows with the third derivative, steps of this density share it
+    d = torch.nn.functional.interpolate(d[None, None], points, mode="linear")[0, 0].clamp(min=.1 * float(d.max()))
+    way = torch.cat([torch.zeros(1, dtype=torch.float64), ((d[1:] + d[:-1]) / 2).cumsum(0)])
+    return t.log(), way / way[-1]
+
+
+def between(x, xs, ys):
+    "Piecewise linear interpolation; xs increasing."
+    i = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
+    return ys[i - 1] + (x - xs[i - 1]) / (xs[i] - xs[i - 1]) * (ys[i] - ys[i - 1])
+
+
+def plan_times(t, u, i, k, n, spacing, N, curve):
+    "(n+1, B) times of a plan."
+    from ctm_nb.distill import grid_time
+    way = torch.linspace(0, 1, n + 1, dtype=torch.float64)[:, None]
+    if spacing == "grid": return grid_time(i + way * k, N)
+    if spacing == "log": return t * (u / t) ** way
+    at, share = curve
+    a, b = (between(v.log(), at.flip(0), share.flip(0)) for v in (t, u))
+    times = between(a + way * (b - a), share, at).exp()
+    return torch.cat([t[None], times[1:-1], u[None]])
+
+
+def stretch_errors(D, x0, y, curve, student=None, target=None, N=18, seed=0):
+    "Mean error and evaluations of every plan, over stretches that stand for the draw of k, and random t and s; the target's too, if there is a student."
+    from ctm_nb.distill import ctm_target, draw_indices, grid_time
+    from ctm_nb.edm import SOLVERS, solve
+    from ctm_nb.flow import perturb
     gen, rows, B = torch.Generator().manual_seed(seed), {p: {"evals": [], "x_u": [], "target": []} for p in PLANS}, len(x0)
-    for _ in range(draws):
-        i, k, j = draw_stretch(B, N, N - 1, gen, "soft", 1.)
+    rms = lambda d: d.flatten(1).square().mean(1).sqrt()
+    for k in STRETCHES:
+        i, j = draw_indices(B, k, N, gen)
         t, u, s = (grid_time(v, N) for v in (i, i + k, j))
         x_t = perturb(x0, t.float(), torch.randn(x0.shape, generator=gen))
         fine = t * (u / t) ** torch.linspace(0, 1, 64 * 17 // 4 + 1, dtype=torch.float64)[:, None]  # 272 steps of 2M: 64 times Heun's four in the mean stretch
-        with torch.no_grad(): exact = solve(D, x_t, fine.float(), y, "dpm", above_zero=True)
         ends = lambda x: ctm_target(student, target, x, u.float(), s.float(), y)
-        goal = ends(exact) if student else None
-        for p, (method, most, spacing) in PLANS.items():
-            x_u, n = teacher_jump(D, x_t, i, k, N, y, method, most, spacing)
-            rows[p]["evals"].append(n)
-            rms = lambda d: d.flatten(1).square().mean(1).sqrt()
-            rows[p]["x_u"] += rms(x_u - exact).tolist()
-            if student: rows[p]["target"] += rms(ends(x_u) - goal).tolist()
+        with torch.no_grad():
+            exact = solve(D, x_t, fine.float(), y, "dpm", above_zero=True)
+            goal = ends(exact) if student else None
+            for p, (method, count, spacing) in PLANS.items():
+                n = count(k)
+                with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in p, cache_enabled=False): x_u = solve(D, x_t, plan_times(t, u, i, k, n, spacing, N, curve).float(), y, method, above_zero=True)
+                rows[p]["evals"].append(n * SOLVERS[method])
+                rows[p]["x_u"].append(float(rms(x_u - exact).mean()))
+                if student: rows[p]["target"].append(float(rms(ends(x_u) - goal).mean()))
     mean = lambda v: sum(v) / len(v) if v else None
     return {p: {k: mean(v) for k, v in r.items()} for p, r in rows.items()}
 
@@ -323,19 +365,21 @@ def solver_section(a):
     from ctm_nb.interchange import load
     from ctm_nb.loader import load_splits
     toy = toy_mixture()
-    keep("mixture", {"rows": stretch_errors(toy.D, toy.sample(256, seed=1).float(), None, a.draws)}, "solvers")
+    curve = bend(toy.D, toy.sample(32, seed=2).float(), None)
+    keep("mixture", {"samples": len(STRETCHES) * 256, "rows": stretch_errors(toy.D, toy.sample(256, seed=1).float(), None, curve)}, "solvers")
     for path in a.teachers:
         run = Path(path)
         config = json.loads((run / "config.json").read_text())
         data = load_splits(a.data or config["data"]["source"], config["data"]["image_size"])["train"]
-        ids = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:a.solver_batch]
+        ids = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+        ids, other = ids[:a.solver_batch], ids[-16:]
         teacher = load(run, which="teacher")
         try: student = load(run)
         except ValueError: student = None
         student = student if hasattr(student, "G") else None
-        y = data.labels[ids] if teacher.n_classes else None
-        rows = stretch_errors(teacher.D, data.x0(ids), y, a.draws, student, student)
-        keep(run.name, {"rows": rows}, "solvers")
+        y, y_other = (data.labels[v] if teacher.n_classes else None for v in (ids, other))
+        rows = stretch_errors(teacher.D, data.x0(ids), y, bend(teacher.D, data.x0(other), y_other), student, student)
+        keep(run.name, {"samples": len(STRETCHES) * len(ids), "rows": rows}, "solvers")
         print(run.name, {p: (round(r["evals"], 1), round(r["x_u"], 5)) for p, r in rows.items()}, flush=True)
 
 
@@ -351,8 +395,7 @@ if __name__ == "__main__":
     p.add_argument("--memory-batch", type=int, default=32)
     p.add_argument("--channels", type=int, nargs="+", default=[32, 64])
     p.add_argument("--repeats", type=int, default=3)
-    p.add_argument("--draws", type=int, default=30, help="of (t, u, s), for the solvers")
-    p.add_argument("--solver-batch", type=int, default=16)
+    p.add_argument("--solver-batch", type=int, default=32, help="images for each of the six stretches, for the solvers")
     p.add_argument("--teachers", nargs="*", default=[], help="folders of runs")
     p.add_argument("--data", help="where the images of the runs are now")
     a = p.parse_args()

@@ -275,7 +275,7 @@ class RunExplorer:
         if not paths: raise ValueError("there must be at least one run: start one (ctm_nb_train), or give its folder")
         self.path = w.Dropdown(options=[str(p) for p in paths], description="run", tooltip="run: whose curves and samples are shown")
         self.step = w.SelectionSlider(options=[("none yet", "")], description="samples at", tooltip="samples at: the step after which these samples were drawn", continuous_update=True)
-        self.sheet, self.curves, self.button = w.HTML(), w.Box(), w.Button(description="stop watching", tooltip="stop watching: the run itself goes on")
+        self.sheet, self.curves, self.button = w.HTML(), w.Box(layout=w.Layout(width="100%")), w.Button(description="stop watching", tooltip="stop watching: the run itself goes on")
         self.widget = spoken(w.HBox([self.path, self.button]), self.curves, self.step, self.sheet)
         self.path.observe(self.follow, "value"); self.step.observe(self.show, "value")
         self.button.on_click(lambda _: self.stop())
@@ -290,6 +290,7 @@ def follow(self: RunExplorer, change=None):
     "Turn to the run that is picked."
     self.stop()
     self.live = Live(self.path.value, self.every)
+    self.live.html.layout.width = "100%"
     self.curves.children = [self.live.html]
     self.live.html.observe(self.look, "value")
     self.look(); self.show()
