@@ -24,9 +24,12 @@ from . import __version__
 def one_line_errors(
     command: str,  # its name, to begin the line with
 ):
-    "Turn expected errors into one line on stderr: exit code 2 for bad input, 3 for a failed run, 130 for Ctrl-C (75 for a scheduler's signal, see `signals`)."
+    "Turn expected errors into one line on stderr: exit code 2 for bad input, 3 for a failed run, 130 for Ctrl-C, 141 where nobody reads on (75 for a scheduler's signal, see `signals`)."
     before, warnings.showwarning = warnings.showwarning, lambda message, *_, **__: print(f"{command}: {message}", file=sys.stderr)  # a user wants no line of ours
-    try: yield
+    try: yield; sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as e: _quit(command, e, 2)
     except (FloatingPointError, MemoryError, OSError) as e: _quit(command, e, 3)
     except RuntimeError as e:

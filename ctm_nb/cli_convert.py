@@ -76,3 +76,6 @@ def ctm_nb_convert(
         m = load(a.source, which=a.which, **given)
         print(m.about)
         if a.target: print(f"written: {save_model(m, a.target, run_config(a.source), a.overwrite)}")
+
+# %% ../nbs/12_cli_convert.ipynb #9206ba43
+if __name__ == "__main__" and __package__: ctm_nb_convert()  # python -m ctm_nb.cli_convert, not in a notebook

@@ -109,3 +109,6 @@ def run_convert(
     source = open_source(a.src, a.labels)
     done = convert(source, a.dst, a.size, a.crop, a.format, a.split, a.skip_broken, a.overwrite, a.workers)
     print(summary(done, source, a.dst, len(source)))
+
+# %% ../nbs/12_cli_data.ipynb #5c7b0b0f
+if __name__ == "__main__" and __package__: ctm_nb_data()  # python -m ctm_nb.cli_data, not in a notebook

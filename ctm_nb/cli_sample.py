@@ -75,4 +75,7 @@ def summary(
     stops = ", ".join(f"{t:.4g}" for t in plan["times"][:6]) + (", ..." if len(plan["times"]) > 6 else "")
     how = f"gamma {plan['gamma']:g}" if plan["solver"] == "ctm" else f"solver {plan['solver']}"
     kept = f" kept of {plan['draws']}" if plan["reject"] else ""
-    return f"{out}: {plan['n']} samples{kept}, {plan['evaluations']} evaluations each, {how}, times {stops}, seed {plan['seed']}"
+    return f"{out}: {plan['n']} sample{'s' * (plan['n'] > 1)}{kept}, {plan['evaluations']} evaluation{'s' * (plan['evaluations'] > 1)} each, {how}, times {stops}, seed {plan['seed']}"
+
+# %% ../nbs/12_cli_sample.ipynb #021dcf11
+if __name__ == "__main__" and __package__: ctm_nb_sample()  # python -m ctm_nb.cli_sample, not in a notebook

@@ -83,6 +83,7 @@ def compile_networks(
     "Compile networks, or leave them as they are and say why."
     nets = [getattr(m, "net", m) for m in modules]
     torch._dynamo.config.recompile_limit = 64  # with and without s, labels and gradient, and batches of several sizes
+    torch._functorch.config.donated_buffer = False  # the losses are balanced by going back through one graph more than once
     for net in nets: net.compile()
     try: trial()
     except Exception as e:  # whatever a compiler may raise: the networks work without it

@@ -27,6 +27,12 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, words, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_reader_who_has_seen_enough(tmp_path):
+    code = "import os; r, w = os.pipe(); os.dup2(w, 1); os.close(w); os.close(r); from ctm_nb.cli import ctm_nb_train; ctm_nb_train()"
+    r = subprocess.run([sys.executable, "-c", code, "--preset", "tiny", "--dry-run"], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert (r.returncode, r.stderr) == (141, "")
+
+
 def test_empty_folder_of_images(tmp_path):
     (tmp_path / "empty").mkdir()
     r = call("--data", "empty", cwd=tmp_path)

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -203,6 +204,16 @@ def test_further_averages_are_kept_resumed_and_loaded(tmp_path):
     assert 0 < far[0] < far[1] < far[2]  # the longer the memory, the farther behind
     with pytest.raises(ValueError, match="holds no 'ctm-0.3' model: it describes .*'ctm-0.2'"): load(tmp_path / "a", which="ctm-0.3")
     with pytest.raises(ValueError, match="which must be one of"): load(tmp_path / "a", which="cmt")
+
+
+def test_compiled_networks_learn_the_same(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # everything but the compiler's code
+    words = [*TINY, "teacher.steps=2", "distill.steps=4", "gan.steps=0"]
+    plain, compiled = (Trainer(make_config("tiny", [*words, f"run.compile={c}"]), tmp_path / c) for c in ("false", "true"))
+    for _ in range(6):
+        a, b = plain.train_step(), compiled.train_step()
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+    assert "not compiled" not in caplog.text and compiled.parts["model"].net._compiled_call_impl is not None
 
 
 def test_a_given_teacher_is_distilled_and_a_given_student_sharpened(undisturbed, tmp_path):
