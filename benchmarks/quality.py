@@ -3,7 +3,9 @@
     python benchmarks/quality.py --teachers runs/digits0 runs/digits1 runs/digits2        writes nbs/results/speed/quality.json after every run; what is there already is kept
 
 One thread a pass and two processes at a time. With `--seeds` several students of each teacher, else one with the teacher's seed. Seconds are processor seconds of distillation (the thread in which the teacher works ahead counts too; scores don't), so that they mean the same on a busy machine.
-The published recipe has a constant learning rate: one run, scored on its way. The others end with their rate at zero: a run for each point. With `--only` some recipes; `--data` where the images are now.
+The published recipe has a constant learning rate: one run, scored on its way. The others end with their rate at zero: a run for each point. With `--only` some recipes; `--data` where the images are now. The search for the preset, a change at a time, 30 seconds each:
+
+    python benchmarks/quality.py --teachers runs/digits0 runs/digits1 runs/digits2 --seconds 30 150 --only search
 """
 import argparse
 import json
@@ -21,6 +23,10 @@ RESULTS = Path(__file__).resolve().parents[1] / "nbs" / "results" / "speed" / "q
 LOG, FIVE = "distill.spacing=log", "distill.max_evals=5"
 RECIPES = {"published": PUBLISHED, "preset": [], "preset, even in log t": [LOG], "preset, 11 evaluations even in log t": [LOG, "distill.max_evals=11"],
            **{f"preset, {m} jumps a stretch": [LOG, "distill.max_evals=8", f"distill.pairs={m}"] for m in (1, 2, 4)}}
+CHANGES = {"3 evaluations": "max_evals=3", "8 evaluations": "max_evals=8", "3M": "solver=dpm3", "Heun, full grid": "solver=heun distill.max_evals=none", "L2": "distance=l2", "RAdam": "optimizer=radam", "constant rate": "decay=constant",
+           "lr 4e-4": "lr=4e-4", "averages .999": "ema=.999 distill.target_ema=.999", "target average .9": "target_ema=.9", "N = 18": "N=18 distill.K=17", "k uniform": "k_power=0", "k as published": "k_power=1", "batch 32": "batch=32",
+           "batch 128": "batch=128", "random s-branch": "init=random"}  # one at a time
+RECIPES |= {f"preset, {k}": f"distill.{v}".split() for k, v in CHANGES.items()}
 
 
 def distances(trainer, reference, seed, n):
@@ -59,7 +65,7 @@ def one(recipe, teacher, seed, seconds, n, data, out):
 
     with tempfile.TemporaryDirectory() as d:
         t = begin(Path(d) / "probe", 1000)
-        kept = out.parent / f"reference-{preset}.pt"  # a classifier of 60,000 images takes minutes: one for all runs
+        kept = Path(tempfile.gettempdir()) / f"reference-{t.data_sha256[:16]}.pt"  # a classifier of 60,000 images takes minutes: one for all runs
         if not kept.exists():
             torch.save(make_reference(train_classifier(t.data, seed=0), t.splits["held_out"]), part := out.with_suffix(".pt"))
             part.rename(kept)
@@ -84,7 +90,8 @@ def one(recipe, teacher, seed, seconds, n, data, out):
 def main(a):
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     seeds = {t: a.seeds or [json.loads((Path(t) / "config.json").read_text())["run"]["seed"]] for t in a.teachers}
-    jobs = [(r, t, s) for t in a.teachers for s in seeds[t] for r in a.only or RECIPES if not any((row["recipe"], row["teacher"], row["seed"]) == (r, Path(t).name, s) for row in rows)]
+    only = [f"preset, {k}" for k in CHANGES] if a.only == ["search"] else a.only
+    jobs = [(r, t, s) for t in a.teachers for s in seeds[t] for r in only or RECIPES if not any((row["recipe"], row["teacher"], row["seed"]) == (r, Path(t).name, s) for row in rows)]
     with tempfile.TemporaryDirectory() as d, ThreadPoolExecutor(a.workers) as pool:
         def go(job):
             out = Path(d) / f"{jobs.index(job)}.jsonl"
@@ -102,7 +109,7 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--teachers", nargs="+", required=True, help="folders of runs that have a teacher")
     p.add_argument("--seconds", type=float, nargs="+", default=[15, 30, 60, 150], help="processor seconds of distillation: the published recipe gets the last, the preset the others, variants of the preset the last but one")
-    p.add_argument("--only", nargs="*", help="recipes")
+    p.add_argument("--only", nargs="*", help="recipes, or the word search")
     p.add_argument("--seeds", type=int, nargs="*", help="of the students (default: the teacher's)")
     p.add_argument("--data", help="where the images are now")
     p.add_argument("-n", type=int, default=5000, help="samples for each score")
