@@ -65,4 +65,13 @@ def find_source(app, modname):
     return m.code, {d.name: ("class" if d.kind == "class" else "def", *d.lines) for d in everything({m.name: m}) if d.kind != "data"}
 
 
-def setup(app): app.connect("viewcode-find-source", find_source)
+def mark_long_cells(app, doctree, name):
+    "Cells of tables whose text needs a column of some width are told apart from numbers and names, for narrow screens."
+    from docutils import nodes
+    for cell in doctree.findall(nodes.entry):
+        if len(cell.astext()) > 36: cell["classes"].append("long")
+
+
+def setup(app):
+    app.connect("viewcode-find-source", find_source)
+    app.connect("doctree-resolved", mark_long_cells)
