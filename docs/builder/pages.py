@@ -19,10 +19,10 @@ def md(text):
 def code(text): return "`` " + text.replace("|", r"\|") + " ``" if "`" in text else f"`{text.replace('|', chr(92) + '|')}`" if text else ""
 
 
-def table(head, rows):
-    "A Markdown table; nothing without rows."
-    rows = list(rows)
-    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(r) + " |" for r in rows)]) if rows else ""
+def table(head, rows, kind=""):
+    "A Markdown table; nothing without rows. `kind` is its class for the style sheet: rows of a `stacked` one become blocks on narrow screens."
+    rows, mark = list(rows), [f"```{{rst-class}} {kind}\n```\n"] if kind else []
+    return "\n".join([*mark, "| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(r) + " |" for r in rows)]) if rows else ""
 
 
 def slug(text): return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
@@ -57,7 +57,7 @@ def definition(d, host, branch, titles, depth=5):
     if d.kind == "data": body.append(f"```python\n{d.name} = {shortened(d.value)}\n```")
     elif any(p.hint or p.text for p in d.parameters):
         columns = [("parameter", lambda p: code(p.name)), *[("type", lambda p: code(p.hint))] * types, *[("default", lambda p: code(p.default))] * defaults, ("meaning", lambda p: md(p.text))]
-        body.append(table([h for h, _ in columns], ([f(p) for _, f in columns] for p in d.parameters)))
+        body.append(table([h for h, _ in columns], ([f(p) for _, f in columns] for p in d.parameters), "stacked"))
     if d.returns[0] not in ("", "None") or d.returns[1]:
         body.append("**Returns** " + code(d.returns[0]) + (f": {md(d.returns[1])}" if d.returns[1] else ""))
     body.append(where(d, host, branch, titles))
@@ -172,7 +172,7 @@ def symbols_page(by_notebook, titles):
     for _, found in sorted(groups.items(), key=lambda kv: sort_key(kv[0])):
         for name, symbol, code_, meaning in found:
             rows.append([symbol if symbol not in ("", "-") and name == found[0][0] else "", cell(code_), cell(meaning), f"{{doc}}`{titles[name]} </notebooks/{name}>`"])
-    return "\n\n".join([*text, table(["symbol", "in code", "meaning, shape", "notebook"], rows)]) + "\n"
+    return "\n\n".join([*text, table(["symbol", "in code", "meaning, shape", "notebook"], rows, "stacked")]) + "\n"
 
 
 def sort_key(symbol):
