@@ -1,5 +1,6 @@
 """Sphinx's configuration. Facts about the package come from settings.ini; what is built is prepared by build.py."""
 import os
+import re
 import sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -54,6 +55,8 @@ html_theme_options = dict(
 )
 linkcheck_anchors = False
 linkcheck_timeout = 20
+# Files of this project were looked up in the working tree when the links to them were written.
+linkcheck_ignore = [re.escape(cfg["git_url"]) + "/(blob|tree)/"]
 
 
 def find_source(app, modname):
