@@ -42,7 +42,7 @@ toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
 html_title = f"{project} {version}"
-html_css_files = ["site.css"]
+html_css_files, html_js_files = ["site.css"], ["site.js"]
 html_favicon = str(HERE/"_static"/"logo.svg")
 html_copy_source = False
 html_show_sourcelink = False
