@@ -32,10 +32,10 @@ def head(name, module, cells):
     return nbformat.v4.new_markdown_cell(f"```{{rst-class}} where\n```\n{made}Notebook: {{download}}`{name}.ipynb </downloads/{name}.ipynb>`", id="head")
 
 
-def page(name, cells, module, files, find, to=""):
-    "Cells of a page: links, names, captions; a mark before each exported cell that the reference leads to."
+def page(name, cells, module, files, find, to="", place=lambda paper, item: None):
+    "Cells of a page: links, names, tags of equations, captions; a mark before each exported cell that the reference leads to."
     for c in cells:
-        if c.cell_type == "markdown": c.source = pages_links(c.source, files, find, to)
+        if c.cell_type == "markdown": c.source = notebooks.displays(pages_links(c.source, files, find, to), place)
     cells, faults = notebooks.captioned(cells)
     out = []
     for c in cells:
@@ -83,13 +83,13 @@ def prepare(work, only=(), root=ROOT):
     titles = {n: notebooks.title_of(b.cells) or n for n, b in books.items()}
     tagged = {t: f for b in books.values() for t, f in notebooks.equations(b.cells).items()}
     files = notebooks.Files(root, names, host, branch)
-    known = pages.shown_names(modules)
+    known, place = pages.shown_names(modules), pages.finder_of_equations(modules)
     symbols = {n: [tuple(files.relink(text, to="notebooks/") for text in row) for row in notebooks.symbols(books[n].cells)] for part in parts.values() for n in part}
     faults = []
     shutil.rmtree(work, ignore_errors=True)
     for n, b in books.items():
         own = next((m for m in modules.values() if m.notebook == n), None)
-        cells, found = page(n, b.cells, own, files, pages.finder(modules, known, n))
+        cells, found = page(n, b.cells, own, files, pages.finder(modules, known, n), place=place)
         faults += found
         save(after_promise(cells, head(n, own, cells)), b.metadata, work/"notebooks"/f"{n}.ipynb")
         (work/"downloads").mkdir(exist_ok=True)

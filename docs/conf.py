@@ -1,5 +1,6 @@
 """Sphinx's configuration. Facts about the package come from settings.ini; what is built is prepared by build.py."""
 import os
+import re
 import sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -41,7 +42,7 @@ toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
 html_title = f"{project} {version}"
-html_css_files = ["site.css"]
+html_css_files, html_js_files = ["site.css"], ["site.js"]
 html_favicon = str(HERE/"_static"/"logo.svg")
 html_copy_source = False
 html_show_sourcelink = False
@@ -54,6 +55,8 @@ html_theme_options = dict(
 )
 linkcheck_anchors = False
 linkcheck_timeout = 20
+# Files of this project were looked up in the working tree when the links to them were written.
+linkcheck_ignore = [re.escape(cfg["git_url"]) + "/(blob|tree)/"]
 
 
 def find_source(app, modname):
@@ -65,4 +68,13 @@ def find_source(app, modname):
     return m.code, {d.name: ("class" if d.kind == "class" else "def", *d.lines) for d in everything({m.name: m}) if d.kind != "data"}
 
 
-def setup(app): app.connect("viewcode-find-source", find_source)
+def mark_long_cells(app, doctree, name):
+    "Cells of tables whose text needs a column of some width are told apart from numbers and names, for narrow screens."
+    from docutils import nodes
+    for cell in doctree.findall(nodes.entry):
+        if len(cell.astext()) > 36: cell["classes"].append("long")
+
+
+def setup(app):
+    app.connect("viewcode-find-source", find_source)
+    app.connect("doctree-resolved", mark_long_cells)

@@ -75,7 +75,7 @@ def test_equation_table(modules):
     assert {k: [(d.name, note) for d, note in v] for k, v in rows.items()} == {
         ("CTM", "decomposition of G"): [("jump", "with x0 = g")], ("CTM", "gamma-sampling"): [("CTM.G", "when s = t")],
         ("EDM", "Eq. 5"): [("jump", "")], ("EDM", "Alg. 2"): [("CTM.G", "")], ("EDM", "Table 5"): [("CTM.G", "")]}
-    text = pages.equations_page(modules, {"CTM: decomposition of G": "G = x"}, {"03_edm": "The teacher"}, pages.shown_names(modules))
+    text = pages.equations_page(modules, {("CTM", "decomposition of G"): "G = x"}, {"03_edm": "The teacher"}, pages.shown_names(modules))
     assert "$$ G = x $$" in text and "{py:obj}`edm.CTM.G <ctm_nb.edm.CTM.G>` in {ref}`The teacher <cell-03-edm-dddd4444>`" in text
 
 
@@ -123,6 +123,17 @@ def test_captions(before, code, after, caption, alt):
     assert ("At $s" in after) == (cells[-1].get("source") == "Next.")
 
 
+def test_a_caption_belongs_to_a_picture_alone():
+    "Text beside a picture in the outputs of one cell is no figure."
+    mixed = picture()
+    mixed.outputs.insert(0, new_output("execute_result", {"text/plain": "3.2"}, execution_count=1))
+    mixed.metadata["tags"] = ["export"]
+    cells, faults = notebooks.captioned([new_markdown_cell("Why."), mixed, new_markdown_cell("A curve. More.")])
+    text, drawn = cells[1:]
+    assert not faults and "mystnb" not in text.metadata and text.outputs[0].data == {"text/plain": "3.2"} and text.metadata.tags == ["export"]
+    assert drawn.metadata.mystnb.figure.caption == "A curve. More." and drawn.metadata.tags == ["remove-input"] and len(drawn.outputs) == 1 and text.id != drawn.id
+
+
 def test_a_widget_without_its_state_is_shown_as_its_picture():
     view = "application/vnd.jupyter.widget-view+json"
     data = [{view: {"model_id": m}, "text/plain": "x", "image/png": "iVBORw0KGgo="} for m in ("there", "gone")]
@@ -163,8 +174,39 @@ def test_names_become_links(modules):
 def test_parts_and_order():
     index = nbformat.v4.new_notebook(cells=[new_markdown_cell("[b](05_distill.ipynb) [a](05_distances.ipynb) [d](11_draw.ipynb)")])
     assert notebooks.reading_order(["05_distances", "05_distill", "05_oracle", "11_draw", "00_flow"], index) == {
-        "Foundations": ["00_flow"], "Training": ["05_distill", "05_distances", "05_oracle"], "Sampling": ["11_draw"]}
+        "Flow and data": ["00_flow"], "Distillation": ["05_distill", "05_distances", "05_oracle"], "Drawing and scoring": ["11_draw"]}
+    index.cells.append(new_markdown_cell("## Reading order\n[a](05_distances.ipynb) [b](05_distill.ipynb)"))  # what stands before it is for hurried readers
+    assert notebooks.reading_order(["05_distill", "05_distances"], index)["Distillation"] == ["05_distances", "05_distill"]
     with pytest.raises(ValueError, match="belongs to no part"): notebooks.part_of("99_new")
+
+
+def test_pages_follow_the_reading_order():
+    "The sidebar's parts, and with them the links to the previous and the next page, keep the order of the index's table, which names every notebook."
+    index = nbformat.read(ROOT/"nbs"/"index.ipynb", as_version=4)
+    names = [p.stem for p in (ROOT/"nbs").glob("[0-9]*.ipynb")]
+    table = "\n".join(c.source for c in index.cells if c.cell_type == "markdown").partition("## Reading order")[2]
+    listed = list(dict.fromkeys(n for n in re.findall(r"\]\(([\w.-]+)\.ipynb\)", table)))
+    assert [n for part in notebooks.reading_order(names, index).values() for n in part] == listed and sorted(listed) == sorted(names)
+
+
+def test_tags_of_equations():
+    assert notebooks.named("4, EDM Eq. 5") == [("EDM", "Eq. 5")] and notebooks.named("DPM-Solver++, 3M") == [("DPM-Solver++", "3M")] and notebooks.named("7") == []
+    assert notebooks.named("CTM: decomposition of G, definition of g") == [("CTM", "decomposition of G"), ("CTM", "definition of g")]
+    cells = [new_markdown_cell("$$ a = b. \\tag{CTM: the map} $$\n\n$$ c \\tag{2} $$")]
+    assert notebooks.equations(cells) == {("CTM", "the map"): "a = b"}
+    text = notebooks.displays(cells[0].source, lambda p, n: "equation-ctm-the-map-g" if n == "the map" else None)
+    assert "$$ a = b. $$\n\n{ref}`(CTM: the map) <equation-ctm-the-map-g>`" in text and "$$ c $$\n\n(2)" in text and "tag{" not in text
+    code = "```python\n$$ a \\tag{1} $$\n```\nIn $$ a \\tag{1} $$ a line."
+    assert notebooks.displays(code) == code
+
+
+@pytest.mark.parametrize("math, parts", [
+    (r"a = b, \qquad c", ["a = b,", "c"]), (r"\{a \qquad b\}", [r"\{a", r"b\}"]), (r"\text{a \qquad b}", [r"\text{a \qquad b}"]),
+    (r"\begin{aligned} a \qquad b \end{aligned}", [r"\begin{aligned} a \qquad b \end{aligned}"]), (r"\left( a \qquad b \right)", [r"\left( a \qquad b \right)"]), (r"x \leftarrow a, \qquad y", [r"x \leftarrow a,", "y"])])
+def test_formulas_side_by_side(math, parts):
+    assert notebooks.pieces(math) == parts
+    text = notebooks.displays(f"$$ {math} $$")
+    assert all(f"$$ {p} $$" in text for p in parts) and ("side-by-side" in text) == (len(parts) > 1)
 
 
 @pytest.mark.parametrize("body, fault", [
@@ -186,10 +228,10 @@ def test_style_sheets_load_nothing(tmp_path):
 
 def test_archives_are_checked_and_named_when_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(vendor.NotFetched, match="npm is not installed.*npm pack mathjax@3.2.2"): vendor.vendor(tmp_path/"static", tmp_path/"cache")
+    with pytest.raises(vendor.NotFetched, match=r"(?s)npm is not installed.*npm pack mathjax@3\.2\.2.*npm pack @jupyter-widgets/html-manager@"): vendor.vendor(tmp_path/"static", tmp_path/"cache")
     (tmp_path/"cache").mkdir()
     (tmp_path/"cache"/"mathjax-3.2.2.tgz").write_bytes(b"something else")
-    with pytest.raises(vendor.NotFetched, match="not what was expected"): vendor.vendor(tmp_path/"static", tmp_path/"cache")
+    with pytest.raises(vendor.NotFetched, match="not what was expected"): vendor.vendor(tmp_path/"static", tmp_path/"cache", {"mathjax": vendor.PACKAGES["mathjax"]})
     assert not (tmp_path/"cache"/"mathjax-3.2.2.tgz").exists()
 
 
@@ -220,6 +262,7 @@ def test_a_site_of_two_notebooks(tmp_path):
     assert faults == []
     page = (out/"notebooks"/"04_trajectory.html").read_text()
     assert page.count("<figcaption>") == 2 and "tag_export" in page and "../_static/mathjax/tex-chtml-full.js" in page and "default_exp" not in page
+    assert page.count('class="tagged docutils container"') >= 2 and 'href="../equations.html#equation-ctm-decomposition-of-g"' in page and "tag{" not in page
     assert "../_static/widgets/embed.js" in page and '"model_id": "abc"' in page
     assert 'href="../api/edm.html#ctm_nb.edm.jump"' in page and "ctm_nb.trajectory.CTM.G" in (out/"api"/"trajectory.html").read_text()
     assert (out/"_modules"/"ctm_nb"/"edm.html").exists() and (out/"search.html").exists() and "prev-page" in page and "next-page" in page

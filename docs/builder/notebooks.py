@@ -7,12 +7,15 @@ from pathlib import Path
 
 import nbformat
 
-# Longest prefix wins. A notebook that none fits stops the build.
-PARTS = {"Foundations": ("00", "02", "03", "04"), "Data": ("01",), "Training": ("05", "06", "09", "11", "16"), "Sampling": ("07", "11_containers", "11_classifier", "11_draw", "14", "15"),
-         "Evaluation": ("08", "11_sides", "11_ways", "11_scoring", "13"), "Interchange": ("10",), "Commands": ("12",), "Tutorials": ("2",)}
+from .source import PAPERS
+
+# In the order of the index's table, which the links to the previous and the next page then follow. Longest prefix wins; a notebook that none fits stops the build.
+PARTS = {"Flow and data": ("00", "01"), "Networks and trajectories": ("02", "03", "04"), "Distillation": ("05", "06"), "Sampling": ("07",), "Evaluation": ("08",), "Checkpoints": ("09", "10"),
+         "Training": ("11",), "Drawing and scoring": ("11_containers", "11_classifier", "11_draw", "11_sides", "11_ways", "11_scoring"), "Commands": ("12",), "Further": ("13", "14", "15", "16"), "Tutorials": ("2",)}
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"(^```.*?^```[ \t]*$|^\$\$.*?\$\$)", re.M | re.S)
 SPAN = re.compile(r"(?<![`\[{}])`([A-Za-z_][\w.]*)(?:\(\))?`(?![`\]])")
+TAG = re.compile(r"\\tag\{([^}]*)\}")
 PICTURES = ("image/png", "image/jpeg", "image/svg+xml")
 NO_PARAGRAPH = re.compile(r"#|\||[-*+] |\d+\. |>|```|\$\$|!\[|:::|<|\(.*\)=$")
 
@@ -25,8 +28,9 @@ def part_of(name):
 
 
 def reading_order(names, index):
-    "{part: names}: as the index's links order them; those that it doesn't name come last in their part."
+    "{part: names}: as the links below the index's heading order them; those that it doesn't name come last in their part."
     text = "\n".join(c.source for c in index.cells if c.cell_type == "markdown") if index else ""
+    text = text.partition("## Reading order")[2] or text
     linked = list(dict.fromkeys(re.findall(r"\]\((?:nbs/)?([\w.-]+)\.ipynb", text)))
     place = {n: i for i, n in enumerate(linked)}
     ordered = sorted(names, key=lambda n: (place.get(n, len(place)), n))
@@ -112,7 +116,7 @@ def captioned(cells):
 
     The caption is the paragraph after the picture, which moves into the figure. Where none follows at once it is a title that the code gives the figure, or the first sentence
     of the nearest paragraph: after the cells of code behind the picture, or before those that lead to it. The alternative text is the caption's first sentence without mark-up."""
-    cells, faults = copy.deepcopy(cells), []
+    cells, faults = [part for c in copy.deepcopy(cells) for part in apart(c)], []
     for i, c in enumerate(cells):
         if not any(map(is_picture, c.get("outputs", []))): continue
         after = cells[i + 1] if i + 1 < len(cells) else None
@@ -123,6 +127,17 @@ def captioned(cells):
         if not caption: faults.append(f"cell {c.get('id')}: a picture without a paragraph beside it and without a title")
         else: c.metadata["mystnb"] = {"figure": {"caption": re.sub(r"\s*\n\s*", " ", caption)}, "image": {"alt": first_sentence(plain(caption))}}
     return [c for c in cells if c.source.strip() or c.cell_type == "code"], faults
+
+
+def apart(cell):
+    "A cell whose pictures stand among other outputs as several cells, because a caption belongs to a picture alone; what follows the last picture comes before it."
+    outputs = cell.get("outputs", [])
+    pictures = [o for o in outputs if is_picture(o)]
+    if not pictures or len(pictures) == len(outputs): return [cell]
+    only = copy.deepcopy(cell)
+    cell["outputs"], only["outputs"] = [o for o in outputs if not is_picture(o)], pictures
+    only["id"], only["metadata"] = f"{cell.get('id')}-pictures"[:64], {**cell.metadata, "tags": ["remove-input"]}
+    return [cell, only]
 
 
 def near(cells, i, step):
@@ -147,12 +162,47 @@ def symbols(cells):
 
 
 def equations(cells):
-    "{tag: mathematics} of the display equations that carry a paper's name."
+    "{(paper, item): mathematics} of the display equations whose tags name a paper."
     text = "\n\n".join(c.source for c in cells if c.cell_type == "markdown")
     found = {}
     for m in re.finditer(r"\$\$(.+?)\$\$", text, re.S):
-        if t := re.search(r"\\tag\{((?:CTM|EDM)[^}]*)\}", m[1]): found[t[1]] = m[1].replace(t[0], "").strip().rstrip(".,")
+        if t := TAG.search(m[1]): found |= dict.fromkeys(named(t[1]), m[1].replace(t[0], "").strip().rstrip(".,"))
     return found
+
+
+def named(tag):
+    "(paper, item) of everything that a tag names: `4, EDM Eq. 5`, `CTM: decomposition of G, definition of g`."
+    m = re.fullmatch(rf"(?:\d+, )?({PAPERS})(?::|,)? (.+)", tag)
+    return [(m[1], item) for item in m[2].split(", ")] if m else []
+
+
+def pieces(math):
+    "The formulas that stand side by side in one display, between `\\qquad` outside of braces and environments."
+    out, depth, at = [], 0, 0
+    if r"\left" in math.replace(r"\leftarrow", ""): return [math.strip()]
+    for m in re.finditer(r"\\begin\b|\\end\b|\\[{}\\]|[{}]|\\qquad\b", math):
+        depth += {r"\begin": 1, r"\end": -1, "{": 1, "}": -1}.get(m[0], 0)
+        if m[0] == r"\qquad" and depth == 0: out, at = [*out, math[at:m.start()].strip()], m.end()
+    return [p for p in [*out, math[at:].strip()] if p]
+
+
+def display(math):
+    "A display as Markdown: formulas side by side become a row that a narrow screen breaks."
+    parts = pieces(math)
+    blocks = "\n\n".join(f"$$ {p} $$" for p in parts)
+    return f":::{{container}} side-by-side\n{blocks}\n:::" if len(parts) > 1 else blocks
+
+
+def displays(text, place=lambda paper, item: None):
+    """Display equations made fit for screens of any width: formulas side by side, and the tag beside the mathematics instead of in it, where it pushes the mathematics out of the page.
+    `place` says the label that an equation's name leads to, or None."""
+    def one(m):
+        t = TAG.search(m[1])
+        if not t: return display(m[1]) if len(pieces(m[1])) > 1 else m[0]
+        to = next(filter(None, (place(*n) for n in named(t[1]))), None)
+        return f"::::{{container}} tagged\n{display(m[1].replace(t[0], ''))}\n\n" + (f"{{ref}}`({t[1]}) <{to}>`" if to else f"({t[1]})") + "\n::::"
+    blocks = re.split(r"(^```.*?^```[ \t]*$)", text, flags=re.M | re.S)
+    return "".join(b if b.startswith("```") else re.sub(r"^\$\$(.+?)\$\$[ \t]*$", one, b, flags=re.M | re.S) for b in blocks)
 
 
 def title_of(cells):

@@ -2,6 +2,7 @@
 import re
 from collections import defaultdict
 
+from .notebooks import display
 from .source import everything
 
 SPECIAL = re.compile(r"([\\*_$\[\]<>|{}#~])")
@@ -18,10 +19,10 @@ def md(text):
 def code(text): return "`` " + text.replace("|", r"\|") + " ``" if "`" in text else f"`{text.replace('|', chr(92) + '|')}`" if text else ""
 
 
-def table(head, rows):
-    "A Markdown table; nothing without rows."
-    rows = list(rows)
-    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(r) + " |" for r in rows)]) if rows else ""
+def table(head, rows, kind=""):
+    "A Markdown table; nothing without rows. `kind` is its class for the style sheet: rows of a `stacked` one become blocks on narrow screens."
+    rows, mark = list(rows), [f"```{{rst-class}} {kind}\n```\n"] if kind else []
+    return "\n".join([*mark, "| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(r) + " |" for r in rows)]) if rows else ""
 
 
 def slug(text): return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
@@ -41,9 +42,12 @@ def signature(d):
 def where(d, host, branch, titles):
     "Links below a definition: the cell that derives it, its lines at the host, the equations that it computes."
     links = [f"{{ref}}`{titles[d.notebook]} <{label(d)}>`"] if d.notebook in titles and d.cell else []
-    links.append(f"[{d.module}.py, lines {d.lines[0]}-{d.lines[1]}]({host}/blob/{branch}/ctm_nb/{d.module}.py#L{d.lines[0]}-L{d.lines[1]})")
+    links.append(f"[{d.module}.py, {lines(d)}]({host}/blob/{branch}/ctm_nb/{d.module}.py#L{d.lines[0]}-L{d.lines[1]})")
     links += [f"{{ref}}`{r.paper}: {r.item} <{equation_label(r)}>`" for r in d.references]
     return "```{rst-class} where\n```\n" + " · ".join(links)
+
+
+def lines(d): return f"line {d.lines[0]}" if d.lines[0] == d.lines[1] else f"lines {d.lines[0]}-{d.lines[1]}"
 
 
 def definition(d, host, branch, titles, depth=5):
@@ -53,7 +57,7 @@ def definition(d, host, branch, titles, depth=5):
     if d.kind == "data": body.append(f"```python\n{d.name} = {shortened(d.value)}\n```")
     elif any(p.hint or p.text for p in d.parameters):
         columns = [("parameter", lambda p: code(p.name)), *[("type", lambda p: code(p.hint))] * types, *[("default", lambda p: code(p.default))] * defaults, ("meaning", lambda p: md(p.text))]
-        body.append(table([h for h, _ in columns], ([f(p) for _, f in columns] for p in d.parameters)))
+        body.append(table([h for h, _ in columns], ([f(p) for _, f in columns] for p in d.parameters), "stacked"))
     if d.returns[0] not in ("", "None") or d.returns[1]:
         body.append("**Returns** " + code(d.returns[0]) + (f": {md(d.returns[1])}" if d.returns[1] else ""))
     body.append(where(d, host, branch, titles))
@@ -118,7 +122,7 @@ def equation_rows(modules):
 def equations_page(modules, tagged, titles, names):
     "Paper's equation -> function, from the comments in the code; the mathematics from the notebooks' tagged equations."
     text = ["# From the papers to the code", "What a function computes is said in a comment beside it (`# CTM: ...`, `# EDM Alg. 1`); this table is made of those comments, and the "
-                                             "formulas of the equations that the notebooks tag with the same words. The other direction stands at each function of the [reference](api/index.md)."]
+                                             "formulas of the equations that the notebooks tag with the same words; what has no formula here is an algorithm, a table or a choice. The other direction stands at each function of the [reference](api/index.md)."]
     rows = equation_rows(modules)
     name = lambda d: f"{{py:obj}}`{d.module}.{d.name} <{d.full}>`" if d.full in names else code(f"{d.module}.{d.name}")
     for paper in dict.fromkeys(p for p, _ in rows):
@@ -126,10 +130,21 @@ def equations_page(modules, tagged, titles, names):
         text += [f"## {paper}", PAPERS[paper], table(["in the paper", "function"], ([f"{{ref}}`{md(sentence(item))} <{equation_label_of(paper, item)}>`", ", ".join(name(d) for d, _ in found)]
                                                                                      for item, found in mine.items()))]
         for item, found in mine.items():
-            formula = next((f for tag, f in tagged.items() if tag in (f"{paper}: {item}", f"{paper} {item}") or (paper == "CTM" and item.startswith(tag.partition(": ")[2]))), "")
-            text += [f"({equation_label_of(paper, item)})=\n### {md(sentence(item))}", f"$$ {formula} $$" if formula else "",
+            formula = next((f for (p, name_), f in tagged.items() if p == paper and same(name_, item)), "")
+            text += [f"({equation_label_of(paper, item)})=\n### {md(sentence(item))}", display(formula) if formula else "",
                      "\n".join(f"- {name(d)}" + (f" in {{ref}}`{titles[d.notebook]} <{label(d)}>`" if d.notebook in titles and d.cell else "") + (f": {md(note)}" if note else "") for d, note in found)]
     return "\n\n".join(t for t in text if t) + "\n"
+
+
+def same(tag, item):
+    "Does the tag of an equation mean this item? Those with numbers by number, those with names (the map) by how they begin (the map G)."
+    return tag == item or (item.startswith(tag) and not item.startswith(("Eq", "Alg", "Table", "appendix")))
+
+
+def finder_of_equations(modules):
+    "A function from a paper and an equation's name to its label on the page of equations, or None."
+    rows = equation_rows(modules)
+    return lambda paper, name: next((equation_label_of(p, item) for p, item in rows if p == paper and same(name, item)), None)
 
 
 def sentence(text): return text[0].upper() + text[1:]
@@ -157,7 +172,7 @@ def symbols_page(by_notebook, titles):
     for _, found in sorted(groups.items(), key=lambda kv: sort_key(kv[0])):
         for name, symbol, code_, meaning in found:
             rows.append([symbol if symbol not in ("", "-") and name == found[0][0] else "", cell(code_), cell(meaning), f"{{doc}}`{titles[name]} </notebooks/{name}>`"])
-    return "\n\n".join([*text, table(["symbol", "in code", "meaning, shape", "notebook"], rows)]) + "\n"
+    return "\n\n".join([*text, table(["symbol", "in code", "meaning, shape", "notebook"], rows, "stacked")]) + "\n"
 
 
 def sort_key(symbol):

@@ -41,10 +41,14 @@ def check(file, expected):
 
 
 def vendor(static, cache, packages=None):
-    "Put every needed file below `static`."
-    for name, (version, sha512, members) in (PACKAGES if packages is None else packages).items():
-        file = archive(name, version, cache)
-        check(file, sha512)
+    "Put every needed file below `static`; all archives that are missing are named at once."
+    packages, files, missing = PACKAGES if packages is None else packages, {}, []
+    for name, (version, *_) in packages.items():
+        try: files[name] = archive(name, version, cache)
+        except NotFetched as e: missing.append(str(e))
+    if missing: raise NotFetched("\n".join(missing))
+    for name, (_, sha512, members) in packages.items():
+        check(file := files[name], sha512)
         with tarfile.open(file) as t:
             for m in t:
                 for source, target in members.items():
