@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MATCHING', 'SPACINGS', 'draw_k', 'draw_indices', 'grid_time', 'draw_stretch', 'drops', 'stretch_times', 'follow',
-           'teacher_jump', 'moving', 'move', 'to_end', 'carry', 'ctm_target', 'ctm_pair', 'ctm_loss', 'dsm_sigma',
-           'dsm_loss', 'last_layer_gradient', 'balance', 'adaptive_weight', 'project', 'student_pass',
+           'teacher_jump', 'moving', 'compiled', 'move', 'to_end', 'carry', 'ctm_target', 'ctm_pair', 'ctm_loss',
+           'dsm_sigma', 'dsm_loss', 'last_layer_gradient', 'balance', 'adaptive_weight', 'project', 'student_pass',
            'ctm_dsm_objective', 'GradientSets', 'add_ctm_dsm', 'DISTANCES', 'l2', 'make_distance', 'pseudo_huber']
 
 # %% ../nbs/05_distill.ipynb #a6e65d13
@@ -156,6 +156,13 @@ def moving(
     rows = (t > s * (1 + 1e-6)).nonzero()[:, 0]
     return None if len(rows) == len(t) else rows
 
+# %% ../nbs/05_distill.ipynb #4f34c981
+def compiled(
+    model,  # anything that a loss here takes for a model
+) -> bool:
+    "Is its network compiled? Then it wants batches of one size."
+    return getattr(getattr(model, "net", None), "_compiled_call_impl", None) is not None
+
 # %% ../nbs/05_distill.ipynb #86eee6a5
 def move(
     model,  # with G(x, t, s, y)
@@ -165,7 +172,7 @@ def move(
     y: Tensor | None = None,  # (B,) class indices
 ) -> Tensor:  # (B, ...) data at s; with gradient, if x has one
     "G(x, t, s) that asks the network only where t > s: elsewhere it is x."
-    rows = moving(t, s)
+    rows = None if compiled(model) else moving(t, s)
     if rows is None: return model.G(x, t, s, y)
     if not len(rows): return x
     return x.index_copy(0, rows, model.G(x[rows], t[rows], s[rows], None if y is None else y[rows]).to(x.dtype))

@@ -82,9 +82,9 @@ def compile_networks(
 ) -> bool:  # did it work?
     "Compile networks, or leave them as they are and say why."
     nets = [getattr(m, "net", m) for m in modules]
-    torch._dynamo.config.recompile_limit = 64  # with and without s, labels and gradient, and batches of several sizes
+    torch._dynamo.config.recompile_limit = 64  # with and without s, labels and gradient, and each size of batch: code for any size is slow
     torch._functorch.config.donated_buffer = False  # the losses are balanced by going back through one graph more than once
-    for net in nets: net.compile()
+    for net in nets: net.compile(dynamic=False)
     try: trial()
     except Exception as e:  # whatever a compiler may raise: the networks work without it
         for net in nets: net._compiled_call_impl = None
