@@ -81,7 +81,7 @@ def main():
             rows.append({"what": WORDS[name], "peak MB": [round(v / 1e6) for v in found], "bytes an image": round((found[1] - found[0]) / (a.images[1] - a.images[0]))})
             print(rows[-1], flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "memory.json").write_text(json.dumps({"command": "python benchmarks/memory.py", "images": a.images, "rows": rows}, indent=1) + "\n")
+    (RESULTS / "memory.json").write_text(json.dumps({"command": " ".join(["python benchmarks/memory.py", *sys.argv[1:]]), "images": a.images, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

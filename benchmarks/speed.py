@@ -241,7 +241,7 @@ def memory_section(a):
             line = subprocess.run([sys.executable, __file__, "one-memory", kind, str(channels), "--batch", str(a.memory_batch), "--device", a.device], check=True, capture_output=True, text=True).stdout
             rows[f"{channels}, {kind}"] = json.loads(line.splitlines()[-1])
             print(channels, kind, rows[f"{channels}, {kind}"], flush=True)
-    keep("memory", {"batch": a.memory_batch, "rows": rows})
+            keep("memory", {"batch": a.memory_batch, "rows": rows})
 
 
 def one_memory(kind, channels, a):
