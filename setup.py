@@ -43,4 +43,5 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     zip_safe=False,
+    options={"editable_wheel": {"mode": "compat"}},  # a path file: with setuptools' finder, a script beside the clone would import the clone's folder
 )

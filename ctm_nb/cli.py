@@ -182,7 +182,8 @@ def look(
         print(write_report(report))
     if watch:
         from ctm_nb.watch import follow
-        follow(watch)
+        try: follow(watch)
+        except KeyboardInterrupt: raise KeyboardInterrupt("stopped watching; the run itself goes on") from None
 
 # %% ../nbs/12_cli.ipynb #a4d2152a
 def train(

@@ -79,3 +79,10 @@ def test_ci_is_executable_and_makefile_parses():
     plan = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True)
     assert plan.returncode == 0, plan.stderr
     for step in (".ci/check.py", "nbdev_test", "pytest tests"): assert step in plan.stdout
+
+
+def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
+    "A script beside the clone finds the package, and not the clone's folder (see `options` in setup.py)."
+    (tmp_path / "ctm_nb").mkdir()
+    r = subprocess.run([sys.executable, "-c", "from ctm_nb import __version__; print(__version__)"], capture_output=True, text=True, cwd=tmp_path)
+    assert r.returncode == 0 and r.stdout.strip(), r.stderr
