@@ -20,7 +20,7 @@ from pathlib import Path
 from digits import PUBLISHED, hardware
 
 RESULTS = Path(__file__).resolve().parents[1] / "nbs" / "results" / "speed" / "quality.json"
-LOG, FIVE = "distill.spacing=log", "distill.max_evals=5"
+LOG = "distill.spacing=log"
 RECIPES = {"published": PUBLISHED, "preset": [], "preset, even in log t": [LOG], "preset, 11 evaluations even in log t": [LOG, "distill.max_evals=11"],
            **{f"preset, {m} jumps a stretch": [LOG, "distill.max_evals=8", f"distill.pairs={m}"] for m in (1, 2, 4)}}
 CHANGES = {"3 evaluations": "max_evals=3", "8 evaluations": "max_evals=8", "3M": "solver=dpm3", "Heun, full grid": "solver=heun distill.max_evals=none", "L2": "distance=l2", "RAdam": "optimizer=radam", "constant rate": "decay=constant",

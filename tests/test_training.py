@@ -14,6 +14,7 @@ from PIL import Image
 from ctm_nb.history import markdown_table, score_table
 from ctm_nb.interchange import load
 from ctm_nb.sampling import sample
+from ctm_nb.scale import memory
 from ctm_nb.resume import changes
 from ctm_nb.state import load_checkpoint
 from ctm_nb.config import PRESETS, Config, make_config, set_value
@@ -204,6 +205,9 @@ def test_further_averages_are_kept_resumed_and_loaded(tmp_path):
     assert 0 < far[0] < far[1] < far[2]  # the longer the memory, the farther behind
     with pytest.raises(ValueError, match="holds no 'ctm-0.3' model: it describes .*'ctm-0.2'"): load(tmp_path / "a", which="ctm-0.3")
     with pytest.raises(ValueError, match="which must be one of"): load(tmp_path / "a", which="cmt")
+    without = memory(make_config("tiny", ["distill.steps=15"]), straight.data)["ctm_dsm"]
+    weights = sum(p.numel() for p in straight.parts["teacher"].parameters())
+    assert memory(make_config("tiny", ["distill.steps=15", "distill.emas=.2,.9999"]), straight.data)["ctm_dsm"] - without == 2 * 4 * weights
 
 
 def test_compiled_networks_learn_the_same(tmp_path, monkeypatch, caplog):
