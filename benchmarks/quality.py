@@ -3,9 +3,9 @@
     python benchmarks/quality.py --teachers runs/digits0 runs/digits1 runs/digits2        writes nbs/results/speed/quality.json after every run; what is there already is kept
 
 One thread a pass and two processes at a time. With `--seeds` several students of each teacher, else one with the teacher's seed. Seconds are processor seconds of distillation (the thread in which the teacher works ahead counts too; scores don't), so that they mean the same on a busy machine.
-The published recipe has a constant learning rate: one run, scored on its way. The others end with their rate at zero: a run for each point. With `--only` some recipes; `--data` where the images are now. The search for the preset, a change at a time, 30 seconds each:
+The published recipe has a constant learning rate: one run, scored on its way. The others end with their rate at zero: a run for each point. With `--only` some recipes; `--data` where the images are now. The search around the preset, a change at a time, each for the last but one of the `--seconds`:
 
-    python benchmarks/quality.py --teachers runs/digits0 runs/digits1 runs/digits2 --seconds 30 150 --only search
+    python benchmarks/quality.py --teachers runs/digits0 runs/digits1 runs/digits2 --seconds 30 150 --only search        writes nbs/results/speed/search.json
 """
 import argparse
 import json
@@ -88,20 +88,21 @@ def one(recipe, teacher, seed, seconds, n, data, out):
 
 
 def main(a):
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    results = RESULTS.with_name("search.json") if a.only == ["search"] else RESULTS
+    rows = json.loads(results.read_text()) if results.exists() else []
     seeds = {t: a.seeds or [json.loads((Path(t) / "config.json").read_text())["run"]["seed"]] for t in a.teachers}
-    only = [f"preset, {k}" for k in CHANGES] if a.only == ["search"] else a.only
+    only = ["preset", *(f"preset, {k}" for k in CHANGES)] if a.only == ["search"] else a.only
     jobs = [(r, t, s) for t in a.teachers for s in seeds[t] for r in only or RECIPES if not any((row["recipe"], row["teacher"], row["seed"]) == (r, Path(t).name, s) for row in rows)]
     with tempfile.TemporaryDirectory() as d, ThreadPoolExecutor(a.workers) as pool:
         def go(job):
             out = Path(d) / f"{jobs.index(job)}.jsonl"
-            times = {"published": a.seconds[-1:], "preset": a.seconds[:-1]}.get(job[0], a.seconds[-2:-1])
+            times = {"published": a.seconds[-1:], "preset": a.seconds[:-1] if a.only != ["search"] else a.seconds[-2:-1]}.get(job[0], a.seconds[-2:-1])
             subprocess.run([sys.executable, __file__, "one", *map(str, job), json.dumps(times), str(a.n), a.data or "", str(out)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             return [json.loads(l) for l in out.read_text().splitlines()]
         for new in pool.map(go, jobs):
             rows += new
-            RESULTS.parent.mkdir(parents=True, exist_ok=True)
-            RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+            results.parent.mkdir(parents=True, exist_ok=True)
+            results.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -290,55 +290,23 @@ def start_section(a):
 
 # ---- error of the teacher's stretch
 
-def at_most(n): return lambda k: min(k, n)
-def twice(n): return lambda k: min(2 * k, n)  # short stretches get more than their grid has
-
-
-PLANS = {"heun, full grid": ("heun", lambda k: k, "grid"), "heun, full grid, bf16": ("heun", lambda k: k, "grid"), **{f"heun, {n}": ("heun", at_most(n // 2), "grid") for n in (4, 8, 12, 16)},
-         **{f"{m}, {w}, {n or 'full'}": (m, at_most(n or 999), w) for m in ("dpm", "dpm3") for w in ("grid", "log") for n in (3, 4, 5, 6, 8, 10, 11, 12, None)},
-         **{f"{m}, log, twice, {n}": (m, twice(n), "log") for m in ("dpm", "dpm3") for n in (8, 9, 10, 11, 12, 14)}, **{f"dpm, curved, {n}": ("dpm", at_most(n), "curved") for n in (5, 8, 10, 11, 12)},
-         **{f"{p}, bf16": (m, at_most(n), "log") for p, m, n in (("dpm, log, 11", "dpm", 11), ("dpm3, log, full", "dpm3", 999))}}
-
-
-def bend(D, x0, y, seed=7, points=97):
-    "How the denoiser's answer bends along its trajectories: a map of ln t to [0, 1], steep where its third derivative is large."
-    from ctm_nb.edm import solve
-    from ctm_nb.flow import perturb
-    t = 80. * (.002 / 80.) ** torch.linspace(0, 1, points, dtype=torch.float64)
-    seen, top = [], torch.full((len(x0),), 80.)
-    def watched(*args): seen.append(D(*args)); return seen[-1]
-    with torch.no_grad(): solve(watched, perturb(x0, top, torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))), t.float()[:, None].expand(-1, len(x0)), y, "dpm", above_zero=True)
-    d = torch.stack(seen).flatten(2).diff(n=3, dim=0).square().mean(2).sqrt().mean(1).double() ** .25  # where a step's error grows with the third derivative, steps of this density share it
-    d = torch.nn.functional.interpolate(d[None, None], points, mode="linear")[0, 0].clamp(min=.1 * float(d.max()))
-    way = torch.cat([torch.zeros(1, dtype=torch.float64), ((d[1:] + d[:-1]) / 2).cumsum(0)])
-    return t.log(), way / way[-1]
-
-
-def between(x, xs, ys):
-    "Piecewise linear interpolation; xs increasing."
-    i = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
-    return ys[i - 1] + (x - xs[i - 1]) / (xs[i] - xs[i - 1]) * (ys[i] - ys[i - 1])
-
-
-def plan_times(t, u, i, k, n, spacing, N, curve):
-    "(n+1, B) times of a plan."
-    from ctm_nb.distill import grid_time
-    way = torch.linspace(0, 1, n + 1, dtype=torch.float64)[:, None]
-    if spacing == "grid": return grid_time(i + way * k, N)
-    if spacing == "log": return t * (u / t) ** way
-    at, share = curve
-    a, b = (between(v.log(), at.flip(0), share.flip(0)) for v in (t, u))
-    times = between(a + way * (b - a), share, at).exp()
-    return torch.cat([t[None], times[1:-1], u[None]])
+# name -> (solver, at most so many evaluations, spacing, how much finer than the grid)
+PLANS = {"heun, full grid": ("heun", None, "grid", 1), "heun, full grid, bf16": ("heun", None, "grid", 1), **{f"heun, {n}": ("heun", n, "grid", 1) for n in (4, 8, 12, 16)},
+         **{f"{m}, grid, {n or 'full'}": (m, n, "grid", 1) for m in ("dpm", "dpm3") for n in (3, 4, 5, 6, 8, 10, 11, 12, None)},
+         **{f"{m}, log, {n or 'full'}": (m, n, "log", 1) for m in ("dpm", "dpm3", "unipc2", "unipc3") for n in (3, 4, 5, 6, 7, 8, 9, 10, 11, 12, None)},
+         **{f"{m}, curved, {n or 'full'}": (m, n, "curved", 1) for m in ("dpm", "unipc2") for n in (3, 4, 5, 6, 7, 8, 9, 10, 11, 12, None)},
+         **{f"{m}, log, twice, {n}": (m, n, "log", 2) for m in ("dpm3", "unipc3") for n in (8, 9, 10, 11, 12, 14)},
+         **{f"{p}, bf16": (m, n, w, 1) for p, m, n, w in (("dpm, log, 11", "dpm", 11, "log"), ("dpm3, log, full", "dpm3", None, "log"), ("unipc2, curved, 11", "unipc2", 11, "curved"), ("unipc3, log, full", "unipc3", None, "log"))}}
 
 
 def stretch_errors(D, x0, y, curve, student=None, target=None, N=18, seed=0):
     "Mean error and evaluations of every plan, over stretches that stand for the draw of k, and random t and s; the target's too, if there is a student."
-    from ctm_nb.distill import ctm_target, draw_indices, grid_time
+    from ctm_nb.distill import ctm_target, draw_indices, grid_time, stretch_times
     from ctm_nb.edm import SOLVERS, solve
     from ctm_nb.flow import perturb
     gen, rows, B = torch.Generator().manual_seed(seed), {p: {"evals": [], "x_u": [], "target": []} for p in PLANS}, len(x0)
     rms = lambda d: d.flatten(1).square().mean(1).sqrt()
+    plans = {p: v for p, v in PLANS.items() if "bf16" not in p or torch.ops.mkldnn._is_mkldnn_bf16_supported()}
     for k in STRETCHES:
         i, j = draw_indices(B, k, N, gen)
         t, u, s = (grid_time(v, N) for v in (i, i + k, j))
@@ -348,37 +316,36 @@ def stretch_errors(D, x0, y, curve, student=None, target=None, N=18, seed=0):
         with torch.no_grad():
             exact = solve(D, x_t, fine.float(), y, "dpm", above_zero=True)
             goal = ends(exact) if student else None
-            for p, (method, count, spacing) in PLANS.items():
-                n = count(k)
-                with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in p, cache_enabled=False): x_u = solve(D, x_t, plan_times(t, u, i, k, n, spacing, N, curve).float(), y, method, above_zero=True)
-                rows[p]["evals"].append(n * SOLVERS[method])
+            for p, (method, most, spacing, finer) in plans.items():
+                times = stretch_times(finer * i, finer * k, finer * (N - 1) + 1, method, most, spacing, curve)
+                with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in p, cache_enabled=False): x_u = solve(D, x_t, times.float(), y, method, above_zero=True)
+                rows[p]["evals"].append((len(times) - 1) * SOLVERS[method])
                 rows[p]["x_u"].append(float(rms(x_u - exact).mean()))
                 if student: rows[p]["target"].append(float(rms(ends(x_u) - goal).mean()))
     mean = lambda v: sum(v) / len(v) if v else None
-    return {p: {k: mean(v) for k, v in r.items()} for p, r in rows.items()}
+    return {p: {k: mean(v) for k, v in rows[p].items()} for p in plans}
 
 
 def solver_section(a):
     "The mixture with its exact denoiser, and trained teachers with their students."
+    from ctm_nb.distill import bends
     from ctm_nb.flow import toy_mixture
     from ctm_nb.formats import open_source  # noqa: F401  (fails early where data can't be read)
     from ctm_nb.interchange import load
     from ctm_nb.loader import load_splits
     toy = toy_mixture()
-    curve = bend(toy.D, toy.sample(32, seed=2).float(), None)
-    keep("mixture", {"samples": len(STRETCHES) * 256, "rows": stretch_errors(toy.D, toy.sample(256, seed=1).float(), None, curve)}, "solvers")
+    keep("mixture", {"samples": len(STRETCHES) * 256, "rows": stretch_errors(toy.D, toy.sample(256, seed=1).float(), None, bends(toy))}, "solvers")
     for path in a.teachers:
         run = Path(path)
         config = json.loads((run / "config.json").read_text())
         data = load_splits(a.data or config["data"]["source"], config["data"]["image_size"])["train"]
         ids = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-        ids, other = ids[:a.solver_batch], ids[-16:]
+        ids = ids[:a.solver_batch]
         teacher = load(run, which="teacher")
         try: student = load(run)
         except ValueError: student = None
         student = student if hasattr(student, "G") else None
-        y, y_other = (data.labels[v] if teacher.n_classes else None for v in (ids, other))
-        rows = stretch_errors(teacher.D, data.x0(ids), y, bend(teacher.D, data.x0(other), y_other), student, student)
+        rows = stretch_errors(teacher.D, data.x0(ids), data.labels[ids] if teacher.n_classes else None, bends(teacher), student, student)
         keep(run.name, {"samples": len(STRETCHES) * len(ids), "rows": rows}, "solvers")
         print(run.name, {p: (round(r["evals"], 1), round(r["x_u"], 5)) for p, r in rows.items()}, flush=True)
 

@@ -84,7 +84,7 @@ class DistillConfig(OptimConfig):
     k_power: float = 1.  # the stretch has length k with probability proportional to k**k_power
     solver: str = "heun"  # of the teacher's stretch
     max_evals: int | None = None  # at most so many teacher evaluations a stretch; None: the full grid
-    spacing: str = "grid"  # of these evaluations: even in the "grid"'s index, or in the "log" of t
+    spacing: str = "grid"  # of these evaluations: even in the "grid"'s index, in the "log" of t, or on the way that the teacher's bends measure: "curved"
     label_dropout: float = 0.  # share of the stretches that are shown without label, for classifier-free guidance of the student
     pairs: int = 1  # jumps learned from each stretch: from its start, and from points on the way
     matching: str = "soft"  # where u lies: "soft" (t >= u >= s), "local" (the next grid point) or "global" (u = s)

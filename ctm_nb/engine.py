@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from .config import STAGES, Config, stage_steps
 from .guards import Guard, culprits, write_report
 from .loader import Batches, Splits, load_splits
-from .precision import Scaler, autocast, ballast, choose_precision, compile_networks, free_memory, largest, memory_advice, out_of_memory, prepare
+from .precision import Scaler, autocast, ballast, choose_precision, compile_networks, free_memory, largest, memory_advice, out_of_memory, prepare, unpacks
 from .processes import Here, agree_on_least, first_on_its_machine, join, share_weights
 from .stages import STAGE_CLASSES, Stage, carry_to, check_weights, hand_over, lr_at, step_generator, take
 from .together import alone
@@ -60,6 +60,7 @@ class Engine:
         self.config, self.folder, self.here = config, Path(folder), join(config.run.device)
         self.device, self.guard, self.wait = self.here.device, Guard(self.here.device), self.here.device.type != "cuda"
         self.precision = choose_precision(config.run.precision, self.device)
+        if unpacks(self.precision, self.device): log.warning("run.precision=%s: this processor has no instructions for it; run.precision=fp32 will be many times faster", self.precision)
         self.scaler = Scaler(self.device) if self.precision == "fp16" else None
         for key, n in zip(STAGES.values(), stage_steps(config).values()): n and share_batch(config, key, self.here)
         with first_on_its_machine(self.here):

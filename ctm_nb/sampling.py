@@ -183,7 +183,7 @@ def sample(
     n: int = 16,  # number of samples
     steps: int = 1,  # evaluations of G, or solver steps; ignored when `times` are given
     gamma: float = 0.,  # share of fresh noise in [0, 1]; only for "ctm"
-    solver: str = "ctm",  # "ctm" (jumps), "euler", "heun", "dpm", "dpm3" (the ODE with D), or "edm" (Heun with noise)
+    solver: str = "ctm",  # "ctm" (jumps), "euler", "heun", "dpm", "dpm3", "unipc2", "unipc3" (the ODE with D), or "edm" (Heun with noise)
     y=None,  # class index or (n,) of them, -1 for no label; None: every class in turn
     times=None,  # explicit decreasing stops, the last sigma_min ("ctm") or 0 (solvers)
     seed: int = 0,  # of the noise; sample i is the same in any batch

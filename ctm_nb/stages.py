@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .config import OPTIMIZERS, STAGES, Config, OptimConfig, stage_steps
 from .data import ImageData
-from .distill import GradientSets, add_ctm_dsm, average, ctm_dsm_objective, ctm_loss, draw_stretch, dsm_sigma, follow, grid_time, make_distance, stretch_times
+from .distill import GradientSets, add_ctm_dsm, average, bends, ctm_dsm_objective, ctm_loss, draw_stretch, dsm_sigma, follow, grid_time, make_distance, stretch_times
 from .distances import backbone_file
 from .edm import SOLVERS, Denoiser, edm_loss, lognormal_sigma
 from .features import TeacherFeatures, TimmFeatures, find_weights
@@ -229,6 +229,7 @@ def freeze(self: DistillStage, teacher: Denoiser):
     d = self.config.distill
     self.parts["teacher"] = teacher = teacher.to(self.device).eval().requires_grad_(False)
     self.grid = dict(sigma_min=teacher.sigma_min, sigma_max=teacher.sigma_max)
+    self.curve = bends(teacher) if d.spacing == "curved" else None
     options = {"folder": d.weights} if d.distance == "lpips" and d.weights else {}
     self.distance = make_distance(d.distance, teacher=teacher, **options)
 
@@ -247,7 +248,7 @@ def draw(self: DistillStage, B: int, gen: torch.Generator, n: int) -> dict:
     normal = lambda *shape: torch.randn(B, *shape, generator=gen)
     i, k, j = draw_stretch(B // d.pairs, d.N, K, gen, d.matching, d.k_power)
     u, s = (grid_time(v, d.N, **self.grid).float() for v in (i + k, j))
-    times = stretch_times(i, k, d.N, d.solver, d.max_evals, d.spacing, **self.grid).float()
+    times = stretch_times(i, k, d.N, d.solver, d.max_evals, d.spacing, self.curve, **self.grid).float()
     start = normal(*self.shape)
     sigma = dsm_sigma(normal(), torch.rand(B, generator=gen), **self.grid).float()
     stretch = {name: v.repeat_interleave(d.pairs, 0) for name, v in dict(u=u, s=s, times=times.T).items()}

@@ -119,7 +119,8 @@ def resume(self: Trainer,
 ):
     "Continue from a checkpoint."
     self.step, self.seconds, self.logged_at = c.step, c.state["seconds"], c.state["logged_at"]
-    self.begin(c.state["stage"], {k: rebuild(about["description"]) for k, about in c.meta["models"].items() if k in KINDS})  # a given teacher is in the checkpoint
+    copy = lambda k: {n: v.clone() for n, v in c.models[k].items()}
+    self.begin(c.state["stage"], {k: rebuild(about["description"], copy(k)) for k, about in c.meta["models"].items() if k in KINDS})  # with weights: a stage may look at its teacher when it begins
     self.window = c.state["window"]
     for name, module in self.parts.items(): module.load_state_dict(c.models[name])
     for name, ema in self.now.emas.items(): ema.load_state_dict(c.state["emas"][name])

@@ -38,7 +38,7 @@ def solvers_for(
     names = text.split(",") if text else ["ctm" if hasattr(m, "G") else "heun"]
     for s in names:
         if s not in SAMPLERS: raise ValueError(f"--solver must be of {', '.join(SAMPLERS)}, got {s!r}")
-        if s == "ctm" and not hasattr(m, "G"): raise ValueError("--solver ctm needs a CTM, and this model is a teacher: take heun, euler, dpm, dpm3 or edm")
+        if s == "ctm" and not hasattr(m, "G"): raise ValueError("--solver ctm needs a CTM, and this model is a teacher: take heun, euler, dpm, dpm3, unipc2, unipc3 or edm")
     return names
 
 # %% ../nbs/11_ways.ipynb #87f30ae8

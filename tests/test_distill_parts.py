@@ -4,10 +4,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from ctm_nb.distill import (GradientSets, adaptive_weight, add_ctm_dsm, average, balance, ctm_dsm_objective, ctm_loss, ctm_pair, ctm_target, draw_stretch, dsm_loss, grid_time,
+from ctm_nb.distill import (GradientSets, adaptive_weight, add_ctm_dsm, average, balance, bends, ctm_dsm_objective, ctm_loss, ctm_pair, ctm_target, draw_stretch, dsm_loss, grid_time,
     l2, make_distance, move, project, pseudo_huber, stretch_times, teacher_jump)
 from ctm_nb.edm import Denoiser
 from ctm_nb.networks import DDPMpp, MLP
@@ -351,6 +352,23 @@ def test_half_of_the_second_jumps_are_not_made():
     assert seen == {"student": int((e["u"] > e["s"]).sum()), "target": int((e["s"] > .0020001).sum())} and 0 < seen["student"] < 8
 
 
+def test_eight_corrected_evaluations_keep_the_published_error():
+    "On the mixture: unipc2 with a third of the evaluations of Heun on the full grid."
+    from ctm_nb.flow import toy_mixture
+    toy, gen, error, evals = toy_mixture(), GEN(), {}, {}
+    curve = bends(toy)
+    for _ in range(12):
+        i, k, _ = draw_stretch(64, 18, 17, gen)
+        t = grid_time(i, 18)
+        x_t = toy.sample(64, seed=int(k)) + t[:, None] * torch.randn(64, 2, generator=gen, dtype=torch.float64)
+        exact = teacher_jump(toy.D, x_t, i * 16, k * 16, 17 * 16 + 1, method="unipc3")[0]
+        for plan in (("heun", None), ("unipc2", 8, "curved", curve), ("dpm", 8, "curved", curve)):
+            x_u, n = teacher_jump(toy.D, x_t, i, k, 18, None, *plan)
+            error[plan[0]] = error.get(plan[0], 0.) + float((x_u - exact).norm(dim=1).mean())
+            evals[plan[0]] = evals.get(plan[0], 0) + n
+    assert error["unipc2"] < error["heun"] and error["unipc2"] < .95 * error["dpm"] and evals["unipc2"] < .4 * evals["heun"], (error, evals)
+
+
 @pytest.mark.parametrize("method, bound", [("dpm", 1.), ("dpm3", 1.5)])
 def test_even_steps_in_the_logarithm_keep_the_published_error(method, bound):
     "On the mixture: eleven evaluations of a multistep method against Heun on the full grid, twenty-three in the mean."
@@ -367,4 +385,16 @@ def test_even_steps_in_the_logarithm_keep_the_published_error(method, bound):
 
 
 def test_unknown_spacing_is_refused():
-    with pytest.raises(ValueError, match="spacing must be one of grid, log, got 'even'"): stretch_times(torch.tensor([0]), 4, 18, spacing="even")
+    with pytest.raises(ValueError, match="spacing must be one of grid, log, curved, got 'even'"): stretch_times(torch.tensor([0]), 4, 18, spacing="even")
+    with pytest.raises(ValueError, match="needs the curve of its teacher"): stretch_times(torch.tensor([0]), 4, 18, spacing="curved")
+
+
+def test_curved_stretches_share_the_bends_evenly():
+    from ctm_nb.flow import toy_mixture
+    curve, i, k = bends(toy_mixture()), torch.tensor([0, 5, 12]), torch.tensor([17, 4, 1])
+    assert torch.equal(curve, bends(toy_mixture())) and (curve.diff(dim=1) > 0).all() and curve[1, 0] == 0 and curve[1, -1] == 1
+    times = stretch_times(i, k, 18, "unipc2", 8, "curved", curve)
+    torch.testing.assert_close(times[[0, -1]], torch.stack([grid_time(i, 18), grid_time(i + k, 18)]))
+    shares = torch.from_numpy(np.interp((-times.log()).numpy(), *curve.numpy())).diff(dim=0)
+    torch.testing.assert_close(shares, shares[:1].expand_as(shares), rtol=1e-6, atol=1e-9)
+    assert shares.min() > 0 and (times.log().diff(dim=0)[:, 0].max() - times.log().diff(dim=0)[:, 0].min()).abs() > .1  # not those of "log"

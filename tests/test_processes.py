@@ -195,6 +195,14 @@ def test_rehearsal_finds_what_fits_and_leaves_no_trace(tmp_path):
 
 # ---- precision and guards
 
+@pytest.mark.parametrize("has", [True, False])
+def test_a_processor_without_bf16_is_named(tmp_path, monkeypatch, caplog, has):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+    for p in ("fp32", "bf16"): Trainer(make_config("tiny", [*SHORT, f"run.precision={p}"]), tmp_path / p)
+    said = [r.getMessage() for r in caplog.records if "no instructions" in r.getMessage()]
+    assert said == ([] if has else ["run.precision=bf16: this processor has no instructions for it; run.precision=fp32 will be many times faster"])
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_learns_and_resumes(tmp_path, precision):
     words = ["teacher.steps=8", "distill.steps=4", "evaluate.n=0", f"run.precision={precision}", "run.micro_batch=20"]

@@ -15,6 +15,7 @@ from ctm_nb.history import markdown_table, score_table
 from ctm_nb.interchange import load
 from ctm_nb.sampling import sample
 from ctm_nb.scale import memory
+from ctm_nb.stages import step_generator
 from ctm_nb.resume import changes
 from ctm_nb.state import load_checkpoint
 from ctm_nb.config import PRESETS, Config, make_config, set_value
@@ -208,6 +209,21 @@ def test_further_averages_are_kept_resumed_and_loaded(tmp_path):
     without = memory(make_config("tiny", ["distill.steps=15"]), straight.data)["ctm_dsm"]
     weights = sum(p.numel() for p in straight.parts["teacher"].parameters())
     assert memory(make_config("tiny", ["distill.steps=15", "distill.emas=.2,.9999"]), straight.data)["ctm_dsm"] - without == 2 * 4 * weights
+
+
+def test_a_curved_stretch_resumes_exactly(tmp_path):
+    config = make_config("tiny", [*TINY, "distill.spacing=curved", "distill.solver=unipc2", "distill.max_evals=4"])
+    whole, parts = Trainer(config, tmp_path / "a"), tmp_path / "b"
+    while whole.step < whole.total: whole.train_step()
+    for stop in (15, 26, whole.total):
+        t = Trainer(config, parts)
+        while t.step < stop: t.train_step()
+        t.save()
+    assert all(torch.equal(v, t.parts["ctm"].state_dict()[k]) for k, v in whole.parts["ctm"].state_dict().items())
+    times = whole.now.draw(8, step_generator(0, 20), 0)["times"]
+    even = make_config("tiny", [*TINY, "distill.spacing=log", "distill.solver=unipc2", "distill.max_evals=4"])
+    other = type(whole.now)(even, whole.data, whole.device, whole.parts).draw(8, step_generator(0, 20), 0)["times"]
+    assert torch.equal(times[:, [0, -1]], other[:, [0, -1]]) and not torch.allclose(times, other)
 
 
 def test_compiled_networks_learn_the_same(tmp_path, monkeypatch, caplog):
