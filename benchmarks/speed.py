@@ -1,10 +1,11 @@
 """What a training step and a sample cost, on any machine. Results are JSON files under nbs/results/speed/ that nbs/16_speed.ipynb reads.
 
-    python benchmarks/speed.py device networks steps sampling start     a machine's ceiling, each network against it, the step and its parts, sampling, start-up
+    python benchmarks/speed.py all                                      a machine's ceiling, each network against it, the step and its parts, memory, sampling, start-up, data, evaluation; and a picture, nbs/results/speed/machine.png
+    python benchmarks/speed.py device networks                          some of these
     python benchmarks/speed.py solvers --teachers runs/digits           error of the teacher's stretch against its evaluations: on the exact mixture, and on trained teachers
 
 Every section keeps what the others have written. All times are medians, with the fastest and slowest beside them; whatever is compared is timed in turn, in one process. `--threads` sets the threads of a
-CPU. Nothing else should run meanwhile; where that can't be had, `--threads 1 --processor-time` counts the processor's seconds instead of the clock's.
+CPU, `--file` names the results of a second machine. Nothing else should run meanwhile; where that can't be had, `--threads 1 --processor-time` counts the processor's seconds instead of the clock's.
 """
 import argparse
 import json
@@ -27,7 +28,10 @@ NETWORKS = {"ddpmpp 32, 32 x 32": ("ddpmpp", dict(image_size=32, model_channels=
 RECIPES = {"published": ["distill.solver=heun", "distill.max_evals=none", "distill.distance=l2"],
            "eleven evaluations": ["distill.solver=dpm", "distill.max_evals=11", "distill.spacing=log"],
            "3M": ["distill.solver=dpm3", "distill.spacing=log"],
-           "five evaluations": ["distill.solver=dpm", "distill.max_evals=5", "distill.spacing=log"]}
+           "five evaluations": ["distill.solver=dpm", "distill.max_evals=5", "distill.spacing=log"],
+           "unipc2, at most 11": ["distill.solver=unipc2", "distill.max_evals=11", "distill.spacing=log"],  # a step costs the same with spacing=curved
+           "unipc3": ["distill.solver=unipc3", "distill.spacing=log"]}
+FILE = ["machine"]  # of the results, see --file
 CLOCK = [time.perf_counter]  # or time.process_time, see --processor-time
 STRETCHES = (5, 8, 11, 13, 15, 16)  # the middles of six equally likely parts of the draw of k, for N = 18
 
@@ -39,9 +43,9 @@ def machine():
     return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__, "threads": torch.get_num_threads(), "clock": CLOCK[0].__name__}
 
 
-def keep(section, value, file="machine"):
+def keep(section, value, file=None):
     "Write one section of a results file."
-    path = OUT / f"{file}.json"
+    path = OUT / f"{file or FILE[0]}.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**found, section: {"machine": machine(), "command": " ".join(["python benchmarks/speed.py", *sys.argv[1:]]), **value}}, indent=1) + "\n")
@@ -68,8 +72,10 @@ def device_section(a):
     "What the machine can do at best: a large matrix product, a convolution of the networks' kind, a copy."
     n, x, w = 2048, torch.randn(16, 128, 32, 32, device=a.device), torch.randn(128, 128, 3, 3, device=a.device)
     m, big = torch.randn(n, n, device=a.device), torch.randn(64 * 2**20, device=a.device)
+    from ctm_nb.precision import unpacks
     half = [v.bfloat16() for v in (m, x, w)]
-    jobs = {"matmul fp32": lambda: m @ m, "matmul bf16": lambda: half[0] @ half[0], "conv fp32": lambda: torch.nn.functional.conv2d(x, w, padding=1), "conv bf16": lambda: torch.nn.functional.conv2d(*half[1:], padding=1), "copy": big.clone}
+    jobs = {"matmul fp32": lambda: m @ m, "conv fp32": lambda: torch.nn.functional.conv2d(x, w, padding=1), "copy": big.clone}
+    if not unpacks("bf16", torch.device(a.device)): jobs |= {"matmul bf16": lambda: half[0] @ half[0], "conv bf16": lambda: torch.nn.functional.conv2d(*half[1:], padding=1)}
     t = in_turn(jobs, a.repeats)
     flops = {"matmul": 2 * n**3, "conv": 2 * 16 * 32 * 32 * 128 * 128 * 9}
     keep("device", {"gflops": {k: flops[k.split()[0]] / v["median"] / 1e9 for k, v in t.items() if k != "copy"}, "copy_gb_per_s": 2 * 4 * big.numel() / t["copy"]["median"] / 1e9, "seconds": t})
@@ -86,6 +92,7 @@ def count(net, B):
 def network_section(a):
     "Forward, and forward with backward, of each network."
     from ctm_nb.networks import build_network
+    from ctm_nb.precision import unpacks
     rows = {}
     for name, (family, kw) in NETWORKS.items():
         torch.manual_seed(0)
@@ -97,8 +104,10 @@ def network_section(a):
         def both(context):
             with context(): loss = net(x, t).float().square().mean()
             loss.backward()
-        bf16 = partial(torch.autocast, a.device, torch.bfloat16)
-        times = in_turn({f"{n} {p}": partial(f, c) for n, f in (("forward", forward), ("both", both)) for p, c in (("fp32", nullcontext), ("bf16", bf16))}, a.repeats)
+        def embedding():
+            with torch.no_grad(): net.embeddings(t)
+        formats = {"fp32": nullcontext} | ({} if unpacks("bf16", torch.device(a.device)) else {"bf16": partial(torch.autocast, a.device, torch.bfloat16)})
+        times = in_turn({f"{n} {p}": partial(f, c) for n, f in (("forward", forward), ("both", both)) for p, c in formats.items()} | {"embedding": embedding}, a.repeats)
         rows[name] = {"parameters": sum(p.numel() for p in net.parameters()), "batch": a.batch, "flops": flops, "seconds": times}
         print(name, {k: round(v["median"], 3) for k, v in times.items()}, flush=True)
     keep("networks", {"rows": rows})
@@ -181,7 +190,8 @@ def jobs_of(channels, a):
     stages = {r: make_stage(channels, r, a.device, a.batch) for r in RECIPES}
     half = partial(torch.autocast, a.device, torch.bfloat16, cache_enabled=a.device != "cpu")
     out = {"plain": (stages["published"], plain_step), **{r: (s, our_step) for r, s in stages.items()}}
-    out |= {f"{r}, bf16": (s, partial(our_step, context=half)) for r, s in stages.items()}
+    from ctm_nb.precision import unpacks
+    if not unpacks("bf16", torch.device(a.device)): out |= {f"{r}, bf16": (s, partial(our_step, context=half)) for r, s in stages.items()}
     if a.compiled:
         from ctm_nb.precision import compile_networks
         for r in list(RECIPES)[1:]:
@@ -235,9 +245,10 @@ def parts_section(a):
 
 def memory_section(a):
     "Peak memory of a step over what the networks themselves need, each in a process of its own."
-    rows = {}
+    from ctm_nb.precision import unpacks
+    rows, half = {}, ("eleven evaluations, bf16",) * (not unpacks("bf16", torch.device(a.device)))
     for channels in a.channels:
-        for kind in ("plain", "published", "eleven evaluations", "in parts of half", "in parts of a quarter", "eleven evaluations, bf16"):
+        for kind in ("plain", "published", "eleven evaluations", "in parts of half", "in parts of a quarter", *half):
             line = subprocess.run([sys.executable, __file__, "one-memory", kind, str(channels), "--batch", str(a.memory_batch), "--device", a.device], check=True, capture_output=True, text=True).stdout
             rows[f"{channels}, {kind}"] = json.loads(line.splitlines()[-1])
             print(channels, kind, rows[f"{channels}, {kind}"], flush=True)
@@ -286,6 +297,27 @@ def start_section(a):
     commands = [Path(sys.executable).with_name(f"ctm_nb_{c}") for c in ("train", "sample", "evaluate", "data", "convert")]
     call = lambda c: subprocess.run([str(c), "--help"], check=True, stdout=subprocess.DEVNULL)
     keep("start", {"seconds": in_turn({c.name: partial(call, c) for c in commands}, 2 * a.repeats)})
+
+
+def others_section(a):
+    "What has a benchmark of its own: how fast images arrive, and how fast samples are scored."
+    for script in ("data.py", "metrics.py"): subprocess.run([sys.executable, str(Path(__file__).with_name(script))], check=True)
+
+
+def picture(a):
+    "What the results file holds, at a glance."
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    found = json.loads((OUT / f"{FILE[0]}.json").read_text())
+    groups = {f"a training step, {k[6:]} channels": {n: r["median"] for n, r in v["images_per_sec"].items()} for k, v in found.items() if k.startswith("steps ")}
+    groups |= {f"a training step with k = {v['k']}, {k[6:]} channels": {r: v["batch"] / sum(t["median"] for t in parts.values()) for r, parts in v["rows"].items()} for k, v in found.items() if k.startswith("parts ")}
+    if "sampling" in found: groups["sampling"] = {f"{k.split(', ')[0]} channels, {k.split(', ')[1]} steps": v["images_per_sec"] for k, v in found["sampling"]["rows"].items()}
+    if not groups: return
+    fig, axs = plt.subplots(len(groups), 1, figsize=(7, 2. * len(groups) + 1), squeeze=False)
+    for ax, (name, rows) in zip(axs[:, 0], groups.items()):
+        ax.barh(list(rows), list(rows.values())); ax.invert_yaxis(); ax.tick_params(labelsize=7); ax.set_title(f"{name}: images a second", fontsize=9)
+    fig.tight_layout(); fig.savefig(OUT / f"{FILE[0]}.png", dpi=120)
 
 
 # ---- error of the teacher's stretch
@@ -351,9 +383,10 @@ def solver_section(a):
 
 
 if __name__ == "__main__":
-    sections = {"device": device_section, "networks": network_section, "steps": step_section, "parts": parts_section, "memory": memory_section, "sampling": sampling_section, "start": start_section, "solvers": solver_section}
+    sections = {"device": device_section, "networks": network_section, "steps": step_section, "parts": parts_section, "memory": memory_section, "sampling": sampling_section, "start": start_section, "others": others_section, "solvers": solver_section}
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="+", help=", ".join(sections))
+    p.add_argument("what", nargs="+", help=f"all (but solvers), {', '.join(sections)}")
+    p.add_argument("--file", default="machine", help="name of the results under nbs/results/speed/")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=int, help="of a CPU")
     p.add_argument("--processor-time", action="store_true")
@@ -370,5 +403,8 @@ if __name__ == "__main__":
     if a.threads: torch.set_num_threads(a.threads)
     if a.processor_time: CLOCK[0] = time.process_time
     if a.what[0] == "one-memory": one_memory(a.what[1], int(a.what[2]), a); sys.exit()
+    FILE[0] = a.file
+    if a.what == ["all"]: a.what = [k for k in sections if k != "solvers"]
     if unknown := [w for w in a.what if w not in sections]: p.error(f"unknown: {', '.join(unknown)}; there are {', '.join(sections)}")
     for w in a.what: sections[w](a)
+    if a.what != ["solvers"] and (OUT / f"{a.file}.json").exists(): picture(a)

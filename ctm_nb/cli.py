@@ -196,11 +196,12 @@ def train(
     speed: tuple[float | None, bool] = (None, False),  # for `plan`: images a second, or measure them
 ):
     "The work behind `ctm_nb_train`."
-    from ctm_nb.config import make_config
+    from ctm_nb.config import PRESETS, make_config
     from ctm_nb.processes import launched, leave
     logging.basicConfig(level=logging.WARNING if launched()[0] else logging.INFO, format="%(message)s")  # of several processes, the first one talks
     from ctm_nb.history import markdown_table, score_table
     from ctm_nb.training import Trainer
+    if preset not in (known := (*PRESETS, "auto")): raise ValueError(f"--preset must be one of {', '.join(known)}, got {preset!r}")
     preset, words, reasons = automatic(assignments) if preset == "auto" else (preset, [], [])
     config = make_config(preset, [*words, *assignments])
     for why in reasons: logging.info("auto: %s", why)

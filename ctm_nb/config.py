@@ -196,7 +196,7 @@ def set_value(
         raise ValueError(f"unknown key {key!r}; the nearest is {folded[near[0]]!r}")
     section, f = known[key]
     try: setattr(section, f.name, parse_value(text, f.type))
-    except ValueError as e: raise ValueError(f"{key} must be {getattr(f.type, '__name__', f.type)}, got {text!r} ({e})") from None
+    except ValueError as e: raise ValueError(f"{key} must be true or false, got {text!r}" if f.type is bool else f"{key} must be {getattr(f.type, '__name__', f.type)}, got {text!r} ({e})") from None
 
 # %% ../nbs/11_config.ipynb #37c3f585
 PRESETS = {

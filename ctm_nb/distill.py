@@ -139,13 +139,13 @@ def stretch_times(
 
     Raises ValueError for an unknown spacing, or "curved" without a curve."""
     if spacing not in SPACINGS: raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
-    if spacing == "curved" and curve is None: raise ValueError('spacing="curved" needs the curve of its teacher, from `bends`')
     longest = int(torch.as_tensor(k).max())
     steps = longest if max_evals is None else max(1, min(longest, max_evals // SOLVERS[method]))
     way = torch.linspace(0, 1, steps + 1, dtype=torch.float64)[:, None]
     if spacing == "grid": return grid_time(i + way * k, N, **grid)
     t, u = grid_time(i, N, **grid), grid_time(i + k, N, **grid)
     if spacing == "log": return t * (u / t) ** way
+    if curve is None: raise ValueError('spacing="curved" needs the curve of its teacher, from `bends`')
     a, b = (interpolate(-v.log(), *curve) for v in (t, u))
     inner = interpolate(a + way[1:-1] * (b - a), curve[1], curve[0])
     return torch.cat([t[None], (-inner).exp(), u[None]])

@@ -220,7 +220,7 @@ def extrapolate3(
 def parabola_back(
     times: Tensor,  # (3,) or (3, B): where the step before began, where this one began, where it ended
 ) -> tuple[Tensor, Tensor]:  # c1 and c2
-    "Weights of two differences of guesses: a_1 f_1 + (a_2 - a_1 h_i) f_2 = c1 (D_{i+1} - D_i) - c2 (D_i - D_{i-1}).  # UniPC, in Newton's form"
+    "Weights of two differences of guesses: a_1 f_1 + (a_2 - a_1 h_i) f_2 = c1 (D_{i+1} - D_i) - c2 (D_i - D_{i-1}).  # UniPC, three points"
     h1, h = (times[:-1] / times[1:]).log()
     a1 = h / -torch.expm1(-h) - 1
     bend = (h ** 2 / -torch.expm1(-h) - 2 * a1 - a1 * h) / (h1 + h)
@@ -231,7 +231,7 @@ def look_back(
     guesses: list,  # D at the end of a step, at its beginning and, for a parabola, at the time before, each (B, ...)
     times: Tensor,  # (3,) or (3, B): where the step before began, where this one began, where it ended; unused for two guesses
 ) -> Tensor:  # (B, ...) the guess to take the step with again
-    "Guess of the clean data for a step whose end has been seen.  # UniPC, corrector"
+    "Guess of the clean data for a step whose end has been seen.  # UniPC, two points; UniPC, three points"
     end, start, *before = guesses
     if not before: return (start + end) / 2
     c1, c2 = (expand(c, start) for c in parabola_back(times))

@@ -221,6 +221,7 @@ def evaluate(self: Trainer,
     "Score every way of drawing and add the records to scores.json."
     c, n, records, seed = self.config, n or self.config.evaluate.n, self.judge.floor(), self.config.run.seed + 1
     y = self.data.labels[torch.arange(n) * len(self.data) // n] if self.data.n_classes else None  # in the proportions of the data, however it is ordered
+    log.info("step %d: drawing and scoring %d samples in each of %d ways", self.step, n, len(self.samplers()))
     for name, (m, kw) in self.samplers().items():
         per_batch = len(kw.get("times", ())) or kw["steps"]
         with tqdm(total=-(-n // c.evaluate.batch) * per_batch, desc=f"sampling, {name}", disable=None, leave=False) as bar:

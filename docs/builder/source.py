@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 CELL = re.compile(r"^# %% .*?([\w.-]+)\.ipynb #(\S+)")
-PAPERS = r"(?:CTM|EDM|DPM-Solver\+\+)"
+PAPERS = r"(?:CTM|EDM|DPM-Solver\+\+|UniPC)"
 PAPER = re.compile(rf"#\s*({PAPERS}(?::|, | Eq| Alg| Table| [Aa]ppendix)[^\"]*)")
 PLACE = re.compile(r"(Eq|Alg|Table|appendix)\b", re.I)
 
