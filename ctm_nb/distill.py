@@ -100,6 +100,7 @@ def bends(
     m,  # the teacher: D(x, t, y), data_shape, n_classes, sigma_min, sigma_max
     n: int = 16,  # samples that walk down
     points: int = 65,  # stops on the way
+    order: int = 4,  # of the differences that count as bends
     seed: int = 0,  # of their noise
 ) -> Tensor:  # (2, points) float64 on the CPU: -ln t, and the share of the way behind it, 0 to 1; both increase
     "How far it is from one noise level to another when measured by the bends of the teacher's guess."
@@ -109,8 +110,8 @@ def bends(
     y, seen = torch.arange(n, device=x.device) % m.n_classes if m.n_classes else None, []
     def D(*args): seen.append(m.D(*args)); return seen[-1]
     with torch.no_grad(): solve(D, x, (-lam).exp(), y, "dpm", above_zero=True)
-    size = torch.stack(seen).flatten(2).diff(n=4, dim=0).square().mean(2).sqrt().mean(1).double().cpu()  # (points - 5,)
-    density = torch.nn.functional.interpolate(size[None, None] ** .2, points, mode="linear")[0, 0]
+    size = torch.stack(seen).flatten(2).diff(n=order, dim=0).square().mean(2).sqrt().mean(1).double().cpu()  # (points - 1 - order,)
+    density = torch.nn.functional.interpolate(size[None, None] ** (1 / (order + 1)), points, mode="linear")[0, 0]
     density = density.clamp(min=.25 * float(density.max()))
     way = torch.cat([torch.zeros(1, dtype=torch.float64), ((density[1:] + density[:-1]) / 2).cumsum(0)])
     return torch.stack([lam, way / way[-1]])
