@@ -5,7 +5,7 @@
 One thread a pass and two processes at a time. With `--seeds` several students of each teacher, else one with the teacher's seed. Seconds are processor seconds of distillation (the thread in which the teacher works ahead counts too; scores don't), so that they mean the same on a busy machine.
 The published recipe has a constant learning rate: one run, scored on its way. The others end with their rate at zero: a run for each point. With `--only` some recipes; `--data` where the images are now. The search around the preset, a change at a time, each for the last but one of the `--seconds`:
 
-    python benchmarks/quality.py --teachers runs/digits0 runs/digits1 runs/digits2 --seconds 30 150 --only search        writes nbs/results/speed/search.json
+    python benchmarks/quality.py --teachers runs/digits0 runs/digits1 runs/digits2 --seconds 100 150 --only search        writes nbs/results/speed/search.json
 """
 import argparse
 import json

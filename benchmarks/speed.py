@@ -135,7 +135,7 @@ def numbers_with(stage, k, step):
     import ctm_nb.stages as stages
     from ctm_nb.distill import draw_indices
     kept, stages.draw_stretch = stages.draw_stretch, lambda B, N, K, gen, *rest: (ij := draw_indices(B, k, N, gen)) and (ij[0], k, ij[1])
-    try: return stage.draw(len(stage.data), stages.step_generator(0, step), step)
+    try: return stages.carry_to(stage.draw(len(stage.data), stages.step_generator(0, step), step), stage.device)
     finally: stages.draw_stretch = kept
 
 
@@ -194,7 +194,7 @@ def jobs_of(channels, a):
     if not unpacks("bf16", torch.device(a.device)): out |= {f"{r}, bf16": (s, partial(our_step, context=half)) for r, s in stages.items()}
     if a.compiled:
         from ctm_nb.precision import compile_networks
-        for r in list(RECIPES)[1:]:
+        for r in RECIPES:
             s = make_stage(channels, r, a.device, a.batch)
             x0, numbers = torch.rand(a.batch, 3, 32, 32, device=a.device), numbers_with(s, 2, 0)
             def trial():

@@ -244,7 +244,7 @@ def solve(
     times: Tensor,  # (n+1,) or (n+1, B), decreasing; the last may be 0
     y: Tensor | None = None,  # (B,) class indices
     method: str = "heun",  # "euler", "dpm", "dpm3", "unipc2", "unipc3" (n evaluations) or "heun" (2n, one less if it ends at 0)
-    callback=None,  # called as callback(i, x) after step i
+    callback=None,  # called as callback(i, x) after step i, when x is what the next step starts from
     above_zero: bool = False,  # all times are known to be > 0, see `heun_step`
 ) -> Tensor:  # (B, ...) data at times[-1]
     """Integrate the probability-flow ODE.
@@ -257,12 +257,14 @@ def solve(
         if method == "heun": x = heun_step(D, x, t, u, y, above_zero)
         else:
             past = [D(x, t, y), *past[:2]]
-            if method in CORRECTED and i: x = jump(before, times[i - 1], t, look_back(past[:order], times[max(i - 2, 0):i + 1]))
+            if method in CORRECTED and i:
+                x = jump(before, times[i - 1], t, look_back(past[:order], times[max(i - 2, 0):i + 1]))
+                if callback: callback(i - 1, x)
             if order == 1 or i == 0: guess = past[0]
             elif order == 2 or i == 1: guess = extrapolate(past[0], past[1], times[i - 1], t, u)
             else: guess = extrapolate3(past, times[i - 2:i + 2])
             x, before = jump(x, t, u, guess), x
-        if callback: callback(i, x)
+        if callback and (method not in CORRECTED or i == len(times) - 2): callback(i, x)
     return x
 
 # %% ../nbs/03_edm.ipynb #7f438fd5

@@ -3,6 +3,7 @@ import copy
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -393,6 +394,12 @@ def test_curved_stretches_share_the_bends_evenly():
     from ctm_nb.flow import toy_mixture
     curve, i, k = bends(toy_mixture()), torch.tensor([0, 5, 12]), torch.tensor([17, 4, 1])
     assert torch.equal(curve, bends(toy_mixture())) and (curve.diff(dim=1) > 0).all() and curve[1, 0] == 0 and curve[1, -1] == 1
+    still = SimpleNamespace(D=lambda x, t, y: torch.zeros_like(x), data_shape=(2,), n_classes=0, sigma_min=.002, sigma_max=80.)
+    torch.testing.assert_close(bends(still)[1], torch.linspace(0, 1, 65, dtype=torch.float64))  # a guess that never bends is walked evenly
+    bump = SimpleNamespace(**{**vars(still), "D": lambda x, t, y: torch.ones_like(x) * torch.tanh(4 * (t.log() - .5))})  # all bends are near ln t = .5
+    lam, way = bends(bump)
+    dense = lam[:-1][way.diff() > .9 * way.diff().max()]
+    assert (-dense - .5).abs().max() < .8
     times = stretch_times(i, k, 18, "unipc2", 8, "curved", curve)
     torch.testing.assert_close(times[[0, -1]], torch.stack([grid_time(i, 18), grid_time(i + k, 18)]))
     shares = torch.from_numpy(np.interp((-times.log()).numpy(), *curve.numpy())).diff(dim=0)
