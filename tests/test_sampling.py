@@ -72,7 +72,8 @@ def test_correctors_against_their_definition():
     def D(x, t, y=None): looks.append(float(t)); return GAUSS.D(x, t)
     x0 = torch.randn(1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for method, points in (("unipc2", 2), ("unipc3", 3)):
-        looks.clear(); got = solve(D, x0, times, method=method)
+        looks.clear(); stops, corrected = [], []
+        got = solve(D, x0, times, method=method, callback=lambda i, x: stops.append((i, x)))
         assert looks == times[:-1].tolist()
         x, before, g = x0, None, []
         for i in range(5):
@@ -84,9 +85,11 @@ def test_correctors_against_their_definition():
                 basis = [torch.stack([(tau - nodes[b]) / (nodes[a] - nodes[b]) for b in range(n) if b != a]).prod(0) for a in range(n)]
                 mean = sum(torch.trapezoid(v * tau.exp(), tau) / torch.trapezoid(tau.exp(), tau) * g[a] for a, v in enumerate(basis)) if n == 3 else (g[0] + g[1]) / 2
                 x = jump(before, times[i - 1], times[i], mean)
+                corrected.append(x)
             guess = g[0] if i == 0 else extrapolate(g[0], g[1], *times[i - 1:i + 2]) if points == 2 or i == 1 else extrapolate3(g[:3], times[i - 2:i + 2])
             x, before = jump(x, times[i], times[i + 1], guess), x
         assert torch.allclose(got, x, atol=1e-6)
+        assert [i for i, _ in stops] == list(range(5)) and torch.allclose(torch.stack([v for _, v in stops]), torch.stack([*corrected, x]), atol=1e-6)
 
 
 def test_edm_sampler_against_its_definition():
