@@ -23,9 +23,11 @@ RESULTS = Path(__file__).resolve().parents[1] / "nbs" / "results" / "speed" / "q
 LOG = "distill.spacing=log"
 RECIPES = {"published": PUBLISHED, "preset": [], "preset, even in log t": [LOG], "preset, 11 evaluations even in log t": [LOG, "distill.max_evals=11"],
            **{f"preset, {m} jumps a stretch": [LOG, "distill.max_evals=8", f"distill.pairs={m}"] for m in (1, 2, 4)}}
-CHANGES = {"3 evaluations": "max_evals=3", "8 evaluations": "max_evals=8", "3M": "solver=dpm3", "Heun, full grid": "solver=heun distill.max_evals=none", "L2": "distance=l2", "RAdam": "optimizer=radam", "constant rate": "decay=constant",
+CHANGES = {"none, another seed": "max_evals=5 run.seed=100", "none, a third seed": "max_evals=5 run.seed=200",  # five are the preset's: how much do runs scatter?
+           "3 evaluations": "max_evals=3", "8 evaluations": "max_evals=8", "3M": "solver=dpm3", "Heun, full grid": "solver=heun distill.max_evals=none", "L2": "distance=l2", "RAdam": "optimizer=radam", "constant rate": "decay=constant",
            "lr 4e-4": "lr=4e-4", "averages .999": "ema=.999 distill.target_ema=.999", "target average .9": "target_ema=.9", "N = 18": "N=18 distill.K=17", "k uniform": "k_power=0", "k as published": "k_power=1", "batch 32": "batch=32",
-           "batch 128": "batch=128", "random s-branch": "init=random", "unipc2": "solver=unipc2", "unipc2, even in log t": "solver=unipc2 distill.spacing=log", "unipc2, curved": "solver=unipc2 distill.spacing=curved"}  # one at a time
+           "batch 128": "batch=128", "random s-branch": "init=random", "K = 6": "K=6", "global matching": "matching=global", "compared at s": "compare_at=s", "no warm-up": "warmup=0",
+           "unipc2": "solver=unipc2", "unipc2, even in log t": "solver=unipc2 distill.spacing=log", "unipc2, curved": "solver=unipc2 distill.spacing=curved"}  # else one at a time
 RECIPES |= {f"preset, {k}": f"distill.{v}".split() for k, v in CHANGES.items()}
 
 

@@ -3,6 +3,7 @@
     python benchmarks/speed.py all                                      a machine's ceiling, each network against it, the step and its parts, memory, sampling, start-up, data, evaluation; and a picture, nbs/results/speed/machine.png
     python benchmarks/speed.py device networks                          some of these
     python benchmarks/speed.py solvers --teachers runs/digits           error of the teacher's stretch against its evaluations: on the exact mixture, and on trained teachers
+    python benchmarks/speed.py reference --teachers runs/digits         error of what those errors are measured against
 
 Every section keeps what the others have written. All times are medians, with the fastest and slowest beside them; whatever is compared is timed in turn, in one process. `--threads` sets the threads of a
 CPU, `--file` names the results of a second machine. Nothing else should run meanwhile; where that can't be had, `--threads 1 --processor-time` counts the processor's seconds instead of the clock's.
@@ -14,6 +15,7 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -115,19 +117,23 @@ def network_section(a):
 
 # ---- one training step
 
-def make_stage(channels, recipe, device, batch):
-    "A distillation of CIFAR-10's network with fewer channels, on noise."
+def make_stage(channels, recipe, device, batch, adversary=False):
+    "A distillation of CIFAR-10's network with fewer channels, on noise; or the stage after it, with an adversary."
     from ctm_nb.config import make_config
     from ctm_nb.data import ImageData
     from ctm_nb.edm import Denoiser
     from ctm_nb.stages import STAGE_CLASSES, make_network
+    from ctm_nb.trajectory import student_from
     words = [f"network.model_channels={channels}", f"distill.batch={batch}", "network.dropout=0", "network.augment_dim=0", "teacher.augment=0", "distill.init=teacher", "distill.distance=l2", *RECIPES[recipe]]
+    if adversary: words += [f"gan.batch={batch}", "gan.features=teacher", "gan.start=1", "gan.head_start=0"]  # step 0 without the adversary, 1 the discriminator's turn, 2 the student's
     config = make_config("cifar10", ["data.source=digits", *words])
     data = ImageData(torch.randint(0, 256, (batch, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte(), None, [], "noise")
     torch.manual_seed(0)
     net = make_network(config, data)
     for p in net.parameters(): p.data.add_(.02 * torch.randn(p.shape))  # no layer is silent
-    return STAGE_CLASSES["ctm_dsm"](config, data, torch.device(device), {"teacher": Denoiser(net)})
+    parts = {"teacher": Denoiser(net)}
+    if adversary: parts["ctm"] = student_from(parts["teacher"])
+    return STAGE_CLASSES["ctm_dsm_gan" if adversary else "ctm_dsm"](config, data, torch.device(device), parts)
 
 
 def numbers_with(stage, k, step):
@@ -243,6 +249,35 @@ def parts_section(a):
         keep(f"parts {channels}", {"batch": a.batch, "k": 12, "rows": rows})
 
 
+def adversary_section(a):
+    "The turns of the adversarial stage, the teacher's stretch apart, and a line of the log."
+    for channels in a.channels:
+        stage, x0 = make_stage(channels, "five evaluations", a.device, a.batch, adversary=True), torch.rand(a.batch, 3, 32, 32, device=a.device) * 2 - 1
+        turns = {"student": 0, "student, with an adversary": 2, "discriminator": 1}
+        made = {n: stage.example(x0, None, numbers_with(stage, 12, n), n) for n in turns.values()}
+        def turn(n):
+            stage.losses(dict(made[n]), n)["objective"].backward()
+            stage.optimizers[part := stage.learner(n)].step()
+            stage.optimizers[part].zero_grad()
+        jobs = {"teacher": lambda: stage.example(x0, None, numbers_with(stage, 12, 0), 0), **{k: partial(turn, n) for k, n in turns.items()}}
+        keep(f"adversary {channels}", {"batch": a.batch, "k": 12, "log_every": stage.config.run.log_every, "seconds": in_turn(jobs | line_of_the_log(stage), a.repeats)})
+
+
+def line_of_the_log(stage):
+    "Everything that run.log_every steps leave behind: the drift of the averages, a line of metrics.jsonl, TensorBoard."
+    from ctm_nb.config import make_config
+    from ctm_nb.training import Trainer
+    trainer = Trainer(make_config("tiny", []), tempfile.mkdtemp(prefix="speed-"))
+    trainer.begin("teacher", {})
+    trainer.now, trainer.begun_at = stage, 0
+    numbers = {"stage": stage.name, **{k: 1. for k in ("loss", "loss_ctm", "loss_dsm", "loss_gan", "lambda_dsm", "lambda_gan", "grad_norm", "lr", "teacher_evals")}}
+    def write():
+        trainer.step, trainer.seconds = trainer.step + stage.config.run.log_every, trainer.seconds + 1.
+        trainer.window = [dict(numbers) for _ in range(stage.config.run.log_every)]
+        trainer.log_window()
+    return {"a line of the log": write}
+
+
 def memory_section(a):
     "Peak memory of a step over what the networks themselves need, each in a process of its own."
     from ctm_nb.precision import unpacks
@@ -253,6 +288,15 @@ def memory_section(a):
             rows[f"{channels}, {kind}"] = json.loads(line.splitlines()[-1])
             print(channels, kind, rows[f"{channels}, {kind}"], flush=True)
             keep("memory", {"batch": a.memory_batch, "rows": rows})
+
+
+def micro_section(a):
+    "What it costs to make a step in parts: the whole, halves, quarters."
+    for channels in a.channels:
+        stage, x0 = make_stage(channels, "five evaluations", a.device, a.memory_batch), torch.rand(a.memory_batch, 3, 32, 32, device=a.device) * 2 - 1
+        numbers = numbers_with(stage, 12, 0)
+        jobs = {name: partial(our_step, stage, numbers, x0, micro=a.memory_batch // n if n > 1 else None) for name, n in (("whole", 1), ("in parts of half", 2), ("in parts of a quarter", 4))}
+        keep(f"micro {channels}", {"batch": a.memory_batch, "k": 12, "seconds": in_turn(jobs, a.repeats)})
 
 
 def one_memory(kind, channels, a):
@@ -331,6 +375,13 @@ PLANS = {"heun, full grid": ("heun", None, "grid", 1), "heun, full grid, bf16": 
          **{f"{p}, bf16": (m, n, w, 1) for p, m, n, w in (("dpm, log, 11", "dpm", 11, "log"), ("dpm3, log, full", "dpm3", None, "log"), ("unipc2, curved, 11", "unipc2", 11, "curved"), ("unipc3, log, full", "unipc3", None, "log"))}}
 
 
+def fine_solution(D, x_t, t, u, y, steps=272):
+    "The teacher's trajectory from t to u by many steps of 2M, even in ln t."
+    from ctm_nb.edm import solve
+    times = t * (u / t) ** torch.linspace(0, 1, steps + 1, dtype=torch.float64)[:, None]
+    return solve(D, x_t, times.float(), y, "dpm", above_zero=True)
+
+
 def stretch_errors(D, x0, y, curve, student=None, target=None, N=18, seed=0):
     "Mean error and evaluations of every plan, over stretches that stand for the draw of k, and random t and s; the target's too, if there is a student."
     from ctm_nb.distill import ctm_target, draw_indices, grid_time, stretch_times
@@ -343,10 +394,9 @@ def stretch_errors(D, x0, y, curve, student=None, target=None, N=18, seed=0):
         i, j = draw_indices(B, k, N, gen)
         t, u, s = (grid_time(v, N) for v in (i, i + k, j))
         x_t = perturb(x0, t.float(), torch.randn(x0.shape, generator=gen))
-        fine = t * (u / t) ** torch.linspace(0, 1, 64 * 17 // 4 + 1, dtype=torch.float64)[:, None]  # 272 steps of 2M: 64 times Heun's four in the mean stretch
         ends = lambda x: ctm_target(student, target, x, u.float(), s.float(), y)
         with torch.no_grad():
-            exact = solve(D, x_t, fine.float(), y, "dpm", above_zero=True)
+            exact = fine_solution(D, x_t, t, u, y)
             goal = ends(exact) if student else None
             for p, (method, most, spacing, finer) in plans.items():
                 times = stretch_times(finer * i, finer * k, finer * (N - 1) + 1, method, most, spacing, curve)
@@ -358,34 +408,58 @@ def stretch_errors(D, x0, y, curve, student=None, target=None, N=18, seed=0):
     return {p: {k: mean(v) for k, v in rows[p].items()} for p in plans}
 
 
-def solver_section(a):
-    "The mixture with its exact denoiser, and trained teachers with their students."
+def cases(a):
+    "Name, denoiser, images, labels, bends and student of the mixture and of every teacher."
     from ctm_nb.distill import bends
     from ctm_nb.flow import toy_mixture
     from ctm_nb.formats import open_source  # noqa: F401  (fails early where data can't be read)
     from ctm_nb.interchange import load
     from ctm_nb.loader import load_splits
     toy = toy_mixture()
-    keep("mixture", {"samples": len(STRETCHES) * 256, "rows": stretch_errors(toy.D, toy.sample(256, seed=1).float(), None, bends(toy))}, "solvers")
+    yield "mixture", toy.D, toy.sample(256, seed=1).float(), None, bends(toy), None
     for path in a.teachers:
         run = Path(path)
         config = json.loads((run / "config.json").read_text())
         data = load_splits(a.data or config["data"]["source"], config["data"]["image_size"])["train"]
-        ids = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-        ids = ids[:a.solver_batch]
+        ids = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:a.solver_batch]
         teacher = load(run, which="teacher")
         try: student = load(run)
         except ValueError: student = None
-        student = student if hasattr(student, "G") else None
-        rows = stretch_errors(teacher.D, data.x0(ids), data.labels[ids] if teacher.n_classes else None, bends(teacher), student, student)
-        keep(run.name, {"samples": len(STRETCHES) * len(ids), "rows": rows}, "solvers")
-        print(run.name, {p: (round(r["evals"], 1), round(r["x_u"], 5)) for p, r in rows.items()}, flush=True)
+        yield run.name, teacher.D, data.x0(ids), data.labels[ids] if teacher.n_classes else None, bends(teacher), student if hasattr(student, "G") else None
+
+
+def solver_section(a):
+    "The mixture with its exact denoiser, and trained teachers with their students."
+    for name, D, x0, y, curve, student in cases(a):
+        rows = stretch_errors(D, x0, y, curve, student, student)
+        keep(name, {"samples": len(STRETCHES) * len(x0), "rows": rows}, "solvers")
+        print(name, {p: (round(r["evals"], 1), round(r["x_u"], 5)) for p, r in rows.items()}, flush=True)
+
+
+def reference_section(a):
+    "How good is what the errors are measured against? Its distance from a solution of 64 steps for each of Heun's, next to the distance of Heun's own."
+    from ctm_nb.distill import draw_indices, grid_time, stretch_times
+    from ctm_nb.edm import solve
+    from ctm_nb.flow import perturb
+    rms = lambda d: d.flatten(1).square().mean(1).sqrt()
+    for name, D, x0, y, *_ in cases(a):
+        gen, found = torch.Generator().manual_seed(0), {"272 steps": [], "heun, full grid": []}
+        for k in STRETCHES:
+            i, _ = draw_indices(len(x0), k, 18, gen)
+            t, u = (grid_time(v, 18) for v in (i, i + k))
+            x_t = perturb(x0, t.float(), torch.randn(x0.shape, generator=gen))
+            with torch.no_grad():
+                finest = fine_solution(D, x_t, t, u, y, 64 * k)
+                found["272 steps"].append(float(rms(fine_solution(D, x_t, t, u, y) - finest).mean()))
+                found["heun, full grid"].append(float(rms(solve(D, x_t, stretch_times(i, k, 18, "heun", None, "grid", None).float(), y, "heun", above_zero=True) - finest).mean()))
+        keep(name, {"samples": len(STRETCHES) * len(x0), "errors": {k: sum(v) / len(v) for k, v in found.items()}}, "reference")
+        print(name, found, flush=True)
 
 
 if __name__ == "__main__":
-    sections = {"device": device_section, "networks": network_section, "steps": step_section, "parts": parts_section, "memory": memory_section, "sampling": sampling_section, "start": start_section, "others": others_section, "solvers": solver_section}
+    sections = {"device": device_section, "networks": network_section, "steps": step_section, "parts": parts_section, "adversary": adversary_section, "memory": memory_section, "micro": micro_section, "sampling": sampling_section, "start": start_section, "others": others_section, "solvers": solver_section, "reference": reference_section}
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="+", help=f"all (but solvers), {', '.join(sections)}")
+    p.add_argument("what", nargs="+", help=f"all (but solvers and reference), {', '.join(sections)}")
     p.add_argument("--file", default="machine", help="name of the results under nbs/results/speed/")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=int, help="of a CPU")
@@ -404,7 +478,7 @@ if __name__ == "__main__":
     if a.processor_time: CLOCK[0] = time.process_time
     if a.what[0] == "one-memory": one_memory(a.what[1], int(a.what[2]), a); sys.exit()
     FILE[0] = a.file
-    if a.what == ["all"]: a.what = [k for k in sections if k != "solvers"]
+    if a.what == ["all"]: a.what = [k for k in sections if k not in ("solvers", "reference")]
     if unknown := [w for w in a.what if w not in sections]: p.error(f"unknown: {', '.join(unknown)}; there are {', '.join(sections)}")
     for w in a.what: sections[w](a)
-    if a.what != ["solvers"] and (OUT / f"{a.file}.json").exists(): picture(a)
+    if not {*a.what} <= {"solvers", "reference"} and (OUT / f"{a.file}.json").exists(): picture(a)

@@ -8,7 +8,6 @@ __all__ = ['stream_uniforms', 'draw_parameters', 'label_of', 'matrix_of', 'lowpa
 # %% ../nbs/01f_augment.ipynb #356808a1
 import numpy as np, torch
 import torch.nn.functional as F
-from scipy.special import ndtri
 
 # %% ../nbs/01f_augment.ipynb #c3d68818
 def stream_uniforms(
@@ -28,6 +27,7 @@ def draw_parameters(
 )->np.ndarray: # (B, 8) float64, a_0..a_7
     "Parameters of EDM's transformations; zero where one doesn't happen.  # EDM Table 6"
     if not 0 <= p <= 1: raise ValueError(f"p must be in [0, 1], got {p}")
+    from scipy.special import ndtri
     coin, normal, angle = (u[:, :2] < .5) * 1., ndtri(u[:, [2, 5, 6, 7]].clip(1e-12, 1 - 1e-12)), (2 * u[:, 3:5] - 1) * np.pi
     on = (u[:, 8:13] < p) * 1.  # vertical flip, scale, rotate, stretch, shift
     return np.stack([coin[:, 0] * flip, coin[:, 1] * on[:, 0], normal[:, 0] * on[:, 1], angle[:, 0] * on[:, 2],
