@@ -25,9 +25,8 @@ browser: $(VENV)/.browser ## the explorer in a real browser, after installing on
 check: $(VENV)/.dev ## would export, clean or readme change a file?
 	$(BIN)/python .ci/check.py
 
-# One process a notebook, as in Jupyter: what one changes in torch or matplotlib can neither break another nor save it.
 nbtest: $(VENV)/.dev ## run the notebooks, two at a time with one thread each
-	@find nbs -maxdepth 1 -name '[!_.]*.ipynb' | sort | OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/nbdev_test --timing --do_print --path
+	$(BIN)/python .ci/nbtest.py
 
 # Two processes with one thread each are faster than one with two. A file's tests stay together: they share fixtures.
 pytest: $(VENV)/.dev ## run tests/

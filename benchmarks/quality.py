@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from digits import PUBLISHED, hardware
@@ -25,9 +26,10 @@ RECIPES = {"published": PUBLISHED, "preset": [], "preset, even in log t": [LOG],
            **{f"preset, {m} jumps a stretch": [LOG, "distill.max_evals=8", f"distill.pairs={m}"] for m in (1, 2, 4)}}
 CHANGES = {"none, another seed": "max_evals=5 run.seed=100", "none, a third seed": "max_evals=5 run.seed=200",  # five are the preset's: how much do runs scatter?
            "3 evaluations": "max_evals=3", "8 evaluations": "max_evals=8", "3M": "solver=dpm3", "Heun, full grid": "solver=heun distill.max_evals=none", "L2": "distance=l2", "RAdam": "optimizer=radam", "constant rate": "decay=constant",
-           "lr 4e-4": "lr=4e-4", "averages .999": "ema=.999 distill.target_ema=.999", "target average .9": "target_ema=.9", "N = 18": "N=18 distill.K=17", "k uniform": "k_power=0", "k as published": "k_power=1", "batch 32": "batch=32",
+           "lr 4e-4": "lr=4e-4", "lr 3.2e-3": "lr=3.2e-3", "averages .9": "ema=.9 distill.target_ema=.9", "averages not warmed up": "max_evals=5", "averages .999": "ema=.999 distill.target_ema=.999", "target average .9": "target_ema=.9", "N = 18": "N=18 distill.K=17", "k uniform": "k_power=0", "k as published": "k_power=1", "batch 32": "batch=32",
            "batch 128": "batch=128", "random s-branch": "init=random", "K = 6": "K=6", "global matching": "matching=global", "compared at s": "compare_at=s", "no warm-up": "warmup=0",
-           "unipc2": "solver=unipc2", "unipc2, even in log t": "solver=unipc2 distill.spacing=log", "unipc2, curved": "solver=unipc2 distill.spacing=curved"}  # else one at a time
+           "unipc2": "solver=unipc2", "unipc2, even in log t": "solver=unipc2 distill.spacing=log", "unipc2, curved": "solver=unipc2 distill.spacing=curved",
+           "unipc2, curved, 12 evaluations": "solver=unipc2 distill.spacing=curved distill.max_evals=12"}  # else one at a time
 RECIPES |= {f"preset, {k}": f"distill.{v}".split() for k, v in CHANGES.items()}
 
 
@@ -45,11 +47,13 @@ def one(recipe, teacher, seed, seconds, n, data, out):
     "One recipe on one teacher."
     import torch
 
+    from ctm_nb import stages
     from ctm_nb.config import make_config
     from ctm_nb.interchange import load
     from ctm_nb.metrics import make_reference, train_classifier
     from ctm_nb.training import Trainer
     torch.set_flush_denormal(True)
+    if recipe.endswith("not warmed up"): stages.EMA = partial(stages.EMA, warmup=False)  # no setting does this
     about = json.loads((Path(teacher) / "config.json").read_text())
     preset = "digits" if about["data"]["source"] == "digits" else "mnist"
     words = [f"run.seed={seed}", f"data.source={data or about['data']['source']}", "evaluate.n=0", *RECIPES[recipe]]

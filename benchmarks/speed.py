@@ -5,7 +5,7 @@
     python benchmarks/speed.py solvers --teachers runs/digits           error of the teacher's stretch against its evaluations: on the exact mixture, and on trained teachers
     python benchmarks/speed.py reference --teachers runs/digits         error of what those errors are measured against
 
-Every section keeps what the others have written. All times are medians, with the fastest and slowest beside them; whatever is compared is timed in turn, in one process. `--threads` sets the threads of a
+Every section keeps what the others have written. All times are medians (of two, the slower), with the fastest and slowest beside them; whatever is compared is timed in turn, in one process. `--threads` sets the threads of a
 CPU, `--file` names the results of a second machine. Nothing else should run meanwhile; where that can't be had, `--threads 1 --processor-time` counts the processor's seconds instead of the clock's.
 """
 import argparse
@@ -136,12 +136,12 @@ def make_stage(channels, recipe, device, batch, adversary=False):
     return STAGE_CLASSES["ctm_dsm_gan" if adversary else "ctm_dsm"](config, data, torch.device(device), parts)
 
 
-def numbers_with(stage, k, step):
-    "What a step draws, for a stretch of k grid steps."
+def numbers_with(stage, k, seed, step=None):
+    "What a step draws, for a stretch of k grid steps; the same times and noise for every `step` of a stage."
     import ctm_nb.stages as stages
     from ctm_nb.distill import draw_indices
     kept, stages.draw_stretch = stages.draw_stretch, lambda B, N, K, gen, *rest: (ij := draw_indices(B, k, N, gen)) and (ij[0], k, ij[1])
-    try: return stages.carry_to(stage.draw(len(stage.data), stages.step_generator(0, step), step), stage.device)
+    try: return stages.carry_to(stage.draw(len(stage.data), stages.step_generator(0, seed), seed if step is None else step), stage.device)
     finally: stages.draw_stretch = kept
 
 
@@ -254,12 +254,12 @@ def adversary_section(a):
     for channels in a.channels:
         stage, x0 = make_stage(channels, "five evaluations", a.device, a.batch, adversary=True), torch.rand(a.batch, 3, 32, 32, device=a.device) * 2 - 1
         turns = {"student": 0, "student, with an adversary": 2, "discriminator": 1}
-        made = {n: stage.example(x0, None, numbers_with(stage, 12, n), n) for n in turns.values()}
+        made = {n: stage.example(x0, None, numbers_with(stage, 12, 0, n), n) for n in turns.values()}
         def turn(n):
             stage.losses(dict(made[n]), n)["objective"].backward()
             stage.optimizers[part := stage.learner(n)].step()
             stage.optimizers[part].zero_grad()
-        jobs = {"teacher": lambda: stage.example(x0, None, numbers_with(stage, 12, 0), 0), **{k: partial(turn, n) for k, n in turns.items()}}
+        jobs = {"teacher": lambda: stage.example(x0, None, numbers_with(stage, 12, 0, 0), 0), **{k: partial(turn, n) for k, n in turns.items()}}
         keep(f"adversary {channels}", {"batch": a.batch, "k": 12, "log_every": stage.config.run.log_every, "seconds": in_turn(jobs | line_of_the_log(stage), a.repeats)})
 
 
@@ -337,10 +337,12 @@ def sampling_section(a):
 
 
 def start_section(a):
-    "Seconds until a command has printed its help."
+    "Seconds, by the clock, until a command has printed its help."
     commands = [Path(sys.executable).with_name(f"ctm_nb_{c}") for c in ("train", "sample", "evaluate", "data", "convert")]
     call = lambda c: subprocess.run([str(c), "--help"], check=True, stdout=subprocess.DEVNULL)
-    keep("start", {"seconds": in_turn({c.name: partial(call, c) for c in commands}, 2 * a.repeats)})
+    kept, CLOCK[0] = CLOCK[0], time.perf_counter
+    try: keep("start", {"seconds": in_turn({c.name: partial(call, c) for c in commands}, 2 * a.repeats)})
+    finally: CLOCK[0] = kept
 
 
 def others_section(a):
@@ -437,7 +439,7 @@ def solver_section(a):
 
 
 def reference_section(a):
-    "How good is what the errors are measured against? Its distance from a solution of 64 steps for each of Heun's, next to the distance of Heun's own."
+    "How good is what the errors are measured against? Its distance from a solution of 64 steps for each of the longest stretch, next to the distance of Heun's."
     from ctm_nb.distill import draw_indices, grid_time, stretch_times
     from ctm_nb.edm import solve
     from ctm_nb.flow import perturb
@@ -449,7 +451,7 @@ def reference_section(a):
             t, u = (grid_time(v, 18) for v in (i, i + k))
             x_t = perturb(x0, t.float(), torch.randn(x0.shape, generator=gen))
             with torch.no_grad():
-                finest = fine_solution(D, x_t, t, u, y, 64 * k)
+                finest = fine_solution(D, x_t, t, u, y, 64 * 17)
                 found["272 steps"].append(float(rms(fine_solution(D, x_t, t, u, y) - finest).mean()))
                 found["heun, full grid"].append(float(rms(solve(D, x_t, stretch_times(i, k, 18, "heun", None, "grid", None).float(), y, "heun", above_zero=True) - finest).mean()))
         keep(name, {"samples": len(STRETCHES) * len(x0), "errors": {k: sum(v) / len(v) for k, v in found.items()}}, "reference")

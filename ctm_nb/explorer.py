@@ -289,15 +289,14 @@ class RunExplorer:
 def follow(self: RunExplorer, change=None):
     "Turn to the run that is picked."
     self.stop()
-    self.live = Live(self.path.value, self.every)
+    self.live = Live(self.path.value, self.every, self.look)
     self.live.html.layout.width = "100%"
     self.curves.children = [self.live.html]
-    self.live.html.observe(self.look, "value")
     self.look(); self.show()
 
 # %% ../nbs/15_explorer.ipynb #a21c71ea
 @patch
-def look(self: RunExplorer, change=None):
+def look(self: RunExplorer):
     "See which samples there are; stay where somebody looks, move on from the newest to a newer one."
     known, value = self.step.options, self.step.value
     found = [(f"step {n:,}", str(p)) for n, p in read_run(self.path.value).pictures] or [("none yet", "")]

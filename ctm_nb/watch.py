@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from collections.abc import Callable
 
 from fastcore.basics import patch
 
@@ -103,9 +104,10 @@ class Live:
     def __init__(self,
         folder: str | Path,  # runs/<name>
         every: float = 2.,  # seconds between looks
+        looked: Callable | None = None,  # called after each look, by the thread that looks
     ):
         import ipywidgets
-        self.folder, self.every, self.done = folder, every, threading.Event()
+        self.folder, self.every, self.looked, self.done = folder, every, looked, threading.Event()
         self.html, button = ipywidgets.HTML(panel(read_run(folder))), ipywidgets.Button(description="stop watching")
         button.on_click(lambda _: self.stop())
         self.widget = ipywidgets.VBox([self.html, button])
@@ -118,6 +120,7 @@ def work(self: Live):
     while not self.done.wait(self.every):
         h = read_run(self.folder)
         self.html.value = panel(h)
+        if self.looked: self.looked()
         if h.closed: self.done.set()
 
 # %% ../nbs/11_watch.ipynb #014adac5

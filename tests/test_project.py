@@ -78,7 +78,7 @@ def test_ci_is_executable_and_makefile_parses():
     subprocess.run(["bash", "-n", run], check=True)
     plan = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True)
     assert plan.returncode == 0, plan.stderr
-    for step in (".ci/check.py", "nbdev_test", "pytest tests"): assert step in plan.stdout
+    for step in (".ci/check.py", ".ci/nbtest.py", "pytest tests"): assert step in plan.stdout
 
 
 def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path):

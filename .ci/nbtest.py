@@ -1,0 +1,49 @@
+"""Run the notebooks with nbdev_test, two at a time, each in a process of its own that is forked from one in which the heavy libraries are imported already.
+
+    python .ci/nbtest.py [NOTEBOOK ...]
+
+As in Jupyter, what one notebook changes in torch or matplotlib can neither break another nor save it; but nobody imports torch sixty times.
+"""
+import multiprocessing
+import os
+import sys
+import time
+from multiprocessing.connection import wait
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+AT_ONCE = 2
+
+import IPython.core.interactiveshell  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
+import scipy.integrate  # noqa: F401
+import sklearn.datasets  # noqa: F401
+import torch._dynamo  # noqa: F401
+import torchvision  # noqa: F401
+from nbdev.test import nbdev_test
+
+
+def one(path):
+    nbdev_test.__wrapped__(path, timing=True, do_print=True)  # leaves with 1 if the notebook fails
+
+
+def main(paths):
+    fork, waiting, running, failed = multiprocessing.get_context("fork"), list(paths), {}, []
+    while waiting or running:
+        while waiting and len(running) < AT_ONCE:
+            p = fork.Process(target=one, args=(path := waiting.pop(0),))
+            p.start()
+            running[p.sentinel] = p, path
+        for sentinel in wait(running):
+            p, path = running.pop(sentinel)
+            p.join()
+            if p.exitcode: failed.append(f"{path} (exit code {p.exitcode})")
+    if failed: sys.exit("notebooks failed: " + ", ".join(failed))
+
+
+if __name__ == "__main__":
+    started = time.time()
+    root = Path(__file__).resolve().parents[1]
+    os.chdir(root)
+    main(sys.argv[1:] or sorted(str(p.relative_to(root)) for p in (root / "nbs").glob("*.ipynb") if p.name[0] not in "_."))
+    print(f"all notebooks passed, {time.time() - started:.0f} s")
