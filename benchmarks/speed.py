@@ -270,7 +270,7 @@ def line_of_the_log(stage):
     trainer = Trainer(make_config("tiny", []), tempfile.mkdtemp(prefix="speed-"))
     trainer.begin("teacher", {})
     trainer.now, trainer.begun_at = stage, 0
-    numbers = {"stage": stage.name, **{k: 1. for k in ("loss", "loss_ctm", "loss_dsm", "loss_gan", "lambda_dsm", "lambda_gan", "grad_norm", "lr", "teacher_evals")}}
+    numbers = {"stage": stage.name, **dict.fromkeys(("loss", "loss_ctm", "loss_dsm", "loss_gan", "lambda_dsm", "lambda_gan", "grad_norm", "lr", "teacher_evals"), 1.)}
     def write():
         trainer.step, trainer.seconds = trainer.step + stage.config.run.log_every, trainer.seconds + 1.
         trainer.window = [dict(numbers) for _ in range(stage.config.run.log_every)]
