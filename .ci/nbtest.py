@@ -28,6 +28,7 @@ def one(path):
 
 
 def main(paths):
+    if missing := [p for p in paths if not Path(p).is_file()]: sys.exit(f"no such notebook: {', '.join(missing)}")  # nbdev_test would find nothing to do, and pass
     fork, waiting, running, failed = multiprocessing.get_context("fork"), list(paths), {}, []
     while waiting or running:
         while waiting and len(running) < AT_ONCE:

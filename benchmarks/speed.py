@@ -439,7 +439,7 @@ def solver_section(a):
 
 
 def reference_section(a):
-    "How good is what the errors are measured against? Its distance from a solution of 64 steps for each of the longest stretch, next to the distance of Heun's."
+    "How good is what the errors are measured against? Its distance from a solution with 64 steps for each grid step of the longest stretch, next to the distance of Heun's."
     from ctm_nb.distill import draw_indices, grid_time, stretch_times
     from ctm_nb.edm import solve
     from ctm_nb.flow import perturb
