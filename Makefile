@@ -22,8 +22,9 @@ test: $(VENV)/.dev ## install, then check, nbtest and pytest
 browser: $(VENV)/.browser ## the explorer in a real browser, after installing one (apt as root, else the driver's own)
 	CTM_BROWSER=1 $(BIN)/python -m pytest tests/test_browser.py
 
-check: $(VENV)/.dev ## would export, clean or readme change a file?
+check: $(VENV)/.dev ## would export, clean or readme change a file? do the rooms keep to their floors?
 	$(BIN)/python .ci/check.py
+	$(BIN)/lint-imports --no-logo
 
 nbtest: $(VENV)/.dev ## run the notebooks, two at a time with one thread each
 	$(BIN)/python .ci/nbtest.py

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def snapshot(root, lib, nbs):
     "{path: bytes} of everything that is made by, or cleaned in, the checked steps."
-    files = [*(root/nbs).glob("*.ipynb"), *(root/lib).rglob("*.py"), *(root/nbs/"images").glob("index_*"), root/"README.md"]
+    files = [*(root/nbs).rglob("*.ipynb"), *(root/lib).rglob("*.py"), *(root/nbs/"images").glob("index_*"), root/"README.md"]
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in files if p.is_file()}
 
 

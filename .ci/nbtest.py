@@ -46,5 +46,5 @@ if __name__ == "__main__":
     started = time.time()
     root = Path(__file__).resolve().parents[1]
     os.chdir(root)
-    main(sys.argv[1:] or sorted(str(p.relative_to(root)) for p in (root / "nbs").glob("*.ipynb") if p.name[0] not in "_."))
+    main(sys.argv[1:] or sorted(str(p.relative_to(root)) for p in (root / "nbs").rglob("*.ipynb") if p.name[0] not in "_." and ".ipynb_checkpoints" not in p.parts))
     print(f"all notebooks passed, {time.time() - started:.0f} s")

@@ -46,13 +46,15 @@ def main():
     with tempfile.TemporaryDirectory() as d:
         where = {}
         (folder := Path(d)/"ctm_nb").mkdir()
-        for p in sorted((ROOT/"ctm_nb").glob("*.py")):
-            code, where[p.name] = moved(p.read_text(encoding="utf-8"))
-            (folder/p.name).write_text(code, encoding="utf-8")
+        for p in sorted((ROOT/"ctm_nb").rglob("*.py")):
+            name = p.relative_to(ROOT/"ctm_nb").as_posix()
+            code, where[name] = moved(p.read_text(encoding="utf-8"))
+            (folder/name).parent.mkdir(exist_ok=True)
+            (folder/name).write_text(code, encoding="utf-8")
         command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT/"pyproject.toml"), "--cache-dir", str(ROOT/".mypy_cache"), "--no-pretty", "--hide-error-context", *sys.argv[1:], "ctm_nb"]
         done = subprocess.run(command, cwd=d, capture_output=True, text=True)
     real = lambda m: f"ctm_nb/{m[1]}:{where[m[1]][int(m[2]) - 1]}:"
-    sys.stdout.write(re.sub(r"^ctm_nb/(\w+\.py):(\d+):", real, done.stdout, flags=re.M))
+    sys.stdout.write(re.sub(r"^ctm_nb/([\w/]+\.py):(\d+):", real, done.stdout, flags=re.M))
     sys.stderr.write(done.stderr)
     sys.exit(done.returncode)
 

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from ctm_nb import state
-from ctm_nb.cli import train
-from ctm_nb.resume import resume_point
-from ctm_nb.state import CheckpointError, load_checkpoint, versions
+from ctm_nb.checkpoints import store as state
+from ctm_nb.commands.train import train
+from ctm_nb.training.resume import resume_point
+from ctm_nb.checkpoints.store import CheckpointError, load_checkpoint, versions
 
 WORDS = ["teacher.steps=12", "distill.steps=9", "gan.steps=9", "teacher.batch=8", "distill.batch=8", "gan.batch=8", "run.save_every=4", "run.log_every=3", "run.sample_every=10", "evaluate.n=0"]
 CLOCKS = ("seconds", "images_per_sec", "peak_memory_mb")
@@ -39,7 +39,7 @@ def warm_up():
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
-    import ctm_nb.training  # noqa: F401
+    import ctm_nb.training.trainer  # noqa: F401
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     figure = Figure()
     figure.text(0, 0, "warm")

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ctm_nb.convert import convert
-from ctm_nb.decode import as_image, cores
-from ctm_nb.formats import ArraySource, open_source
-from ctm_nb.loader import Batches, decode_all, load_splits
-from ctm_nb.sources import Names
+from ctm_nb.data.convert import convert
+from ctm_nb.data.decode import as_image, cores
+from ctm_nb.data.formats import ArraySource, open_source
+from ctm_nb.data.batches import Batches, decode_all, load_splits
+from ctm_nb.data.sources import Names
 
 RESULTS = Path(__file__).resolve().parents[1] / "nbs" / "results" / "data"
 
@@ -73,8 +73,8 @@ def of_decoding(source, workers):
 
 def of_training(seconds):
     "The digits preset in its two stages."
-    from ctm_nb.config import make_config
-    from ctm_nb.training import Trainer
+    from ctm_nb.training.config import make_config
+    from ctm_nb.training.trainer import Trainer
     with tempfile.TemporaryDirectory() as d:
         for stage, words in (("teacher", ["teacher.steps=100000"]), ("ctm_dsm", ["teacher.steps=1", "distill.steps=100000"])):
             t = Trainer(make_config("digits", words), Path(d) / stage)

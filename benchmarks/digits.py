@@ -63,11 +63,11 @@ def one_variant(name, seed, teacher, out):
     "Distil the given teacher under one variant and score it; runs in a process of its own."
     import torch
 
-    from ctm_nb.config import make_config
-    from ctm_nb.data import load_data
-    from ctm_nb.metrics import make_reference, score_samples, train_classifier
-    from ctm_nb.sampling import sample
-    from ctm_nb.training import Trainer
+    from ctm_nb.training.config import make_config
+    from ctm_nb.data.images import load_data
+    from ctm_nb.evaluation.metrics import make_reference, score_samples, train_classifier
+    from ctm_nb.method.sampling import sample
+    from ctm_nb.training.trainer import Trainer
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as d:
         t = Trainer(make_config("digits", [f"run.seed={seed}", *VARIANTS[name]]), Path(d) / "run")

@@ -21,8 +21,8 @@ def write(path, n):
     "An EDM zip of n images of 2 x 2 in ten classes."
     import numpy as np
 
-    from ctm_nb.convert import dataset_json, edm_name, png
-    from ctm_nb.zips import store
+    from ctm_nb.data.convert import dataset_json, edm_name, png
+    from ctm_nb.data.zips import store
     blobs = [png(np.full((2, 2, 1), v, np.uint8)) for v in range(256)]
     def entries():
         yield from ((edm_name(i), blobs[i % 256]) for i in range(n))
@@ -31,7 +31,7 @@ def write(path, n):
 
 
 def open_zip(path, n):
-    from ctm_nb.formats import open_source
+    from ctm_nb.data.formats import open_source
     assert len(open_source(path)) == n
 
 
@@ -41,21 +41,21 @@ def zipfile_reads(path, n):
 
 
 def inspect(path, n):
-    from ctm_nb.formats import open_source
-    from ctm_nb.survey import survey
+    from ctm_nb.data.formats import open_source
+    from ctm_nb.data.survey import survey
     assert len(survey(open_source(path)).facts()["classes"]) == 10
 
 
 def convert(path, n):
-    from ctm_nb.convert import convert as work
-    from ctm_nb.formats import open_source
+    from ctm_nb.data.convert import convert as work
+    from ctm_nb.data.formats import open_source
     assert work(open_source(path), path.with_suffix(".copy.zip"), overwrite=True)["images"] == n
 
 
 def stream(path, n):
     from itertools import islice
 
-    from ctm_nb.loader import Batches, load_splits
+    from ctm_nb.data.batches import Batches, load_splits
     os.environ["CTM_NB_CACHE"] = str(path.parent / "cache")
     os.makedirs(path.parent / "cache", exist_ok=True)
     for _ in islice(Batches(load_splits(path, in_memory=False)["train"], 128), 100): pass

@@ -1,4 +1,4 @@
-"""Local, global and soft matching, with and without DSM, against the exact flow of a Gaussian mixture: the numbers behind nbs/05_oracle.ipynb.
+"""Local, global and soft matching, with and without DSM, against the exact flow of a Gaussian mixture: the numbers behind nbs/1_method/07_oracle.ipynb.
 
     python benchmarks/oracle.py --seeds 0 1 2 --steps 1000        writes nbs/results/oracle/runs.json after each of the 21 runs; runs already there are kept
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from ctm_nb.distill import MATCHING
-from ctm_nb.flow import toy_mixture
-from ctm_nb.oracle import LEVELS, denoiser_error, exact_maps, map_error, sample_error, train_on
+from ctm_nb.method.distill import MATCHING
+from ctm_nb.method.flow import toy_mixture
+from ctm_nb.method.oracle import LEVELS, denoiser_error, exact_maps, map_error, sample_error, train_on
 
 RESULT = Path(__file__).resolve().parents[1] / "nbs" / "results" / "oracle" / "runs.json"
 

@@ -1,4 +1,4 @@
-"""Distance of samples against seconds of training: the published recipe and others on the same teachers. nbs/16_speed.ipynb reads the results.
+"""Distance of samples against seconds of training: the published recipe and others on the same teachers. nbs/9_experiments/02_speed.ipynb reads the results.
 
     python benchmarks/quality.py --teachers runs/digits0 runs/digits1 runs/digits2        writes nbs/results/speed/quality.json after every run; what is there already is kept
 
@@ -37,8 +37,8 @@ def distances(trainer, reference, seed, n):
     "Frechet distances of one, two and four steps."
     import torch
 
-    from ctm_nb.metrics import score_samples
-    from ctm_nb.sampling import sample
+    from ctm_nb.evaluation.metrics import score_samples
+    from ctm_nb.method.sampling import sample
     y = trainer.data.labels[torch.arange(n) * len(trainer.data) // n]
     return {str(k): score_samples(reference, sample(trainer.parts["ctm"], n, y=y, steps=k, seed=seed + 1, batch_size=500), y)["frechet_distance"] for k in (1, 2, 4)}
 
@@ -47,11 +47,11 @@ def one(recipe, teacher, seed, seconds, n, data, out):
     "One recipe on one teacher."
     import torch
 
-    from ctm_nb import stages
-    from ctm_nb.config import make_config
-    from ctm_nb.interchange import load
-    from ctm_nb.metrics import make_reference, train_classifier
-    from ctm_nb.training import Trainer
+    from ctm_nb.training import stages
+    from ctm_nb.training.config import make_config
+    from ctm_nb.checkpoints.interchange import load
+    from ctm_nb.evaluation.metrics import make_reference, train_classifier
+    from ctm_nb.training.trainer import Trainer
     torch.set_flush_denormal(True)
     if recipe.endswith("not warmed up"): stages.EMA = partial(stages.EMA, warmup=False)  # no setting does this
     about = json.loads((Path(teacher) / "config.json").read_text())

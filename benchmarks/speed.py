@@ -1,4 +1,4 @@
-"""What a training step and a sample cost, on any machine. Results are JSON files under nbs/results/speed/ that nbs/16_speed.ipynb reads.
+"""What a training step and a sample cost, on any machine. Results are JSON files under nbs/results/speed/ that nbs/9_experiments/02_speed.ipynb reads.
 
     python benchmarks/speed.py all                                      a machine's ceiling, each network against it, the step and its parts, memory, sampling, start-up, data, evaluation; and a picture, nbs/results/speed/machine.png
     python benchmarks/speed.py device networks                          some of these
@@ -74,7 +74,7 @@ def device_section(a):
     "What the machine can do at best: a large matrix product, a convolution of the networks' kind, a copy."
     n, x, w = 2048, torch.randn(16, 128, 32, 32, device=a.device), torch.randn(128, 128, 3, 3, device=a.device)
     m, big = torch.randn(n, n, device=a.device), torch.randn(64 * 2**20, device=a.device)
-    from ctm_nb.precision import unpacks
+    from ctm_nb.training.precision import unpacks
     half = [v.bfloat16() for v in (m, x, w)]
     jobs = {"matmul fp32": lambda: m @ m, "conv fp32": lambda: torch.nn.functional.conv2d(x, w, padding=1), "copy": big.clone}
     if not unpacks("bf16", torch.device(a.device)): jobs |= {"matmul bf16": lambda: half[0] @ half[0], "conv bf16": lambda: torch.nn.functional.conv2d(*half[1:], padding=1)}
@@ -93,8 +93,8 @@ def count(net, B):
 
 def network_section(a):
     "Forward, and forward with backward, of each network."
-    from ctm_nb.networks import build_network
-    from ctm_nb.precision import unpacks
+    from ctm_nb.networks.unet import build_network
+    from ctm_nb.training.precision import unpacks
     rows = {}
     for name, (family, kw) in NETWORKS.items():
         torch.manual_seed(0)
@@ -119,11 +119,11 @@ def network_section(a):
 
 def make_stage(channels, recipe, device, batch, adversary=False):
     "A distillation of CIFAR-10's network with fewer channels, on noise; or the stage after it, with an adversary."
-    from ctm_nb.config import make_config
-    from ctm_nb.data import ImageData
-    from ctm_nb.edm import Denoiser
-    from ctm_nb.stages import STAGE_CLASSES, make_network
-    from ctm_nb.trajectory import student_from
+    from ctm_nb.training.config import make_config
+    from ctm_nb.data.images import ImageData
+    from ctm_nb.method.teacher import Denoiser
+    from ctm_nb.training.stages import STAGE_CLASSES, make_network
+    from ctm_nb.method.trajectory import student_from
     words = [f"network.model_channels={channels}", f"distill.batch={batch}", "network.dropout=0", "network.augment_dim=0", "teacher.augment=0", "distill.init=teacher", "distill.distance=l2", *RECIPES[recipe]]
     if adversary: words += [f"gan.batch={batch}", "gan.features=teacher", "gan.start=1", "gan.head_start=0"]  # step 0 without the adversary, 1 the discriminator's turn, 2 the student's
     config = make_config("cifar10", ["data.source=digits", *words])
@@ -138,8 +138,8 @@ def make_stage(channels, recipe, device, batch, adversary=False):
 
 def numbers_with(stage, k, seed, step=None):
     "What a step draws, for a stretch of k grid steps; the same times and noise for every `step` of a stage."
-    import ctm_nb.stages as stages
-    from ctm_nb.distill import draw_indices
+    import ctm_nb.training.stages as stages
+    from ctm_nb.method.distill import draw_indices
     kept, stages.draw_stretch = stages.draw_stretch, lambda B, N, K, gen, *rest: (ij := draw_indices(B, k, N, gen)) and (ij[0], k, ij[1])
     try: return stages.carry_to(stage.draw(len(stage.data), stages.step_generator(0, seed), seed if step is None else step), stage.device)
     finally: stages.draw_stretch = kept
@@ -147,9 +147,9 @@ def numbers_with(stage, k, seed, step=None):
 
 def plain_step(stage, numbers, x0):
     "The published step, written down as its formulas stand."
-    from ctm_nb.distill import adaptive_weight, dsm_loss, l2
-    from ctm_nb.edm import solve
-    from ctm_nb.flow import perturb
+    from ctm_nb.method.distill import adaptive_weight, dsm_loss, l2
+    from ctm_nb.method.teacher import solve
+    from ctm_nb.method.flow import perturb
     teacher, student, target = (stage.parts[k] for k in ("teacher", "model", "target"))
     e, end = numbers, torch.full_like(numbers["s"], .002)
     x_t = perturb(x0, e["t"], e["start"])
@@ -173,9 +173,9 @@ def finish_plain(stage):
 
 def our_step(stage, numbers, x0, context=nullcontext, micro=None):
     "The package's step."
-    from ctm_nb.guards import Guard
-    from ctm_nb.stages import take
-    from ctm_nb.update import apply_gradient, gradient_at_once, gradient_in_parts
+    from ctm_nb.training.guards import Guard
+    from ctm_nb.training.stages import take
+    from ctm_nb.training.step import apply_gradient, gradient_at_once, gradient_in_parts
     optimizer, B = stage.optimizers["model"], len(x0)
     optimizer.zero_grad(set_to_none=True)
     if micro:
@@ -196,10 +196,10 @@ def jobs_of(channels, a):
     stages = {r: make_stage(channels, r, a.device, a.batch) for r in RECIPES}
     half = partial(torch.autocast, a.device, torch.bfloat16, cache_enabled=a.device != "cpu")
     out = {"plain": (stages["published"], plain_step), **{r: (s, our_step) for r, s in stages.items()}}
-    from ctm_nb.precision import unpacks
+    from ctm_nb.training.precision import unpacks
     if not unpacks("bf16", torch.device(a.device)): out |= {f"{r}, bf16": (s, partial(our_step, context=half)) for r, s in stages.items()}
     if a.compiled:
-        from ctm_nb.precision import compile_networks
+        from ctm_nb.training.precision import compile_networks
         for r in RECIPES:
             s = make_stage(channels, r, a.device, a.batch)
             x0, numbers = torch.rand(a.batch, 3, 32, 32, device=a.device), numbers_with(s, 2, 0)
@@ -224,9 +224,9 @@ def step_section(a):
 
 def parts_section(a):
     "The cost of one step by part."
-    from ctm_nb.distill import ctm_target, last_layer_gradient, project, student_pass
-    from ctm_nb.edm import edm_loss
-    from ctm_nb.flow import perturb
+    from ctm_nb.method.distill import ctm_target, last_layer_gradient, project, student_pass
+    from ctm_nb.method.teacher import edm_loss
+    from ctm_nb.method.flow import perturb
     for channels in a.channels:
         rows = {}
         for recipe in RECIPES:
@@ -265,8 +265,8 @@ def adversary_section(a):
 
 def line_of_the_log(stage):
     "Everything that run.log_every steps leave behind: the drift of the averages, a line of metrics.jsonl, TensorBoard."
-    from ctm_nb.config import make_config
-    from ctm_nb.training import Trainer
+    from ctm_nb.training.config import make_config
+    from ctm_nb.training.trainer import Trainer
     trainer = Trainer(make_config("tiny", []), tempfile.mkdtemp(prefix="speed-"))
     trainer.begin("teacher", {})
     trainer.now, trainer.begun_at = stage, 0
@@ -280,7 +280,7 @@ def line_of_the_log(stage):
 
 def memory_section(a):
     "Peak memory of a step over what the networks themselves need, each in a process of its own."
-    from ctm_nb.precision import unpacks
+    from ctm_nb.training.precision import unpacks
     rows, half = {}, ("eleven evaluations, bf16",) * (not unpacks("bf16", torch.device(a.device)))
     for channels in a.channels:
         for kind in ("plain", "published", "eleven evaluations", "in parts of half", "in parts of a quarter", *half):
@@ -321,7 +321,7 @@ def one_memory(kind, channels, a):
 
 def sampling_section(a):
     "Sampling against the bare calls of the network."
-    from ctm_nb.sampling import sample
+    from ctm_nb.method.sampling import sample
     rows = {}
     for channels in a.channels:
         m = make_stage(channels, "published", a.device, 1).parts["model"].eval()
@@ -379,16 +379,16 @@ PLANS = {"heun, full grid": ("heun", None, "grid", 1), "heun, full grid, bf16": 
 
 def fine_solution(D, x_t, t, u, y, steps=272):
     "The teacher's trajectory from t to u by many steps of 2M, even in ln t."
-    from ctm_nb.edm import solve
+    from ctm_nb.method.teacher import solve
     times = t * (u / t) ** torch.linspace(0, 1, steps + 1, dtype=torch.float64)[:, None]
     return solve(D, x_t, times.float(), y, "dpm", above_zero=True)
 
 
 def stretch_errors(D, x0, y, curve, student=None, target=None, N=18, seed=0):
     "Mean error and evaluations of every plan, over stretches that stand for the draw of k, and random t and s; the target's too, if there is a student."
-    from ctm_nb.distill import ctm_target, draw_indices, grid_time, stretch_times
-    from ctm_nb.edm import SOLVERS, solve
-    from ctm_nb.flow import perturb
+    from ctm_nb.method.distill import ctm_target, draw_indices, grid_time, stretch_times
+    from ctm_nb.method.teacher import SOLVERS, solve
+    from ctm_nb.method.flow import perturb
     gen, rows, B = torch.Generator().manual_seed(seed), {p: {"evals": [], "x_u": [], "target": []} for p in PLANS}, len(x0)
     rms = lambda d: d.flatten(1).square().mean(1).sqrt()
     plans = {p: v for p, v in PLANS.items() if "bf16" not in p or torch.ops.mkldnn._is_mkldnn_bf16_supported()}
@@ -412,11 +412,11 @@ def stretch_errors(D, x0, y, curve, student=None, target=None, N=18, seed=0):
 
 def cases(a):
     "Name, denoiser, images, labels, bends and student of the mixture and of every teacher."
-    from ctm_nb.distill import bends
-    from ctm_nb.flow import toy_mixture
-    from ctm_nb.formats import open_source  # noqa: F401  (fails early where data can't be read)
-    from ctm_nb.interchange import load
-    from ctm_nb.loader import load_splits
+    from ctm_nb.method.distill import bends
+    from ctm_nb.method.flow import toy_mixture
+    from ctm_nb.data.formats import open_source  # noqa: F401  (fails early where data can't be read)
+    from ctm_nb.checkpoints.interchange import load
+    from ctm_nb.data.batches import load_splits
     toy = toy_mixture()
     yield "mixture", toy.D, toy.sample(256, seed=1).float(), None, bends(toy), None
     for path in a.teachers:
@@ -440,9 +440,9 @@ def solver_section(a):
 
 def reference_section(a):
     "How good is what the errors are measured against? Its distance from a solution with 64 steps for each grid step of the longest stretch, next to the distance of Heun's."
-    from ctm_nb.distill import draw_indices, grid_time, stretch_times
-    from ctm_nb.edm import solve
-    from ctm_nb.flow import perturb
+    from ctm_nb.method.distill import draw_indices, grid_time, stretch_times
+    from ctm_nb.method.teacher import solve
+    from ctm_nb.method.flow import perturb
     rms = lambda d: d.flatten(1).square().mean(1).sqrt()
     for name, D, x0, y, *_ in cases(a):
         gen, found = torch.Generator().manual_seed(0), {"272 steps": [], "heun, full grid": []}

@@ -54,16 +54,16 @@ def scores_of(model, data, reference, n, seed, ways):
     "The four scores for each way of drawing."
     import torch
 
-    from ctm_nb.metrics import score_samples
-    from ctm_nb.sampling import sample
+    from ctm_nb.evaluation.metrics import score_samples
+    from ctm_nb.method.sampling import sample
     y = data.labels[torch.arange(n) * len(data) // n]
     return {name: score_samples(reference, sample(model, n, y=y, seed=seed + 1, batch_size=500, **way), y) for name, way in ways.items()}
 
 
 def finish(config, folder, parts):
     "An adversarial stage from a given student to its end; the trainer, and the means of the last logged numbers."
-    from ctm_nb.config import stage_steps
-    from ctm_nb.training import Trainer
+    from ctm_nb.training.config import stage_steps
+    from ctm_nb.training.trainer import Trainer
     t = Trainer(config, folder)
     t.step = t.total - stage_steps(config)["ctm_dsm_gan"]
     t.begin("ctm_dsm_gan", parts)
@@ -78,10 +78,10 @@ def one(regime, seed, n, wanted, steps):
     "Students of one regime and seed: those wanted, and those that they need."
     import torch
 
-    from ctm_nb.config import make_config
-    from ctm_nb.data import load_data
-    from ctm_nb.metrics import make_reference, score_samples, train_classifier
-    from ctm_nb.training import Trainer
+    from ctm_nb.training.config import make_config
+    from ctm_nb.data.images import load_data
+    from ctm_nb.evaluation.metrics import make_reference, score_samples, train_classifier
+    from ctm_nb.training.trainer import Trainer
     torch.set_flush_denormal(True)
     path, words, ways = file_of(steps), [f"run.seed={seed}", *REGIMES[regime], *steps], {str(k): dict(steps=k) for k in STEPS}
     stored = {r["objective"]: r for r in rows_of(path) if (r["regime"], r["seed"], r["n"]) == (regime, seed, n)}

@@ -28,10 +28,10 @@ def measure(run, noise_seeds, n, rows, save):
     "All ways of one run; `rows` grows, and `save` is called after each."
     import torch
 
-    from ctm_nb.data import load_data
-    from ctm_nb.interchange import find_checkpoint, load
-    from ctm_nb.metrics import make_reference, score_samples, train_classifier
-    from ctm_nb.sampling import default_times, evaluations, sample
+    from ctm_nb.data.images import load_data
+    from ctm_nb.checkpoints.interchange import find_checkpoint, load
+    from ctm_nb.evaluation.metrics import make_reference, score_samples, train_classifier
+    from ctm_nb.method.sampling import default_times, evaluations, sample
     torch.set_flush_denormal(True)
     seed = json.loads((Path(run) / "config.json").read_text())["run"]["seed"]
     models = {which: load(run, which=which) for which in ("ctm", "teacher")}

@@ -1,7 +1,7 @@
 """Build the documentation site:  python docs/build.py [--out _docs] [--work _proc/site] [NOTEBOOK ...]
 
 Notebooks and modules become Sphinx's source in the working folder, Sphinx makes pages of it (warnings are errors), and the pages are checked. Nothing is executed, and neither
-torch nor ctm_nb is needed. Names of notebooks (04_trajectory) build a site of these alone.
+torch nor ctm_nb is needed. Names of notebooks (1_method/03_trajectory) build a site of these alone.
 """
 import argparse
 import os
@@ -32,10 +32,10 @@ def head(name, module, cells):
     return nbformat.v4.new_markdown_cell(f"```{{rst-class}} where\n```\n{made}Notebook: {{download}}`{name}.ipynb </downloads/{name}.ipynb>`", id="head")
 
 
-def page(name, cells, module, files, find, to="", place=lambda paper, item: None):
+def page(name, cells, files, find, folder="nbs", to="", place=lambda paper, item: None):
     "Cells of a page: links, names, tags of equations, captions; a mark before each exported cell that the reference leads to."
     for c in cells:
-        if c.cell_type == "markdown": c.source = notebooks.displays(pages_links(c.source, files, find, to), place)
+        if c.cell_type == "markdown": c.source = notebooks.displays(pages_links(c.source, files, find, folder, to), place)
     cells, faults = notebooks.captioned(cells)
     out = []
     for c in cells:
@@ -44,7 +44,10 @@ def page(name, cells, module, files, find, to="", place=lambda paper, item: None
     return out, [f"{name}.ipynb, {f}" for f in faults]
 
 
-def pages_links(text, files, find, to): return notebooks.linked_names(files.relink(text, to=to), find)
+def pages_links(text, files, find, folder, to): return notebooks.linked_names(files.relink(text, folder, to), find)
+
+
+def folder_of(name): return "nbs/" + name.partition("/")[0]
 
 
 def after_promise(cells, new):
@@ -74,39 +77,38 @@ def prepare(work, only=(), root=ROOT):
     "Write Sphinx's source; returns the faults."
     cfg, nbs = settings(root), root/"nbs"
     host, branch = cfg["git_url"], cfg["branch"]
-    names = [p.stem for p in sorted(nbs.glob("[!_.]*.ipynb")) if p.stem != "index" and (not only or p.stem in only)]
+    names = [n for n in notebooks.found(nbs) if not only or n in only]
     modules = source.read_package(root/cfg["lib_path"])
     if only: modules = {k: m for k, m in modules.items() if m.notebook in names}
-    index = nbformat.read(nbs/"index.ipynb", as_version=4)
-    parts = notebooks.reading_order(names, index)
+    parts = notebooks.reading_order(names)
     books = {n: notebooks.processed(nbs/f"{n}.ipynb") for n in names}
     titles = {n: notebooks.title_of(b.cells) or n for n, b in books.items()}
     tagged = {t: f for b in books.values() for t, f in notebooks.equations(b.cells).items()}
     files = notebooks.Files(root, names, host, branch)
     known, place = pages.shown_names(modules), pages.finder_of_equations(modules)
-    symbols = {n: [tuple(files.relink(text, to="notebooks/") for text in row) for row in notebooks.symbols(books[n].cells)] for part in parts.values() for n in part}
+    symbols = {n: [tuple(files.relink(text, folder_of(n), to="notebooks/") for text in row) for row in notebooks.symbols(books[n].cells)] for part in parts.values() for n in part}
     faults = []
     shutil.rmtree(work, ignore_errors=True)
     for n, b in books.items():
         own = next((m for m in modules.values() if m.notebook == n), None)
-        cells, found = page(n, b.cells, own, files, pages.finder(modules, known, n), place=place)
+        cells, found = page(n, b.cells, files, pages.finder(modules, known, n), folder_of(n), place=place)
         faults += found
         save(after_promise(cells, head(n, own, cells)), b.metadata, work/"notebooks"/f"{n}.ipynb")
-        (work/"downloads").mkdir(exist_ok=True)
-        shutil.copy(nbs/f"{n}.ipynb", work/"downloads")
+        (work/"downloads"/n).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(nbs/f"{n}.ipynb", work/"downloads"/f"{n}.ipynb")
     write(work, "api/index.md", pages.reference_index(modules, parts))
     for m in modules.values(): write(work, f"api/{m.name}.md", pages.module_page(m, host, branch, titles))
     write(work, "equations.md", pages.equations_page(modules, tagged, titles, known))
     write(work, "symbols.md", pages.symbols_page(symbols, titles))
     missing = lambda m: m[0] if m[2] in names else m[1]
-    for p in sorted((HERE/"pages").glob("*.md")): write(work, p.name, re.sub(r"\{doc\}`([^<`]*?) </notebooks/(\w+)>`", missing, p.read_text(encoding="utf-8")))
+    for p in sorted((HERE/"pages").glob("*.md")): write(work, p.name, re.sub(r"\{doc\}`([^<`]*?) </notebooks/([\w/]+)>`", missing, p.read_text(encoding="utf-8")))
     project = [n for n in ("CONTRIBUTING", "CHANGELOG") if (root/f"{n}.md").exists()]
     for n in project: write(work, f"{n.lower()}.md", files.relink((root/f"{n}.md").read_text(encoding="utf-8"), folder=".", to="notebooks/"))
     trees = [toctree(part, [f"notebooks/{n}" for n in found]) for part, found in parts.items()]
     trees += [toctree("Reference", ["api/index", "equations", "symbols", *(p.stem for p in sorted((HERE/"pages").glob("*.md")))])]
     trees += [toctree("Project", [n.lower() for n in project])] * bool(project)
     front = notebooks.processed(nbs/"index.ipynb")
-    cells, found = page("index", front.cells, None, files, lambda name: None, to="notebooks/")
+    cells, found = page("index", front.cells, files, lambda name: None, to="notebooks/")
     save([*cells, nbformat.v4.new_markdown_cell("\n\n".join(trees), id="trees")], front.metadata, work/"index.ipynb")
     for p in files.pictures: (to := work/"notebooks"/p).parent.mkdir(parents=True, exist_ok=True), shutil.copy(nbs/p, to)
     return faults + found

@@ -64,7 +64,7 @@ def find_source(app, modname):
     from builder.source import everything, read_module
     path = ROOT/(modname.replace(".", "/") + ".py")
     if not path.is_file(): return None
-    m = read_module(path)
+    m = read_module(path, ROOT/cfg["lib_path"])
     return m.code, {d.name: ("class" if d.kind == "class" else "def", *d.lines) for d in everything({m.name: m}) if d.kind != "data"}
 
 

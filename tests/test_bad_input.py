@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ctm_nb.cli import ctm_nb_train
-from ctm_nb.cli_data import ctm_nb_data
-from ctm_nb.formats import open_source
+from ctm_nb.commands.train import ctm_nb_train
+from ctm_nb.commands.data import ctm_nb_data
+from ctm_nb.data.formats import open_source
 
 RNG = np.random.default_rng(0)
 
@@ -164,7 +164,7 @@ def test_unreadable_files(here, capsys):
 def test_a_full_disk(here, dst, limit):
     "No file may grow beyond the limit, which to the program is what a full disk is: in a part, in the assembled file, in one file of a tree."
     full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    code = "from ctm_nb.cli_data import ctm_nb_data; ctm_nb_data()"
+    code = "from ctm_nb.commands.data import ctm_nb_data; ctm_nb_data()"
     done = subprocess.run([sys.executable, "-c", code, "convert", "d", dst, "--workers", "0"], preexec_fn=full, capture_output=True, text=True)
     assert done.returncode == 3 and "File too large" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (here / dst).exists()
@@ -205,7 +205,7 @@ def test_labels_that_somebodys_script_wrote(here, capsys, kind, container):
 def test_names_of_any_bytes_can_be_said(here):
     "A file's name that is no UTF-8, one with a line break, and a terminal that knows ASCII only."
     for name, data in ((b"\xff.png", b"junk"), ("кот.png".encode(), png()), (b"two\nlines.png", b"")): (here / "d" / "a" / os.fsdecode(name)).write_bytes(data)
-    code = "from ctm_nb.cli_data import ctm_nb_data; ctm_nb_data()"
+    code = "from ctm_nb.commands.data import ctm_nb_data; ctm_nb_data()"
     done = subprocess.run([sys.executable, "-c", code, "inspect", "d", "--workers", "0", "--json", "r.json"], capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
     assert done.returncode == 1 and r"a/\xff.png: not an image" in done.stdout and r"a/two\nlines.png: empty file" in done.stdout, done.stderr
     assert sorted(json.loads((here / "r.json").read_text())["broken"]) == [r"a/\xff.png", r"a/two\nlines.png"]

@@ -7,12 +7,12 @@ import pytest
 
 
 def call(*words, cwd=None):
-    code = "from ctm_nb.cli import ctm_nb_train; ctm_nb_train()"
+    code = "from ctm_nb.commands.train import ctm_nb_train; ctm_nb_train()"
     return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
 
 
 def test_help_imports_nothing_heavy():
-    code = "import ctm_nb.cli, sys; print([m for m in ('torch', 'numpy', 'sklearn', 'matplotlib', 'PIL') if m in sys.modules])"
+    code = "import ctm_nb.commands.train, sys; print([m for m in ('torch', 'numpy', 'sklearn', 'matplotlib', 'PIL') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
     r = call("--help")
     assert r.returncode == 0 and "--set" in r.stdout and "one-step" in r.stdout
@@ -28,13 +28,13 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, words, message):
 
 
 def test_a_reader_who_has_seen_enough(tmp_path):
-    code = "import os; r, w = os.pipe(); os.dup2(w, 1); os.close(w); os.close(r); from ctm_nb.cli import ctm_nb_train; ctm_nb_train()"
+    code = "import os; r, w = os.pipe(); os.dup2(w, 1); os.close(w); os.close(r); from ctm_nb.commands.train import ctm_nb_train; ctm_nb_train()"
     r = subprocess.run([sys.executable, "-c", code, "--preset", "tiny", "--dry-run"], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     assert (r.returncode, r.stderr) == (141, "")
 
 
 def test_ctrl_c_while_watching_does_not_speak_of_the_run_as_stopped(tmp_path):
-    code = "import ctm_nb.watch\ndef follow(run): raise KeyboardInterrupt\nctm_nb.watch.follow = follow\nfrom ctm_nb.cli import ctm_nb_train; ctm_nb_train(['--watch', 'runs/x'])"
+    code = "import ctm_nb.training.watch\ndef follow(run): raise KeyboardInterrupt\nctm_nb.watch.follow = follow\nfrom ctm_nb.commands.train import ctm_nb_train; ctm_nb_train(['--watch', 'runs/x'])"
     r = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     assert (r.returncode, r.stderr) == (130, "ctm_nb_train: stopped watching; the run itself goes on\n")
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ctm_nb.cli_data import ctm_nb_data
-from ctm_nb.convert import convert
-from ctm_nb.formats import ArraySource, open_source
-from ctm_nb.sources import Names
-from ctm_nb.survey import survey
+from ctm_nb.commands.data import ctm_nb_data
+from ctm_nb.data.convert import convert
+from ctm_nb.data.formats import ArraySource, open_source
+from ctm_nb.data.sources import Names
+from ctm_nb.data.survey import survey
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (300, 8, 8, 3), np.uint8)
@@ -78,7 +78,7 @@ def test_class_names_that_are_no_folder_names(tmp_path):
 def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     "A limit on the size of files stands in for a full disk: writing fails with an OSError in the middle."
     code = ("import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
-            "from ctm_nb.cli_data import ctm_nb_data; import sys; ctm_nb_data(sys.argv[1:])")
+            "from ctm_nb.commands.data import ctm_nb_data; import sys; ctm_nb_data(sys.argv[1:])")
     convert(source(), tmp_path / "src.npz", workers=0)
     done = subprocess.run([sys.executable, "-c", code, "convert", tmp_path / "src.npz", tmp_path / "a.zip", "--workers", "0"], capture_output=True, text=True)
     assert done.returncode == 3 and done.stderr.strip() == f"ctm_nb_data: [Errno 27] File too large while writing {tmp_path}/a.zip: with more room, the same command continues"
@@ -89,8 +89,8 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
 
 def test_killed_and_continued(tmp_path):
     "SIGKILL in the middle; the next run uses the parts that exist and ends with the same bytes."
-    code = ("import sys, time; import ctm_nb.formats as f; get = f.ArraySource.get; f.ArraySource.get = lambda s, i: (time.sleep(.002), get(s, i))[1];"
-            "from ctm_nb.cli_data import ctm_nb_data; ctm_nb_data(sys.argv[1:])")
+    code = ("import sys, time; import ctm_nb.data.formats as f; get = f.ArraySource.get; f.ArraySource.get = lambda s, i: (time.sleep(.002), get(s, i))[1];"
+            "from ctm_nb.commands.data import ctm_nb_data; ctm_nb_data(sys.argv[1:])")
     convert(source(), tmp_path / "src.npz", workers=0); convert(source(), tmp_path / "want.zip", workers=0)
     p = subprocess.Popen([sys.executable, "-c", code, "convert", tmp_path / "src.npz", tmp_path / "a.zip", "--workers", "0"], stderr=subprocess.DEVNULL)
     first, started = tmp_path / "a.zip.partial" / "part-00000.zip", time.monotonic()
@@ -182,10 +182,10 @@ def test_sizes_must_agree_unless_told(tmp_path):
 
 
 def test_help_is_light():
-    code = "import sys; from ctm_nb.cli_data import data_parser; data_parser(); print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
+    code = "import sys; from ctm_nb.commands.data import data_parser; data_parser(); print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_reading_needs_no_torch():
-    code = "import sys, ctm_nb.survey, ctm_nb.convert, ctm_nb.formats; print('torch' in sys.modules)"
+    code = "import sys, ctm_nb.data.survey, ctm_nb.data.convert, ctm_nb.data.formats; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

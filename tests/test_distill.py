@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ctm_nb.distill import GradientSets, adaptive_weight, add_ctm_dsm, ctm_dsm_objective, ctm_loss, ctm_pair, draw_indices, draw_k, dsm_loss, dsm_sigma, grid_time, l2, pseudo_huber, teacher_jump
-from ctm_nb.edm import Denoiser, solve
-from ctm_nb.flow import rho_grid, toy_mixture
-from ctm_nb.networks import DDPMpp
-from ctm_nb.trajectory import CTM, student_from
+from ctm_nb.method.distill import GradientSets, adaptive_weight, add_ctm_dsm, ctm_dsm_objective, ctm_loss, ctm_pair, draw_indices, draw_k, dsm_loss, dsm_sigma, grid_time, l2, pseudo_huber, teacher_jump
+from ctm_nb.method.teacher import Denoiser, solve
+from ctm_nb.method.flow import rho_grid, toy_mixture
+from ctm_nb.networks.unet import DDPMpp
+from ctm_nb.method.trajectory import CTM, student_from
 
 GEN = lambda seed=0: torch.Generator().manual_seed(seed)
 

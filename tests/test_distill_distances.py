@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ctm_nb.distances import DISTANCES, FeatureDistance, LPIPSDistance, backbone_file, feature_gap, l2, make_distance, pseudo_huber, unit
-from ctm_nb.edm import Denoiser
-from ctm_nb.networks import DDPMpp, MLP
+from ctm_nb.method.distances import DISTANCES, FeatureDistance, LPIPSDistance, backbone_file, feature_gap, l2, make_distance, pseudo_huber, unit
+from ctm_nb.method.teacher import Denoiser
+from ctm_nb.networks.unet import DDPMpp, MLP
 
 
 def teacher(channels=1, size=8, n_classes=0):
@@ -109,7 +109,7 @@ def test_what_is_missing_is_said_at_once(tmp_path, monkeypatch):
     assert time.monotonic() - started < 5
     (tmp_path / "vgg16-x.pth").touch()
     assert backbone_file("vgg", tmp_path).name == "vgg16-x.pth"
-    import ctm_nb.distances as module
+    import ctm_nb.method.distances as module
     def absent(name): raise ImportError(f"No module named {name!r}")
     monkeypatch.setattr(module.importlib, "import_module", absent)
     with pytest.raises(ValueError, match="needs the package lpips"): make_distance("lpips", random=True)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from ctm_nb.distill import (GradientSets, adaptive_weight, add_ctm_dsm, average, balance, bends, ctm_dsm_objective, ctm_loss, ctm_pair, ctm_target, draw_stretch, dsm_loss, grid_time,
+from ctm_nb.method.distill import (GradientSets, adaptive_weight, add_ctm_dsm, average, balance, bends, ctm_dsm_objective, ctm_loss, ctm_pair, ctm_target, draw_stretch, dsm_loss, grid_time,
     l2, make_distance, move, project, pseudo_huber, stretch_times, teacher_jump)
-from ctm_nb.edm import Denoiser
-from ctm_nb.networks import DDPMpp, MLP
-from ctm_nb.trajectory import student_from
+from ctm_nb.method.teacher import Denoiser
+from ctm_nb.networks.unet import DDPMpp, MLP
+from ctm_nb.method.trajectory import student_from
 
 GEN = lambda seed=0: torch.Generator().manual_seed(seed)
 
@@ -91,7 +91,7 @@ sys.path.insert(0, sys.argv[1])
 from test_distill_parts import *
 rank, folder = int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-from ctm_nb.distill import average_gradients
+from ctm_nb.method.distill import average_gradients
 _, student, target = models()
 mine = rows(example(), torch.arange(8).tensor_split(2)[rank])
 at_once, _ = whole_step(student, target, mine, distance=pseudo_huber)
@@ -259,7 +259,7 @@ def test_global_target_is_the_teachers_answer():
     torch.testing.assert_close(ctm_target(student, target, x_u, u, u, e["y"], "s"), x_u)
     for b in range(3):  # every row as if it were alone, with the same number of steps
         steps = int(k.max())
-        from ctm_nb.edm import solve
+        from ctm_nb.method.teacher import solve
         alone = solve(teacher.D, e["x_t"][b:b + 1], grid_time(i[b] + torch.linspace(0, 1, steps + 1, dtype=torch.float64) * k[b], 18), e["y"][b:b + 1], "dpm")
         torch.testing.assert_close(x_u[b:b + 1], alone, rtol=1e-8, atol=1e-10)
 
@@ -355,7 +355,7 @@ def test_half_of_the_second_jumps_are_not_made():
 
 def test_eight_corrected_evaluations_keep_the_published_error():
     "On the mixture: unipc2 with a third of the evaluations of Heun on the full grid."
-    from ctm_nb.flow import toy_mixture
+    from ctm_nb.method.flow import toy_mixture
     toy, gen, error, evals = toy_mixture(), GEN(), {}, {}
     curve = bends(toy)
     for _ in range(12):
@@ -373,7 +373,7 @@ def test_eight_corrected_evaluations_keep_the_published_error():
 @pytest.mark.parametrize("method, bound", [("dpm", 1.), ("dpm3", 1.5)])
 def test_even_steps_in_the_logarithm_keep_the_published_error(method, bound):
     "On the mixture: eleven evaluations of a multistep method against Heun on the full grid, twenty-three in the mean."
-    from ctm_nb.flow import toy_mixture
+    from ctm_nb.method.flow import toy_mixture
     toy, gen, error = toy_mixture(), GEN(), {}
     for _ in range(12):
         i, k, _ = draw_stretch(64, 18, 17, gen)
@@ -391,7 +391,7 @@ def test_unknown_spacing_is_refused():
 
 
 def test_curved_stretches_share_the_bends_evenly():
-    from ctm_nb.flow import toy_mixture
+    from ctm_nb.method.flow import toy_mixture
     curve, i, k = bends(toy_mixture()), torch.tensor([0, 5, 12]), torch.tensor([17, 4, 1])
     assert torch.equal(curve, bends(toy_mixture())) and (curve.diff(dim=1) > 0).all() and curve[1, 0] == 0 and curve[1, -1] == 1
     still = SimpleNamespace(D=lambda x, t, y: torch.zeros_like(x), data_shape=(2,), n_classes=0, sigma_min=.002, sigma_max=80.)

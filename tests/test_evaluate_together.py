@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from ctm_nb import shares
-from ctm_nb.cli_evaluate import ctm_nb_evaluate
-from ctm_nb.data import digits
-from ctm_nb.draw import make_plan
-from ctm_nb.edm import Denoiser
-from ctm_nb.extractors import ClassifierExtractor
-from ctm_nb.interchange import describe, load
-from ctm_nb.metrics import FeatureStats, train_classifier
-from ctm_nb.networks import DDPMpp, init_
-from ctm_nb.references import Collected, array_samples, build_reference, joined, look, read_reference
-from ctm_nb.search import stored_times
-from ctm_nb.state import save_checkpoint
-from ctm_nb.trajectory import student_from
-from ctm_nb.tuning import ledger_of, search_folder, tune
+from ctm_nb.evaluation import shares
+from ctm_nb.commands.evaluate import ctm_nb_evaluate
+from ctm_nb.data.images import digits
+from ctm_nb.evaluation.draw import make_plan
+from ctm_nb.method.teacher import Denoiser
+from ctm_nb.evaluation.features import ClassifierExtractor
+from ctm_nb.checkpoints.interchange import describe, load
+from ctm_nb.evaluation.metrics import FeatureStats, train_classifier
+from ctm_nb.networks.unet import DDPMpp, init_
+from ctm_nb.evaluation.reference import Collected, array_samples, build_reference, joined, look, read_reference
+from ctm_nb.evaluation.search import stored_times
+from ctm_nb.checkpoints.store import save_checkpoint
+from ctm_nb.method.trajectory import student_from
+from ctm_nb.evaluation.tuning import ledger_of, search_folder, tune
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_two_processes_score_as_one(run, ref, tmp_path, capfd):
 
 
 def test_torchrun_with_a_classifier_trained_by_the_first(run, tmp_path):
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ctm_nb.cli_evaluate", run, "--ref", "digits", "--steps", "1", "-n", "40", "--device", "cpu", "--out", tmp_path / "s.json"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ctm_nb.commands.evaluate", run, "--ref", "digits", "--steps", "1", "-n", "40", "--device", "cpu", "--out", tmp_path / "s.json"]
     p = subprocess.run([str(w) for w in words], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert p.returncode == 0, p.stderr
     assert p.stdout.count("frechet_distance") == 1 and {r["n_samples"] for r in json.loads((tmp_path / "s.json").read_text())} == {40}
@@ -161,7 +161,7 @@ def test_search_is_stored_and_used(run, ref, tmp_path, capsys):
 
 def test_killed_search_continues(run, ref, tmp_path):
     words = [run, "--ref", ref, "--search", "--gamma", "0.2", "--tries", "12", "--search-n", "400", "-n", "40", "--metrics", "kid", "--device", "cpu"]
-    code = "import sys; from ctm_nb.cli_evaluate import ctm_nb_evaluate; ctm_nb_evaluate(sys.argv[1:])"
+    code = "import sys; from ctm_nb.commands.evaluate import ctm_nb_evaluate; ctm_nb_evaluate(sys.argv[1:])"
     old = set((run / "search").glob("2-steps-*.json"))
     p = subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     new = lambda: set((run / "search").glob("2-steps-*.json")) - old

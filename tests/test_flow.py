@@ -1,11 +1,11 @@
-"""flow: regressions and bad input. What explains the mathematics is tested in nbs/00_flow.ipynb."""
+"""flow: regressions and bad input. What explains the mathematics is tested in nbs/1_method/01_flow.ipynb."""
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from ctm_nb.flow import SIGMA_MAX, SIGMA_MIN, GaussianMixture, check_times, expand, noise, perturb, rho_grid, toy_mixture
+from ctm_nb.method.flow import SIGMA_MAX, SIGMA_MIN, GaussianMixture, check_times, expand, noise, perturb, rho_grid, toy_mixture
 
 f64 = torch.float64
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctm_nb.config import make_config
-from ctm_nb.distill import GradientSets, adaptive_weight, ctm_pair, dsm_loss, l2, pseudo_huber, to_end
-from ctm_nb.edm import Denoiser
-from ctm_nb.features import Frozen, RandomProjection, TeacherFeatures, TimmFeatures, augment, colour, cutout, find_weights, load_weights, probe, translate
-from ctm_nb.gan import (Discriminator, add_ctm_dsm_gan, ctm_dsm_gan_objective, discriminator_objective, discriminator_optimizer, gan_loss_d, gan_loss_g, gan_turn, hinge_d, hinge_g,
+from ctm_nb.training.config import make_config
+from ctm_nb.method.distill import GradientSets, adaptive_weight, ctm_pair, dsm_loss, l2, pseudo_huber, to_end
+from ctm_nb.method.teacher import Denoiser
+from ctm_nb.method.features import Frozen, RandomProjection, TeacherFeatures, TimmFeatures, augment, colour, cutout, find_weights, load_weights, probe, translate
+from ctm_nb.method.adversary import (Discriminator, add_ctm_dsm_gan, ctm_dsm_gan_objective, discriminator_objective, discriminator_optimizer, gan_loss_d, gan_loss_g, gan_turn, hinge_d, hinge_g,
                         lazy, project_both, softplus_d, softplus_g)
-from ctm_nb.networks import DDPMpp
-from ctm_nb.state import load_checkpoint
-from ctm_nb.training import Trainer
-from ctm_nb.trajectory import student_from
+from ctm_nb.networks.unet import DDPMpp
+from ctm_nb.checkpoints.store import load_checkpoint
+from ctm_nb.training.trainer import Trainer
+from ctm_nb.method.trajectory import student_from
 
 ROOT = Path(__file__).resolve().parents[1]
 GEN = lambda seed=0: torch.Generator().manual_seed(seed)
@@ -165,7 +165,7 @@ def test_weights_from_file_folder_and_cache_and_damaged_ones(tmp_path, monkeypat
 
 def command(*words, cwd):
     "The command as a process, where no cache has any weights."
-    return subprocess.run([sys.executable, "-m", "ctm_nb.cli", "--preset", "tiny", "--stage", "all", "--set", *words], capture_output=True, text=True, cwd=cwd,
+    return subprocess.run([sys.executable, "-m", "ctm_nb.commands.train", "--preset", "tiny", "--stage", "all", "--set", *words], capture_output=True, text=True, cwd=cwd,
                        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_HOME": str(cwd / "torch"), "HF_HOME": str(cwd / "hf")}, timeout=300)
 
 
@@ -499,9 +499,9 @@ def test_frozen_and_probe():
 
 @pytest.mark.parametrize("start, head_start", [(0, 0), (0, 5), (3, 4), (0, 8)])
 def test_the_penalty_falls_on_turns_of_the_discriminator(start, head_start, monkeypatch):
-    from ctm_nb import stages
-    from ctm_nb.config import make_config
-    from ctm_nb.data import digits
+    from ctm_nb.training import stages
+    from ctm_nb.training.config import make_config
+    from ctm_nb.data.images import digits
     config = make_config("tiny", ["gan.steps=80", "gan.r1=1", f"gan.start={start}", f"gan.head_start={head_start}"])
     teacher = stages.TeacherStage(config, digits(), torch.device("cpu")).parts["teacher"]
     stage = stages.GanStage(config, digits(), torch.device("cpu"), {"teacher": teacher, "ctm": student_from(teacher)})

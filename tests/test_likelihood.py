@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from ctm_nb.cli import ctm_nb_train
-from ctm_nb.cli_evaluate import ctm_nb_evaluate
-from ctm_nb.data import ImageData, digits
-from ctm_nb.edm import Denoiser
-from ctm_nb.flow import GaussianMixture, noise, perturb, toy_mixture
-from ctm_nb.likelihood import (PIXEL, bits_per_dim, check_fit, denoise_with_trace, dequantise, elbo_bits, elbo_log_density, elbo_times, integrate_rows,
+from ctm_nb.commands.train import ctm_nb_train
+from ctm_nb.commands.evaluate import ctm_nb_evaluate
+from ctm_nb.data.images import ImageData, digits
+from ctm_nb.method.teacher import Denoiser
+from ctm_nb.method.flow import GaussianMixture, noise, perturb, toy_mixture
+from ctm_nb.evaluation.likelihood import (PIXEL, bits_per_dim, check_fit, denoise_with_trace, dequantise, elbo_bits, elbo_log_density, elbo_times, integrate_rows,
                                likelihood_records, ode_bits, ode_log_density, prior_loss, reconstruction_loss, split_words, trace_probes)
-from ctm_nb.networks import MLP, DDPMpp, init_
-from ctm_nb.trajectory import student_from
+from ctm_nb.networks.unet import MLP, DDPMpp, init_
+from ctm_nb.method.trajectory import student_from
 
 TOY = toy_mixture()
 

@@ -3,12 +3,12 @@ import numpy as np
 import pytest
 import torch
 
-from ctm_nb.augment import augment, draw_parameters, label_of, matrix_of, stream_uniforms, warp
-from ctm_nb.convert import convert
-from ctm_nb.data import ImageData, load_data
-from ctm_nb.formats import ArraySource
-from ctm_nb.loader import Batches, load_splits
-from ctm_nb.sources import Names
+from ctm_nb.data.augment import augment, draw_parameters, label_of, matrix_of, stream_uniforms, warp
+from ctm_nb.data.convert import convert
+from ctm_nb.data.images import ImageData, load_data
+from ctm_nb.data.formats import ArraySource
+from ctm_nb.data.batches import Batches, load_splits
+from ctm_nb.data.sources import Names
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (70, 8, 8, 3), np.uint8)
 
@@ -163,13 +163,13 @@ def test_pieces_of_a_batch_make_the_batch(zipped, world, batch, workers):
 @pytest.fixture
 def no_room(monkeypatch):
     "A machine whose memory no data set fits into."
-    import ctm_nb.loader
-    monkeypatch.setattr(ctm_nb.loader, "fits", lambda *_: False)
+    import ctm_nb.data.batches
+    monkeypatch.setattr(ctm_nb.data.batches, "fits", lambda *_: False)
 
 
 def test_a_training_on_a_stream_decodes_ahead_and_is_the_same(zipped, tmp_path, no_room, monkeypatch):
-    from ctm_nb.config import make_config
-    from ctm_nb.training import Trainer
+    from ctm_nb.training.config import make_config
+    from ctm_nb.training.trainer import Trainer
     words = [f"data.source={zipped}", "data.flip=true", "evaluate.n=0", "run.save_every=7"]
     def train(folder, steps):
         t = Trainer(make_config("tiny", words), folder)
@@ -188,7 +188,7 @@ def test_a_training_on_a_stream_decodes_ahead_and_is_the_same(zipped, tmp_path, 
 
 def test_workers_leave_when_their_parent_is_killed(zipped):
     import signal, subprocess, sys, time
-    code = ("import sys; from ctm_nb.loader import *; from ctm_nb.decode import in_order\n"
+    code = ("import sys; from ctm_nb.data.batches import *; from ctm_nb.data.decode import in_order\n"
             "b = Batches(load_splits(sys.argv[1], in_memory=False)['train'], 12, workers=2); b.at(0)\n"
             "import multiprocessing as mp; print(*[p.pid for p in mp.active_children()], flush=True); import time; time.sleep(60)")
     p = subprocess.Popen([sys.executable, "-c", code, zipped], stdout=subprocess.PIPE, text=True)
@@ -205,8 +205,8 @@ def test_workers_leave_when_their_parent_is_killed(zipped):
 
 def test_a_dead_worker_ends_the_command_with_a_sentence(zipped, tmp_path, no_room, monkeypatch, capsys):
     import os
-    from ctm_nb.cli import ctm_nb_train
-    from ctm_nb.loader import StreamData
+    from ctm_nb.commands.train import ctm_nb_train
+    from ctm_nb.data.batches import StreamData
     parent = os.getpid()
     decode = StreamData.decode
     monkeypatch.setattr(StreamData, "decode", lambda self, idx: os._exit(1) if os.getpid() != parent else decode(self, idx))
@@ -215,7 +215,7 @@ def test_a_dead_worker_ends_the_command_with_a_sentence(zipped, tmp_path, no_roo
 
 
 def test_a_single_colour_among_many_greys_is_found(tmp_path):
-    from ctm_nb.loader import decode_all
+    from ctm_nb.data.batches import decode_all
     images = IMAGES[:, :, :, :1].repeat(10, 0).repeat(3, 3); images[333] = [255, 0, 0]
     source = ArraySource("d", "array", Names(map(str, range(700))), images=images)
     for workers in (0, 2): assert np.array_equal(decode_all(source, workers=workers)[0].transpose(0, 2, 3, 1), images)
@@ -224,7 +224,7 @@ def test_a_single_colour_among_many_greys_is_found(tmp_path):
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_program_may_end_in_the_middle_of_a_loader(zipped, in_memory):
     import subprocess, sys
-    code = ("import sys; from ctm_nb.loader import *; b = iter(Batches(load_splits(sys.argv[1], in_memory=bool(int(sys.argv[2])))['train'], 12, flip=True, p=.5))\n"
+    code = ("import sys; from ctm_nb.data.batches import *; b = iter(Batches(load_splits(sys.argv[1], in_memory=bool(int(sys.argv[2])))['train'], 12, flip=True, p=.5))\n"
             "for _ in range(5): next(b)\nprint('done')")
     done = subprocess.run([sys.executable, "-c", code, zipped, str(int(in_memory))], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
@@ -240,21 +240,21 @@ def test_a_stream_has_the_fingerprint_of_the_memory(zipped, tmp_path, monkeypatc
 
 
 def test_a_run_continues_where_its_images_no_longer_fit(zipped, tmp_path, monkeypatch):
-    import ctm_nb.loader
-    from ctm_nb.config import make_config
-    from ctm_nb.training import Trainer
+    import ctm_nb.data.batches
+    from ctm_nb.training.config import make_config
+    from ctm_nb.training.trainer import Trainer
     monkeypatch.setenv("CTM_NB_CACHE", str(tmp_path / "cache"))
     c = make_config("tiny", [f"data.source={zipped}", "evaluate.n=0"])
     t = Trainer(c, tmp_path / "run")
     for _ in range(3): t.train_step()
     t.save()
-    monkeypatch.setattr(ctm_nb.loader, "fits", lambda *_: False)
+    monkeypatch.setattr(ctm_nb.data.batches, "fits", lambda *_: False)
     assert Trainer(c, tmp_path / "run").step == 3
 
 
 def test_a_repaired_file_is_looked_at_again(tmp_path, monkeypatch):
     monkeypatch.setenv("CTM_NB_CACHE", str(tmp_path / "cache"))
-    from ctm_nb.decode import as_image
+    from ctm_nb.data.decode import as_image
     for k in range(20): (tmp_path / "d" / "ab"[k % 2]).mkdir(parents=True, exist_ok=True); as_image(IMAGES[k]).save(tmp_path / "d" / "ab"[k % 2] / f"{k}.png")
     good = (tmp_path / "d" / "a" / "0.png").read_bytes()
     (tmp_path / "d" / "a" / "0.png").write_bytes(b"")
@@ -270,10 +270,10 @@ def test_a_cache_that_cant_be_written_is_no_reason_to_stop(zipped, tmp_path, mon
 
 
 def test_processes_of_one_machine_share_its_memory(zipped, monkeypatch):
-    import ctm_nb.loader
-    from ctm_nb.formats import open_source
+    import ctm_nb.data.batches
+    from ctm_nb.data.formats import open_source
     s = open_source(zipped)
-    monkeypatch.setattr(ctm_nb.loader, "available_memory", lambda: len(s) * 8 * 8 * 3 * 3 * 2)
+    monkeypatch.setattr(ctm_nb.data.batches, "available_memory", lambda: len(s) * 8 * 8 * 3 * 3 * 2)
     for ranks, enough in (("1", True), ("2", True), ("3", False)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-        assert ctm_nb.loader.fits(s, 8) == enough
+        assert ctm_nb.data.batches.fits(s, 8) == enough

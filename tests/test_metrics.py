@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from ctm_nb.data import ImageData, digits
-from ctm_nb.metrics import (FeatureStats, as_probs, class_accuracy, features_and_probs, frechet_distance, frechet_gaussians,
+from ctm_nb.data.images import ImageData, digits
+from ctm_nb.evaluation.metrics import (FeatureStats, as_probs, class_accuracy, features_and_probs, frechet_distance, frechet_gaussians,
                             inception_score, knn_radii, make_reference, precision_recall, score_records, score_samples, train_classifier)
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics.npz"
@@ -98,7 +98,7 @@ def test_merge_equals_one_pass(cuts):
 # --- precision and recall
 
 def test_precision_recall_against_all_pairs(monkeypatch):
-    import ctm_nb.metrics as m
+    import ctm_nb.evaluation.metrics as m
     a, b = cloud(90), cloud(70, seed=1, shift=.5)
     dist = lambda x, y: np.sqrt(((x[:, None] - y[None]) ** 2).sum(-1))
     ra, rb = (np.sort(dist(x, x), 1)[:, 4] for x in (a, b))

@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ctm_nb.cli_evaluate import ctm_nb_evaluate
-from ctm_nb.data import digits
-from ctm_nb.evaluation import METRICS, extend_scores, score, text_table
-from ctm_nb.extractors import ClassifierExtractor, InceptionExtractor, load_extractor, resize_clean, resize_tf1, spatial_features
-from ctm_nb.metrics import FeatureStats, distance_blocks, features_and_probs, frechet_distance, frechet_gaussians, precision_recall, train_classifier
-from ctm_nb.references import array_samples, as_pictures, build_reference, collect, data_samples, open_samples, read_reference
-from ctm_nb.shares import draw_batches
-from ctm_nb.similarity import authenticity, bootstrap_frechet, density_coverage, frechet_against_n, kernel_distance, polynomial_mmd
-from ctm_nb.ways import is_checkpoint, ways
+from ctm_nb.commands.evaluate import ctm_nb_evaluate
+from ctm_nb.data.images import digits
+from ctm_nb.evaluation.records import METRICS, extend_scores, score, text_table
+from ctm_nb.evaluation.features import ClassifierExtractor, InceptionExtractor, load_extractor, resize_clean, resize_tf1, spatial_features
+from ctm_nb.evaluation.metrics import FeatureStats, distance_blocks, features_and_probs, frechet_distance, frechet_gaussians, precision_recall, train_classifier
+from ctm_nb.evaluation.reference import array_samples, as_pictures, build_reference, collect, data_samples, open_samples, read_reference
+from ctm_nb.evaluation.shares import draw_batches
+from ctm_nb.evaluation.similarity import authenticity, bootstrap_frechet, density_coverage, frechet_against_n, kernel_distance, polynomial_mmd
+from ctm_nb.evaluation.ways import is_checkpoint, ways
 
 rng = np.random.default_rng(0)
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
@@ -285,7 +285,7 @@ def test_reference_survives_and_damage_is_seen(net, ref_file, tmp_path):
 
 def test_reference_of_images_that_stay_on_disk(net, tmp_path, monkeypatch):
     monkeypatch.setenv("CTM_NB_CACHE", str(tmp_path / "cache"))
-    from ctm_nb.loader import load_splits
+    from ctm_nb.data.batches import load_splits
     d = digits()
     for i in range(60):
         (tmp_path / "d" / f"{int(d.labels[i])}").mkdir(parents=True, exist_ok=True)
@@ -316,7 +316,7 @@ def test_foreign_references(tmp_path):
 # --- the command
 
 def test_help_imports_nothing_heavy():
-    code = "import sys, ctm_nb.cli_evaluate as c; c.evaluate_parser().format_help(); print([m for m in ('torch', 'numpy', 'matplotlib', 'PIL') if m in sys.modules])"
+    code = "import sys, ctm_nb.commands.evaluate as c; c.evaluate_parser().format_help(); print([m for m in ('torch', 'numpy', 'matplotlib', 'PIL') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -362,9 +362,9 @@ def test_mistakes_are_one_line(npz, ref_file, weights, tmp_path, capsys):
 
 
 def test_drawing_in_batches_is_drawing_at_once():
-    from ctm_nb.networks import DDPMpp
-    from ctm_nb.sampling import sample
-    from ctm_nb.trajectory import CTM
+    from ctm_nb.networks.unet import DDPMpp
+    from ctm_nb.method.sampling import sample
+    from ctm_nb.method.trajectory import CTM
     m, way = CTM(DDPMpp(8, 1, n_classes=3, s_branch=True, model_channels=8)).eval(), dict(solver="ctm", steps=2, gamma=.7)
     parts = list(draw_batches(m, 10, way, [1, 2, 7], 5, 4))
     y = torch.cat([y for _, y in parts])

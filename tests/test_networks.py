@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-from ctm_nb.edm import Denoiser
-from ctm_nb.networks import ADM, DDPMpp, MLP, NCSNpp, OpenAIUNet, build_network, network_config, openai_names, with_s_branch
-from ctm_nb.trajectory import student_from
+from ctm_nb.method.teacher import Denoiser
+from ctm_nb.networks.unet import ADM, DDPMpp, MLP, NCSNpp, OpenAIUNet, build_network, network_config, openai_names, with_s_branch
+from ctm_nb.method.trajectory import student_from
 
 SMALL = dict(model_channels=8, channel_mult=(1, 2), n_blocks=1, attention=(4,))
 IMAGE_FAMILIES = [DDPMpp, NCSNpp, ADM, OpenAIUNet]

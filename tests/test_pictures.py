@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-import ctm_nb.pictures
-from ctm_nb.cli import ctm_nb_train
-from ctm_nb.cli_sample import ctm_nb_sample
-from ctm_nb.data import digits
-from ctm_nb.interchange import load
-from ctm_nb.pictures import heading, named_grid
+import ctm_nb.data.pictures
+from ctm_nb.commands.train import ctm_nb_train
+from ctm_nb.commands.sample import ctm_nb_sample
+from ctm_nb.data.images import digits
+from ctm_nb.checkpoints.interchange import load
+from ctm_nb.data.pictures import heading, named_grid
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +31,13 @@ def written(monkeypatch):
     "What is written over columns."
     seen = []
     real = heading
-    monkeypatch.setattr(ctm_nb.pictures, "heading", lambda names, *a: seen.append(names) or real(names, *a))
+    monkeypatch.setattr(ctm_nb.data.pictures, "heading", lambda names, *a: seen.append(names) or real(names, *a))
     return seen
 
 
 def test_the_grids_of_a_run_name_its_classes(run, written):
-    from ctm_nb.config import make_config
-    from ctm_nb.training import Trainer
+    from ctm_nb.training.config import make_config
+    from ctm_nb.training.trainer import Trainer
     config = json.loads((run / "config.json").read_text())
     t = Trainer(make_config("tiny", [f"data.source={config['data']['source']}", "evaluate.n=0", "run.sample_every=1000"]), run)
     t.save_grid(6); t.save_picture(4)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctm_nb.config import make_config
-from ctm_nb.engine import Engine
-from ctm_nb.precision import autocast
-from ctm_nb.state import load_checkpoint
-from ctm_nb.training import Trainer
+from ctm_nb.training.config import make_config
+from ctm_nb.training.engine import Engine
+from ctm_nb.training.precision import autocast
+from ctm_nb.checkpoints.store import load_checkpoint
+from ctm_nb.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)}
@@ -58,7 +58,7 @@ WORKER = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 from test_processes import *
-from ctm_nb.processes import join, leave
+from ctm_nb.training.processes import join, leave
 here, found = join("cpu"), {}
 torch.set_num_threads(1)
 for name, more in (("at_once", []), ("in_parts", ["run.micro_batch=4"])): found[name] = follow([*SHORT, *more], sys.argv[2])
@@ -119,7 +119,7 @@ def test_numbers_of_an_image_do_not_depend_on_the_others(tmp_path):
     engine.begin("teacher", {})
     for stage, step in (("teacher", 0), ("ctm_dsm", 3), ("ctm_dsm_gan", 6), ("ctm_dsm_gan", 7)):
         if engine.now.name != stage: engine.step = step; engine.begin(stage, engine.parts)
-        from ctm_nb.stages import take
+        from ctm_nb.training.stages import take
         whole, part = engine.example_of(step), engine.example_of(step, take(engine.material_of(step), slice(3, 8)))
         def compare(a, b, where):
             if torch.is_tensor(a): torch.testing.assert_close(a[3:8], b, atol=1e-5, rtol=1e-5) if where.endswith("x_u") else torch.testing.assert_close(a[3:8], b, atol=0, rtol=0)
@@ -260,15 +260,15 @@ def test_a_clipped_gradient_is_no_longer_than_asked(tmp_path):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_at_the_start(tmp_path, monkeypatch):
-    import ctm_nb.engine as engine
-    from ctm_nb.processes import Here
+    import ctm_nb.training.engine as engine
+    from ctm_nb.training.processes import Here
     monkeypatch.setattr(engine, "join", lambda device: Here(1, 5))
     with pytest.raises(ValueError, match="12 can't be shared evenly by 5"): Engine(make_config("tiny", SHORT), tmp_path)
 
 
 # ---- the command
 
-TRAIN = [*TORCHRUN, "-m", "ctm_nb.cli", "--preset", "tiny", "--stage", "all", "--set", *SHORT, "run.save_every=1", "run.log_every=1", "run.sample_every=100"]
+TRAIN = [*TORCHRUN, "-m", "ctm_nb.commands.train", "--preset", "tiny", "--stage", "all", "--set", *SHORT, "run.save_every=1", "run.log_every=1", "run.sample_every=100"]
 
 
 def test_a_killed_process_ends_the_others_and_any_number_continues(alone, tmp_path):
@@ -299,8 +299,8 @@ def test_a_killed_process_ends_the_others_and_any_number_continues(alone, tmp_pa
 
 TOLD = """
 import os, signal, sys, torch
-from ctm_nb.config import make_config
-from ctm_nb.training import Trainer
+from ctm_nb.training.config import make_config
+from ctm_nb.training.trainer import Trainer
 torch.set_num_threads(1)
 t = Trainer(make_config("tiny", sys.argv[2:]), sys.argv[1])
 step = t.train_step

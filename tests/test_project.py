@@ -40,7 +40,7 @@ def test_setup_translates_settings():
     kw = json.loads(done.stdout)
     assert (kw["name"], kw["version"]) == (CFG["lib_name"], CFG["version"])
     assert kw["install_requires"] == CFG["requirements"].split() and kw["extras_require"]["dev"] == CFG["dev_requirements"].split() + CFG["optional_requirements"].split()
-    assert kw["python_requires"] == ">=" + CFG["min_python"] and kw["packages"] == [CFG["lib_path"]]
+    assert kw["python_requires"] == ">=" + CFG["min_python"] and {CFG["lib_path"], "ctm_nb.method", "ctm_nb.training"} <= set(kw["packages"])
     assert kw["entry_points"]["console_scripts"] == CFG["console_scripts"].split()
 
 
@@ -49,7 +49,7 @@ def test_requirements_cover_the_imports():
     names = {k: {re.split(r"[<>=!~\[]", r)[0] for r in CFG[k].split()} for k in ("requirements", "optional_requirements")}
     allowed = {dict(pillow="PIL").get(n, n).replace("scikit-learn", "sklearn") for n in names["requirements"]} | set(sys.stdlib_module_names) | {CFG["lib_path"]}
     optional = {n.replace("clean-fid", "cleanfid") for n in names["optional_requirements"]} | {"IPython"}  # comes with ipywidgets
-    for path in (ROOT/CFG["lib_path"]).glob("*.py"):
+    for path in (ROOT/CFG["lib_path"]).rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             found = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []

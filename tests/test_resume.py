@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import ctm_nb.training as training
-from ctm_nb.config import make_config
-from ctm_nb.resume import SAFE
-from ctm_nb.state import CheckpointError, load_checkpoint
-from ctm_nb.training import Trainer
+import ctm_nb.training.trainer as training
+from ctm_nb.training.config import make_config
+from ctm_nb.training.resume import SAFE
+from ctm_nb.checkpoints.store import CheckpointError, load_checkpoint
+from ctm_nb.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["teacher.steps=8", "distill.steps=6", "teacher.batch=8", "distill.batch=8", "run.save_every=4", "run.log_every=3", "run.sample_every=100", "evaluate.n=0"]
-COMMAND = [sys.executable, "-c", "from ctm_nb.cli import ctm_nb_train; ctm_nb_train()", "--preset", "tiny"]
+COMMAND = [sys.executable, "-c", "from ctm_nb.commands.train import ctm_nb_train; ctm_nb_train()", "--preset", "tiny"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -210,14 +210,14 @@ def test_the_precision_stays_and_its_word_may_change(tmp_path):
     walk(start(tmp_path / "a"), 3)
     with pytest.raises(ValueError, match="was trained in fp32, and run.precision=bf16 means bf16 here; --set run.precision=fp32 continues it"): start(tmp_path / "a", "run.precision=bf16")
     assert start(tmp_path / "a", "run.precision=fp32").step == 3
-    from ctm_nb.cli import place
+    from ctm_nb.commands.train import place
     said = [place(make_config("tiny", [*TINY, f"run.precision={p}"]), tmp_path / "a") for p in ("bf16", "fp32")]
     assert said[0].startswith("refused") and "trained in fp32" in said[0] and said[1].startswith("continues the run there from step 3")
 
 
 def test_a_setting_that_a_new_version_adds_counts_as_its_default():
     from dataclasses import asdict
-    from ctm_nb.resume import changes
+    from ctm_nb.training.resume import changes
     new, old = (asdict(make_config("tiny", TINY)) for _ in range(2))
     del old["data"]["use_labels"], old["distill"]["pairs"]
     assert changes(old, new, 20) == ([], [])

@@ -3,13 +3,13 @@ import numpy as np
 import pytest
 import torch
 
-from ctm_nb.edm import Denoiser, extrapolate, extrapolate3, jump, solve
-from ctm_nb.flow import GaussianMixture, noise, rho_grid, toy_mixture
-from ctm_nb.guidance import Guided, guide, guide_free, sample_best
-from ctm_nb.networks import MLP, init_
-from ctm_nb.sampling import Churn, landing_time, sample
-from ctm_nb.search import Ledger, golden_section, search_times, store_times, stored_times
-from ctm_nb.trajectory import student_from
+from ctm_nb.method.teacher import Denoiser, extrapolate, extrapolate3, jump, solve
+from ctm_nb.method.flow import GaussianMixture, noise, rho_grid, toy_mixture
+from ctm_nb.method.guidance import Guided, guide, guide_free, sample_best
+from ctm_nb.networks.unet import MLP, init_
+from ctm_nb.method.sampling import Churn, landing_time, sample
+from ctm_nb.evaluation.search import Ledger, golden_section, search_times, store_times, stored_times
+from ctm_nb.method.trajectory import student_from
 
 TOY = toy_mixture()
 GAUSS = GaussianMixture(torch.zeros(1, 2), torch.tensor([.5]), torch.ones(1))

@@ -13,17 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from ctm_nb import draw
-from ctm_nb.cli_sample import ctm_nb_sample
-from ctm_nb.draw import Batches, draw_samples, make_plan, missing_parts, open_parts
-from ctm_nb.edm import Denoiser
-from ctm_nb.interchange import describe, load
-from ctm_nb.networks import DDPMpp, init_
-from ctm_nb.search import store_times
-from ctm_nb.state import save_checkpoint
-from ctm_nb.trajectory import student_from
+from ctm_nb.evaluation import draw
+from ctm_nb.commands.sample import ctm_nb_sample
+from ctm_nb.evaluation.draw import Batches, draw_samples, make_plan, missing_parts, open_parts
+from ctm_nb.method.teacher import Denoiser
+from ctm_nb.checkpoints.interchange import describe, load
+from ctm_nb.networks.unet import DDPMpp, init_
+from ctm_nb.evaluation.search import store_times
+from ctm_nb.checkpoints.store import save_checkpoint
+from ctm_nb.method.trajectory import student_from
 
-CODE = "from ctm_nb.cli_sample import ctm_nb_sample; ctm_nb_sample()"
+CODE = "from ctm_nb.commands.sample import ctm_nb_sample; ctm_nb_sample()"
 WORDS = ["-n", "78", "--which", "teacher", "--solver", "heun", "--steps", "8", "--classes", "dog,cat", "--device", "cpu"]
 
 
@@ -46,7 +46,7 @@ def images_of(path):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import ctm_nb.cli_sample as c, sys; c.sample_parser().format_help(); print([m for m in ('torch', 'numpy', 'PIL', 'tqdm') if m in sys.modules])"
+    code = "import ctm_nb.commands.sample as c, sys; c.sample_parser().format_help(); print([m for m in ('torch', 'numpy', 'PIL', 'tqdm') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

@@ -1,4 +1,4 @@
-"""What the notebook `09_state` shows on a few cases, here on many: damage, kills, a full disk, the closed form of the average."""
+"""What the notebook `4_checkpoints/01_store` shows on a few cases, here on many: damage, kills, a full disk, the closed form of the average."""
 import os
 import random
 import signal
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ctm_nb.state import (EMA, CheckpointError, MetricsLog, atomic_write, latest_checkpoint, load_checkpoint, prune_checkpoints, random_state,
+from ctm_nb.checkpoints.store import (EMA, CheckpointError, MetricsLog, atomic_write, latest_checkpoint, load_checkpoint, prune_checkpoints, random_state,
                           save_checkpoint, set_random_state)
 
 
@@ -180,7 +180,7 @@ def latest_step(folder): return int(path.name[-8:]) if (path := latest_checkpoin
 SAVER = """
 import os, sys, torch
 from pathlib import Path
-from ctm_nb.state import save_checkpoint, prune_checkpoints
+from ctm_nb.checkpoints.store import save_checkpoint, prune_checkpoints
 folder = Path(sys.argv[1])
 def forever(step):
     while True:

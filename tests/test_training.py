@@ -11,19 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
-from ctm_nb.history import markdown_table, score_table
-from ctm_nb.interchange import load
-from ctm_nb.sampling import sample
-from ctm_nb.scale import memory
-from ctm_nb.stages import step_generator
-from ctm_nb.resume import changes
-from ctm_nb.state import load_checkpoint
-from ctm_nb.config import PRESETS, Config, make_config, set_value
-from ctm_nb.training import Trainer
+from ctm_nb.training.history import markdown_table, score_table
+from ctm_nb.checkpoints.interchange import load
+from ctm_nb.method.sampling import sample
+from ctm_nb.training.scale import memory
+from ctm_nb.training.stages import step_generator
+from ctm_nb.training.resume import changes
+from ctm_nb.checkpoints.store import load_checkpoint
+from ctm_nb.training.config import PRESETS, Config, make_config, set_value
+from ctm_nb.training.trainer import Trainer
 from dataclasses import asdict
 
 TINY = ["teacher.steps=12", "distill.steps=9", "gan.steps=9", "gan.batch=16", "run.save_every=4", "run.log_every=3", "run.sample_every=100", "evaluate.n=0"]
-COMMAND = [sys.executable, "-c", "from ctm_nb.cli import ctm_nb_train; ctm_nb_train()", "--preset", "tiny", "--stage", "all", "--set", *TINY]
+COMMAND = [sys.executable, "-c", "from ctm_nb.commands.train import ctm_nb_train; ctm_nb_train()", "--preset", "tiny", "--stage", "all", "--set", *TINY]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -95,7 +95,7 @@ def test_what_only_the_network_finds_claims_no_folder(tmp_path):
 
 def test_classes_of_the_samples_follow_the_data(tmp_path, monkeypatch):
     "Images sorted by class, more of them than samples: every class must still be drawn."
-    import ctm_nb.training as training
+    import ctm_nb.training.trainer as training
     seen = {}
     monkeypatch.setattr(training, "sample", lambda m, n, y, **kw: seen.update(y=y) or torch.zeros(n, 1, 8, 8) + torch.rand(n, 1, 1, 1))
     t = Trainer(make_config("tiny", [*TINY, "evaluate.n=100"]), tmp_path / "n")
@@ -241,7 +241,7 @@ def test_compiled_networks_learn_the_same(tmp_path, monkeypatch, caplog):
 
 
 def test_a_given_teacher_is_distilled_and_a_given_student_sharpened(undisturbed, tmp_path):
-    from ctm_nb.interchange import save_model
+    from ctm_nb.checkpoints.interchange import save_model
     files = {which: save_model(load(undisturbed, which=which), tmp_path / f"{which}.pt") for which in ("teacher", "ctm")}
     given = [*TINY, "run.save_every=1", f"teacher.source={files['teacher']}"]
     t = Trainer(make_config("tiny", given), tmp_path / "t")
@@ -280,8 +280,8 @@ def test_unlabelled_pictures_through_all_stages(tmp_path):
 
 def test_labels_can_be_ignored(tmp_path, caplog):
     "The same images are held out, nothing of the classes is left, and the plan says so."
-    from ctm_nb.cli import plan
-    from ctm_nb.engine import open_images
+    from ctm_nb.commands.train import plan
+    from ctm_nb.training.engine import open_images
     with_labels, without = (make_config("tiny", [*TINY, "teacher.steps=2", f"data.use_labels={v}"]) for v in ("true", "false"))
     a, b = open_images(with_labels), open_images(without)
     for split in ("train", "held_out"): assert torch.equal(a[split].images, b[split].images) and b[split].labels is None and b[split].classes == []
@@ -294,7 +294,7 @@ def test_labels_can_be_ignored(tmp_path, caplog):
 
 
 def test_plan_and_progress_speak_of_what_this_command_does(tmp_path, caplog):
-    from ctm_nb.cli import plan
+    from ctm_nb.commands.train import plan
     config = make_config("tiny", TINY)
     said = {s: plan(config, tmp_path / "r", stage=s) for s in ("teacher", "ctm_dsm", "all")}
     assert "adversary 9 steps" in said["all"] and "adversary none (--stage ctm_dsm ends before it; --stage all adds 9 steps)" in said["ctm_dsm"]

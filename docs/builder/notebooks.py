@@ -9,9 +9,10 @@ import nbformat
 
 from .source import PAPERS
 
-# In the order of the index's table, which the links to the previous and the next page then follow. Longest prefix wins; a notebook that none fits stops the build.
-PARTS = {"Flow and data": ("00", "01"), "Networks and trajectories": ("02", "03", "04"), "Distillation": ("05", "06"), "Sampling": ("07",), "Evaluation": ("08",), "Checkpoints": ("09", "10"),
-         "Training": ("11",), "Drawing and scoring": ("11_containers", "11_classifier", "11_draw", "11_sides", "11_ways", "11_scoring"), "Commands": ("12",), "Further": ("13", "14", "15", "16"), "Tutorials": ("2",)}
+# Chapters of nbs/ in reading order, with their names on the site; a notebook in another folder stops the build.
+PARTS = {"0_start": "Start", "1_method": "Method", "2_networks": "Networks", "3_data": "Data", "4_checkpoints": "Checkpoints",
+         "5_evaluation": "Evaluation", "6_training": "Training", "7_commands": "Commands", "8_explore": "Explore",
+         "9_experiments": "Experiments", "guides": "Guides"}
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"(^```.*?^```[ \t]*$|^\$\$.*?\$\$)", re.M | re.S)
 SPAN = re.compile(r"(?<![`\[{}])`([A-Za-z_][\w.]*)(?:\(\))?`(?![`\]])")
@@ -21,20 +22,20 @@ NO_PARAGRAPH = re.compile(r"#|\||[-*+] |\d+\. |>|```|\$\$|!\[|:::|<|\(.*\)=$")
 
 
 def part_of(name):
-    "The part of the site that a notebook belongs to."
-    fits = [(len(p), part) for part, prefixes in PARTS.items() for p in prefixes if name.startswith(p)]
-    if not fits: raise ValueError(f"{name}.ipynb belongs to no part of the site: add its prefix to PARTS in docs/builder/notebooks.py")
-    return max(fits)[1]
+    "The part of the site that a notebook `chapter/NN_name` belongs to."
+    chapter = name.partition("/")[0]
+    if chapter not in PARTS: raise ValueError(f"{name}.ipynb belongs to no part of the site: expected a chapter of {', '.join(PARTS)}")
+    return PARTS[chapter]
 
 
-def reading_order(names, index):
-    "{part: names}: as the links below the index's heading order them; those that it doesn't name come last in their part."
-    text = "\n".join(c.source for c in index.cells if c.cell_type == "markdown") if index else ""
-    text = text.partition("## Reading order")[2] or text
-    linked = list(dict.fromkeys(re.findall(r"\]\((?:nbs/)?([\w.-]+)\.ipynb", text)))
-    place = {n: i for i, n in enumerate(linked)}
-    ordered = sorted(names, key=lambda n: (place.get(n, len(place)), n))
-    return {part: found for part in PARTS if (found := [n for n in ordered if part_of(n) == part])}
+def found(nbs):
+    "Notebooks of all chapters by name, `chapter/NN_name`, in order."
+    return [p.relative_to(nbs).with_suffix("").as_posix() for p in sorted(Path(nbs).glob("*/[!_.]*.ipynb"))]
+
+
+def reading_order(names):
+    "{part: names}: chapters in the order of PARTS, notebooks in that of their numbers."
+    return {part: here for part in PARTS.values() if (here := sorted(n for n in names if part_of(n) == part))}
 
 
 def processed(path):
@@ -239,11 +240,12 @@ class Files:
         if re.match(r"[a-z][a-z0-9+.-]*:|[/#]", target, re.I): return target
         path, _, anchor = target.partition("#")
         where = posixpath.normpath(posixpath.join(folder, path))
-        if where.startswith("nbs/") and (name := where[4:]).endswith(".ipynb") and name[:-6] in self.pages: return to + name + ("#" + anchor if anchor else "")
+        seen = lambda name: to + name if to else posixpath.relpath(name, folder.partition("/")[2] or ".")
+        if where.startswith("nbs/") and (name := where[4:]).endswith(".ipynb") and name[:-6] in self.pages: return seen(name) + ("#" + anchor if anchor else "")
         if not (self.root/where).exists(): raise ValueError(f"a link to {target}: there is no {where}")
         if re.search(r"\.(png|jpe?g|gif|svg|webp)$", where) and where.startswith("nbs/"):
             self.pictures.add(where[4:])
-            return to + where[4:]
+            return seen(where[4:])
         return f"{self.host}/{'tree' if (self.root/where).is_dir() else 'blob'}/{self.branch}/{where}" + ("#" + anchor if anchor else "")
 
     def relink(self, text, folder="nbs", to=""):

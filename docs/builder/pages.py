@@ -43,7 +43,7 @@ def signature(d):
 def where(d, host, branch, titles):
     "Links below a definition: the cell that derives it, its lines at the host, the equations that it computes."
     links = [f"{{ref}}`{titles[d.notebook]} <{label(d)}>`"] if d.notebook in titles and d.cell else []
-    links.append(f"[{d.module}.py, {lines(d)}]({host}/blob/{branch}/ctm_nb/{d.module}.py#L{d.lines[0]}-L{d.lines[1]})")
+    links.append(f"[{d.module}, {lines(d)}]({host}/blob/{branch}/ctm_nb/{d.module.replace(chr(46), chr(47))}.py#L{d.lines[0]}-L{d.lines[1]})")
     links += [f"{{ref}}`{r.paper}: {r.item} <{equation_label(r)}>`" for r in d.references]
     return "```{rst-class} where\n```\n" + " · ".join(links)
 

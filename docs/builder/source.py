@@ -6,7 +6,7 @@ import tokenize
 from dataclasses import dataclass, field
 from pathlib import Path
 
-CELL = re.compile(r"^# %% .*?([\w.-]+)\.ipynb #(\S+)")
+CELL = re.compile(r"^# %% (?:\.\./)*nbs/(\S+)\.ipynb #(\S+)")
 PAPERS = r"(?:CTM|EDM|DPM-Solver\+\+|UniPC)"
 PAPER = re.compile(rf"#\s*({PAPERS}(?::|, | Eq| Alg| Table| [Aa]ppendix)[^\"]*)")
 PLACE = re.compile(r"(Eq|Alg|Table|appendix)\b", re.I)
@@ -30,7 +30,7 @@ class Reference:
 @dataclass
 class Definition:
     name: str  # as called: "jump", "CTM.G"
-    module: str  # "edm"
+    module: str  # "method.teacher"
     kind: str  # "function", "class", "method", "data"
     lines: tuple  # first and last, from 1
     doc: str = ""  # docstring without references
@@ -40,7 +40,7 @@ class Definition:
     members: list = field(default_factory=list)
     value: str = ""  # of data
     cell: str = ""  # id of the notebook's cell
-    notebook: str = ""  # its name without ending
+    notebook: str = ""  # its path in nbs without ending: "1_method/02_teacher"
     references: list = field(default_factory=list)
     home: str = ""  # module of the class that a method belongs to, where it is another one
 
@@ -50,7 +50,7 @@ class Definition:
 
 @dataclass
 class Module:
-    name: str  # "edm"
+    name: str  # "method.teacher"
     path: Path  # of the file
     code: str  # all of it
     doc: str  # what one has at the end
@@ -148,15 +148,26 @@ def data(node, module, code, notes):
             if isinstance(n, ast.Name) and not n.id.startswith("__"): yield Definition(n.id, module, "data", (node.lineno, node.end_lineno), beside(node.end_lineno, notes), value=ast.unparse(node.value))
 
 
-def read_module(path):
-    "A Module from its file; definitions that `@patch` adds to another module's class keep the name `Class.method`."
+def dotted(path, folder):
+    "Name of a module inside its package: `method/flow.py` is `method.flow`."
+    return ".".join(Path(path).relative_to(folder).with_suffix("").parts)
+
+
+def target(node, name):
+    "Module of ours that a relative import in module `name` means."
+    room = name.split(".")[:-node.level]
+    return ".".join([*room, node.module or ""])
+
+
+def read_module(path, folder):
+    "A Module from its file in a package; definitions that `@patch` adds to another module's class keep the name `Class.method`."
     code = Path(path).read_text(encoding="utf-8")
-    tree, notes, name = ast.parse(code), comments(code), Path(path).stem
+    tree, notes, name = ast.parse(code), comments(code), dotted(path, folder)
     exported = [ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"]
     marks = [(i, m[1], m[2]) for i, line in enumerate(code.splitlines(), 1) if (m := CELL.match(line))]
     imports, found = {}, []
     for n in tree.body:
-        if isinstance(n, ast.ImportFrom) and n.level == 1: imports |= {a.asname or a.name: n.module for a in n.names if n.module}
+        if isinstance(n, ast.ImportFrom) and n.level and n.module: imports |= {a.asname or a.name: target(n, name) for a in n.names}
         if isinstance(n, ast.ClassDef): found.append(klass(n, name, notes))
         elif isinstance(n, ast.FunctionDef): found.append(function(n, name, notes, method_of(n) or ""))
         elif isinstance(n, (ast.Assign, ast.AnnAssign)) and getattr(n, "value", None): found += data(n, name, code, notes)
@@ -164,13 +175,14 @@ def read_module(path):
         for line, book, cell in marks:
             if line <= d.lines[0]: d.notebook, d.cell = book, cell
         for m in d.members: m.notebook, m.cell = d.notebook, d.cell
-    made = re.search(r"File to edit: \S*?([\w.-]+)\.ipynb", code)
+    made = re.search(r"File to edit: (?:\.\./)*nbs/(\S+)\.ipynb", code)
     return Module(name, Path(path), code, ast.get_docstring(tree) or "", made[1] if made else "", exported[0] if exported else [], found, imports)
 
 
 def read_package(folder):
     "{name: Module} of a package; methods are moved to the class that they extend."
-    modules = {p.stem: read_module(p) for p in sorted(Path(folder).glob("*.py")) if not p.stem.startswith("_")}
+    files = [p for p in sorted(Path(folder).rglob("*.py")) if not p.stem.startswith("_")]
+    modules = {dotted(p, folder): read_module(p, folder) for p in files}
     classes = {d.name: d for m in modules.values() for d in m.definitions if d.kind == "class"}
     for m in modules.values():
         for d in [d for d in m.definitions if d.kind == "method"]:
