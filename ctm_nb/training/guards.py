@@ -89,13 +89,7 @@ def follow_if(
     good: Tensor,  # bool
 ):
     "`EMA.update` where `good`, else nothing (but the count of updates goes on)."
-    with torch.no_grad():
-        mine, share = list(ema.module.parameters()), (1 - ema.effective_rate()) * good
-        way = torch._foreach_sub(list(model.parameters()), mine)
-        torch._foreach_mul_(way, share)
-        torch._foreach_add_(mine, way)
-        for a, b in zip(ema.module.buffers(), model.buffers(), strict=True): a.copy_(b)
-    ema.n_updates += 1
+    with only_if(good, lambda: [*ema.module.parameters(), *ema.module.buffers()]): ema.update(model)
 
 # %% ../../nbs/6_training/06_guards.ipynb #217e6522
 def culprits(
