@@ -23,7 +23,7 @@ import torch
 
 from ctm_nb.checkpoints import store as state
 from ctm_nb.commands.train import train
-from ctm_nb.training.resume import resume_point
+from ctm_nb.training.trainer import resume_point
 from ctm_nb.checkpoints.store import CheckpointError, load_checkpoint, versions
 
 WORDS = ["teacher.steps=12", "distill.steps=9", "gan.steps=9", "teacher.batch=8", "distill.batch=8", "gan.batch=8", "run.save_every=4", "run.log_every=3", "run.sample_every=10", "evaluate.n=0"]

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from ctm_nb.data.convert import convert
-from ctm_nb.data.decode import as_image, cores
-from ctm_nb.data.formats import ArraySource, open_source
+from ctm_nb.data.read import as_image, cores
+from ctm_nb.data.read import ArraySource, open_source
 from ctm_nb.data.batches import Batches, decode_all, load_splits
-from ctm_nb.data.sources import Names
+from ctm_nb.data.read import Names
 
 RESULTS = Path(__file__).resolve().parents[1] / "nbs" / "results" / "data"
 

@@ -22,7 +22,7 @@ def write(path, n):
     import numpy as np
 
     from ctm_nb.data.convert import dataset_json, edm_name, png
-    from ctm_nb.data.zips import store
+    from ctm_nb.data.read import store
     blobs = [png(np.full((2, 2, 1), v, np.uint8)) for v in range(256)]
     def entries():
         yield from ((edm_name(i), blobs[i % 256]) for i in range(n))
@@ -31,7 +31,7 @@ def write(path, n):
 
 
 def open_zip(path, n):
-    from ctm_nb.data.formats import open_source
+    from ctm_nb.data.read import open_source
     assert len(open_source(path)) == n
 
 
@@ -41,14 +41,14 @@ def zipfile_reads(path, n):
 
 
 def inspect(path, n):
-    from ctm_nb.data.formats import open_source
-    from ctm_nb.data.survey import survey
+    from ctm_nb.data.read import open_source
+    from ctm_nb.data.convert import survey
     assert len(survey(open_source(path)).facts()["classes"]) == 10
 
 
 def convert(path, n):
     from ctm_nb.data.convert import convert as work
-    from ctm_nb.data.formats import open_source
+    from ctm_nb.data.read import open_source
     assert work(open_source(path), path.with_suffix(".copy.zip"), overwrite=True)["images"] == n
 
 

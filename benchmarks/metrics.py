@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ctm_nb.evaluation.metrics import FeatureStats, frechet_gaussians, inception_score, precision_recall
-from ctm_nb.evaluation.similarity import authenticity, density_coverage, kernel_distance
+from ctm_nb.evaluation.metrics import authenticity, density_coverage, kernel_distance
 
 RESULTS = Path(__file__).resolve().parents[1] / "nbs" / "results" / "metrics"
 

@@ -49,7 +49,7 @@ def one(recipe, teacher, seed, seconds, n, data, out):
 
     from ctm_nb.training import stages
     from ctm_nb.training.config import make_config
-    from ctm_nb.checkpoints.interchange import load
+    from ctm_nb.checkpoints.models import load
     from ctm_nb.evaluation.metrics import make_reference, train_classifier
     from ctm_nb.training.trainer import Trainer
     torch.set_flush_denormal(True)

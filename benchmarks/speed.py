@@ -74,7 +74,7 @@ def device_section(a):
     "What the machine can do at best: a large matrix product, a convolution of the networks' kind, a copy."
     n, x, w = 2048, torch.randn(16, 128, 32, 32, device=a.device), torch.randn(128, 128, 3, 3, device=a.device)
     m, big = torch.randn(n, n, device=a.device), torch.randn(64 * 2**20, device=a.device)
-    from ctm_nb.training.precision import unpacks
+    from ctm_nb.training.runtime import unpacks
     half = [v.bfloat16() for v in (m, x, w)]
     jobs = {"matmul fp32": lambda: m @ m, "conv fp32": lambda: torch.nn.functional.conv2d(x, w, padding=1), "copy": big.clone}
     if not unpacks("bf16", torch.device(a.device)): jobs |= {"matmul bf16": lambda: half[0] @ half[0], "conv bf16": lambda: torch.nn.functional.conv2d(*half[1:], padding=1)}
@@ -94,7 +94,7 @@ def count(net, B):
 def network_section(a):
     "Forward, and forward with backward, of each network."
     from ctm_nb.networks.unet import build_network
-    from ctm_nb.training.precision import unpacks
+    from ctm_nb.training.runtime import unpacks
     rows = {}
     for name, (family, kw) in NETWORKS.items():
         torch.manual_seed(0)
@@ -173,7 +173,7 @@ def finish_plain(stage):
 
 def our_step(stage, numbers, x0, context=nullcontext, micro=None):
     "The package's step."
-    from ctm_nb.training.guards import Guard
+    from ctm_nb.training.runtime import Guard
     from ctm_nb.training.stages import take
     from ctm_nb.training.step import apply_gradient, gradient_at_once, gradient_in_parts
     optimizer, B = stage.optimizers["model"], len(x0)
@@ -196,10 +196,10 @@ def jobs_of(channels, a):
     stages = {r: make_stage(channels, r, a.device, a.batch) for r in RECIPES}
     half = partial(torch.autocast, a.device, torch.bfloat16, cache_enabled=a.device != "cpu")
     out = {"plain": (stages["published"], plain_step), **{r: (s, our_step) for r, s in stages.items()}}
-    from ctm_nb.training.precision import unpacks
+    from ctm_nb.training.runtime import unpacks
     if not unpacks("bf16", torch.device(a.device)): out |= {f"{r}, bf16": (s, partial(our_step, context=half)) for r, s in stages.items()}
     if a.compiled:
-        from ctm_nb.training.precision import compile_networks
+        from ctm_nb.training.runtime import compile_networks
         for r in RECIPES:
             s = make_stage(channels, r, a.device, a.batch)
             x0, numbers = torch.rand(a.batch, 3, 32, 32, device=a.device), numbers_with(s, 2, 0)
@@ -280,7 +280,7 @@ def line_of_the_log(stage):
 
 def memory_section(a):
     "Peak memory of a step over what the networks themselves need, each in a process of its own."
-    from ctm_nb.training.precision import unpacks
+    from ctm_nb.training.runtime import unpacks
     rows, half = {}, ("eleven evaluations, bf16",) * (not unpacks("bf16", torch.device(a.device)))
     for channels in a.channels:
         for kind in ("plain", "published", "eleven evaluations", "in parts of half", "in parts of a quarter", *half):
@@ -414,8 +414,8 @@ def cases(a):
     "Name, denoiser, images, labels, bends and student of the mixture and of every teacher."
     from ctm_nb.method.distill import bends
     from ctm_nb.method.flow import toy_mixture
-    from ctm_nb.data.formats import open_source  # noqa: F401  (fails early where data can't be read)
-    from ctm_nb.checkpoints.interchange import load
+    from ctm_nb.data.read import open_source  # noqa: F401  (fails early where data can't be read)
+    from ctm_nb.checkpoints.models import load
     from ctm_nb.data.batches import load_splits
     toy = toy_mixture()
     yield "mixture", toy.D, toy.sample(256, seed=1).float(), None, bends(toy), None

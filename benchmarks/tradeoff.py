@@ -29,7 +29,7 @@ def measure(run, noise_seeds, n, rows, save):
     import torch
 
     from ctm_nb.data.images import load_data
-    from ctm_nb.checkpoints.interchange import find_checkpoint, load
+    from ctm_nb.checkpoints.models import find_checkpoint, load
     from ctm_nb.evaluation.metrics import make_reference, score_samples, train_classifier
     from ctm_nb.method.sampling import default_times, evaluations, sample
     torch.set_flush_denormal(True)

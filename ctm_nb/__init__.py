@@ -5,7 +5,7 @@ from importlib import import_module
 from ._moved import WORKING, install
 
 install()
-_OFFERED = {"load": "checkpoints.interchange", "sample": "method.sampling"}
+_OFFERED = {"load": "checkpoints.models", "sample": "method.sampling"}
 
 
 def __getattr__(name: str):

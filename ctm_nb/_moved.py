@@ -8,29 +8,30 @@ import warnings
 # old module -> new module, both inside ctm_nb
 MOVED = {
     "blocks": "networks.blocks", "networks": "networks.unet",
-    "flow": "method.flow", "edm": "method.teacher", "trajectory": "method.trajectory", "together":
-    "method.together", "distances": "method.distances", "distill": "method.distill", "features":
-    "method.features", "gan": "method.adversary", "sampling": "method.sampling", "guidance": "method.guidance",
+    "flow": "method.flow", "edm": "method.teacher", "trajectory": "method.trajectory", "together": "method.together",
+    "distances": "method.distances", "distill": "method.distill", "features": "method.adversary",
+    "gan": "method.adversary", "sampling": "method.sampling", "guidance": "method.guidance",
     "oracle": "method.oracle",
-    "decode": "data.decode", "zips": "data.zips", "sources": "data.sources", "formats": "data.formats",
-    "survey": "data.survey", "convert": "data.convert", "data": "data.images", "augment": "data.augment",
+    "decode": "data.read", "zips": "data.read", "sources": "data.read", "formats": "data.read",
+    "survey": "data.convert", "convert": "data.convert", "data": "data.images", "augment": "data.augment",
     "loader": "data.batches", "pictures": "data.pictures",
-    "state": "checkpoints.store", "depickle": "checkpoints.unpickle", "edm_pickle": "checkpoints.edm_pickle",
-    "foreign": "checkpoints.foreign", "download": "checkpoints.download", "hub": "checkpoints.catalogue",
-    "interchange": "checkpoints.interchange",
-    "metrics": "evaluation.metrics", "similarity": "evaluation.similarity", "extractors": "evaluation.features",
-    "references": "evaluation.reference", "evaluation": "evaluation.records", "classifier":
-    "evaluation.classifier", "containers": "evaluation.containers", "search": "evaluation.search", "tuning":
-    "evaluation.tuning", "draw": "evaluation.draw", "shares": "evaluation.shares", "ways": "evaluation.ways",
-    "sides": "evaluation.sides", "likelihood": "evaluation.likelihood", "scoring": "evaluation.evaluate",
-    "auto": "training.presets", "config": "training.config", "precision": "training.precision", "processes":
-    "training.processes", "signals": "training.signals", "guards": "training.guards", "resume":
-    "training.resume", "judge": "training.judge", "stages": "training.stages", "update": "training.step",
-    "engine": "training.engine", "training": "training.trainer", "history": "training.history", "report":
-    "training.report", "watch": "training.watch", "scale": "training.scale",
-    "cli": "commands.train", "cli_sample": "commands.sample", "cli_evaluate": "commands.evaluate", "cli_data":
-    "commands.data", "cli_convert": "commands.convert", "commands": "commands.main",
-    "scenes": "explore.scenes", "explorer": "explore.explorer",
+    "state": "checkpoints.store", "depickle": "checkpoints.unpickle", "edm_pickle": "checkpoints.unpickle",
+    "foreign": "checkpoints.foreign", "download": "checkpoints.catalogue", "hub": "checkpoints.catalogue",
+    "interchange": "checkpoints.models",
+    "metrics": "evaluation.metrics", "similarity": "evaluation.metrics", "extractors": "evaluation.features",
+    "references": "evaluation.reference", "evaluation": "evaluation.evaluate", "classifier": "evaluation.draw",
+    "containers": "evaluation.draw", "search": "evaluation.search", "tuning": "evaluation.search",
+    "draw": "evaluation.draw", "shares": "evaluation.evaluate", "ways": "evaluation.evaluate",
+    "sides": "evaluation.evaluate", "likelihood": "evaluation.likelihood", "scoring": "evaluation.evaluate",
+    "auto": "training.presets", "config": "training.config", "precision": "training.runtime",
+    "processes": "training.runtime", "signals": "training.runtime", "guards": "training.runtime",
+    "resume": "training.trainer", "judge": "training.trainer", "stages": "training.stages",
+    "update": "training.step", "engine": "training.trainer", "training": "training.trainer",
+    "history": "training.report", "report": "training.report", "watch": "training.report",
+    "scale": "training.report",
+    "cli": "commands.train", "cli_sample": "commands.sample", "cli_evaluate": "commands.evaluate",
+    "cli_data": "commands.data", "cli_convert": "commands.convert", "commands": "commands.main",
+    "scenes": "explore.explorer", "explorer": "explore.explorer",
 }
 WORKING = ("interchange", "sampling", "metrics")
 

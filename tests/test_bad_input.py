@@ -16,7 +16,7 @@ from PIL import Image
 
 from ctm_nb.commands.train import ctm_nb_train
 from ctm_nb.commands.data import ctm_nb_data
-from ctm_nb.data.formats import open_source
+from ctm_nb.data.read import open_source
 
 RNG = np.random.default_rng(0)
 

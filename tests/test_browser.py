@@ -17,15 +17,15 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_
 def lab(tmp_path_factory):
     "The explorer's notebook, run in JupyterLab."
     folder, home = tmp_path_factory.mktemp("nbs"), tmp_path_factory.mktemp("home")
-    nb = nbformat.read(ROOT/"nbs"/"8_explore/02_explorer.ipynb", as_version=4)
+    nb = nbformat.read(ROOT/"nbs"/"8_explore/01_explorer.ipynb", as_version=4)
     nb.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}, "language_info": {"name": "python"}}
     for c in nb.cells:
         if c.cell_type == "code": c.outputs = []
-    nbformat.write(nb, folder/"8_explore/02_explorer.ipynb")  # not beside runs/: the tiny network is trained, whatever this machine has
+    nbformat.write(nb, folder/"8_explore/01_explorer.ipynb")  # not beside runs/: the tiny network is trained, whatever this machine has
     SHOTS.mkdir(parents=True, exist_ok=True)
     with jupyter_lab(folder, home) as address, page() as p:
         try:
-            p.goto(f"{address}/doc/tree/8_explore/02_explorer.ipynb", timeout=120_000)
+            p.goto(f"{address}/doc/tree/8_explore/01_explorer.ipynb", timeout=120_000)
             idle(p)
             run_all(p)
             p.locator(".jp-OutputArea .widget-slider").first.wait_for(timeout=240_000)

@@ -13,9 +13,9 @@ from PIL import Image
 
 from ctm_nb.commands.data import ctm_nb_data
 from ctm_nb.data.convert import convert
-from ctm_nb.data.formats import ArraySource, open_source
-from ctm_nb.data.sources import Names
-from ctm_nb.data.survey import survey
+from ctm_nb.data.read import ArraySource, open_source
+from ctm_nb.data.read import Names
+from ctm_nb.data.convert import survey
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (300, 8, 8, 3), np.uint8)
@@ -89,7 +89,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
 
 def test_killed_and_continued(tmp_path):
     "SIGKILL in the middle; the next run uses the parts that exist and ends with the same bytes."
-    code = ("import sys, time; import ctm_nb.data.formats as f; get = f.ArraySource.get; f.ArraySource.get = lambda s, i: (time.sleep(.002), get(s, i))[1];"
+    code = ("import sys, time; import ctm_nb.data.read as f; get = f.ArraySource.get; f.ArraySource.get = lambda s, i: (time.sleep(.002), get(s, i))[1];"
             "from ctm_nb.commands.data import ctm_nb_data; ctm_nb_data(sys.argv[1:])")
     convert(source(), tmp_path / "src.npz", workers=0); convert(source(), tmp_path / "want.zip", workers=0)
     p = subprocess.Popen([sys.executable, "-c", code, "convert", tmp_path / "src.npz", tmp_path / "a.zip", "--workers", "0"], stderr=subprocess.DEVNULL)
@@ -187,5 +187,5 @@ def test_help_is_light():
 
 
 def test_reading_needs_no_torch():
-    code = "import sys, ctm_nb.data.survey, ctm_nb.data.convert, ctm_nb.data.formats; print('torch' in sys.modules)"
+    code = "import sys, ctm_nb.data.convert, ctm_nb.data.convert, ctm_nb.data.read; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from ctm_nb.evaluation import shares
+from ctm_nb.evaluation import evaluate as shares
 from ctm_nb.commands.evaluate import ctm_nb_evaluate
 from ctm_nb.data.images import digits
 from ctm_nb.evaluation.draw import make_plan
 from ctm_nb.method.teacher import Denoiser
 from ctm_nb.evaluation.features import ClassifierExtractor
-from ctm_nb.checkpoints.interchange import describe, load
+from ctm_nb.checkpoints.models import describe, load
 from ctm_nb.evaluation.metrics import FeatureStats, train_classifier
 from ctm_nb.networks.unet import DDPMpp, init_
 from ctm_nb.evaluation.reference import Collected, array_samples, build_reference, joined, look, read_reference
 from ctm_nb.evaluation.search import stored_times
 from ctm_nb.checkpoints.store import save_checkpoint
 from ctm_nb.method.trajectory import student_from
-from ctm_nb.evaluation.tuning import ledger_of, search_folder, tune
+from ctm_nb.evaluation.search import ledger_of, search_folder, tune
 
 
 @pytest.fixture(scope="module")

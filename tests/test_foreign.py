@@ -1,4 +1,4 @@
-"""What the notebook `4_checkpoints/04_foreign` shows on a few files, here on many: round trips, damage of every kind, limits on memory, attacks one by one."""
+"""What the notebook `4_checkpoints/03_foreign` shows on a few files, here on many: round trips, damage of every kind, limits on memory, attacks one by one."""
 import io
 import os
 import pickle
@@ -19,7 +19,7 @@ import foreign_files as ff  # noqa: E402
 
 import ctm_nb.checkpoints.foreign as foreign  # noqa: E402
 from ctm_nb.checkpoints.unpickle import MAX_STEPS, PLAIN_NAMES, SLACK, ForeignFileError, Machine, Purse  # noqa: E402
-from ctm_nb.checkpoints.edm_pickle import EDM_NAMES, edm_network  # noqa: E402
+from ctm_nb.checkpoints.unpickle import EDM_NAMES, edm_network  # noqa: E402
 from ctm_nb.checkpoints.foreign import read_edm_pickle, read_safetensors, read_torch, sniff  # noqa: E402
 
 GOLDEN = Path(__file__).parent/"golden"

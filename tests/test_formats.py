@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ctm_nb.data.decode import MAX_PIXELS, BrokenImage, decode, in_order
-from ctm_nb.data.formats import open_source
+from ctm_nb.data.read import MAX_PIXELS, BrokenImage, decode, in_order
+from ctm_nb.data.read import open_source
 from ctm_nb.data.batches import load_splits
-from ctm_nb.data.survey import contact_sheet, report, survey
+from ctm_nb.data.convert import contact_sheet, report, survey
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (4, 4, 3), np.uint8)

@@ -12,7 +12,7 @@ import torch
 from ctm_nb.training.config import make_config
 from ctm_nb.method.distill import GradientSets, adaptive_weight, ctm_pair, dsm_loss, l2, pseudo_huber, to_end
 from ctm_nb.method.teacher import Denoiser
-from ctm_nb.method.features import Frozen, RandomProjection, TeacherFeatures, TimmFeatures, augment, colour, cutout, find_weights, load_weights, probe, translate
+from ctm_nb.method.adversary import Frozen, RandomProjection, TeacherFeatures, TimmFeatures, augment, colour, cutout, find_weights, load_weights, probe, translate
 from ctm_nb.method.adversary import (Discriminator, add_ctm_dsm_gan, ctm_dsm_gan_objective, discriminator_objective, discriminator_optimizer, gan_loss_d, gan_loss_g, gan_turn, hinge_d, hinge_g,
                         lazy, project_both, softplus_d, softplus_g)
 from ctm_nb.networks.unet import DDPMpp

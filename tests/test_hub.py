@@ -1,4 +1,4 @@
-"""What the notebooks `4_checkpoints/05_download` and `4_checkpoints/06_catalogue` show on a few cases, here on many, against a server that misbehaves as told."""
+"""What the notebooks `4_checkpoints/04_catalogue` and `4_checkpoints/04_catalogue` show on a few cases, here on many, against a server that misbehaves as told."""
 import errno
 import gzip
 import hashlib
@@ -19,9 +19,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from ctm_nb.checkpoints import download as dl
+from ctm_nb.checkpoints import catalogue as dl
 from ctm_nb.commands.train import one_line_errors
-from ctm_nb.checkpoints.download import PIECE, DownloadError, PlaceError, download
+from ctm_nb.checkpoints.catalogue import PIECE, DownloadError, PlaceError, download
 from ctm_nb.checkpoints.catalogue import CATALOGUE, cache_folder, catalogue_table, fetch, is_public_name, nearest_name, offline_mode
 
 BODY = random.Random(0).randbytes(200_001)
@@ -392,7 +392,7 @@ def test_bad_timeout(host, timeout): fails(host, "timeout must be seconds > 0", 
 
 # ---- kills, neighbours, disks
 
-CHILD = "import sys; from ctm_nb.checkpoints.download import download; download(sys.argv[1], sys.argv[2], progress=False)"
+CHILD = "import sys; from ctm_nb.checkpoints.catalogue import download; download(sys.argv[1], sys.argv[2], progress=False)"
 
 
 def child(host, code=CHILD, **popen): return subprocess.Popen([sys.executable, "-c", code, host.url, str(host.path)], stderr=subprocess.PIPE, text=True, **popen)

@@ -9,7 +9,7 @@ import torch
 from ctm_nb.training.config import make_config
 from ctm_nb.data.images import ImageData
 from ctm_nb.method.teacher import Denoiser
-from ctm_nb.checkpoints.interchange import describe, foreign_state, from_state, infer_network, load, save_model
+from ctm_nb.checkpoints.models import describe, foreign_state, from_state, infer_network, load, save_model
 from ctm_nb.networks.unet import FAMILIES, build_network, network_config
 from ctm_nb.checkpoints.store import save_checkpoint
 from ctm_nb.method.trajectory import CTM, student_from
@@ -169,7 +169,7 @@ def test_an_edm_pickle_whose_blocks_compute_something_else_is_refused(tmp_path):
     from dataclasses import replace
     import foreign_files as ff
     from ctm_nb.checkpoints.foreign import read_edm_pickle
-    from ctm_nb.checkpoints.interchange import from_edm
+    from ctm_nb.checkpoints.models import from_edm
     n = read_edm_pickle(ff.make_edm_pickle(tmp_path / "x.pkl", foreign_state(small(Denoiser)), "EDMPrecond", "SongUNet"))
     for key, value in (("skip_scale", 1.), ("adaptive_scale", True)):
         modules = {k: {**v, key: value} for k, v in n.config["modules"].items() if "block" in k}
@@ -191,7 +191,7 @@ def test_an_edm_pickle_without_a_network_is_one_line(tmp_path):
 
 
 def test_public_names_that_cannot_be_loaded_are_refused_before_any_download(monkeypatch):
-    monkeypatch.setattr("ctm_nb.checkpoints.interchange.fetch", lambda *a, **k: pytest.fail("fetched"))
+    monkeypatch.setattr("ctm_nb.checkpoints.models.fetch", lambda *a, **k: pytest.fail("fetched"))
     for name, which, message in (("inception-2015-12-05", None, "is no model"), ("cd-imagenet64-lpips", "ctm", "consistency model, not a ctm"), ("edm-cifar10-32x32-cond-vp", "ctm", "is a teacher, not a ctm"), ("baseline-imagenet-64x64-cond-adm", None, "can't be loaded: not loadable here")):
         with pytest.raises(ValueError, match=message): load(name, which=which)
 

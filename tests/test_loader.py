@@ -6,9 +6,9 @@ import torch
 from ctm_nb.data.augment import augment, draw_parameters, label_of, matrix_of, stream_uniforms, warp
 from ctm_nb.data.convert import convert
 from ctm_nb.data.images import ImageData, load_data
-from ctm_nb.data.formats import ArraySource
+from ctm_nb.data.read import ArraySource
 from ctm_nb.data.batches import Batches, load_splits
-from ctm_nb.data.sources import Names
+from ctm_nb.data.read import Names
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (70, 8, 8, 3), np.uint8)
 
@@ -188,7 +188,7 @@ def test_a_training_on_a_stream_decodes_ahead_and_is_the_same(zipped, tmp_path, 
 
 def test_workers_leave_when_their_parent_is_killed(zipped):
     import signal, subprocess, sys, time
-    code = ("import sys; from ctm_nb.data.batches import *; from ctm_nb.data.decode import in_order\n"
+    code = ("import sys; from ctm_nb.data.batches import *; from ctm_nb.data.read import in_order\n"
             "b = Batches(load_splits(sys.argv[1], in_memory=False)['train'], 12, workers=2); b.at(0)\n"
             "import multiprocessing as mp; print(*[p.pid for p in mp.active_children()], flush=True); import time; time.sleep(60)")
     p = subprocess.Popen([sys.executable, "-c", code, zipped], stdout=subprocess.PIPE, text=True)
@@ -254,7 +254,7 @@ def test_a_run_continues_where_its_images_no_longer_fit(zipped, tmp_path, monkey
 
 def test_a_repaired_file_is_looked_at_again(tmp_path, monkeypatch):
     monkeypatch.setenv("CTM_NB_CACHE", str(tmp_path / "cache"))
-    from ctm_nb.data.decode import as_image
+    from ctm_nb.data.read import as_image
     for k in range(20): (tmp_path / "d" / "ab"[k % 2]).mkdir(parents=True, exist_ok=True); as_image(IMAGES[k]).save(tmp_path / "d" / "ab"[k % 2] / f"{k}.png")
     good = (tmp_path / "d" / "a" / "0.png").read_bytes()
     (tmp_path / "d" / "a" / "0.png").write_bytes(b"")
@@ -271,7 +271,7 @@ def test_a_cache_that_cant_be_written_is_no_reason_to_stop(zipped, tmp_path, mon
 
 def test_processes_of_one_machine_share_its_memory(zipped, monkeypatch):
     import ctm_nb.data.batches
-    from ctm_nb.data.formats import open_source
+    from ctm_nb.data.read import open_source
     s = open_source(zipped)
     monkeypatch.setattr(ctm_nb.data.batches, "available_memory", lambda: len(s) * 8 * 8 * 3 * 3 * 2)
     for ranks, enough in (("1", True), ("2", True), ("3", False)):

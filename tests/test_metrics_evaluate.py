@@ -14,13 +14,13 @@ from torch import nn
 
 from ctm_nb.commands.evaluate import ctm_nb_evaluate
 from ctm_nb.data.images import digits
-from ctm_nb.evaluation.records import METRICS, extend_scores, score, text_table
+from ctm_nb.evaluation.evaluate import METRICS, extend_scores, score, text_table
 from ctm_nb.evaluation.features import ClassifierExtractor, InceptionExtractor, load_extractor, resize_clean, resize_tf1, spatial_features
 from ctm_nb.evaluation.metrics import FeatureStats, distance_blocks, features_and_probs, frechet_distance, frechet_gaussians, precision_recall, train_classifier
 from ctm_nb.evaluation.reference import array_samples, as_pictures, build_reference, collect, data_samples, open_samples, read_reference
-from ctm_nb.evaluation.shares import draw_batches
-from ctm_nb.evaluation.similarity import authenticity, bootstrap_frechet, density_coverage, frechet_against_n, kernel_distance, polynomial_mmd
-from ctm_nb.evaluation.ways import is_checkpoint, ways
+from ctm_nb.evaluation.evaluate import draw_batches
+from ctm_nb.evaluation.metrics import authenticity, bootstrap_frechet, density_coverage, frechet_against_n, kernel_distance, polynomial_mmd
+from ctm_nb.evaluation.evaluate import is_checkpoint, ways
 
 rng = np.random.default_rng(0)
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")

@@ -23,7 +23,7 @@ def test_three_modules_go_on_working(old, monkeypatch):
     assert module is importlib.import_module(f"ctm_nb.{MOVED[old]}")
 
 
-@pytest.mark.parametrize("room, name", [("data", "to_uint8"), ("networks", "build_network"), ("training", "Trainer"), ("evaluation", "score"), ("commands", "main")])
+@pytest.mark.parametrize("room, name", [("data", "to_uint8"), ("networks", "build_network"), ("training", "Trainer"), ("evaluation", "score"), ("commands", "scripts")])
 def test_five_rooms_hand_on_the_names_of_the_module_they_are_called_after(room, name):
     with pytest.warns(DeprecationWarning, match=f"ctm_nb.{room}.{name} is now"): value = getattr(importlib.import_module(f"ctm_nb.{room}"), name)
     assert value is getattr(importlib.import_module(f"ctm_nb.{MOVED[room]}"), name)

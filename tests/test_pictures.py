@@ -11,7 +11,7 @@ import ctm_nb.data.pictures
 from ctm_nb.commands.train import ctm_nb_train
 from ctm_nb.commands.sample import ctm_nb_sample
 from ctm_nb.data.images import digits
-from ctm_nb.checkpoints.interchange import load
+from ctm_nb.checkpoints.models import load
 from ctm_nb.data.pictures import heading, named_grid
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ctm_nb.training.config import make_config
-from ctm_nb.training.engine import Engine
-from ctm_nb.training.precision import autocast
+from ctm_nb.training.trainer import Engine
+from ctm_nb.training.runtime import autocast
 from ctm_nb.checkpoints.store import load_checkpoint
 from ctm_nb.training.trainer import Trainer
 
@@ -58,7 +58,7 @@ WORKER = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 from test_processes import *
-from ctm_nb.training.processes import join, leave
+from ctm_nb.training.runtime import join, leave
 here, found = join("cpu"), {}
 torch.set_num_threads(1)
 for name, more in (("at_once", []), ("in_parts", ["run.micro_batch=4"])): found[name] = follow([*SHORT, *more], sys.argv[2])
@@ -279,8 +279,8 @@ def test_a_clipped_gradient_is_no_longer_than_asked(tmp_path):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_at_the_start(tmp_path, monkeypatch):
-    import ctm_nb.training.engine as engine
-    from ctm_nb.training.processes import Here
+    import ctm_nb.training.trainer as engine
+    from ctm_nb.training.runtime import Here
     monkeypatch.setattr(engine, "join", lambda device: Here(1, 5))
     with pytest.raises(ValueError, match="12 can't be shared evenly by 5"): Engine(make_config("tiny", SHORT), tmp_path)
 

@@ -14,7 +14,7 @@ import torch
 
 import ctm_nb.training.trainer as training
 from ctm_nb.training.config import make_config
-from ctm_nb.training.resume import SAFE
+from ctm_nb.training.trainer import SAFE
 from ctm_nb.checkpoints.store import CheckpointError, load_checkpoint
 from ctm_nb.training.trainer import Trainer
 
@@ -217,7 +217,7 @@ def test_the_precision_stays_and_its_word_may_change(tmp_path):
 
 def test_a_setting_that_a_new_version_adds_counts_as_its_default():
     from dataclasses import asdict
-    from ctm_nb.training.resume import changes
+    from ctm_nb.training.trainer import changes
     new, old = (asdict(make_config("tiny", TINY)) for _ in range(2))
     del old["data"]["use_labels"], old["distill"]["pairs"]
     assert changes(old, new, 20) == ([], [])

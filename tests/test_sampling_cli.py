@@ -17,7 +17,7 @@ from ctm_nb.evaluation import draw
 from ctm_nb.commands.sample import ctm_nb_sample
 from ctm_nb.evaluation.draw import Batches, draw_samples, make_plan, missing_parts, open_parts
 from ctm_nb.method.teacher import Denoiser
-from ctm_nb.checkpoints.interchange import describe, load
+from ctm_nb.checkpoints.models import describe, load
 from ctm_nb.networks.unet import DDPMpp, init_
 from ctm_nb.evaluation.search import store_times
 from ctm_nb.checkpoints.store import save_checkpoint

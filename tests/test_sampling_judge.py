@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from ctm_nb.evaluation import draw
-from ctm_nb.evaluation.classifier import likelihoods, load_classifier
+from ctm_nb.evaluation.draw import likelihoods, load_classifier
 from ctm_nb.commands.sample import ctm_nb_sample
 from ctm_nb.data.images import digits
 from ctm_nb.evaluation.draw import draw_samples, make_plan, open_parts
 from ctm_nb.method.teacher import Denoiser
 from ctm_nb.evaluation.features import ClassifierExtractor
 from ctm_nb.method.guidance import sample_best
-from ctm_nb.checkpoints.interchange import describe, load
+from ctm_nb.checkpoints.models import describe, load
 from ctm_nb.evaluation.metrics import train_classifier
 from ctm_nb.networks.unet import DDPMpp, init_
 from ctm_nb.evaluation.reference import build_reference, read_reference
@@ -137,7 +137,7 @@ def test_a_classifier_of_other_pictures_is_refused(run, unlabelled, tmp_path, re
     r = read_reference(ref)
     r.net.n_classes = 4
     with pytest.raises(ValueError, match="10 classes, got one of 4"):
-        from ctm_nb.evaluation.classifier import check_classifier
+        from ctm_nb.evaluation.draw import check_classifier
         check_classifier({"shape": [1, 8, 8], "n_classes": 4}, load(run))
     np.savez(tmp_path / "edm.npz", mu=np.zeros(4), sigma=np.eye(4))
     with pytest.raises(ValueError, match="holds no classifier"): make_plan(load(run), run, 3, reject=2., classifier=str(tmp_path / "edm.npz"))

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ctm_nb.training.history import markdown_table, score_table
-from ctm_nb.checkpoints.interchange import load
+from ctm_nb.training.report import markdown_table, score_table
+from ctm_nb.checkpoints.models import load
 from ctm_nb.method.sampling import sample
-from ctm_nb.training.scale import memory
+from ctm_nb.training.report import memory
 from ctm_nb.training.stages import step_generator
-from ctm_nb.training.resume import changes
+from ctm_nb.training.trainer import changes
 from ctm_nb.checkpoints.store import load_checkpoint
 from ctm_nb.training.config import PRESETS, Config, make_config, set_value
 from ctm_nb.training.trainer import Trainer
@@ -241,7 +241,7 @@ def test_compiled_networks_learn_the_same(tmp_path, monkeypatch, caplog):
 
 
 def test_a_given_teacher_is_distilled_and_a_given_student_sharpened(undisturbed, tmp_path):
-    from ctm_nb.checkpoints.interchange import save_model
+    from ctm_nb.checkpoints.models import save_model
     files = {which: save_model(load(undisturbed, which=which), tmp_path / f"{which}.pt") for which in ("teacher", "ctm")}
     given = [*TINY, "run.save_every=1", f"teacher.source={files['teacher']}"]
     t = Trainer(make_config("tiny", given), tmp_path / "t")
@@ -281,7 +281,7 @@ def test_unlabelled_pictures_through_all_stages(tmp_path):
 def test_labels_can_be_ignored(tmp_path, caplog):
     "The same images are held out, nothing of the classes is left, and the plan says so."
     from ctm_nb.commands.train import plan
-    from ctm_nb.training.engine import open_images
+    from ctm_nb.training.trainer import open_images
     with_labels, without = (make_config("tiny", [*TINY, "teacher.steps=2", f"data.use_labels={v}"]) for v in ("true", "false"))
     a, b = open_images(with_labels), open_images(without)
     for split in ("train", "held_out"): assert torch.equal(a[split].images, b[split].images) and b[split].labels is None and b[split].classes == []

@@ -7,8 +7,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from ctm_nb.data.sources import open_zip
-from ctm_nb.data.zips import Names, path_order, read_directory, read_entry, store
+from ctm_nb.data.read import open_zip
+from ctm_nb.data.read import Names, path_order, read_directory, read_entry, store
 
 
 def by_zipfile(path):
@@ -77,9 +77,9 @@ def test_path_order_is_that_of_split_paths():
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from ctm_nb.data.formats import open_source
+from ctm_nb.data.read import open_source
 from ctm_nb.data.convert import dataset_json, edm_name
-from ctm_nb.data.zips import store
+from ctm_nb.data.read import store
 path, n = Path(sys.argv[2]), int(sys.argv[3])
 if sys.argv[1] == "write":
     blob = bytes(70)

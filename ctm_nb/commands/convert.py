@@ -39,7 +39,7 @@ def run_config(
 ) -> dict | None:
     "The configuration of the run that a checkpoint of ours belongs to; None for others' files."
     from ctm_nb.checkpoints.foreign import read_safetensors, sniff
-    from ctm_nb.checkpoints.interchange import find_checkpoint
+    from ctm_nb.checkpoints.models import find_checkpoint
     from ctm_nb.checkpoints.store import load_checkpoint
     if not Path(source).exists(): return None
     kind = sniff(source)
@@ -71,7 +71,7 @@ def ctm_nb_convert(
             return print(catalogue_table())
         if a.target: check_target(a.target, a.overwrite)  # before a gigabyte is read
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
-        from ctm_nb.checkpoints.interchange import load, save_model
+        from ctm_nb.checkpoints.models import load, save_model
         given = {k: v for k in ("channels_per_head", "image_size", "preconditioning", "sigma_min", "sigma_max", "sigma_data") if (v := getattr(a, k)) is not None}
         m = load(a.source, which=a.which, **given)
         print(m.about)

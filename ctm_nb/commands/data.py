@@ -58,8 +58,8 @@ def inspect(
     Raises FileExistsError before looking, if one of the files is there already."""
     for p in (sheet, to_json):
         if p and p.exists(): raise FileExistsError(f"{p} exists: choose another name or remove it")
-    from ctm_nb.data.formats import open_source
-    from ctm_nb.data.survey import contact_sheet, survey
+    from ctm_nb.data.read import open_source
+    from ctm_nb.data.convert import contact_sheet, survey
     found = survey(open_source(src, labels), size, crop, workers)
     facts = found.facts()
     if sheet: contact_sheet(found.source, found.broken).save(sheet)
@@ -95,7 +95,7 @@ def ctm_nb_data(
         if a.command == "convert": return run_convert(a)
         facts = inspect(a.src, a.size, a.crop, a.labels, a.workers, getattr(a, "sheet", None), getattr(a, "json", None))
     if a.command == "stats": return print(json.dumps(facts, indent=1))
-    from ctm_nb.data.survey import report
+    from ctm_nb.data.convert import report
     print(report(facts))
     sys.exit(1 if facts["broken"] else 0)
 
@@ -105,7 +105,7 @@ def run_convert(
 ):
     "The work behind `ctm_nb_data convert`."
     from ctm_nb.data.convert import convert
-    from ctm_nb.data.formats import open_source
+    from ctm_nb.data.read import open_source
     source = open_source(a.src, a.labels)
     done = convert(source, a.dst, a.size, a.crop, a.format, a.split, a.skip_broken, a.overwrite, a.workers)
     print(summary(done, source, a.dst, len(source)))

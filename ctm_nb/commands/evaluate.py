@@ -124,7 +124,7 @@ def words_of(
     text: str | None,  # of --metrics
 ) -> tuple:  # likelihoods; words of `evaluation.METRICS`, or None for those that are possible
     "The scores that were asked for; `ValueError` names one that doesn't exist."
-    from ctm_nb.evaluation.records import check_metrics
+    from ctm_nb.evaluation.evaluate import check_metrics
     from ctm_nb.evaluation.likelihood import split_words
     likelihoods, rest = split_words(text)
     return likelihoods, check_metrics([w.strip() for w in rest.split(",")]) if rest else None
@@ -141,7 +141,7 @@ def job_of(
     if a.n is not None and a.n < 6 and (words or not likelihoods): raise ValueError(f"-n must be >= 6 (density needs 5 neighbours), got {a.n}")
     if a.search: check_search(a, steps, gammas, words or [])
     from ctm_nb.evaluation.evaluate import Job
-    from ctm_nb.evaluation.sides import Against, local_device
+    from ctm_nb.evaluation.evaluate import Against, local_device
     against = Against(a.ref, a.features, a.weights, a.ref_split, a.ref_size, a.seed, a.batch, local_device(a.device))
     same = {k: getattr(a, k) for k in ("what", "n", "which", "solver", "times", "seed", "bootstrap", "search", "tries", "search_n", "tol", "probes", "levels", "save_ref")}
     return Job(against=against, words=words, likelihoods=likelihoods, steps=steps, gammas=gammas, **same)
@@ -152,7 +152,7 @@ def likelihoods(
     out: Path | None = None,  # file of records to extend; None: none
 ) -> str:  # text
     "Likelihoods, recorded and said: one process is enough."
-    from ctm_nb.evaluation.records import extend_scores
+    from ctm_nb.evaluation.evaluate import extend_scores
     from ctm_nb.evaluation.evaluate import likelihood_rows, likelihood_text
     rows = likelihood_rows(job)
     if out: extend_scores(out, rows)

@@ -20,7 +20,7 @@ def sample_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("ctm_nb_sample", description="Draw samples from a checkpoint. The same command run again continues where it was interrupted; sample i depends only on "
                                 "the seed and on i, whatever the batch size, the devices or their number.")
     add = p.add_argument
-    add("checkpoint", metavar="CKPT", help="a run, a checkpoint, or whatever else ctm_nb.checkpoints.interchange.load reads")
+    add("checkpoint", metavar="CKPT", help="a run, a checkpoint, or whatever else ctm_nb.checkpoints.models.load reads")
     add("-n", type=int, default=16, help="number of samples (default: 16)")
     add("--out", type=Path, required=True, metavar="OUT", help="NAME.zip (EDM's form), NAME.npz (ADM's), NAME.png (one grid), or a folder; never overwritten unasked")
     add("--steps", type=int, help="jumps, or steps of the solver (default: 1 jump, 18 steps)")

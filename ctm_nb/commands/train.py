@@ -54,10 +54,10 @@ def plan(
 ) -> str:
     "What a run is going to do, as text."
     from ctm_nb.training.config import STAGES
-    from ctm_nb.training.scale import estimate, measure
+    from ctm_nb.training.report import estimate, measure
     from ctm_nb.training.stages import make_network
-    from ctm_nb.training.engine import open_images
-    from ctm_nb.training.judge import no_scores_because
+    from ctm_nb.training.trainer import open_images
+    from ctm_nb.training.trainer import no_scores_because
     train, only = (splits := open_images(config))["train"], up_to(config, stage)
     e, why = config.evaluate, no_scores_because(config, splits)
     weights = sum(p.numel() for p in make_network(config, train).parameters())
@@ -86,9 +86,9 @@ def place(
     folder: Path,  # where the run will live
 ) -> str:
     "What is there already: nothing, a run that this configuration continues, or another."
-    from ctm_nb.training.history import read_run
-    from ctm_nb.training.precision import choose_precision
-    from ctm_nb.training.resume import changes, check_precision
+    from ctm_nb.training.report import read_run
+    from ctm_nb.training.runtime import choose_precision
+    from ctm_nb.training.trainer import changes, check_precision
     import torch
     if not (folder / "config.json").exists(): return "new"
     h = read_run(folder)
@@ -120,7 +120,7 @@ def plan_stages(
     stage: str = "all",  # the run goes to the end of this one
 ) -> list[str]:
     "What each stage is going to do, a line each."
-    from ctm_nb.training.scale import mean_evals
+    from ctm_nb.training.report import mean_evals
     t, d, g, ends = config.teacher, config.distill, config.gan, f"none (--stage {stage} ends before it"
     return [
         f"teacher   given: {t.source}" if t.source else f"teacher   {t.steps} steps of {t.batch} images",
@@ -181,7 +181,7 @@ def look(
         from ctm_nb.training.report import write_report
         print(write_report(report))
     if watch:
-        from ctm_nb.training.watch import follow
+        from ctm_nb.training.report import follow
         try: follow(watch)
         except KeyboardInterrupt: raise KeyboardInterrupt("stopped watching; the run itself goes on") from None
 
@@ -197,9 +197,9 @@ def train(
 ):
     "The work behind `ctm_nb_train`."
     from ctm_nb.training.config import PRESETS, make_config
-    from ctm_nb.training.processes import launched, leave
+    from ctm_nb.training.runtime import launched, leave
     logging.basicConfig(level=logging.WARNING if launched()[0] else logging.INFO, format="%(message)s")  # of several processes, the first one talks
-    from ctm_nb.training.history import markdown_table, score_table
+    from ctm_nb.training.report import markdown_table, score_table
     from ctm_nb.training.trainer import Trainer
     if preset not in (known := (*PRESETS, "auto")): raise ValueError(f"--preset must be one of {', '.join(known)}, got {preset!r}")
     preset, words, reasons = automatic(assignments) if preset == "auto" else (preset, [], [])

@@ -6,7 +6,8 @@
 __all__ = ['as_features', 'FeatureStats', 'sqrt_psd', 'frechet_gaussians', 'warn_rank', 'frechet_distance', 'distance_blocks',
            'knn_radii', 'inside', 'precision_recall', 'as_probs', 'inception_score', 'class_accuracy', 'conv_block',
            'FeatureClassifier', 'jitter', 'calibrate', 'train_classifier', 'features_and_probs', 'Reference',
-           'make_reference', 'score_samples', 'score_records']
+           'make_reference', 'score_samples', 'score_records', 'feature_pair', 'density_coverage', 'polynomial_mmd',
+           'kernel_distance', 'authenticity', 'frechet_against_n', 'bootstrap_frechet']
 
 # %% ../../nbs/5_evaluation/01_metrics.ipynb #68adaa0e
 import hashlib, math, warnings
@@ -387,3 +388,108 @@ def score_records(
     common = {"n_samples": n_samples, "reference": {"name": reference.name, "sha256": reference.sha256}, "features": reference.features_id,
               "sampler": sampler, "seed": seed, "checkpoint": checkpoint}
     return [{"metric": metric, "value": float(value), **common} for metric, value in scores.items()]
+
+# %% ../../nbs/5_evaluation/01_metrics.ipynb #80591382
+import numpy as np, torch
+
+# %% ../../nbs/5_evaluation/01_metrics.ipynb #fa3c7ab2
+def feature_pair(
+    reference, # (N, d) features of real images
+    samples, # (M, d) features of generated images
+    at_least:int=2, # fewest rows of each
+)->tuple: # both float64, on the reference's device
+    "Two checked sets of features of the same dimension; `ValueError` otherwise."
+    r, s = as_features(reference, "reference features", at_least), as_features(samples, "sample features", at_least)
+    if r.shape[1] != s.shape[1]: raise ValueError(f"features must have the same dimension, got {r.shape[1]} and {s.shape[1]}")
+    return r, s.to(r.device)
+
+# %% ../../nbs/5_evaluation/01_metrics.ipynb #4c74abbb
+def density_coverage(
+    reference, # (N, d) features of real images, N > k
+    samples, # (M, d) features of generated images, M > k
+    k:int=5, # neighbour that sets the radii, >= 1
+)->tuple: # density >= 0 (1: like the data), coverage in [0, 1]
+    """How many of the data's balls hold a sample, and what share of them holds any, Eqs. (1) and (2).
+
+    Raises `ValueError` for NaN, constant, too few or mismatching features. See Naeem et al., 2020."""
+    if k < 1: raise ValueError(f"k must be >= 1, got {k}")
+    r, s = feature_pair(reference, samples, k + 1)
+    held, covered, radii = 0, [], knn_radii(r, k) * (1 + 1e-9)                  # ties are inside
+    for d, radius in zip(distance_blocks(r, s), radii.split(max(1, 2**22 // len(s)))):
+        within = d <= radius[:, None]                                           # (B, M)
+        held += int(within.sum())
+        covered.append(within.any(1))
+    return held / (k * len(s)), torch.cat(covered).double().mean().item()
+
+# %% ../../nbs/5_evaluation/01_metrics.ipynb #3a24618c
+def polynomial_mmd(
+    x:torch.Tensor, # (N, d) float64, N >= 2
+    y:torch.Tensor, # (M, d) float64, M >= 2
+)->float: # near 0 for one distribution; may be negative
+    "Unbiased estimate of the squared MMD with the cubic kernel, Eq. (4)."
+    kernel = lambda a, b: (a @ b.T / a.shape[1] + 1)**3                         # (N, M)
+    between = lambda a: (kernel(a, a).sum() - ((a * a).sum(1) / a.shape[1] + 1).pow(3).sum()) / (len(a) * (len(a) - 1))
+    return (between(x) + between(y) - 2 * kernel(x, y).mean()).item()
+
+# %% ../../nbs/5_evaluation/01_metrics.ipynb #0a323a1b
+def kernel_distance(
+    reference, # (N, d) features of real images
+    samples, # (M, d) features of generated images
+    subsets:int=100, # number of random subsets, >= 2
+    subset_size:int=1000, # images of each side in a subset; at most N and M are used
+    seed:int=0, # of the subsets
+)->tuple: # mean over subsets, standard error of that mean
+    "Unbiased cubic-kernel MMD, squared, averaged over subsets. See Bińkowski et al., 2018."
+    if subsets < 2 or subset_size < 2: raise ValueError(f"subsets and subset_size must be >= 2, got {subsets=}, {subset_size=}")
+    r, s = feature_pair(reference, samples)
+    rng, size = np.random.default_rng(seed), min(subset_size, len(r), len(s))
+    draw = lambda f: f[torch.from_numpy(rng.choice(len(f), size, replace=False)).to(f.device)]
+    values = np.array([polynomial_mmd(draw(r), draw(s)) for _ in range(subsets)])
+    return float(values.mean()), float(values.std(ddof=1) / subsets**.5)
+
+# %% ../../nbs/5_evaluation/01_metrics.ipynb #7825c3d3
+def authenticity(
+    training, # (N, d) features of the training images, N >= 2
+    samples, # (M, d) features of generated images
+)->float: # in [0, 1]: about 1/2 for new images of the same kind, 0 for copies
+    "Share of samples further from their nearest training image than that one is from the other training images. See Alaa et al., 2022."
+    x, y = feature_pair(training, samples)
+    spacing, nearest = knn_radii(x, 1), [d.min(1) for d in distance_blocks(y, x)]
+    return torch.cat([m.values > spacing[m.indices] for m in nearest]).double().mean().item()
+
+# %% ../../nbs/5_evaluation/01_metrics.ipynb #d6dd30c9
+def frechet_against_n(
+    reference, # statistics of the real images: FeatureStats or ReferenceStats, whatever has mean and cov
+    samples, # (M, d) features of generated images
+    points:int=8, # how many sizes, >= 2
+    smallest:int|None=None, # least n; None: a tenth of M
+    repeats:int=1, # random subsets at each size, averaged
+    seed:int=0, # of the subsets
+)->tuple: # sizes (points,), distances (points,), distance extrapolated to infinite n
+    "Fréchet distance of subsets of the samples and its limit along the line in 1 / n. See Chong and Forsyth, 2020."
+    f, rng = as_features(samples, "samples"), np.random.default_rng(seed)
+    smallest = smallest or max(2, len(f) // 10)
+    if not 2 <= smallest < len(f) or points < 2: raise ValueError(f"sizes need 2 <= smallest < {len(f)} and points >= 2, got {smallest=}, {points=}")
+    sizes = np.unique((1 / np.linspace(1 / smallest, 1 / len(f), points)).round().astype(int))
+    stats = lambda n: FeatureStats(f.shape[1]).update(f[torch.from_numpy(rng.permutation(len(f))[:n])])
+    distance = lambda s: frechet_gaussians(reference.mean, reference.cov, s.mean, s.cov)
+    values = np.array([np.mean([distance(stats(n)) for _ in range(repeats if n < len(f) else 1)]) for n in sizes])
+    return sizes, values, float(np.polyfit(1 / sizes, values, 1)[1])
+
+# %% ../../nbs/5_evaluation/01_metrics.ipynb #73b5e584
+def bootstrap_frechet(
+    reference, # statistics of the real images: FeatureStats or ReferenceStats, whatever has mean and cov
+    samples, # (M, d) features of generated images
+    draws:int=20, # resamples, >= 2
+    level:float=0.95, # of confidence, in (0, 1)
+    seed:int=0, # of the resamples
+)->tuple: # value, lower and upper end of the interval
+    "Fréchet distance with a normal confidence interval of the width that the bootstrap gives; the reference counts as exact."
+    if draws < 2 or not 0 < level < 1: raise ValueError(f"draws must be >= 2 and level in (0, 1), got {draws=}, {level=}")
+    f, rng = as_features(samples, "samples"), np.random.default_rng(seed)
+    def distance(rows):
+        s = FeatureStats(f.shape[1]).update(rows)
+        return frechet_gaussians(reference.mean, reference.cov, s.mean, s.cov)
+    value, again = distance(f), [distance(f[torch.from_numpy(rng.integers(len(f), size=len(f)))]) for _ in range(draws)]
+    half = torch.distributions.Normal(0., 1.).icdf(torch.tensor((1 + level) / 2)).item() * float(np.std(again, ddof=1))
+    return value, max(0., value - half), value + half

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from .presets import RECIPES, words_of
-from ..data.decode import CROPS
+from ..data.read import CROPS
 from ..method.distill import DISTANCES, MATCHING, SPACINGS
 from ..method.teacher import SOLVERS
 from ..method.adversary import GAN_LOSSES

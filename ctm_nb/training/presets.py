@@ -9,9 +9,9 @@ __all__ = ['RECIPES', 'steps_of', 'rate_of', 'words_of', 'rows_of', 'changed', '
 # %% ../../nbs/6_training/01_presets.ipynb #6b74c6d6
 from pathlib import Path
 import numpy as np
-from ..data.decode import BrokenImage
-from ..data.formats import open_source
-from ..data.sources import Source
+from ..data.read import BrokenImage
+from ..data.read import open_source
+from ..data.read import Source
 
 # %% ../../nbs/6_training/01_presets.ipynb #146fbafe
 def steps_of(images, batch): return round(images / batch)
