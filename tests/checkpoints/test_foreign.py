@@ -22,7 +22,7 @@ from ctm_nb.checkpoints.unpickle import MAX_STEPS, PLAIN_NAMES, SLACK, ForeignFi
 from ctm_nb.checkpoints.unpickle import EDM_NAMES, edm_network  # noqa: E402
 from ctm_nb.checkpoints.foreign import read_edm_pickle, read_safetensors, read_torch, sniff  # noqa: E402
 
-GOLDEN = Path(__file__).parent/"golden"
+GOLDEN = Path(__file__).parents[1]/"golden"
 
 
 def golden(name): return {k[6:]: torch.from_numpy(v) for k, v in np.load(GOLDEN/f"{name}.npz").items() if k.startswith("state.")}

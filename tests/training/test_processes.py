@@ -16,7 +16,7 @@ from ctm_nb.training.runtime import autocast
 from ctm_nb.checkpoints.store import load_checkpoint
 from ctm_nb.training.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SHORT = ["teacher.steps=3", "teacher.batch=12", "teacher.label_dropout=.3", "distill.steps=3", "distill.batch=12", "distill.label_dropout=.3", "gan.steps=6", "gan.batch=12", "gan.r1=.1", "evaluate.n=0",
@@ -75,7 +75,7 @@ def alone(tmp_path_factory):
 
 def test_two_processes_are_one_in_every_stage(alone, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    done = subprocess.run([*TORCHRUN, tmp_path / "worker.py", ROOT / "tests", tmp_path], env=ENV, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*TORCHRUN, tmp_path / "worker.py", ROOT / "tests" / "training", tmp_path], env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
     for name in first:

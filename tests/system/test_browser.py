@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from browser_lab import TimeoutError, expect, jupyter_lab, missing, page
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHOTS = ROOT/"build"/"browser"
 WHY_NOT = missing() or ("" if os.environ.get("CTM_BROWSER") else "CTM_BROWSER is not set: `make browser` runs these")
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]

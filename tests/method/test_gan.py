@@ -20,7 +20,7 @@ from ctm_nb.checkpoints.store import load_checkpoint
 from ctm_nb.training.trainer import Trainer
 from ctm_nb.method.trajectory import student_from
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GEN = lambda seed=0: torch.Generator().manual_seed(seed)
 TINY, LITE = "deit_tiny_distilled_patch16_224", "tf_efficientnet_lite0"
 

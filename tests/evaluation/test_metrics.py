@@ -9,7 +9,7 @@ from ctm_nb.data.images import ImageData, digits
 from ctm_nb.evaluation.metrics import (FeatureStats, as_probs, class_accuracy, features_and_probs, frechet_distance, frechet_gaussians,
                             inception_score, knn_radii, make_reference, precision_recall, score_records, score_samples, train_classifier)
 
-GOLDEN = Path(__file__).parent / "golden" / "metrics.npz"
+GOLDEN = Path(__file__).parents[1] / "golden" / "metrics.npz"
 
 
 def cloud(n=200, d=6, seed=0, shift=0.):

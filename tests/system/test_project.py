@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 parser = ConfigParser(delimiters=["="])
 parser.read(ROOT/"settings.ini", encoding="utf-8")
 CFG = parser["DEFAULT"]

@@ -164,7 +164,7 @@ def test_solver_rows_are_independent(trio):
 @pytest.fixture(scope="module")
 def golden():
     "Networks, inputs and outputs of the file."
-    z = np.load(Path(__file__).parent / "golden" / "ctm_dsm_step_8.npz")
+    z = np.load(Path(__file__).parents[1] / "golden" / "ctm_dsm_step_8.npz")
     def model(prefix, cls, **kw):
         m = cls(DDPMpp(8, 3, 10, model_channels=16, channel_mult=(1, 2), n_blocks=1, attention=(4,), **kw)).eval()
         m.net.load_state_dict({k.removeprefix(f"{prefix}.model."): torch.from_numpy(z[k]).float() for k in z.files if k.startswith(prefix + ".")})

@@ -1,5 +1,6 @@
 """Every checkpoint people have: there and back bit for bit, the wrong ones refused with a sentence, the full-size networks for real."""
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from ctm_nb.checkpoints.store import save_checkpoint
 from ctm_nb.method.trajectory import CTM, student_from
 from ctm_nb.training.stages import make_network
 
-GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(Path(__file__).parent))
+GOLDEN = Path(__file__).parents[1] / "golden"
 KNOWN = {"unet_cond10_16": dict(image_size=16, channels_per_head=16)}
 NETWORKS = ["ddpmpp_uncond_8", "ddpmpp_cond10_8", "ncsnpp_cond10_8", "adm_cond10_16", "unet_cond10_16"]
 

@@ -18,7 +18,7 @@ from ctm_nb.training.trainer import SAFE
 from ctm_nb.checkpoints.store import CheckpointError, load_checkpoint
 from ctm_nb.training.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ["teacher.steps=8", "distill.steps=6", "teacher.batch=8", "distill.batch=8", "run.save_every=4", "run.log_every=3", "run.sample_every=100", "evaluate.n=0"]
 COMMAND = [sys.executable, "-c", "from ctm_nb.commands.train import ctm_nb_train; ctm_nb_train()", "--preset", "tiny"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
