@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'PRESETS', 'OPTIMIZERS', 'DataConfig', 'NetworkConfig', 'OptimConfig', 'TeacherConfig', 'DistillConfig',
-           'GanConfig', 'EvaluateConfig', 'RunConfig', 'Config', 'stage_steps', 'parse_value', 'set_value',
+           'GanConfig', 'EvaluateConfig', 'RunConfig', 'Config', 'stage_steps', 'schedule', 'parse_value', 'set_value',
            'make_config', 'check_config']
 
 # %% ../../nbs/6_training/02_config.ipynb #67deb94a
 import difflib
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 
@@ -163,7 +163,20 @@ def stage_steps(
     config: Config,  # of a run
 ) -> dict:  # stage -> optimizer steps
     "How long each stage takes."
-    return {stage: 0 if getattr(getattr(config, section), "source", "") else getattr(config, section).steps for stage, section in STAGES.items()}
+    plan = schedule(config)
+    return {stage: plan[stage][1] - plan[stage][0] if stage in plan else 0 for stage in STAGES}
+
+def schedule(
+    config,  # a Config, or the dict of a config.json, which may lack things
+) -> dict:  # stage -> (first step, one past the last), steps of the run; only stages that have steps
+    "Which steps belong to which stage."
+    plan, end = {}, 0
+    for stage, section in STAGES.items():
+        c = (config.get(section) or {}) if isinstance(config, dict) else asdict(getattr(config, section))
+        steps = 0 if c.get("source") else int(c.get("steps") or 0)
+        if steps: plan[stage] = (end, end + steps)
+        end += steps
+    return plan
 
 # %% ../../nbs/6_training/02_config.ipynb #88bfb4f5
 def parse_value(
