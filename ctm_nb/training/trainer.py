@@ -588,7 +588,7 @@ from ..data.images import to_uint8
 from ..evaluation.evaluate import extend_scores
 from .runtime import gap, jumps
 from ..checkpoints.models import KINDS, describe, rebuild
-from ..data.pictures import named_grid
+from ..data.images import named_grid
 from .runtime import load_optimizer
 from .runtime import check_equal, main_only
 from .report import write_report
