@@ -85,7 +85,7 @@ def costs(
     d, student = config.distill, lambda K=None: mean_evals(d, K) + 2 + (6 if d.dsm else 3) + 2
     return {"teacher": 3., "ctm_dsm": student(), "ctm_dsm_gan": (student(config.gan.K) + 3) / 2}
 
-# %% ../../nbs/6_training/08_costs.ipynb #45f70c05
+# %% ../../nbs/6_training/08_costs.ipynb #0855a92e
 def seconds(
     config: Config,  # of a run
     images_per_sec: float,  # of one device, in the first stage that has steps
@@ -95,7 +95,7 @@ def seconds(
     "How long each stage takes, scores and pictures not counted."
     c, todo = costs(config), schedule(config)
     unit = images_per_sec * c[next(iter(todo))] * devices * efficiency  # forward passes a second
-    images = {s: (end - first) * getattr(config, STAGES[s]).batch for s, (first, end) in todo.items()}
+    images = {s: (span.end - span.first) * span.batch for s, span in todo.items()}
     return {s: n * c[s] / unit for s, n in images.items()}
 
 # %% ../../nbs/6_training/08_costs.ipynb #982c401b
