@@ -11,9 +11,9 @@ import copy
 import torch
 from torch import Tensor
 
-from .distill import ctm_dsm_objective, ctm_loss, draw_stretch, dsm_sigma, grid_time, pseudo_huber, teacher_jump
+from .distill import ctm_dsm_objective, ctm_loss, draw_stretch, dsm_sigma, pseudo_huber, teacher_jump
 from .teacher import Denoiser
-from .flow import GaussianMixture, perturb, rho_grid
+from .flow import GaussianMixture, grid_time, perturb, rho_grid
 from ..networks.unet import MLP
 from .trajectory import CTM, student_from
 
@@ -30,7 +30,7 @@ def toy_example(
     i, k, j = draw_stretch(B := len(x0), N, N - 1, gen, matching)
     t, u, s = (grid_time(v, N).float() for v in (i, i + k, j))
     x_t = perturb(x0, t, draw(*x0.shape))
-    x_u, n = teacher_jump(toy.D, x_t, i, k, N, method="dpm")
+    x_u, n = teacher_jump(toy.D, x_t, i, k, N, method="dpmpp_2m")
     sigma = dsm_sigma(draw(B), torch.rand(B, generator=gen))
     return dict(x_t=x_t, x_u=x_u, t=t, u=u, s=s, x0=x0, sigma=sigma, eps=draw(*x0.shape)), n
 

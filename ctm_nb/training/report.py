@@ -600,7 +600,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .config import STAGES, Config, stage_steps
 from ..data.images import ImageData
-from ..method.teacher import SOLVERS
+from ..method.solvers import SOLVERS, solver_name
 from .runtime import autocast, choose_precision
 from .stages import STAGE_CLASSES, carry_to, make_network, step_generator
 
@@ -652,7 +652,7 @@ def mean_evals(
     K: int | None = None,  # longest stretch; None: d.K
 ) -> float:
     "Mean number of teacher evaluations a distillation step, over the draw of k."
-    cost = SOLVERS[d.solver]
+    cost = SOLVERS[solver_name(d.solver)]
     steps = lambda k: k if d.max_evals is None else max(1, min(k, d.max_evals // cost))
     weights = {k: k ** d.k_power for k in range(1, (K or d.K) + 1)}
     return cost * sum(w * steps(k) for k, w in weights.items()) / sum(weights.values())

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from .config import OPTIMIZERS, STAGES, Config, OptimConfig, stage_steps
 from ..data.images import ImageData
-from ..method.distill import GradientSets, add_ctm_dsm, average, bends, ctm_dsm_objective, ctm_loss, draw_stretch, dsm_sigma, follow, grid_time, make_distance, stretch_times
+from ..method.distill import GradientSets, add_ctm_dsm, average, bends, ctm_dsm_objective, ctm_loss, draw_stretch, dsm_sigma, follow, make_distance, stretch_times
+from ..method.flow import grid_time
 from ..method.distances import backbone_file
-from ..method.teacher import SOLVERS, Denoiser, edm_loss, lognormal_sigma
+from ..method.teacher import Denoiser, edm_loss, lognormal_sigma
+from ..method.solvers import SOLVERS
 from ..method.adversary import TeacherFeatures, TimmFeatures, find_weights
 from ..method.flow import perturb
 from ..method.adversary import Discriminator, add_ctm_dsm_gan, ctm_dsm_gan_objective, discriminator_objective, discriminator_optimizer, gan_turn, lazy

@@ -109,6 +109,7 @@ import torch
 import torch.distributed as dist
 
 from .config import STAGES, Config
+from ..method.solvers import solver_name
 from ..checkpoints.store import Checkpoint, CheckpointError, load_checkpoint, set_random_state, step_folders
 
 log = logging.getLogger(__name__)
@@ -174,6 +175,7 @@ def changes(
     allowed, refused = [], []
     for s, k in [(section, key) for section in new for key in new[section]]:
         a, b = plain(old.get(s, {}).get(k, _DEFAULTS[s][k])), plain(new[s][k])
+        if (s, k) == ("distill", "solver"): a = solver_name(a)  # it may have a name of 0.1
         if a == b or k not in old.get(s, {}) and s in ("run", "evaluate"): continue  # settings that a new version adds
         (allowed if any(r.allows(s, k, old, new, step) for r in SAFE) else refused).append(f"{s}.{k}: {a} -> {b}")
     return allowed, refused
