@@ -14,7 +14,7 @@ MOVED = {
     "oracle": "method.oracle",
     "decode": "data.read", "zips": "data.read", "sources": "data.read", "formats": "data.read",
     "survey": "data.convert", "convert": "data.convert", "data": "data.images", "augment": "data.augment",
-    "loader": "data.batches", "pictures": "data.pictures",
+    "loader": "data.batches", "pictures": "data.images",
     "state": "checkpoints.store", "depickle": "checkpoints.unpickle", "edm_pickle": "checkpoints.unpickle",
     "foreign": "checkpoints.foreign", "download": "checkpoints.catalogue", "hub": "checkpoints.catalogue",
     "interchange": "checkpoints.models",

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-from ..data.pictures import named_grid
+from ..data.images import named_grid
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #689e3cca
 def write_npz(
@@ -125,7 +125,7 @@ from types import SimpleNamespace
 
 import torch
 
-from ..data.images import load_data
+from ..data.batches import load_data
 from ..method.guidance import guide, guide_free, on_denoised
 from ..method.trajectory import is_ctm
 from .metrics import FeatureClassifier, train_classifier

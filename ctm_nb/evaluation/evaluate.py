@@ -440,7 +440,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.images import load_data
+from ..data.batches import load_data
 from .features import ClassifierExtractor, Extractor, load_extractor
 from ..checkpoints.catalogue import fetch, is_public_name
 from .metrics import train_classifier
@@ -572,7 +572,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..data.images import load_data
+from ..data.batches import load_data
 from .draw import weights_hash
 from .features import Extractor
 from ..method.flow import rho_grid

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'PRESETS', 'OPTIMIZERS', 'DataConfig', 'NetworkConfig', 'OptimConfig', 'TeacherConfig', 'DistillConfig',
-           'GanConfig', 'EvaluateConfig', 'RunConfig', 'Config', 'stage_steps', 'parse_value', 'set_value',
-           'make_config', 'check_config']
+           'GanConfig', 'EvaluateConfig', 'RunConfig', 'Config', 'Span', 'schedule', 'stage_at', 'stage_steps',
+           'parse_value', 'set_value', 'make_config', 'check_config']
 
 # %% ../../nbs/6_training/02_config.ipynb #67deb94a
 import difflib
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 
@@ -55,7 +55,7 @@ class OptimConfig:
     "An optimizer and its learning rate over the stage."
     steps: int = 30000  # optimizer steps of the stage
     batch: int = 256  # images a step
-    optimizer: str = "radam"  # a key of OPTIMIZERS
+    optimizer: str = "radam"  # one of OPTIMIZERS
     lr: float = 4e-4  # peak learning rate
     warmup: int = 0  # steps from 0 to the peak
     decay: str = "constant"  # "constant", "linear" or "cosine", to zero at the end
@@ -156,14 +156,47 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
-# %% ../../nbs/6_training/02_config.ipynb #a5beeddd
+# %% ../../nbs/6_training/02_config.ipynb #5c4ed010
 STAGES = {"teacher": "teacher", "ctm_dsm": "distill", "ctm_dsm_gan": "gan"}  # name -> section
 
+@dataclass(frozen=True)
+class Span:
+    "The steps of a run that belong to one stage."
+    stage: str  # a key of STAGES
+    first: int  # steps of the run before it begins
+    end: int  # steps of the run when it is over
+    batch: int  # images a step
+
+# %% ../../nbs/6_training/02_config.ipynb #5c4ed011
+def schedule(
+    config: Config | dict,  # of a run; a dict may lack keys
+) -> dict:  # stage -> Span, in order; only the stages that have steps
+    "Which steps of a run belong to which stage; one whose result is given has none."
+    sections = asdict(config) if isinstance(config, Config) else config
+    spans, end = {}, 0
+    for stage, section in STAGES.items():
+        s = sections.get(section) or {}
+        steps = 0 if s.get("source") else int(s.get("steps") or 0)
+        if steps: spans[stage] = Span(stage, end, end + steps, int(s.get("batch") or 0))
+        end += steps
+    return spans
+
+# %% ../../nbs/6_training/02_config.ipynb #5c4ed012
+def stage_at(
+    config: Config | dict,  # of a run
+    step: int,  # of the run, counted from 1
+) -> Span:
+    "The stage that makes a step; the first one before it, the last one after its end."
+    spans = list(schedule(config).values())
+    return next((s for s in spans if step <= s.end), spans[-1])
+
+# %% ../../nbs/6_training/02_config.ipynb #5c4ed013
 def stage_steps(
     config: Config,  # of a run
 ) -> dict:  # stage -> optimizer steps
     "How long each stage takes."
-    return {stage: 0 if getattr(getattr(config, section), "source", "") else getattr(config, section).steps for stage, section in STAGES.items()}
+    spans = schedule(config)
+    return {stage: spans[stage].end - spans[stage].first if stage in spans else 0 for stage in STAGES}
 
 # %% ../../nbs/6_training/02_config.ipynb #88bfb4f5
 def parse_value(
@@ -312,4 +345,4 @@ def _has(device):
     return True
 
 # %% ../../nbs/6_training/02_config.ipynb #97e5a3c4
-OPTIMIZERS = {"radam": torch.optim.RAdam, "adamw": torch.optim.AdamW}
+OPTIMIZERS = ("radam", "adamw")  # see optimizers.py
