@@ -1,4 +1,4 @@
-"""Distance of samples against seconds of training: the published recipe and others on the same teachers. nbs/9_experiments/02_speed.ipynb reads the results.
+"""Distance of samples against seconds of training: the published recipe and others on the same teachers. nbs/9_experiments/03_speed.ipynb reads the results.
 
     python benchmarks/quality.py --teachers runs/digits0 runs/digits1 runs/digits2        writes nbs/results/speed/quality.json after every run; what is there already is kept
 

@@ -1,4 +1,4 @@
-"""What a training step and a sample cost, on any machine. Results are JSON files under nbs/results/speed/ that nbs/9_experiments/02_speed.ipynb reads.
+"""What a training step and a sample cost, on any machine. Results are JSON files under nbs/results/speed/ that nbs/9_experiments/03_speed.ipynb reads.
 
     python benchmarks/speed.py all                                      a machine's ceiling, each network against it, the step and its parts, memory, sampling, start-up, data, evaluation; and a picture, nbs/results/speed/machine.png
     python benchmarks/speed.py device networks                          some of these

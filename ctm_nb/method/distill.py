@@ -9,7 +9,7 @@ __all__ = ['MATCHING', 'SPACINGS', 'draw_k', 'draw_indices', 'draw_stretch', 'dr
            'student_pass', 'ctm_dsm_objective', 'GradientSets', 'add_ctm_dsm', 'DISTANCES', 'l2', 'make_distance',
            'pseudo_huber']
 
-# %% ../../nbs/1_method/06_distill.ipynb #a6e65d13
+# %% ../../nbs/1_method/06_distill.ipynb #274aaec6
 import math
 
 import numpy as np
@@ -93,7 +93,7 @@ def interpolate(
     "Read off a piecewise linear function."
     return torch.as_tensor(np.interp(x.cpu(), xs, ys), device=x.device)
 
-# %% ../../nbs/1_method/06_distill.ipynb #aecd3b9c
+# %% ../../nbs/1_method/06_distill.ipynb #5e75b522
 def bends(
     m,  # the teacher: D(x, t, y), data_shape, n_classes, sigma_min, sigma_max
     n: int = 16,  # samples that walk down

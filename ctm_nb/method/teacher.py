@@ -33,7 +33,7 @@ def noise_condition(
     if kind == "vp": return 999 * ((.1 ** 2 + 2 * 19.9 * torch.log1p(t ** 2)).sqrt() - .1) / 19.9
     return (t / 2).log() if kind == "ve" else t.log() / 4
 
-# %% ../../nbs/1_method/03_teacher.ipynb #25ece2b3
+# %% ../../nbs/1_method/03_teacher.ipynb #705c1a07
 class Preconditioned(nn.Module):
     "A raw network with the preconditioning around it; `Denoiser` and `CTM` share it."
     def __init__(self,
@@ -111,7 +111,7 @@ def D(self: Denoiser, x: Tensor, t: float | Tensor, y: Tensor | None = None, **m
     "The denoiser by its name in the paper."
     return self(x, t, y, **more)
 
-# %% ../../nbs/1_method/03_teacher.ipynb #489c14c4
+# %% ../../nbs/1_method/03_teacher.ipynb #78a86447
 @patch
 def features(self: Preconditioned,
     x: Tensor,  # (B, C, H, W) noisy data
