@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ctm_nb.method.distill import MATCHING, ctm_dsm_objective, ctm_loss, draw_stretch, dsm_sigma, grid_time
-from ctm_nb.method.distill import pseudo_huber, teacher_jump
-from ctm_nb.method.flow import GaussianMixture, perturb, rho_grid, toy_mixture
+from ctm_nb.method.distill import MATCHING, ctm_dsm_objective, ctm_loss, draw_stretch, dsm_sigma, pseudo_huber, teacher_jump
+from ctm_nb.method.flow import GaussianMixture, grid_time, perturb, rho_grid, toy_mixture
 from ctm_nb.method.teacher import Denoiser
 from ctm_nb.method.trajectory import CTM, student_from
 from ctm_nb.networks.unet import MLP
@@ -39,7 +38,7 @@ def toy_example(
     i, k, j = draw_stretch(len(x0), N, N - 1, gen, matching)
     t, u, s = (grid_time(v, N).float() for v in (i, i + k, j))
     x_t = perturb(x0, t, draw(*x0.shape))
-    x_u, nfe = teacher_jump(toy.D, x_t, i, k, N, method="dpm")
+    x_u, nfe = teacher_jump(toy.D, x_t, i, k, N, method="dpmpp_2m")
     sigma = dsm_sigma(draw(len(x0)), torch.rand(len(x0), generator=gen))
     return dict(x_t=x_t, x_u=x_u, t=t, u=u, s=s, x0=x0, sigma=sigma, eps=draw(*x0.shape)), nfe
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import oracle
-from ctm_nb.method.distill import draw_stretch, dsm_sigma, follow, grid_time, stretch_times
-from ctm_nb.method.flow import perturb, toy_mixture
+from ctm_nb.method.distill import draw_stretch, dsm_sigma, follow, stretch_times
+from ctm_nb.method.flow import grid_time, perturb, toy_mixture
 
 RESULT = Path(__file__).resolve().parents[1] / "nbs" / "results" / "oracle" / "pairs.json"
 

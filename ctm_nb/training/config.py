@@ -17,7 +17,7 @@ import torch
 from .presets import RECIPES, words_of
 from ..data.read import CROPS
 from ..method.distill import DISTANCES, MATCHING, SPACINGS
-from ..method.teacher import SOLVERS
+from ..method.solvers import SOLVERS, solver_name
 from ..method.adversary import GAN_LOSSES
 from ..networks.unet import FAMILIES
 
@@ -228,8 +228,9 @@ def set_value(
         near = difflib.get_close_matches(key.lower(), folded := {k.lower(): k for k in known}, n=1, cutoff=0.)
         raise ValueError(f"unknown key {key!r}; the nearest is {folded[near[0]]!r}")
     section, f = known[key]
-    try: setattr(section, f.name, parse_value(text, f.type))
+    try: value = parse_value(text, f.type)
     except ValueError as e: raise ValueError(f"{key} must be true or false, got {text!r}" if f.type is bool else f"{key} must be {getattr(f.type, '__name__', f.type)}, got {text!r} ({e})") from None
+    setattr(section, f.name, solver_name(value) if key == "distill.solver" else value)
 
 # %% ../../nbs/6_training/02_config.ipynb #37c3f585
 PRESETS = {
@@ -238,7 +239,7 @@ PRESETS = {
         network.model_channels=8 network.channel_mult=1,1 network.n_blocks=1 network.attention=4
         teacher.steps=30 teacher.batch=32 teacher.optimizer=adamw teacher.lr=2e-3 teacher.ema=.9
         distill.steps=20 distill.batch=32 distill.optimizer=adamw distill.ema=.9 distill.target_ema=.9
-        distill.solver=dpm distill.max_evals=2 distill.distance=pseudo_huber
+        distill.solver=dpmpp_2m distill.max_evals=2 distill.distance=pseudo_huber
         evaluate.n=60 evaluate.steps=1,2 evaluate.teacher_steps=3 run.save_every=10 run.log_every=5 run.sample_every=10""",
 }
 

@@ -6,7 +6,7 @@
 __all__ = ['STAGE_CLASSES', 'step_generator', 'take', 'carry_to', 'hand_over', 'Stage', 'with_total', 'make_network',
            'TeacherStage', 'given', 'DistillStage', 'make_discriminator', 'GanStage', 'check_weights']
 
-# %% ../../nbs/6_training/05_stages.ipynb #6d7839e2
+# %% ../../nbs/6_training/05_stages.ipynb #0cb7d0ef
 import copy
 import math
 from functools import partial
@@ -20,9 +20,11 @@ from torch import Tensor
 from .config import STAGES, Config, stage_steps
 from .optimizers import make_optimizer
 from ..data.images import ImageData
-from ..method.distill import GradientSets, add_ctm_dsm, average, bends, ctm_dsm_objective, ctm_loss, draw_stretch, dsm_sigma, follow, grid_time, make_distance, stretch_times
+from ..method.distill import GradientSets, add_ctm_dsm, average, bends, ctm_dsm_objective, ctm_loss, draw_stretch, dsm_sigma, follow, make_distance, stretch_times
+from ..method.flow import grid_time
 from ..method.distances import backbone_file
-from ..method.teacher import SOLVERS, Denoiser, edm_loss, lognormal_sigma
+from ..method.teacher import Denoiser, edm_loss, lognormal_sigma
+from ..method.solvers import SOLVERS
 from ..method.adversary import TeacherFeatures, TimmFeatures, find_weights
 from ..method.flow import perturb
 from ..method.adversary import Discriminator, add_ctm_dsm_gan, ctm_dsm_gan_objective, discriminator_objective, gan_turn, lazy
@@ -69,7 +71,7 @@ def hand_over(
     if torch.is_tensor(tree): tree.record_stream(stream)
     for v in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else (): hand_over(v, stream)
 
-# %% ../../nbs/6_training/05_stages.ipynb #f3647af0
+# %% ../../nbs/6_training/05_stages.ipynb #1e5ea2fe
 class Stage:
     "Networks, averages and optimizers of one stage, and what a step of it minimises."
     name, works_ahead = "", False  # a key of STAGES; is `example` worth preparing in advance?
@@ -310,7 +312,7 @@ def make_discriminator(
     eyes = [TeacherFeatures(teacher, g.levels) if f == teacher_name else TimmFeatures(f, g.weights or None) for f in names]
     return Discriminator(eyes, teacher.data_shape, teacher.n_classes, g.width, g.strength, config.run.seed)
 
-# %% ../../nbs/6_training/05_stages.ipynb #b2e56908
+# %% ../../nbs/6_training/05_stages.ipynb #7f38368c
 class GanStage(DistillStage):
     "The average of a student, its new averages, and a discriminator."
     name = "ctm_dsm_gan"
