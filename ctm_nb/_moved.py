@@ -27,7 +27,7 @@ MOVED = {
     "resume": "training.trainer", "judge": "training.trainer", "stages": "training.stages",
     "update": "training.step", "engine": "training.trainer", "training": "training.trainer",
     "history": "training.report", "report": "training.report", "watch": "training.report",
-    "scale": "training.report",
+    "scale": "training.costs",
     "cli": "commands.train", "cli_sample": "commands.sample", "cli_evaluate": "commands.evaluate",
     "cli_data": "commands.data", "cli_convert": "commands.convert", "commands": "commands.main",
     "scenes": "explore.explorer", "explorer": "explore.explorer",
