@@ -11,7 +11,9 @@ import copy
 import torch
 from torch import Tensor
 
-from .distill import ctm_dsm_objective, ctm_loss, draw_stretch, dsm_sigma, grid_time, pseudo_huber, teacher_jump
+from .balance import BalancedGradients
+from .distances import pseudo_huber
+from .distill import draw_interval, dsm_sigma, grid_time, interval_times, solve_interval, step_losses
 from .teacher import Denoiser
 from .flow import GaussianMixture, perturb, rho_grid
 from ..networks.unet import MLP
@@ -24,15 +26,16 @@ def toy_example(
     matching: str,  # one of distill.MATCHING
     gen: torch.Generator,  # source of randomness (CPU)
     N: int = 18,  # points of the time grid
-) -> tuple[dict, int]:  # arguments of `ctm_dsm_objective`; evaluations of the teacher
+) -> tuple[dict, int]:  # arguments of `step_losses`; evaluations of the teacher
     "One batch on the mixture with the exact teacher's answer."
     draw = lambda *shape: torch.randn(*shape, generator=gen)
-    i, k, j = draw_stretch(B := len(x0), N, N - 1, gen, matching)
+    i, k, j = draw_interval(B := len(x0), N, N - 1, gen, matching)
     t, u, s = (grid_time(v, N).float() for v in (i, i + k, j))
     x_t = perturb(x0, t, draw(*x0.shape))
-    x_u, n = teacher_jump(toy.D, x_t, i, k, N, method="dpm")
+    times = interval_times(i, k, N, "dpm")
+    x_u = solve_interval(toy.D, x_t, times, None, "dpm")
     sigma = dsm_sigma(draw(B), torch.rand(B, generator=gen))
-    return dict(x_t=x_t, x_u=x_u, t=t, u=u, s=s, x0=x0, sigma=sigma, eps=draw(*x0.shape)), n
+    return dict(x_t=x_t, x_u=x_u, t=t, u=u, s=s, x0=x0, sigma=sigma, eps=draw(*x0.shape)), len(times) - 1
 
 # %% ../../nbs/1_method/07_oracle.ipynb #4e39d7c3
 def train_on(
@@ -52,11 +55,13 @@ def train_on(
     opt = torch.optim.AdamW(student.parameters(), lr, betas=(.9, .99), weight_decay=0.)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=.1)
     data, evals = toy.sample(10000, seed=seed), 0.
+    gradients = BalancedGradients(student.parameters(), student.net.last_layer)
     for step in range(steps):
         e, n = toy_example(toy, data[torch.randint(len(data), (batch,), generator=gen)], matching, gen)
-        if dsm: loss = ctm_dsm_objective(student, target, **e, distance=pseudo_huber)["objective"]
-        else: loss = ctm_loss(student, target, e["x_t"], e["x_u"], e["t"], e["u"], e["s"], distance=pseudo_huber).mean()
-        opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
+        gradients.add(step_losses(student, target, **e, distance=pseudo_huber, dsm=dsm))
+        gradients.combine()
+        opt.step()
+        schedule.step()
         rate = min(.99, (1 + step) / (10 + step))
         for p, q in zip(target.parameters(), student.parameters()): p.data.lerp_(q.data, 1 - rate)
         evals += n / steps

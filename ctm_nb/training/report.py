@@ -694,17 +694,14 @@ def measure(
         ids = (torch.arange(n) + i * n) % len(data)
         y = data.labels[ids].to(device) if data.labels is not None else None
         numbers = carry_to(stage.draw(n, step_generator(0, i), i), where)
-        with autocast(precision, where): objective = stage.losses(stage.example(data.x0(ids).to(device), y, numbers, i), i)["objective"]
-        _step(stage.optimizers[stage.learner(i)], objective)
+        gradients = stage.gradients(i)
+        with autocast(precision, where): losses = stage.losses(stage.example(data.x0(ids).to(device), y, numbers, i), i)
+        gradients.add(losses)
+        gradients.combine(**stage.bounds)
+        stage.optimizers[stage.learner(i)].step()
     return steps * n / (_now(device) - started)
 
 # %% ../../nbs/6_training/06_report.ipynb #2f522406
-def _step(optimizer, objective):
-    "Backward and the optimizer, as a run does it."
-    optimizer.zero_grad(set_to_none=True)
-    objective.backward()
-    optimizer.step()
-
 def _now(device):
     if "cuda" in device: torch.cuda.synchronize()
     return time.perf_counter()
