@@ -147,9 +147,9 @@ def greedy(engine, most, seen=None):
     begin = engine.begin
     def begin_and_limit(stage, parts):
         begin(stage, parts)
-        for name in ("losses", "add"): limited(engine.now, name)
+        limited(engine.now, "losses")
     engine.begin = begin_and_limit
-    for name in ("losses", "add"): limited(engine.now, name)
+    limited(engine.now, "losses")
 
 
 def test_out_of_memory_takes_fewer_at_a_time_and_changes_nothing_else(alone, tmp_path, caplog):
