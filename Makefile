@@ -25,6 +25,7 @@ browser: $(VENV)/.browser ## the explorer in a real browser, after installing on
 check: $(VENV)/.dev ## would export, clean or readme change a file? do the rooms keep to their floors?
 	$(BIN)/python .ci/check.py
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python .ci/house.py
 
 nbtest: $(VENV)/.dev ## run the notebooks, two at a time with one thread each
 	$(BIN)/python .ci/nbtest.py

@@ -1,4 +1,4 @@
-"""Several jumps from one stretch of the teacher, on the mixture whose flow is known: error of the student's jumps after equal processor seconds. nbs/9_experiments/02_speed.ipynb reads the result.
+"""Several jumps from one stretch of the teacher, on the mixture whose flow is known: error of the student's jumps after equal processor seconds. nbs/9_experiments/03_speed.ipynb reads the result.
 
     python benchmarks/pairs.py --seeds 0 1 2 --seconds 30        writes nbs/results/oracle/pairs.json after every run; runs already there are kept
 
@@ -11,9 +11,12 @@ from pathlib import Path
 
 import torch
 
-import ctm_nb.method.oracle as oracle
-from ctm_nb.method.distill import draw_stretch, dsm_sigma, follow, grid_time, stretch_times
-from ctm_nb.method.flow import perturb, toy_mixture
+import oracle
+from spacings import stretch_times
+
+from ctm_nb.method.distill import draw_interval, dsm_sigma
+from ctm_nb.method.flow import grid_time, perturb, toy_mixture
+from ctm_nb.method.solvers import solve
 
 RESULT = Path(__file__).resolve().parents[1] / "nbs" / "results" / "oracle" / "pairs.json"
 
@@ -22,11 +25,11 @@ def example_with(m):
     "`toy_example` with m jumps of each stretch."
     def example(toy, x0, matching, gen, N=18):
         draw, B = lambda *shape: torch.randn(*shape, generator=gen), len(x0)
-        i, k, j = draw_stretch(B // m, N, N - 1, gen, matching)
-        times = stretch_times(i, k, N, "dpm", 8, "log").float()
+        i, k, j = draw_interval(B // m, N, N - 1, gen, matching)
+        times = stretch_times(i, k, N, "dpmpp_2m", 8, "log").float()
         lead = x0[::m]
         seen = [perturb(lead, times[0], draw(*lead.shape))]
-        follow(toy.D, seen[0], times, None, "dpm", lambda n, x: seen.append(x))
+        solve(toy.D, seen[0], times, None, "dpm", lambda n, x: seen.append(x))
         steps, nth, row = len(times) - 1, torch.arange(B) % m, torch.arange(B) // m
         after = (steps * (nth + torch.rand(B, generator=gen) * (nth > 0)) / m).long().clamp(max=steps - 1)
         u, s = (grid_time(v, N).float()[row] for v in (i + k, j))

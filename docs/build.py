@@ -1,7 +1,7 @@
 """Build the documentation site:  python docs/build.py [--out _docs] [--work _proc/site] [NOTEBOOK ...]
 
 Notebooks and modules become Sphinx's source in the working folder, Sphinx makes pages of it (warnings are errors), and the pages are checked. Nothing is executed, and neither
-torch nor ctm_nb is needed. Names of notebooks (1_method/03_trajectory) build a site of these alone.
+torch nor ctm_nb is needed. Names of notebooks (1_method/04_trajectory) build a site of these alone.
 """
 import argparse
 import os
@@ -15,6 +15,15 @@ import nbformat
 from builder import check, notebooks, pages, source, vendor
 
 HERE = Path(__file__).resolve().parent
+REFERENCE = """# Reference
+
+> Every exported name, every equation and symbol, the words, and how to take part.
+
+- {doc}`Modules </api/index>`: parameters with their shapes, from the comments beside them
+- {doc}`From the papers to the code </equations>`, {doc}`symbols </symbols>`, {doc}`glossary </glossary>`
+- {doc}`Contributing </contributing>`, {doc}`changes </changelog>`
+
+"""
 ROOT = HERE.parent
 
 
@@ -70,7 +79,13 @@ def save(cells, metadata, path):
     nbformat.write(nb, path)
 
 
-def toctree(caption, entries): return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n:maxdepth: 1\n\n" + "\n".join(entries) + "\n```"
+def toctree(entries): return "```{toctree}\n:hidden:\n:maxdepth: 1\n\n" + "\n".join(entries) + "\n```"
+
+
+def part_page(part, names, titles, promises):
+    "A page that opens a part of the site: what is in it, a line for each notebook."
+    lines = [f"- {{doc}}`{titles[n]} </notebooks/{n}>`: {promises[n]}" for n in names]
+    return "\n\n".join([f"# {part}", f"> {notebooks.PARTS[part][1]}", "\n".join(lines), toctree([f"/notebooks/{n}" for n in names])]) + "\n"
 
 
 def prepare(work, only=(), root=ROOT):
@@ -104,12 +119,14 @@ def prepare(work, only=(), root=ROOT):
     for p in sorted((HERE/"pages").glob("*.md")): write(work, p.name, re.sub(r"\{doc\}`([^<`]*?) </notebooks/([\w/]+)>`", missing, p.read_text(encoding="utf-8")))
     project = [n for n in ("CONTRIBUTING", "CHANGELOG") if (root/f"{n}.md").exists()]
     for n in project: write(work, f"{n.lower()}.md", files.relink((root/f"{n}.md").read_text(encoding="utf-8"), folder=".", to="notebooks/"))
-    trees = [toctree(part, [f"notebooks/{n}" for n in found]) for part, found in parts.items()]
-    trees += [toctree("Reference", ["api/index", "equations", "symbols", *(p.stem for p in sorted((HERE/"pages").glob("*.md")))])]
-    trees += [toctree("Project", [n.lower() for n in project])] * bool(project)
+    promises = {n: files.relink(notebooks.promise(b.cells), folder_of(n), to="/notebooks/") for n, b in books.items()}
+    for part, here in parts.items(): write(work, f"parts/{pages.slug(part)}.md", part_page(part, here, titles, promises))
+    others = ["equations", "symbols", *(p.stem for p in sorted((HERE/"pages").glob("*.md"))), *(n.lower() for n in project)]
+    write(work, "reference.md", REFERENCE + toctree(["api/index", *others]) + "\n")
     front = notebooks.processed(nbs/"index.ipynb")
     cells, found = page("index", front.cells, files, lambda name: None, to="notebooks/")
-    save([*cells, nbformat.v4.new_markdown_cell("\n\n".join(trees), id="trees")], front.metadata, work/"index.ipynb")
+    tree = toctree([*(f"parts/{pages.slug(part)}" for part in parts), "reference"])
+    save([*cells, nbformat.v4.new_markdown_cell(tree, id="trees")], front.metadata, work/"index.ipynb")
     for p in files.pictures: (to := work/"notebooks"/p).parent.mkdir(parents=True, exist_ok=True), shutil.copy(nbs/p, to)
     return faults + found
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-from ..data.pictures import named_grid
+from ..data.images import named_grid
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #689e3cca
 def write_npz(
@@ -125,8 +125,9 @@ from types import SimpleNamespace
 
 import torch
 
-from ..data.images import load_data
+from ..data.batches import load_data
 from ..method.guidance import guide, guide_free, on_denoised
+from ..method.trajectory import is_ctm
 from .metrics import FeatureClassifier, train_classifier
 from .reference import read_reference
 from ..checkpoints.store import atomic_write
@@ -243,7 +244,7 @@ def warn_unlabelled(
     "Warn where guidance would lean on guesses without label that the model was never trained to make."
     teacher, distill = (run_config(checkpoint).get(k) for k in ("teacher", "distill"))
     if not isinstance(teacher, dict) or "label_dropout" not in teacher: return
-    practised = not hasattr(m, "G") or isinstance(distill, dict) and distill.get("label_dropout")
+    practised = not is_ctm(m) or isinstance(distill, dict) and distill.get("label_dropout")
     why = "its run has teacher.label_dropout=0" if not teacher["label_dropout"] else "" if practised else "its run has distill.label_dropout=0; its teacher (--which teacher) has seen some without"
     if why: warnings.warn(f"guidance needs a model that was trained with labels dropped, and this one was not: {why}", RuntimeWarning, stacklevel=3)
 
@@ -399,7 +400,7 @@ def make_plan(
     "Everything that the samples depend on; ValueError for the first thing that makes no sense."
     if len(m.data_shape) != 3: raise ValueError(f"only pictures can be written, this model draws data of shape {m.data_shape}")
     if seed < 0: raise ValueError(f"seed must be >= 0, got seed={seed}")
-    solver = solver or ("ctm" if hasattr(m, "G") else "heun")
+    solver = solver or ("ctm" if is_ctm(m) else "heun")
     stops, gamma = stops_of(m, checkpoint, steps, gamma, solver, times)
     check_request(m, n, 1 if steps is None else steps, gamma, solver, torch.tensor(stops, dtype=torch.float64))
     if churn and solver != "edm": raise ValueError(f'churn is for solver "edm", got solver={solver!r}')

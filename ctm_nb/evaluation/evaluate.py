@@ -338,7 +338,9 @@ from .draw import times_list
 from ..checkpoints.catalogue import CATALOGUE
 from ..checkpoints.models import find_checkpoint, load
 from .reference import SampleSet, open_samples
-from ..method.sampling import SAMPLERS, check_request
+from ..method.sampling import check_request
+from ..method.solvers import solver_name
+from ..method.trajectory import is_ctm
 from .search import stored_times
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #e3b4cc1f
@@ -357,10 +359,9 @@ def solvers_for(
     m,  # a model
 ) -> list:
     "Names of solvers that this model can use; `ValueError` names one that it can't."
-    names = text.split(",") if text else ["ctm" if hasattr(m, "G") else "heun"]
+    names = [solver_name(s, ("ctm", "edm")) for s in text.split(",")] if text else ["ctm" if is_ctm(m) else "heun"]
     for s in names:
-        if s not in SAMPLERS: raise ValueError(f"--solver must be of {', '.join(SAMPLERS)}, got {s!r}")
-        if s == "ctm" and not hasattr(m, "G"): raise ValueError("--solver ctm needs a CTM, and this model is a teacher: take heun, euler, dpm, dpm3, unipc2, unipc3 or edm")
+        if s == "ctm" and not is_ctm(m): raise ValueError("--solver ctm needs a CTM, and this model is a teacher: take heun, euler, dpmpp_2m, dpmpp_3m or edm")
     return names
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #87f30ae8
@@ -439,7 +440,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.images import load_data
+from ..data.batches import load_data
 from .features import ClassifierExtractor, Extractor, load_extractor
 from ..checkpoints.catalogue import fetch, is_public_name
 from .metrics import train_classifier
@@ -571,7 +572,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..data.images import load_data
+from ..data.batches import load_data
 from .draw import weights_hash
 from .features import Extractor
 from ..method.flow import rho_grid
@@ -619,7 +620,7 @@ def open_subject(
         if job.search: raise ValueError(f"--search needs a checkpoint, got samples: {job.what}")
         return open_set(job.what, job.n)
     s = open_model(job.what, job.which, job.against.device)
-    if job.search and not hasattr(s.model, "G"): raise ValueError("--search finds times of jumps, and this model is a teacher; expected a CTM")
+    if job.search and not is_ctm(s.model): raise ValueError("--search finds times of jumps, and this model is a teacher; expected a CTM")
     s.ways = with_times(ways(solvers_for(job.solver, s.model), job.steps, job.gammas or [0.]), job.times, job.what, s.model, job.gammas is None)
     return s
 

@@ -9,10 +9,19 @@ import nbformat
 
 from .source import PAPERS
 
-# Chapters of nbs/ in reading order, with their names on the site; a notebook in another folder stops the build.
-PARTS = {"0_start": "Start", "1_method": "Method", "2_networks": "Networks", "3_data": "Data", "4_checkpoints": "Checkpoints",
-         "5_evaluation": "Evaluation", "6_training": "Training", "7_commands": "Commands", "8_explore": "Explore",
-         "9_experiments": "Experiments", "guides": "Guides"}
+# The sidebar: a part of the site, the chapters of nbs/ that stand in it, and what a reader finds there. First what is to be understood, then
+# what is to be used. A notebook in another folder stops the build.
+PARTS = {
+    "Start": (["0_start", "guides"], "The whole method on one page, then pictures, then your own; and guides for other programs and many GPUs."),
+    "Method": (["1_method"], "From the probability-flow ODE to a student that jumps along it: derivations that are the library's code."),
+    "Networks": (["2_networks"], "One U-Net that is DDPM++, NCSN++, ADM and OpenAI's, and its second time input."),
+    "Explore and experiments": (["8_explore", "9_experiments"], "Sliders over the method, and what was measured."),
+    "Data": (["3_data"], "Pictures in and out: any collection, recognised by content."),
+    "Checkpoints": (["4_checkpoints"], "Averages, checkpoints that survive a crash, other people's files."),
+    "Evaluation": (["5_evaluation"], "Scores with their provenance, many samples, likelihood."),
+    "Training": (["6_training"], "Everything a run depends on, one step, the loop around it."),
+    "Commands": (["7_commands"], "The five commands."),
+}
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"(^```.*?^```[ \t]*$|^\$\$.*?\$\$)", re.M | re.S)
 SPAN = re.compile(r"(?<![`\[{}])`([A-Za-z_][\w.]*)(?:\(\))?`(?![`\]])")
@@ -24,8 +33,10 @@ NO_PARAGRAPH = re.compile(r"#|\||[-*+] |\d+\. |>|```|\$\$|!\[|:::|<|\(.*\)=$")
 def part_of(name):
     "The part of the site that a notebook `chapter/NN_name` belongs to."
     chapter = name.partition("/")[0]
-    if chapter not in PARTS: raise ValueError(f"{name}.ipynb belongs to no part of the site: expected a chapter of {', '.join(PARTS)}")
-    return PARTS[chapter]
+    for part, (chapters, _) in PARTS.items():
+        if chapter in chapters: return part
+    known = ", ".join(sorted(c for chapters, _ in PARTS.values() for c in chapters))
+    raise ValueError(f"{name}.ipynb belongs to no part of the site: expected a chapter of {known}")
 
 
 def found(nbs):
@@ -35,7 +46,15 @@ def found(nbs):
 
 def reading_order(names):
     "{part: names}: chapters in the order of PARTS, notebooks in that of their numbers."
-    return {part: here for part in PARTS.values() if (here := sorted(n for n in names if part_of(n) == part))}
+    order = {part: [n for c in chapters for n in sorted(names) if n.startswith(c + "/")] for part, (chapters, _) in PARTS.items()}
+    return {part: here for part, here in order.items() if here}
+
+
+def promise(cells):
+    "The line in a blockquote below a notebook's title: what one has at the end."
+    text = next((c.source for c in cells if c.cell_type == "markdown"), "")
+    quoted = re.search(r"^> *(.+(?:\n>.*)*)", text, re.M)
+    return re.sub(r"\n> *", " ", quoted[1]) if quoted else ""
 
 
 def processed(path):

@@ -17,13 +17,13 @@ from ctm_nb.method.distill import (
     draw_k,
     dsm_loss,
     dsm_sigma,
-    grid_time,
     interval_times,
     solve_interval,
     step_losses,
 )
-from ctm_nb.method.flow import rho_grid, toy_mixture
-from ctm_nb.method.teacher import SOLVERS, Denoiser, solve
+from ctm_nb.method.flow import grid_time, rho_grid, toy_mixture
+from ctm_nb.method.solvers import SOLVERS, solve
+from ctm_nb.method.teacher import Denoiser
 from ctm_nb.method.trajectory import CTM, student_from
 from ctm_nb.networks.unet import DDPMpp
 
@@ -108,7 +108,7 @@ def test_matching_places_u(matching):
 
 # ---- the teacher's solver interval
 
-COUNTS = [("heun", None, 12), ("dpm", None, 6), ("dpm", 4, 4), ("heun", 4, 4), ("dpm", 1, 1), ("heun", 1, 2)]
+COUNTS = [("heun", None, 12), ("dpmpp_2m", None, 6), ("dpmpp_2m", 4, 4), ("heun", 4, 4), ("dpmpp_2m", 1, 1), ("heun", 1, 2)]
 
 
 @pytest.mark.parametrize("method, max_evals, expected", COUNTS)
@@ -127,14 +127,14 @@ def test_finer_intervals_come_closer_to_the_flow():
     x_t = toy.sample(300, seed=0).double() + t[:, None] * torch.randn(300, 2, generator=GEN(), dtype=torch.float64)
     exact = toy.flow(x_t, t, u)
     gap = lambda m, n: float((teacher_jump(toy.D, x_t, i, 6, 18, None, m, n)[0] - exact).norm(dim=1).median())
-    assert gap("dpm", None) < gap("dpm", 3) < gap("dpm", 1) and gap("heun", None) < gap("heun", 4) < gap("heun", 2)
+    assert gap("dpmpp_2m", None) < gap("dpmpp_2m", 3) < gap("dpmpp_2m", 1) and gap("heun", None) < gap("heun", 4) < gap("heun", 2)
 
 
 def test_solver_rows_are_independent():
     teacher = models(dtype=torch.float32)[0]
     x, times = 5 * torch.randn(3, 1, 8, 8), torch.tensor([[5., 3., 1.], [2., 1., .5], [.5, .2, .01]])
     y = torch.arange(3)
-    for method in ("euler", "heun", "dpm"):
+    for method in ("euler", "heun", "dpmpp_2m"):
         whole, one = solve(teacher.D, x, times, y, method), solve(teacher.D, x[1:2], times[:, 1], y[1:2], method)
         torch.testing.assert_close(whole[1:2], one, rtol=1e-4, atol=1e-4)
 
@@ -143,13 +143,13 @@ def test_global_target_is_the_teachers_answer():
     teacher, student, target = models()
     i, k, j = draw_interval(8, 18, 17, GEN(5), "global")
     e = example(matching="global")
-    x_u, n = teacher_jump(teacher.D, e["x_t"], i, k, 18, e["y"], "dpm")
+    x_u, n = teacher_jump(teacher.D, e["x_t"], i, k, 18, e["y"], "dpmpp_2m")
     assert n == k.max()
     u = grid_time(j, 18)
     torch.testing.assert_close(ctm_pair(student, target, e["x_t"], x_u, e["t"], u, u, e["y"], "s")[1], x_u)
     way = torch.linspace(0, 1, int(k.max()) + 1, dtype=torch.float64)
     for b in range(3):  # every row as if it were alone, with the same number of steps
-        alone = solve(teacher.D, e["x_t"][b:b + 1], grid_time(i[b] + way * k[b], 18), e["y"][b:b + 1], "dpm")
+        alone = solve(teacher.D, e["x_t"][b:b + 1], grid_time(i[b] + way * k[b], 18), e["y"][b:b + 1], "dpmpp_2m")
         torch.testing.assert_close(x_u[b:b + 1], alone, rtol=1e-8, atol=1e-10)
 
 

@@ -72,13 +72,10 @@ def test_no_path_of_a_machine():
         assert not (m := path.search(text)), f"{file.relative_to(ROOT)} names {m[0].strip()}"
 
 
-def test_ci_is_executable_and_makefile_parses():
+def test_ci_can_be_run():
     run = ROOT/".ci"/"run"
-    assert os.access(run, os.X_OK) and run.read_text().startswith("#!/usr/bin/env bash\n")
+    assert os.access(run, os.X_OK)
     subprocess.run(["bash", "-n", run], check=True)
-    plan = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True)
-    assert plan.returncode == 0, plan.stderr
-    for step in (".ci/check.py", ".ci/nbtest.py", "pytest tests"): assert step in plan.stdout
 
 
 def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path):

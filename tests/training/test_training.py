@@ -14,7 +14,7 @@ from PIL import Image
 from ctm_nb.training.report import markdown_table, score_table
 from ctm_nb.checkpoints.models import load
 from ctm_nb.method.sampling import sample
-from ctm_nb.training.report import memory
+from ctm_nb.training.costs import memory
 from ctm_nb.training.stages import step_generator
 from ctm_nb.training.trainer import changes
 from ctm_nb.checkpoints.store import load_checkpoint
