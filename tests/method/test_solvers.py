@@ -1,4 +1,4 @@
-"""Solvers: what must hold whatever nbs/1_method/02_solvers.ipynb shows; what explains the mathematics is tested there."""
+"""Solvers: what must hold whatever the notebook shows. Explanations are tested in its cells."""
 import sys
 from pathlib import Path
 
