@@ -262,13 +262,13 @@ def line_of_the_log(stage):
     "Everything that run.log_every steps leave behind: the drift of the averages, a line of metrics.jsonl, TensorBoard."
     from ctm_nb.training.config import make_config
     from ctm_nb.training.trainer import Trainer
-    trainer = Trainer(make_config("tiny", []), tempfile.mkdtemp(prefix="speed-"))
-    trainer.begin("teacher", {})
-    trainer.now, trainer.begun_at = stage, 0
+    trainer = Trainer(make_config("tiny", ["gan.steps=100"]), tempfile.mkdtemp(prefix="speed-"))
+    state = trainer.state
+    state.stage = stage
     numbers = {"stage": stage.name, **dict.fromkeys(("loss", "loss_ctm", "loss_dsm", "loss_gan", "lambda_dsm", "lambda_gan", "grad_norm", "lr", "teacher_evals"), 1.)}
     def write():
-        trainer.step, trainer.seconds = trainer.step + stage.config.run.log_every, trainer.seconds + 1.
-        trainer.window = [dict(numbers) for _ in range(stage.config.run.log_every)]
+        state.step, state.seconds = state.step + stage.config.run.log_every, state.seconds + 1.
+        state.window = [dict(numbers) for _ in range(stage.config.run.log_every)]
         trainer.log_window()
     return {"a line of the log": write}
 
