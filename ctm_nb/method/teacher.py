@@ -47,7 +47,7 @@ class Model(Protocol):
 
     def D(self, x, t, y=None): ...  # (B, ...), (B,) or scalar, (B,) class indices or None -> (B, ...)
 
-# %% ../../nbs/1_method/03_teacher.ipynb #bdb817b5
+# %% ../../nbs/1_method/03_teacher.ipynb #aeac77f5
 class Preconditioned(nn.Module):
     "A raw network with the preconditioning around it; `Denoiser` and `CTM` share it."
     def __init__(self,
@@ -62,6 +62,7 @@ class Preconditioned(nn.Module):
         if kind not in ("edm", "vp", "ve"):
             raise ValueError(f"kind of preconditioning must be one of edm, vp, ve, got {kind!r}")
         self.net, self.kind, self.classes = net, kind, list(classes)
+        self.about = ""  # where `load` found it, and what it is
         self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, sigma_min, sigma_max
         c = net.config
         self.n_classes, self.image_size, self.channels = c["n_classes"], c.get("image_size"), c.get("channels")
