@@ -1,4 +1,4 @@
-"""Several jumps from one stretch of the teacher, on the mixture whose flow is known: error of the student's jumps after equal processor seconds. nbs/9_experiments/02_speed.ipynb reads the result.
+"""Several jumps from one stretch of the teacher, on the mixture whose flow is known: error of the student's jumps after equal processor seconds. nbs/9_experiments/03_speed.ipynb reads the result.
 
     python benchmarks/pairs.py --seeds 0 1 2 --seconds 30        writes nbs/results/oracle/pairs.json after every run; runs already there are kept
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-import ctm_nb.method.oracle as oracle
-from ctm_nb.method.distill import draw_stretch, dsm_sigma, follow, grid_time, stretch_times
-from ctm_nb.method.flow import perturb, toy_mixture
+import oracle
+from ctm_nb.method.distill import draw_stretch, dsm_sigma, follow, stretch_times
+from ctm_nb.method.flow import grid_time, perturb, toy_mixture
 
 RESULT = Path(__file__).resolve().parents[1] / "nbs" / "results" / "oracle" / "pairs.json"
 

@@ -1,4 +1,4 @@
-"""Distance of samples against seconds of training: the published recipe and others on the same teachers. nbs/9_experiments/02_speed.ipynb reads the results.
+"""Distance of samples against seconds of training: the published recipe and others on the same teachers. nbs/9_experiments/03_speed.ipynb reads the results.
 
     python benchmarks/quality.py --teachers runs/digits0 runs/digits1 runs/digits2        writes nbs/results/speed/quality.json after every run; what is there already is kept
 
@@ -28,8 +28,7 @@ CHANGES = {"none, another seed": "max_evals=5 run.seed=100", "none, a third seed
            "3 evaluations": "max_evals=3", "8 evaluations": "max_evals=8", "3M": "solver=dpm3", "Heun, full grid": "solver=heun distill.max_evals=none", "L2": "distance=l2", "RAdam": "optimizer=radam", "constant rate": "decay=constant",
            "lr 4e-4": "lr=4e-4", "lr 3.2e-3": "lr=3.2e-3", "no warm-up": "warmup=0", "batch 32": "batch=32", "batch 128": "batch=128", "averages .9": "ema=.9 distill.target_ema=.9", "averages .999": "ema=.999 distill.target_ema=.999",
            "averages not warmed up": "max_evals=5", "target average .9": "target_ema=.9", "N = 18": "N=18 distill.K=17", "K = 6": "K=6", "k uniform": "k_power=0", "k as published": "k_power=1", "random s-branch": "init=random",
-           "global matching": "matching=global", "compared at s": "compare_at=s", "unipc2": "solver=unipc2", "unipc2, even in log t": "solver=unipc2 distill.spacing=log", "unipc2, curved": "solver=unipc2 distill.spacing=curved",
-           "unipc2, curved, 12 evaluations": "solver=unipc2 distill.spacing=curved distill.max_evals=12"}
+           "global matching": "matching=global", "compared at s": "compare_at=s"}
 RECIPES |= {f"preset, {k}": f"distill.{v}".split() for k, v in CHANGES.items()}
 
 

@@ -1,4 +1,4 @@
-"""What a training step and a sample cost, on any machine. Results are JSON files under nbs/results/speed/ that nbs/9_experiments/02_speed.ipynb reads.
+"""What a training step and a sample cost, on any machine. Results are JSON files under nbs/results/speed/ that nbs/9_experiments/03_speed.ipynb reads.
 
     python benchmarks/speed.py all                                      a machine's ceiling, each network against it, the step and its parts, memory, sampling, start-up, data, evaluation; and a picture, nbs/results/speed/machine.png
     python benchmarks/speed.py device networks                          some of these
@@ -30,9 +30,7 @@ NETWORKS = {"ddpmpp 32, 32 x 32": ("ddpmpp", dict(image_size=32, model_channels=
 RECIPES = {"published": ["distill.solver=heun", "distill.max_evals=none", "distill.distance=l2"],
            "eleven evaluations": ["distill.solver=dpm", "distill.max_evals=11", "distill.spacing=log"],
            "3M": ["distill.solver=dpm3", "distill.spacing=log"],
-           "five evaluations": ["distill.solver=dpm", "distill.max_evals=5", "distill.spacing=log"],
-           "unipc2, at most 11": ["distill.solver=unipc2", "distill.max_evals=11", "distill.spacing=log"],  # a step costs the same with spacing=curved
-           "unipc3": ["distill.solver=unipc3", "distill.spacing=log"]}
+           "five evaluations": ["distill.solver=dpm", "distill.max_evals=5", "distill.spacing=log"]}
 FILE = ["machine"]  # of the results, see --file
 CLOCK = [time.perf_counter]  # or time.process_time, see --processor-time
 STRETCHES = (5, 8, 11, 13, 15, 16)  # the middles of six equally likely parts of the draw of k, for N = 18
@@ -148,8 +146,8 @@ def numbers_with(stage, k, seed, step=None):
 def plain_step(stage, numbers, x0):
     "The published step, written down as its formulas stand."
     from ctm_nb.method.distill import adaptive_weight, dsm_loss, l2
-    from ctm_nb.method.teacher import solve
-    from ctm_nb.method.flow import perturb
+    from ctm_nb.method.solvers import solve
+    from ctm_nb.method.flow import grid_time, perturb
     teacher, student, target = (stage.parts[k] for k in ("teacher", "model", "target"))
     e, end = numbers, torch.full_like(numbers["s"], .002)
     x_t = perturb(x0, e["t"], e["start"])
@@ -226,7 +224,7 @@ def parts_section(a):
     "The cost of one step by part."
     from ctm_nb.method.distill import ctm_target, last_layer_gradient, project, student_pass
     from ctm_nb.method.teacher import edm_loss
-    from ctm_nb.method.flow import perturb
+    from ctm_nb.method.flow import grid_time, perturb
     for channels in a.channels:
         rows = {}
         for recipe in RECIPES:
@@ -379,16 +377,17 @@ PLANS = {"heun, full grid": ("heun", None, "grid", 1), "heun, full grid, bf16": 
 
 def fine_solution(D, x_t, t, u, y, steps=272):
     "The teacher's trajectory from t to u by many steps of 2M, even in ln t."
-    from ctm_nb.method.teacher import solve
+    from ctm_nb.method.solvers import solve
     times = t * (u / t) ** torch.linspace(0, 1, steps + 1, dtype=torch.float64)[:, None]
-    return solve(D, x_t, times.float(), y, "dpm", above_zero=True)
+    return solve(D, x_t, times.float(), y, "dpmpp_2m", above_zero=True)
 
 
 def stretch_errors(D, x0, y, curve, student=None, target=None, N=18, seed=0):
     "Mean error and evaluations of every plan, over stretches that stand for the draw of k, and random t and s; the target's too, if there is a student."
-    from ctm_nb.method.distill import ctm_target, draw_indices, grid_time, stretch_times
-    from ctm_nb.method.teacher import SOLVERS, solve
-    from ctm_nb.method.flow import perturb
+    from ctm_nb.method.distill import ctm_target, draw_indices, stretch_times
+    from ctm_nb.method.solvers import nfe
+    from unipc import solve_any
+    from ctm_nb.method.flow import grid_time, perturb
     gen, rows, B = torch.Generator().manual_seed(seed), {p: {"evals": [], "x_u": [], "target": []} for p in PLANS}, len(x0)
     rms = lambda d: d.flatten(1).square().mean(1).sqrt()
     plans = {p: v for p, v in PLANS.items() if "bf16" not in p or torch.ops.mkldnn._is_mkldnn_bf16_supported()}
@@ -401,9 +400,9 @@ def stretch_errors(D, x0, y, curve, student=None, target=None, N=18, seed=0):
             exact = fine_solution(D, x_t, t, u, y)
             goal = ends(exact) if student else None
             for p, (method, most, spacing, finer) in plans.items():
-                times = stretch_times(finer * i, finer * k, finer * (N - 1) + 1, method, most, spacing, curve)
-                with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in p, cache_enabled=False): x_u = solve(D, x_t, times.float(), y, method, above_zero=True)
-                rows[p]["evals"].append((len(times) - 1) * SOLVERS[method])
+                times = stretch_times(finer * i, finer * k, finer * (N - 1) + 1, "heun" if method == "heun" else "dpmpp_2m", most, spacing, curve)  # their cost is the same
+                with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in p, cache_enabled=False): x_u = solve_any(D, x_t, times.float(), y, method)
+                rows[p]["evals"].append(nfe("heun" if method == "heun" else "dpmpp_2m", times))
                 rows[p]["x_u"].append(float(rms(x_u - exact).mean()))
                 if student: rows[p]["target"].append(float(rms(ends(x_u) - goal).mean()))
     mean = lambda v: sum(v) / len(v) if v else None
@@ -414,6 +413,7 @@ def cases(a):
     "Name, denoiser, images, labels, bends and student of the mixture and of every teacher."
     from ctm_nb.method.distill import bends
     from ctm_nb.method.flow import toy_mixture
+    from ctm_nb.method.trajectory import is_ctm
     from ctm_nb.data.read import open_source  # noqa: F401  (fails early where data can't be read)
     from ctm_nb.checkpoints.models import load
     from ctm_nb.data.batches import load_splits
@@ -427,7 +427,7 @@ def cases(a):
         teacher = load(run, which="teacher")
         try: student = load(run)
         except ValueError: student = None
-        yield run.name, teacher.D, data.x0(ids), data.labels[ids] if teacher.n_classes else None, bends(teacher), student if hasattr(student, "G") else None
+        yield run.name, teacher.D, data.x0(ids), data.labels[ids] if teacher.n_classes else None, bends(teacher), student if student and is_ctm(student) else None
 
 
 def solver_section(a):
@@ -440,9 +440,9 @@ def solver_section(a):
 
 def reference_section(a):
     "How good is what the errors are measured against? Its distance from a solution with 64 steps for each grid step of the longest stretch, next to the distance of Heun's."
-    from ctm_nb.method.distill import draw_indices, grid_time, stretch_times
-    from ctm_nb.method.teacher import solve
-    from ctm_nb.method.flow import perturb
+    from ctm_nb.method.distill import draw_indices, stretch_times
+    from ctm_nb.method.solvers import solve
+    from ctm_nb.method.flow import grid_time, perturb
     rms = lambda d: d.flatten(1).square().mean(1).sqrt()
     for name, D, x0, y, *_ in cases(a):
         gen, found = torch.Generator().manual_seed(0), {"272 steps": [], "heun, full grid": []}

@@ -79,7 +79,7 @@ def one(regime, seed, n, wanted, steps):
     import torch
 
     from ctm_nb.training.config import make_config
-    from ctm_nb.data.images import load_data
+    from ctm_nb.data.batches import load_data
     from ctm_nb.evaluation.metrics import make_reference, score_samples, train_classifier
     from ctm_nb.training.trainer import Trainer
     torch.set_flush_denormal(True)

@@ -28,7 +28,7 @@ def measure(run, noise_seeds, n, rows, save):
     "All ways of one run; `rows` grows, and `save` is called after each."
     import torch
 
-    from ctm_nb.data.images import load_data
+    from ctm_nb.data.batches import load_data
     from ctm_nb.checkpoints.models import find_checkpoint, load
     from ctm_nb.evaluation.metrics import make_reference, score_samples, train_classifier
     from ctm_nb.method.sampling import default_times, evaluations, sample

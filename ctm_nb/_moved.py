@@ -11,10 +11,9 @@ MOVED = {
     "flow": "method.flow", "edm": "method.teacher", "trajectory": "method.trajectory", "together": "method.together",
     "distances": "method.distances", "distill": "method.distill", "features": "method.adversary",
     "gan": "method.adversary", "sampling": "method.sampling", "guidance": "method.guidance",
-    "oracle": "method.oracle",
     "decode": "data.read", "zips": "data.read", "sources": "data.read", "formats": "data.read",
     "survey": "data.convert", "convert": "data.convert", "data": "data.images", "augment": "data.augment",
-    "loader": "data.batches", "pictures": "data.pictures",
+    "loader": "data.batches", "pictures": "data.images",
     "state": "checkpoints.store", "depickle": "checkpoints.unpickle", "edm_pickle": "checkpoints.unpickle",
     "foreign": "checkpoints.foreign", "download": "checkpoints.catalogue", "hub": "checkpoints.catalogue",
     "interchange": "checkpoints.models",
@@ -28,12 +27,13 @@ MOVED = {
     "resume": "training.trainer", "judge": "training.trainer", "stages": "training.stages",
     "update": "training.step", "engine": "training.trainer", "training": "training.trainer",
     "history": "training.report", "report": "training.report", "watch": "training.report",
-    "scale": "training.report",
+    "scale": "training.costs",
     "cli": "commands.train", "cli_sample": "commands.sample", "cli_evaluate": "commands.evaluate",
     "cli_data": "commands.data", "cli_convert": "commands.convert", "commands": "commands.main",
     "scenes": "explore.explorer", "explorer": "explore.explorer",
 }
 WORKING = ("interchange", "sampling", "metrics")
+GONE = {"oracle": "benchmarks/oracle.py"}  # old module -> where its code went, outside the package
 
 
 def new_place(
@@ -52,6 +52,8 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     "Finds the modules of 0.1 that are no more: as their successors, or as an ImportError that names them."
     def find_spec(self, fullname, path=None, target=None):
         package, _, name = fullname.partition(".")
+        if package == "ctm_nb" and name in GONE:
+            raise ModuleNotFoundError(f"{fullname} is no part of the package any more, see {GONE[name]}", name=fullname)
         if package != "ctm_nb" or name not in MOVED: return None
         if name in WORKING: return importlib.util.spec_from_loader(fullname, self)
         raise ModuleNotFoundError(f"{fullname} is now {new_place(name)}", name=fullname)

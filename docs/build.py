@@ -1,7 +1,7 @@
 """Build the documentation site:  python docs/build.py [--out _docs] [--work _proc/site] [NOTEBOOK ...]
 
 Notebooks and modules become Sphinx's source in the working folder, Sphinx makes pages of it (warnings are errors), and the pages are checked. Nothing is executed, and neither
-torch nor ctm_nb is needed. Names of notebooks (1_method/03_trajectory) build a site of these alone.
+torch nor ctm_nb is needed. Names of notebooks (1_method/04_trajectory) build a site of these alone.
 """
 import argparse
 import os

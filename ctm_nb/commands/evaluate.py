@@ -63,7 +63,7 @@ def way_flags(
     add("--steps", metavar="N,N", help="a checkpoint's steps (default: 1,2; of a search 2)")
     add("--gamma", metavar="G,G", help="a CTM's shares of fresh noise in [0, 1] (default: 0, or what was found with --times auto; a search finds it)")
     add("--times", metavar="T,T,...", help="decreasing stops, e.g. 80,0.5; the end is added; auto: those that a search stored for each of --steps")
-    add("--solver", metavar="S,S", help="ctm, heun, euler, dpm, dpm3, unipc2, unipc3, edm (default: ctm, for a teacher heun)")
+    add("--solver", metavar="S,S", help="ctm, heun, euler, dpmpp_2m, dpmpp_3m, edm (default: ctm, for a teacher heun)")
     add("--which", metavar="MODEL", help="which model of a run: ctm, teacher, or a further average, ctm-0.9999 (default: the student)")
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #c8cfb48e

@@ -26,7 +26,7 @@ def sample_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="jumps, or steps of the solver (default: 1 jump, 18 steps)")
     add("--gamma", type=float, help="share of fresh noise in [0, 1] (default: 0, or what was found with --times auto)")
     add("--times", metavar="T,T,...", help="decreasing stops, e.g. 80,0.5; the end is added; auto: those that a search stored beside the checkpoint")
-    add("--solver", help="ctm (jumps), euler, heun, dpm, dpm3, unipc2, unipc3, or edm (Heun with noise) (default: ctm; heun for a teacher)")
+    add("--solver", help="ctm (jumps), euler, heun, dpmpp_2m, dpmpp_3m, or edm (Heun with noise) (default: ctm; heun for a teacher)")
     add("--churn", metavar="S,...", help="S_churn[,S_min,S_max,S_noise] of the solver edm (default: 40,0.05,50,1.003)")
     add("--classes", default="all", metavar="CLASSES", help="names or indices, e.g. cat,dog or 0,1; all: every class in turn; none: without label (default: all)")
     add("--guidance", type=float, metavar="W", help="scale of classifier-free guidance, for models trained with labels dropped; doubles the evaluations")

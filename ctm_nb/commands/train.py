@@ -48,13 +48,13 @@ def _quit(command, message, code):
 def plan(
     config,  # config.Config
     folder: Path,  # where the run will live
-    images_per_sec: float | None = None,  # a speed that is known, see `scale.seconds`
+    images_per_sec: float | None = None,  # a speed that is known, see `costs.seconds`
     measured: bool = False,  # measure it here
     stage: str = "all",  # the run goes to the end of this one
 ) -> str:
     "What a run is going to do, as text."
     from ctm_nb.training.config import STAGES
-    from ctm_nb.training.report import estimate, measure
+    from ctm_nb.training.costs import estimate, measure
     from ctm_nb.training.stages import make_network
     from ctm_nb.training.trainer import open_images
     from ctm_nb.training.trainer import no_scores_because
@@ -120,7 +120,7 @@ def plan_stages(
     stage: str = "all",  # the run goes to the end of this one
 ) -> list[str]:
     "What each stage is going to do, a line each."
-    from ctm_nb.training.report import mean_evals
+    from ctm_nb.training.costs import mean_evals
     t, d, g, ends = config.teacher, config.distill, config.gan, f"none (--stage {stage} ends before it"
     return [
         f"teacher   given: {t.source}" if t.source else f"teacher   {t.steps} steps of {t.batch} images",

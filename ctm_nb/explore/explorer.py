@@ -23,9 +23,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..data.images import to_uint8
-from ..method.teacher import jump
+from ..method.solvers import jump
 from ..method.flow import SIGMA_DATA, GaussianMixture, noise, rho_grid
-from ..data.pictures import named_grid
+from ..data.images import named_grid
 from ..method.sampling import default_times, evaluations, gamma_sample, sample
 
 # %% ../../nbs/8_explore/01_explorer.ipynb #5443e115

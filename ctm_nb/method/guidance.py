@@ -11,9 +11,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .teacher import jump
+from .solvers import jump
 from .flow import expand
 from .sampling import check_labels, sample
+from .trajectory import is_ctm
 
 # %% ../../nbs/1_method/10_guidance.ipynb #38655cbe
 def class_gradient(
@@ -40,7 +41,7 @@ class Guided(nn.Module):
         self.m, self.rule, self.n_classes = m, rule, n_classes
         for name in ("data_shape", "sigma_min", "sigma_max", "sigma_data", "image_size", "channels", "classes"):
             if hasattr(m, name): setattr(self, name, getattr(m, name))
-        if hasattr(m, "G"): self.g, self.G = self._g, self._G
+        if is_ctm(m): self.g, self.G = self._g, self._G
 
     def D(self, x: Tensor, t: float | Tensor, y: Tensor | None = None) -> Tensor:
         "The changed denoiser."

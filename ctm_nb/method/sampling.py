@@ -14,8 +14,9 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from .teacher import SOLVERS, heun_step, solve
+from .solvers import SOLVERS, heun_step, nfe, solve, solver_name
 from .flow import noise, rho_grid
+from .trajectory import is_ctm
 
 # %% ../../nbs/1_method/09_sampling.ipynb #d0472a9d
 def landing_time(
@@ -97,8 +98,8 @@ def evaluations(
     times: Tensor,  # (n+1,) stops
 ) -> int:
     "Evaluations of the network for each sample."
-    n = len(times) - 1
-    return 2 * n - (float(times[-1]) == 0) if solver in ("heun", "edm") else n
+    if solver == "ctm": return len(times) - 1
+    return nfe("heun" if solver == "edm" else solver_name(solver), times)
 
 # %% ../../nbs/1_method/09_sampling.ipynb #2fe13208
 SAMPLERS = ("ctm", *SOLVERS, "edm")  # values of `solver`
@@ -123,8 +124,7 @@ def check_request(
     "Raise ValueError naming the first argument of `sample` that is out of range."
     check_counts(n=n, steps=steps)
     if not (isinstance(gamma, (int, float)) and 0 <= gamma <= 1): raise ValueError(f"gamma must be in [0, 1], got gamma={gamma!r}")
-    if solver not in SAMPLERS: raise ValueError(f"solver must be one of {', '.join(SAMPLERS)}, got {solver!r}")
-    if solver == "ctm" and not hasattr(m, "G"): raise ValueError('solver="ctm" needs a CTM; this model is a teacher: use solver="heun"')
+    if solver_name(solver, ("ctm", "edm")) == "ctm" and not is_ctm(m): raise ValueError('solver="ctm" needs a CTM; this model is a teacher: use solver="heun"')
     if times.ndim != 1 or len(times) < 2 or not (times[1:] < times[:-1]).all():
         raise ValueError(f"times must be at least two decreasing numbers, got {times.tolist()}")
     low = m.sigma_min if solver == "ctm" else 0.
@@ -183,7 +183,7 @@ def sample(
     n: int = 16,  # number of samples
     steps: int = 1,  # evaluations of G, or solver steps; ignored when `times` are given
     gamma: float = 0.,  # share of fresh noise in [0, 1]; only for "ctm"
-    solver: str = "ctm",  # "ctm" (jumps), "euler", "heun", "dpm", "dpm3", "unipc2", "unipc3" (the ODE with D), or "edm" (Heun with noise)
+    solver: str = "ctm",  # "ctm" (jumps), "euler", "heun", "dpmpp_2m", "dpmpp_3m" (the ODE with D), or "edm" (Heun with noise)
     y=None,  # class index or (n,) of them, -1 for no label; None: every class in turn
     times=None,  # explicit decreasing stops, the last sigma_min ("ctm") or 0 (solvers)
     seed: int = 0,  # of the noise; sample i is the same in any batch

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'PRESETS', 'OPTIMIZERS', 'DataConfig', 'NetworkConfig', 'OptimConfig', 'TeacherConfig', 'DistillConfig',
-           'GanConfig', 'EvaluateConfig', 'RunConfig', 'Config', 'stage_steps', 'parse_value', 'set_value',
-           'make_config', 'check_config']
+           'GanConfig', 'EvaluateConfig', 'RunConfig', 'Config', 'Span', 'schedule', 'stage_at', 'stage_steps',
+           'parse_value', 'set_value', 'make_config', 'check_config']
 
 # %% ../../nbs/6_training/02_config.ipynb #67deb94a
 import difflib
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 
 from .presets import RECIPES, words_of
 from ..data.read import CROPS
 from ..method.distill import DISTANCES, MATCHING, SPACINGS
-from ..method.teacher import SOLVERS
+from ..method.solvers import SOLVERS, solver_name
 from ..method.adversary import GAN_LOSSES
 from ..networks.unet import FAMILIES
 
@@ -55,7 +55,7 @@ class OptimConfig:
     "An optimizer and its learning rate over the stage."
     steps: int = 30000  # optimizer steps of the stage
     batch: int = 256  # images a step
-    optimizer: str = "radam"  # a key of OPTIMIZERS
+    optimizer: str = "radam"  # one of OPTIMIZERS
     lr: float = 4e-4  # peak learning rate
     warmup: int = 0  # steps from 0 to the peak
     decay: str = "constant"  # "constant", "linear" or "cosine", to zero at the end
@@ -156,14 +156,47 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
-# %% ../../nbs/6_training/02_config.ipynb #a5beeddd
+# %% ../../nbs/6_training/02_config.ipynb #5c4ed010
 STAGES = {"teacher": "teacher", "ctm_dsm": "distill", "ctm_dsm_gan": "gan"}  # name -> section
 
+@dataclass(frozen=True)
+class Span:
+    "The steps of a run that belong to one stage."
+    stage: str  # a key of STAGES
+    first: int  # steps of the run before it begins
+    end: int  # steps of the run when it is over
+    batch: int  # images a step
+
+# %% ../../nbs/6_training/02_config.ipynb #5c4ed011
+def schedule(
+    config: Config | dict,  # of a run; a dict may lack keys
+) -> dict:  # stage -> Span, in order; only the stages that have steps
+    "Which steps of a run belong to which stage; one whose result is given has none."
+    sections = asdict(config) if isinstance(config, Config) else config
+    spans, end = {}, 0
+    for stage, section in STAGES.items():
+        s = sections.get(section) or {}
+        steps = 0 if s.get("source") else int(s.get("steps") or 0)
+        if steps: spans[stage] = Span(stage, end, end + steps, int(s.get("batch") or 0))
+        end += steps
+    return spans
+
+# %% ../../nbs/6_training/02_config.ipynb #5c4ed012
+def stage_at(
+    config: Config | dict,  # of a run
+    step: int,  # of the run, counted from 1
+) -> Span:
+    "The stage that makes a step; the first one before it, the last one after its end."
+    spans = list(schedule(config).values())
+    return next((s for s in spans if step <= s.end), spans[-1])
+
+# %% ../../nbs/6_training/02_config.ipynb #5c4ed013
 def stage_steps(
     config: Config,  # of a run
 ) -> dict:  # stage -> optimizer steps
     "How long each stage takes."
-    return {stage: 0 if getattr(getattr(config, section), "source", "") else getattr(config, section).steps for stage, section in STAGES.items()}
+    spans = schedule(config)
+    return {stage: spans[stage].end - spans[stage].first if stage in spans else 0 for stage in STAGES}
 
 # %% ../../nbs/6_training/02_config.ipynb #88bfb4f5
 def parse_value(
@@ -195,8 +228,9 @@ def set_value(
         near = difflib.get_close_matches(key.lower(), folded := {k.lower(): k for k in known}, n=1, cutoff=0.)
         raise ValueError(f"unknown key {key!r}; the nearest is {folded[near[0]]!r}")
     section, f = known[key]
-    try: setattr(section, f.name, parse_value(text, f.type))
+    try: value = parse_value(text, f.type)
     except ValueError as e: raise ValueError(f"{key} must be true or false, got {text!r}" if f.type is bool else f"{key} must be {getattr(f.type, '__name__', f.type)}, got {text!r} ({e})") from None
+    setattr(section, f.name, solver_name(value) if key == "distill.solver" else value)
 
 # %% ../../nbs/6_training/02_config.ipynb #37c3f585
 PRESETS = {
@@ -205,7 +239,7 @@ PRESETS = {
         network.model_channels=8 network.channel_mult=1,1 network.n_blocks=1 network.attention=4
         teacher.steps=30 teacher.batch=32 teacher.optimizer=adamw teacher.lr=2e-3 teacher.ema=.9
         distill.steps=20 distill.batch=32 distill.optimizer=adamw distill.ema=.9 distill.target_ema=.9
-        distill.solver=dpm distill.max_evals=2 distill.distance=pseudo_huber
+        distill.solver=dpmpp_2m distill.max_evals=2 distill.distance=pseudo_huber
         evaluate.n=60 evaluate.steps=1,2 evaluate.teacher_steps=3 run.save_every=10 run.log_every=5 run.sample_every=10""",
 }
 
@@ -311,4 +345,4 @@ def _has(device):
     return True
 
 # %% ../../nbs/6_training/02_config.ipynb #97e5a3c4
-OPTIMIZERS = {"radam": torch.optim.RAdam, "adamw": torch.optim.AdamW}
+OPTIMIZERS = ("radam", "adamw")  # see optimizers.py

@@ -71,7 +71,7 @@ _DIGITS = rows_of("""
     network.model_channels=16 network.channel_mult=1,2 network.n_blocks=1 network.attention=4
     teacher.steps=850 teacher.batch=128 teacher.optimizer=adamw teacher.lr=4e-3 teacher.warmup=50 teacher.decay=cosine teacher.beta2=.99 teacher.ema=.99
     distill.steps=400 distill.batch=64 distill.optimizer=adamw distill.lr=1.6e-3 distill.warmup=50 distill.decay=linear distill.beta2=.99 distill.ema=.99
-    distill.N=12 distill.K=11 distill.k_power=.5 distill.solver=dpm distill.max_evals=5 distill.distance=pseudo_huber distill.target_ema=.99
+    distill.N=12 distill.K=11 distill.k_power=.5 distill.solver=dpmpp_2m distill.max_evals=5 distill.distance=pseudo_huber distill.target_ema=.99
     gan.steps=400 gan.batch=64 gan.optimizer=adamw gan.lr=1e-4 gan.decay=linear gan.beta2=.99 gan.ema=.99 gan.target_ema=.99
     gan.levels=.1 gan.strength=.3 gan.d_lr=4e-3 gan.head_start=200 gan.high=1""", "measured on digits")
 _MNIST = changed(_DIGITS, rows_of("network.channel_mult=1,2,2 network.attention=7 teacher.steps=1000 gan.steps=0", "ours, for 28 x 28"))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'EXIT_CODES', 'FORMATS', 'launched', 'pick_device', 'Here', 'join', 'leave', 'main_only',
-           'first_on_its_machine', 'anyone', 'agree_on_least', 'share_weights', 'check_equal', 'Signals',
-           'choose_precision', 'unpacks', 'autocast', 'Scaler', 'prepare', 'compile_networks', 'load_optimizer',
-           'out_of_memory', 'free_memory', 'largest', 'ballast', 'memory_advice', 'Guard', 'only_if', 'step_if',
-           'follow_if', 'culprits', 'write_nonfinite', 'jumps', 'gap']
+           'first_on_its_machine', 'agree_on_least', 'share_weights', 'check_equal', 'Signals', 'choose_precision',
+           'unpacks', 'autocast', 'Scaler', 'prepare', 'compile_networks', 'out_of_memory', 'free_memory', 'largest',
+           'ballast', 'memory_advice', 'Guard', 'only_if', 'step_if', 'follow_if', 'culprits', 'write_nonfinite',
+           'jumps', 'gap']
 
 # %% ../../nbs/6_training/03_runtime.ipynb #af006914
 import os
@@ -102,17 +102,6 @@ def first_on_its_machine(
     if here.world > 1 and here.local_rank: dist.barrier()
     yield
     if here.world > 1 and not here.local_rank: dist.barrier()
-
-# %% ../../nbs/6_training/03_runtime.ipynb #95fd6270
-def anyone(
-    flag: bool,  # of this process
-    here: Here,  # this process
-) -> bool:  # the same in all
-    "Has any of the processes raised its flag? All must ask, and at the same place."
-    if here.world == 1: return bool(flag)
-    answer = torch.tensor(int(flag))  # on the CPU: gloo asks the hosts, the GPUs go on
-    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
-    return bool(answer)
 
 # %% ../../nbs/6_training/03_runtime.ipynb #43eb862b
 def agree_on_least(
@@ -312,16 +301,6 @@ def compile_networks(
         log.warning("run.compile: not compiled, training goes on without (%s: %s)", type(e).__name__, " ".join(str(e).split())[:200])
         return False
     return True
-
-# %% ../../nbs/6_training/03_runtime.ipynb #36c1b91b
-def load_optimizer(
-    optimizer: torch.optim.Optimizer,  # of this device
-    state: dict,  # `state_dict` of the same optimizer on any device
-):
-    "Continue an optimizer, with the kernels of this device."
-    how = ("foreach", "fused", "capturable")
-    groups = [{**g, **{k: mine[k] for k in how if k in mine}} for g, mine in zip(state["param_groups"], optimizer.param_groups, strict=True)]
-    optimizer.load_state_dict({**state, "param_groups": groups})
 
 # %% ../../nbs/6_training/03_runtime.ipynb #4eb4e17c
 def out_of_memory(

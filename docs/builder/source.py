@@ -40,7 +40,7 @@ class Definition:
     members: list = field(default_factory=list)
     value: str = ""  # of data
     cell: str = ""  # id of the notebook's cell
-    notebook: str = ""  # its path in nbs without ending: "1_method/02_teacher"
+    notebook: str = ""  # its path in nbs without ending: "1_method/03_teacher"
     references: list = field(default_factory=list)
     home: str = ""  # module of the class that a method belongs to, where it is another one
 

@@ -184,8 +184,3 @@ def test_sizes_must_agree_unless_told(tmp_path):
 def test_help_is_light():
     code = "import sys; from ctm_nb.commands.data import data_parser; data_parser(); print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
-
-
-def test_reading_needs_no_torch():
-    code = "import sys, ctm_nb.data.convert, ctm_nb.data.convert, ctm_nb.data.read; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -1,10 +1,11 @@
-"""data: regressions and bad input. What explains is tested in nbs/3_data/03_images.ipynb."""
+"""data: regressions and bad input. What explains is tested in nbs/3_data/01_images.ipynb."""
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ctm_nb.data.images import ImageData, IndexSampler, digits, held_out_mask, image_grid, load_data, to_uint8
+from ctm_nb.data.batches import load_data
+from ctm_nb.data.images import ImageData, IndexSampler, digits, held_out_mask, image_grid, to_uint8
 from ctm_nb.data.read import decode
 
 u8 = torch.uint8

@@ -5,7 +5,8 @@ import torch
 
 from ctm_nb.data.augment import augment, draw_parameters, label_of, matrix_of, stream_uniforms, warp
 from ctm_nb.data.convert import convert
-from ctm_nb.data.images import ImageData, load_data
+from ctm_nb.data.batches import load_data
+from ctm_nb.data.images import ImageData
 from ctm_nb.data.read import ArraySource
 from ctm_nb.data.batches import Batches, load_splits
 from ctm_nb.data.read import Names

@@ -7,12 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-import ctm_nb.data.pictures
+import ctm_nb.data.images
 from ctm_nb.commands.train import ctm_nb_train
 from ctm_nb.commands.sample import ctm_nb_sample
-from ctm_nb.data.images import digits
+from ctm_nb.data.images import digits, heading, named_grid
 from ctm_nb.checkpoints.models import load
-from ctm_nb.data.pictures import heading, named_grid
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def written(monkeypatch):
     "What is written over columns."
     seen = []
     real = heading
-    monkeypatch.setattr(ctm_nb.data.pictures, "heading", lambda names, *a: seen.append(names) or real(names, *a))
+    monkeypatch.setattr(ctm_nb.data.images, "heading", lambda names, *a: seen.append(names) or real(names, *a))
     return seen
 
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ctm_nb.method.distill import GradientSets, adaptive_weight, add_ctm_dsm, ctm_dsm_objective, ctm_loss, ctm_pair, draw_indices, draw_k, dsm_loss, dsm_sigma, grid_time, l2, pseudo_huber, teacher_jump
-from ctm_nb.method.teacher import Denoiser, solve
+from ctm_nb.method.distill import GradientSets, adaptive_weight, add_ctm_dsm, ctm_dsm_objective, ctm_loss, ctm_pair, draw_indices, draw_k, dsm_loss, dsm_sigma, l2, pseudo_huber, teacher_jump
+from ctm_nb.method.flow import grid_time
+from ctm_nb.method.teacher import Denoiser
+from ctm_nb.method.solvers import solve
 from ctm_nb.method.flow import rho_grid, toy_mixture
 from ctm_nb.networks.unet import DDPMpp
 from ctm_nb.method.trajectory import CTM, student_from
@@ -105,7 +107,7 @@ def test_grid_matches_and_last_time_is_the_smallest():
     assert grid_time(torch.tensor(17), 18).float() >= .002 * (1 - 1e-6)
 
 
-@pytest.mark.parametrize("method, max_evals, expected", [("heun", None, 12), ("dpm", None, 6), ("dpm", 4, 4), ("heun", 4, 4), ("dpm", 1, 1), ("heun", 1, 2)])
+@pytest.mark.parametrize("method, max_evals, expected", [("heun", None, 12), ("dpmpp_2m", None, 6), ("dpmpp_2m", 4, 4), ("heun", 4, 4), ("dpmpp_2m", 1, 1), ("heun", 1, 2)])
 def test_evaluations_are_counted_as_made(trio, method, max_evals, expected):
     calls, (teacher, *_) = [], trio
     x_t, i, k, *_, y = example(k=6)
@@ -121,7 +123,7 @@ def test_finer_stretches_come_closer_to_the_flow():
     x_t = toy.sample(300, seed=0).double() + t[:, None] * torch.randn(300, 2, generator=GEN(), dtype=torch.float64)
     exact = toy.flow(x_t, t, u)
     gap = lambda m, n: float((teacher_jump(toy.D, x_t, i, 6, 18, None, m, n)[0] - exact).norm(dim=1).median())
-    assert gap("dpm", None) < gap("dpm", 3) < gap("dpm", 1) and gap("heun", None) < gap("heun", 4) < gap("heun", 2)
+    assert gap("dpmpp_2m", None) < gap("dpmpp_2m", 3) < gap("dpmpp_2m", 1) and gap("heun", None) < gap("heun", 4) < gap("heun", 2)
 
 
 def test_dsm_is_the_teachers_loss_at_the_start(trio):
@@ -154,7 +156,7 @@ def test_solver_rows_are_independent(trio):
     teacher, *_ = trio
     x, times = 5 * torch.randn(3, 1, 8, 8), torch.tensor([[5., 3., 1.], [2., 1., .5], [.5, .2, .01]])
     y = torch.arange(3)
-    for method in ("euler", "heun", "dpm"):
+    for method in ("euler", "heun", "dpmpp_2m"):
         whole, one = solve(teacher.D, x, times, y, method), solve(teacher.D, x[1:2], times[:, 1], y[1:2], method)
         torch.testing.assert_close(whole[1:2], one, rtol=1e-4, atol=1e-4)
 

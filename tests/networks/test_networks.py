@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from ctm_nb.method.teacher import Denoiser
-from ctm_nb.networks.unet import ADM, DDPMpp, MLP, NCSNpp, OpenAIUNet, build_network, network_config, openai_names, with_s_branch
+from ctm_nb.networks.unet import ADM, DDPMpp, MLP, NCSNpp, OpenAIUNet, build_network, network_config, openai_names
 from ctm_nb.method.trajectory import student_from
 
 SMALL = dict(model_channels=8, channel_mult=(1, 2), n_blocks=1, attention=(4,))
@@ -60,7 +60,7 @@ def test_channels_last_changes_nothing():
 
 def test_impossible_arguments_are_named():
     with pytest.raises(ValueError, match="image_size must be divisible by 4"): DDPMpp(6, channel_mult=(1, 1, 1))
-    with pytest.raises(ValueError, match="init must be"): with_s_branch(DDPMpp(8, 1, **SMALL), "zeros")
+    with pytest.raises(ValueError, match="init must be"): DDPMpp(8, 1, **SMALL).with_s_branch("zeros")
     with pytest.raises(ValueError, match="has an s-branch"): DDPMpp(8, 1, s_branch=True, **SMALL)(torch.randn(1, 1, 8, 8), torch.zeros(1))
     with pytest.raises(ValueError, match="family"): build_network("unet")
 
@@ -169,7 +169,7 @@ def test_what_is_given_to_a_model_is_checked(args, message):
 
 
 def test_a_student_is_no_teacher():
-    with pytest.raises(ValueError, match="must have no s-branch"): with_s_branch(DDPMpp(8, 1, s_branch=True, **SMALL))
+    with pytest.raises(ValueError, match="must have no s-branch"): DDPMpp(8, 1, s_branch=True, **SMALL).with_s_branch()
 
 
 def test_openai_names_are_distinct_and_complete():

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ctm_nb._moved import MOVED, WORKING
+from ctm_nb._moved import GONE, MOVED, WORKING
 
 ROOMS = ("data", "networks", "training", "evaluation", "commands")
 
@@ -14,6 +14,11 @@ ROOMS = ("data", "networks", "training", "evaluation", "commands")
 def test_an_old_path_names_the_new_one(old):
     with pytest.raises(ImportError, match=f"ctm_nb.{old} is now ctm_nb.{MOVED[old]}$"): importlib.import_module(f"ctm_nb.{old}")
     importlib.import_module(f"ctm_nb.{MOVED[old]}")
+
+
+@pytest.mark.parametrize("old", GONE)
+def test_an_old_path_that_left_the_package_says_where_its_code_went(old):
+    with pytest.raises(ImportError, match=GONE[old]): importlib.import_module(f"ctm_nb.{old}")
 
 
 @pytest.mark.parametrize("old", WORKING)

@@ -14,7 +14,7 @@ from PIL import Image
 from ctm_nb.training.report import markdown_table, score_table
 from ctm_nb.checkpoints.models import load
 from ctm_nb.method.sampling import sample
-from ctm_nb.training.report import memory
+from ctm_nb.training.costs import memory
 from ctm_nb.training.stages import step_generator
 from ctm_nb.training.trainer import changes
 from ctm_nb.checkpoints.store import load_checkpoint
@@ -212,7 +212,7 @@ def test_further_averages_are_kept_resumed_and_loaded(tmp_path):
 
 
 def test_a_curved_stretch_resumes_exactly(tmp_path):
-    config = make_config("tiny", [*TINY, "distill.spacing=curved", "distill.solver=unipc2", "distill.max_evals=4"])
+    config = make_config("tiny", [*TINY, "distill.spacing=curved", "distill.solver=dpmpp_2m", "distill.max_evals=4"])
     whole, parts = Trainer(config, tmp_path / "a"), tmp_path / "b"
     while whole.step < whole.total: whole.train_step()
     for stop in (15, 26, whole.total):
@@ -221,7 +221,7 @@ def test_a_curved_stretch_resumes_exactly(tmp_path):
         t.save()
     assert all(torch.equal(v, t.parts["ctm"].state_dict()[k]) for k, v in whole.parts["ctm"].state_dict().items())
     times = whole.now.draw(8, step_generator(0, 20), 0)["times"]
-    even = make_config("tiny", [*TINY, "distill.spacing=log", "distill.solver=unipc2", "distill.max_evals=4"])
+    even = make_config("tiny", [*TINY, "distill.spacing=log", "distill.solver=dpmpp_2m", "distill.max_evals=4"])
     other = type(whole.now)(even, whole.data, whole.device, whole.parts).draw(8, step_generator(0, 20), 0)["times"]
     assert torch.equal(times[:, [0, -1]], other[:, [0, -1]]) and not torch.allclose(times, other)
 

@@ -1,0 +1,108 @@
+"""Solvers: what must hold whatever the notebook shows. What explains the mathematics is tested in nbs/1_method/02_solvers.ipynb."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ctm_nb.method.flow import GaussianMixture
+from ctm_nb.method.solvers import OLD_NAMES, SOLVERS, extrapolate, jump, nfe, solve, solver_name
+
+ROOT = Path(__file__).resolve().parents[2]
+GAUSS = GaussianMixture(torch.zeros(1, 2), torch.tensor([.5]), torch.ones(1))
+f64 = torch.float64
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("dpmpp_3m", 3)])
+def test_solver_orders(solver, order):
+    x = torch.randn(1, 2, dtype=f64)
+    exact = x * ((.01 + .25) / (1 + .25)) ** .5
+    times = lambda n: torch.linspace(1., .1, n + 1, dtype=f64)
+    e = [float((solve(GAUSS.D, x, times(n), method=solver) - exact).norm()) for n in (512, 1024)]
+    # 3M: here its first step, Euler's, leaves an error of second order; see the next test
+    assert np.log2(e[0] / e[1]) > min(order, 2) - .25
+
+
+def test_3m_is_exact_for_parabolas():
+    D = lambda x, t, y=None: torch.full_like(x, 1.) * (2 - t.log() + .3 * t.log() ** 2)
+    times = torch.tensor([3., 2.5, 1.4, 1.1, .8, .4, .3, .1, .04], dtype=f64)  # steps of different lengths
+    x0 = torch.zeros(1, 1, dtype=f64)
+
+    def fine(n):
+        between = torch.logspace(float(times[0].log10()), float(times[n].log10()), 3001, dtype=f64)
+        return solve(D, x0, between, method="dpmpp_2m")
+    x, D_at = fine(2), [D(x0, t) for t in times]
+    for i in range(2, 8):
+        past = [D_at[i], D_at[i - 1], D_at[i - 2]]
+        x = jump(x, times[i], times[i + 1], extrapolate(past, times[i - 2:i + 2]))
+    assert torch.allclose(x, fine(8), atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("end", [0., .002])
+def test_nfe_counts_the_evaluations(solver, end):
+    calls, times = [], torch.tensor([80., 5., 1., .1, end])
+
+    def D(x, t, y=None):
+        calls.append(t)
+        return GAUSS.D(x, t)
+    assert torch.isfinite(solve(D, 80 * torch.randn(3, 2), times, method=solver)).all()
+    assert nfe(solver, times) == len(calls)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_rows_with_times_of_their_own_are_solved_as_if_alone(solver):
+    x = torch.randn(3, 2, dtype=f64)
+    times = torch.tensor([[5., 3., 2.], [1., 2., 1.5], [.5, .1, 1.], [.1, .05, .9]], dtype=f64)
+    together = solve(GAUSS.D, x, times, method=solver, above_zero=True)
+    for b in range(3): torch.testing.assert_close(together[b:b + 1], solve(GAUSS.D, x[b:b + 1], times[:, b], method=solver))
+
+
+def test_names_of_0_1_are_accepted_and_unknown_ones_refused():
+    x, times = torch.randn(3, 2), torch.tensor([5., 2., 1., .3, .1])
+    for old, new in OLD_NAMES.items():
+        assert solver_name(old) == new
+        assert torch.equal(solve(GAUSS.D, x, times, method=old), solve(GAUSS.D, x, times, method=new))
+    for bad in ("unipc2", "rk4", None):
+        with pytest.raises(ValueError, match=f"must be one of ctm, euler, heun, dpmpp_2m, dpmpp_3m, got {bad!r}"):
+            solver_name(bad, also=("ctm",))
+
+
+def test_correctors_against_their_definition(monkeypatch):
+    "benchmarks/unipc.py: every point but the last is corrected with what was seen there, no evaluation is repeated."
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    from unipc import solve_unipc
+    times, evaluated = torch.tensor([3., 2.5, 1.4, 1.1, .8, .4], dtype=f64), []
+
+    def D(x, t, y=None):
+        evaluated.append(float(t))
+        return GAUSS.D(x, t)
+    x0 = torch.randn(1, 2, dtype=f64, generator=torch.Generator().manual_seed(0))
+    for points in (2, 3):
+        evaluated.clear()
+        stops, expected = [], []
+        got = solve_unipc(D, x0, times, points=points, callback=lambda i, x: stops.append((i, x)))
+        assert evaluated == times[:-1].tolist()
+        x, before, past = x0, None, []
+        for i in range(5):
+            past = [GAUSS.D(x, times[i]), *past][:points]
+            if i:
+                x = jump(before, times[i - 1], times[i], mean_over_step(past, -times.log(), i))
+                expected.append(x)
+            before, x = x, jump(x, times[i], times[i + 1], extrapolate(past, times[i + 1 - len(past):i + 2]))
+        assert torch.allclose(got, x, atol=1e-6) and [i for i, _ in stops] == list(range(5))
+        assert torch.allclose(torch.stack([v for _, v in stops]), torch.stack([*expected, x]), atol=1e-6)
+
+
+def mean_over_step(past, lam, i):
+    "Of the polynomial through the last points, over step i - 1, by quadrature; of two points the middle."
+    n = len(past)
+    if n < 3: return (past[0] + past[1]) / 2
+    tau = torch.linspace(float(lam[i - 1]), float(lam[i]), 4001, dtype=f64)
+    nodes = lam[i + 1 - n:i + 1].flip(0)
+
+    def basis(a):
+        return torch.stack([(tau - nodes[b]) / (nodes[a] - nodes[b]) for b in range(n) if b != a]).prod(0)
+    total = torch.trapezoid(tau.exp(), tau)
+    return sum(torch.trapezoid(basis(a) * tau.exp(), tau) / total * past[a] for a in range(n))
