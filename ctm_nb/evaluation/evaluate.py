@@ -7,9 +7,10 @@ __all__ = ['METRICS', 'NEED_POINTS', 'LOWER', 'INCEPTION_NAMES', 'check_metrics'
            'extend_scores', 'Evaluator', 'labels_like', 'drawn_samples', 'Request', 'is_checkpoint', 'sampler_settings',
            'Subject', 'open_subject', 'extractor_for', 'find_reference', 'search_model', 'Outcome', 'evaluate',
            'check_labels_known', 'network_evaluations', 'text_table', 'tradeoff_plot', 'report', 'report_search',
-           'check_likelihoods', 'likelihood_rows', 'likelihood_text', 'sampler_text', 'plan', 'run_evaluator']
+           'check_likelihoods', 'likelihood_rows', 'likelihood_text', 'sampler_text', 'plan', 'run_evaluator',
+           'image_samples']
 
-# %% ../../nbs/5_evaluation/07_evaluate.ipynb #9aedf3f0
+# %% ../../nbs/5_evaluation/07_evaluate.ipynb #0537b479
 import hashlib, json, sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -33,8 +34,9 @@ from .metrics import (authenticity, bootstrap_frechet, class_accuracy, density_c
                                        frechet_against_n, frechet_gaussians, inception_score, kernel_distance,
                                        precision_recall, train_classifier, warn_rank)
 from .features import ClassifierExtractor, Extractor, load_extractor
-from .reference import (Collected, Ranks, Reference, SampleSet, build_reference, collect, data_samples,
-                                         is_reference_file, open_samples, process_group, read_reference)
+from .reference import (Collected, Ranks, Reference, SampleSet, array_samples, build_reference,
+                                         collect, data_samples, is_reference_file, open_samples, process_group,
+                                         read_reference)
 from .search import SEARCH_SEED, beside, confirm, search_plot, search_table, search_times, store_times
 from .draw import timesteps_of, weights_hash
 from .likelihood import likelihood_records
@@ -167,7 +169,7 @@ def extend_scores(
     atomic_write(path, json.dumps(every, indent=1).encode())
     return every
 
-# %% ../../nbs/5_evaluation/07_evaluate.ipynb #b50e1355
+# %% ../../nbs/5_evaluation/07_evaluate.ipynb #6d8856db
 @dataclass
 class Evaluator:
     "Scores sets of samples against one reference, in one feature space."
@@ -177,6 +179,7 @@ class Evaluator:
     device: str = "cpu"              # where the feature network is
     batch: int = 500                 # images at a time
     bootstrap: int = 0               # resamples for an interval of the Fréchet distance; 0: none
+    extra: tuple = ()                # words beside the default ones
     progress: bool = True            # show a bar
     ranks: Ranks = Ranks()           # the processes that share the work
 
@@ -192,7 +195,7 @@ def collect(self: Evaluator,
     return collect(self.extractor, samples, self.device, self.batch, keep=keep,
                    progress=self.progress, ranks=self.ranks)
 
-# %% ../../nbs/5_evaluation/07_evaluate.ipynb #e7538341
+# %% ../../nbs/5_evaluation/07_evaluate.ipynb #3e86239f
 @patch
 def score(self: Evaluator,
     got: Collected, # from `Evaluator.collect`
@@ -200,7 +203,9 @@ def score(self: Evaluator,
 )->dict: # name -> value
     "The scores of a set."
     r, words = self.reference, metrics or self.metrics
-    words = words or ["fid"] + ["pr"] * r.has_points + ["acc"] * (r.net is not None and got.labels is not None)
+    if not words:
+        words = ["fid"] + ["pr"] * r.has_points + ["acc"] * (r.net is not None and got.labels is not None)
+        words += self.extra
     return score(r, got, self.extractor, words, self.device)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #908f13e8
@@ -652,7 +657,7 @@ def _likelihood_plan(r):
     return [f"likelihood {','.join(r.likelihoods)} of {n} images of {data.name}, {split}, under {r.what}: "
             f"tol {r.tol:g}, {r.probes} probes, {r.levels} levels"]
 
-# %% ../../nbs/5_evaluation/07_evaluate.ipynb #36f83ea8
+# %% ../../nbs/5_evaluation/07_evaluate.ipynb #d223f4ca
 def run_evaluator(
     splits,  # splits["train"], and for features "train" splits["held_out"], both labelled
     features: str = "train",  # see `load_extractor`, or "train"
@@ -663,41 +668,32 @@ def run_evaluator(
     seed: int = 0,  # of the classifier
 ) -> Evaluator:
     "What scores a run, or any samples of such data."
-    data, compared_with, metrics = splits["train"], "train", ["fid", "pr"]
-    if features == "train":
-        net = train_classifier(data, seed=seed, device=device, progress=progress)
-        extractor: Extractor = ClassifierExtractor(net)
-        compared_with, metrics = "held_out", ["fid", "pr", "acc", "is"]
+    own, data = features == "train", splits["train"]
+    if own: extractor: Extractor = ClassifierExtractor(train_classifier(data, seed, device=device, progress=progress))
     else: extractor = load_extractor(features, weights, device)
-    name = f"{data.name}, {compared_with.replace('_', ' ')}"
-    reference = build_reference(extractor, splits[compared_with], name, device, batch, progress=progress)
-    return Evaluator(reference, extractor, metrics, device, batch, progress=False)
+    real, name = (splits["held_out"], "held out") if own else (data, "train")
+    reference = build_reference(extractor, real, f"{data.name}, {name}", device, batch, progress=progress)
+    return Evaluator(reference, extractor, device=device, batch=batch, extra=("is",) if own else (), progress=False)
 
-# %% ../../nbs/5_evaluation/07_evaluate.ipynb #8f726775
-@patch
-def score_images(self: Evaluator,
+# %% ../../nbs/5_evaluation/07_evaluate.ipynb #6154463b
+def image_samples(
     x: torch.Tensor,  # (N, C, H, W) samples: uint8, or float in [-1, 1]
     y=None,  # (N,) classes they were drawn as; None: without class accuracy
-    sampler: dict | None = None,  # solver, steps, gamma; None for real images
-    seed: int | None = None,  # of the samples
-    checkpoint: str | None = None,  # what drew them
-) -> list:  # records
-    "Score samples in memory."
+) -> SampleSet:
+    "Samples in memory, rounded to 8 bits, because that is how they are saved and how real images come."
     if not torch.isfinite(x).all(): raise ValueError("x must be finite, got NaN or infinity")
     images = (x if x.dtype == torch.uint8 else to_uint8(x)).cpu()
-    labels = None if y is None else torch.as_tensor(y).cpu()
-    metrics = [m for m in self.metrics or [] if m != "acc" or y is not None] or None
-    return replace(self, metrics=metrics).records(SampleSet("samples", len(x), images.__getitem__, labels),
-                                                  sampler, seed, checkpoint)
+    return array_samples(images, None if y is None else torch.as_tensor(y).cpu())
 
-# %% ../../nbs/5_evaluation/07_evaluate.ipynb #6b460b38
+# %% ../../nbs/5_evaluation/07_evaluate.ipynb #ea62578a
 @patch
 def floor(self: Evaluator,
     splits,  # see `run_evaluator`
-) -> list:  # records, of real images
+) -> list:  # records, of real images; none where the training images are the reference
     "The training images, scored like samples, and how well the classifier reads the held-out ones."
+    if self.reference.net is None: return []
     held_out = splits["held_out"]
     got = collect(self.extractor, data_samples(held_out), self.device, self.batch, keep=False)
     accuracy = {"classifier_accuracy": class_accuracy(got.probs / got.probs.sum(1, keepdim=True), held_out.labels)}
-    common = self.reference, self.extractor.features_id
-    return [*records(accuracy, *common, got.n), *self.records(data_samples(splits["train"]))]
+    return [*records(accuracy, self.reference, self.extractor.features_id, got.n),
+            *self.records(data_samples(splits["train"]))]
