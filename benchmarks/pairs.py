@@ -12,8 +12,11 @@ from pathlib import Path
 import torch
 
 import oracle
-from ctm_nb.method.distill import draw_stretch, dsm_sigma, follow, stretch_times
+from spacings import stretch_times
+
+from ctm_nb.method.distill import draw_interval, dsm_sigma
 from ctm_nb.method.flow import grid_time, perturb, toy_mixture
+from ctm_nb.method.solvers import solve
 
 RESULT = Path(__file__).resolve().parents[1] / "nbs" / "results" / "oracle" / "pairs.json"
 
@@ -22,11 +25,11 @@ def example_with(m):
     "`toy_example` with m jumps of each stretch."
     def example(toy, x0, matching, gen, N=18):
         draw, B = lambda *shape: torch.randn(*shape, generator=gen), len(x0)
-        i, k, j = draw_stretch(B // m, N, N - 1, gen, matching)
-        times = stretch_times(i, k, N, "dpm", 8, "log").float()
+        i, k, j = draw_interval(B // m, N, N - 1, gen, matching)
+        times = stretch_times(i, k, N, "dpmpp_2m", 8, "log").float()
         lead = x0[::m]
         seen = [perturb(lead, times[0], draw(*lead.shape))]
-        follow(toy.D, seen[0], times, None, "dpm", lambda n, x: seen.append(x))
+        solve(toy.D, seen[0], times, None, "dpm", lambda n, x: seen.append(x))
         steps, nth, row = len(times) - 1, torch.arange(B) % m, torch.arange(B) // m
         after = (steps * (nth + torch.rand(B, generator=gen) * (nth > 0)) / m).long().clamp(max=steps - 1)
         u, s = (grid_time(v, N).float()[row] for v in (i + k, j))

@@ -8,7 +8,7 @@ import warnings
 # old module -> new module, both inside ctm_nb
 MOVED = {
     "blocks": "networks.blocks", "networks": "networks.unet",
-    "flow": "method.flow", "edm": "method.teacher", "trajectory": "method.trajectory", "together": "method.together",
+    "flow": "method.flow", "edm": "method.teacher", "trajectory": "method.trajectory", "together": "method.balance",
     "distances": "method.distances", "distill": "method.distill", "features": "method.adversary",
     "gan": "method.adversary", "sampling": "method.sampling", "guidance": "method.guidance",
     "decode": "data.read", "zips": "data.read", "sources": "data.read", "formats": "data.read",

@@ -16,7 +16,8 @@ import torch
 
 from .presets import RECIPES, words_of
 from ..data.read import CROPS
-from ..method.distill import DISTANCES, MATCHING, SPACINGS
+from ..method.distances import DISTANCES
+from ..method.distill import MATCHING
 from ..method.solvers import SOLVERS, solver_name
 from ..method.adversary import GAN_LOSSES
 from ..networks.unet import FAMILIES
@@ -277,8 +278,8 @@ def _check_distill(d):
     _expect("distill.label_dropout", d.label_dropout, 0 <= d.label_dropout < 1, "in [0, 1)")
     _expect("distill.K", d.K, 1 <= d.K < d.N, f"in 1..distill.N-1 = 1..{d.N - 1}")
     _expect("distill.max_evals", d.max_evals, d.max_evals is None or d.max_evals >= 1, "none or at least 1")
-    _expect("distill.pairs", d.pairs, d.pairs >= 1 and d.batch % d.pairs == 0, f"a divisor of distill.batch = {d.batch}")
-    for key, known in (("matching", MATCHING), ("compare_at", ("end", "s")), ("solver", SOLVERS), ("spacing", SPACINGS), ("distance", DISTANCES), ("init", ("teacher", "random"))):
+    _expect("distill.pairs", d.pairs, d.pairs == 1, "1")
+    for key, known in (("matching", MATCHING), ("compare_at", ("end", "s")), ("solver", SOLVERS), ("spacing", ("grid",)), ("distance", (*DISTANCES, "lpips")), ("init", ("teacher", "random"))):
         _expect(f"distill.{key}", v := getattr(d, key), v in known, f"one of {', '.join(known)}")
 
 # %% ../../nbs/6_training/02_config.ipynb #b5317f68
@@ -330,7 +331,6 @@ def check_config(
     _expect("network.augment_dim", c.network.augment_dim, c.network.augment_dim == 9 or not c.teacher.augment, "9 for a teacher with augmentation")
     _expect("distill.label_dropout", c.distill.label_dropout, not c.distill.label_dropout or c.teacher.label_dropout or c.teacher.source, "0 for a teacher that has seen no image without its label (teacher.label_dropout=0)")
     _expect("gan.K", c.gan.K, c.gan.K is None or 1 <= c.gan.K < c.distill.N, f"none or in 1..distill.N-1 = 1..{c.distill.N - 1}")
-    _expect("gan.batch", c.gan.batch, not c.gan.steps or c.gan.batch % c.distill.pairs == 0, f"a multiple of distill.pairs = {c.distill.pairs}")
     _expect("data.source", repr(c.data.source), c.data.source, 'the path of the images (--data PATH), or "digits"')
     _expect("teacher.source", repr(c.teacher.source), c.teacher.source or not c.distill.source, "given when distill.source is (an adversarial stage needs both)")
     _expect("gan.steps", c.gan.steps, sum(stage_steps(c).values()), "at least 1 where nothing else is to be trained")

@@ -118,17 +118,14 @@ def measure(
         numbers = carry_to(stage.draw(n, step_generator(0, i), i), where)
         with autocast(precision, where):
             example = stage.example(data.x0(ids).to(device), y, numbers, i)
-            objective = stage.losses(example, i)["objective"]
-        _step(stage.optimizers[stage.learner(i)], objective)
+            losses = stage.losses(example, i)
+        gradients = stage.gradients(i)
+        gradients.add(losses)
+        gradients.combine(**stage.bounds)
+        stage.optimizers[stage.learner(i)].step()
     return steps * n / (_now(device) - started)
 
 # %% ../../nbs/6_training/09_costs.ipynb #1ce77613
-def _step(optimizer, objective):
-    "Backward and the optimizer, as a run does it."
-    optimizer.zero_grad(set_to_none=True)
-    objective.backward()
-    optimizer.step()
-
 def _now(device):
     if "cuda" in device: torch.cuda.synchronize()
     return time.perf_counter()

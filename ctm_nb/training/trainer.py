@@ -223,8 +223,8 @@ from .runtime import Scaler, autocast, ballast, choose_precision, compile_networ
 from .runtime import Here, agree_on_least, first_on_its_machine, join, share_weights
 from .optimizers import load_optimizer, lr_at
 from .stages import STAGE_CLASSES, Stage, carry_to, check_weights, hand_over, step_generator, take
-from ..method.together import alone
-from .step import apply_gradient, gradient_at_once, gradient_in_parts, part_seed, same_start
+from ..method.balance import alone
+from .step import apply_gradient, gradient, part_seed, same_start
 
 log = logging.getLogger(__name__)
 
@@ -243,10 +243,8 @@ def share_batch(
     key: str,  # section of a stage
     here: Here,  # this process
 ):
-    "Raise ValueError if the batch of a stage can't be shared evenly by the processes, jumps of one stretch together."
-    B, m = getattr(config, key).batch, config.distill.pairs if key != "teacher" else 1
-    here.share(B)
-    if B // here.world % m: raise ValueError(f"{key}.batch={B} leaves {B // here.world} images to each of {here.world} processes, which must be a multiple of distill.pairs={m}")
+    "Raise ValueError if the batch of a stage can't be shared evenly by the processes."
+    here.share(getattr(config, key).batch)
 
 # %% ../../nbs/6_training/08_trainer.ipynb #fff9c5cb
 class Engine:
@@ -303,7 +301,7 @@ def rows(self: Engine) -> list:  # slices
     "The parts of this process's share of a batch."
     B = self.now.optim.batch // self.here.world
     n = -(-B // self.micro)
-    edges = [B // self.now.pairs * i // n * self.now.pairs for i in range(n + 1)]
+    edges = [B * i // n for i in range(n + 1)]
     return [slice(a, b) for a, b in zip(edges, edges[1:])]
 
 # %% ../../nbs/6_training/08_trainer.ipynb #2096ada5
@@ -316,7 +314,7 @@ def rehearse(self: Engine,
     with alone(), same_start(self._looks()) as restart:
         for n in self.now.kinds():
             e = self.example_of(step := self.begun_at + n, take(self.material_of(step), slice(0, m)))
-            self._gradient(step, [e], [slice(0, m)], at_once=m == B)
+            self._gradient(step, [e], [slice(0, m)])
             restart()
     for o in self.now.optimizers.values(): o.zero_grad(set_to_none=True)
     del held
@@ -392,14 +390,14 @@ def take_examples(self: Engine):  # examples, one for each of `rows`
 def _looks(self: Engine): return [self.parts[k] for k in ("discriminator",) if k in self.parts]
 
 @patch
-def _gradient(self: Engine, step: int, examples, rows: list, at_once: bool) -> dict:
+def _gradient(self: Engine, step: int, examples, rows: list, whole: bool = False) -> dict:
     n, first, B = step - self.begun_at, self.here.share(self.now.optim.batch).start, self.now.optim.batch // self.here.world
     context, scale = partial(autocast, self.precision, self.device), self.scaler.scale if self.scaler else 1.
     def seeded():  # for units that are dropped
         for e, r in zip(examples, rows, strict=True): torch.manual_seed(part_seed(self.config.run.seed, step, first + r.start)); yield e
     self.now.optimizers[self.now.learner(n)].zero_grad(set_to_none=True)
-    if at_once: return gradient_at_once(self.now, next(seeded()), n, context, scale)
-    return gradient_in_parts(self.now, seeded(), n, [(r.stop - r.start) / B for r in rows], context, scale)
+    shares = [1.] if whole else [(r.stop - r.start) / B for r in rows]
+    return gradient(self.now, seeded(), n, shares, context, scale)
 
 # %% ../../nbs/6_training/08_trainer.ipynb #d20444e3
 @patch
@@ -407,7 +405,7 @@ def gradient(self: Engine) -> dict:  # losses and weights of the losses; the gra
     "Gradient of the present step; raises MemoryError if not even one image at a time fits."
     with same_start(self._looks()) as restart:
         while True:
-            try: return self._gradient(self.step, self.take_examples(), self.rows, len(self.rows) == 1)
+            try: return self._gradient(self.step, self.take_examples(), self.rows)
             except Exception as e:
                 if not out_of_memory(e): raise
             self.back_off()
@@ -459,7 +457,7 @@ def look(self: Engine):
 @patch
 def breaks(self: Engine, step: int, e: dict, rows: list) -> dict | None:  # numbers of these rows alone, None if they are finite
     with alone(), same_start(self._looks()) as restart:
-        numbers = self._gradient(step, [take(e, torch.tensor(rows, device=self.device))], [slice(0, 1)], at_once=True)
+        numbers = self._gradient(step, [take(e, torch.tensor(rows, device=self.device))], [slice(0, 1)], whole=True)
         restart()
     learner = self.parts[self.now.learner(step - self.begun_at)]
     numbers["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in learner.parameters() if p.grad is not None])

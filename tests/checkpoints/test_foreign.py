@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import foreign_files as ff  # noqa: E402
 
 import ctm_nb.checkpoints.foreign as foreign  # noqa: E402
-from ctm_nb.checkpoints.unpickle import MAX_STEPS, PLAIN_NAMES, SLACK, ForeignFileError, Machine, Purse  # noqa: E402
-from ctm_nb.checkpoints.unpickle import EDM_NAMES, edm_network  # noqa: E402
 from ctm_nb.checkpoints.foreign import read_edm_pickle, read_safetensors, read_torch, sniff  # noqa: E402
+from ctm_nb.checkpoints.unpickle import (  # noqa: E402
+    EDM_NAMES, MAX_STEPS, PLAIN_NAMES, SLACK, Budget, ForeignFileError, Unpickler, edm_network)
 
 GOLDEN = Path(__file__).parents[1]/"golden"
 
@@ -28,7 +28,7 @@ GOLDEN = Path(__file__).parents[1]/"golden"
 def golden(name): return {k[6:]: torch.from_numpy(v) for k, v in np.load(GOLDEN/f"{name}.npz").items() if k.startswith("state.")}
 
 
-def run(data, names=EDM_NAMES): return Machine(memoryview(data), Purse(len(data)), names).run()
+def run(data, names=EDM_NAMES): return Unpickler(memoryview(data), Budget(len(data)), names).run()
 
 
 def same(a, b):
@@ -170,11 +170,11 @@ def test_no_name_is_imported():
         "collections", "builtins", "__builtin__", "torch", "numpy", "torch_utils", "dnnlib"} and name not in {"eval", "exec", "getattr", "setattr", "__import__", "open", "load"}
 
 
-def test_purse_counts_steps_and_bytes():
-    purse = Purse(100)
-    purse.pay(steps=MAX_STEPS, nbytes=SLACK + 100)
+def test_the_budget_counts_steps_and_bytes():
+    budget = Budget(100)
+    budget.spend(steps=MAX_STEPS, nbytes=SLACK + 100)
     for what in (dict(steps=1), dict(steps=0, nbytes=1)):
-        with pytest.raises(ForeignFileError): purse.pay(**what)
+        with pytest.raises(ForeignFileError): budget.spend(**what)
 
 
 # ---- attacks
@@ -194,7 +194,7 @@ EXPECTED = {
     "torch_load.pkl": "torch.serialization.load", "nested.pkl": "system", "nested_torch.pkl": "system", "copyreg.pkl": "copyreg._reconstructor", "class.pkl": "'__class__'",
     "dict.pkl": "'__dict__'", "persistent_id.pkl": "persistent id", "lists.pkl": "steps to unfold", "again.pkl": "more memory than the file", "astral.pkl": "more memory than the file",
     "size.pkl": "impossible shape", "expand.pkl": "does not fit", "offset.pkl": "does not fit", "negative.pkl": "impossible shape", "storage.pkl": "cut short", "count.pkl": "claims to have",
-    "binbytes8.pkl": "cut short", "unicode8.pkl": "a string of", "slots.pkl": "in slots", "setstate.pkl": "got Name", "storage.pt": "of which the file has 16", "storage_old.pt": "cut short",
+    "binbytes8.pkl": "cut short", "unicode8.pkl": "a string of", "slots.pkl": "in slots", "setstate.pkl": "got Global", "storage.pt": "of which the file has 16", "storage_old.pt": "cut short",
     "modules.pkl": "bomb", "escape.pkl": r"a \?\[2J\?ok without a model", "huge.safetensors": "damaged", "header.safetensors": "too long", "cut.safetensors": "cut short",
     "names.pkl": "more memory than the file", "deep.pkl": "key that is a tuple", "cycle.pkl": "nested more than", "bomb.pt": "compressed", "evil.pt": "system", "evil_old.pt": "system",
     "overlap.pt": "longer than the file", "text.pkl": "text file", "empty.pkl": "empty file", "page.pkl": "HTML", "photo.pkl": "JPEG", "arrays.pt": "npz", "other.pkl": "no.* 'ema'|without an entry 'ema'",
@@ -231,7 +231,7 @@ def test_torch_is_never_asked_to_run_anything(attack_files):
     "Even if our own check of the outline were passed."
     files, canary = attack_files
     for name in ("evil.pt", "evil_old.pt"):
-        with open(files[name].path, "rb") as f, pytest.raises(ForeignFileError, match="torch says"): foreign.load_weights(f)
+        with open(files[name].path, "rb") as f, pytest.raises(ForeignFileError, match="torch says"): foreign._load_weights(f)
     assert not canary.exists()
 
 
@@ -261,9 +261,9 @@ def test_end_of_an_archive_is_checked(at, tmp_path):
     "A bit in each field of it that tells where the table of contents lies: of zip64 record, locator, end record."
     torch.save({"w": torch.ones(3)}, tmp_path/"x.pt")
     data = bytearray((tmp_path/"x.pt").read_bytes())
-    assert data[-98:-94] == b"PK\6\6" and foreign.table_count(io.BytesIO(data), len(data)) == data[-66] == 7
+    assert data[-98:-94] == b"PK\6\6" and foreign._table_count(data) == data[-66] == 7
     data[at - 98] ^= 1
-    with pytest.raises(ForeignFileError, match="not where it says"): foreign.table_count(io.BytesIO(data), len(data))
+    with pytest.raises(ForeignFileError, match="not where it says"): foreign._table_count(data)
 
 
 @pytest.mark.parametrize("new", [True, False])
@@ -277,10 +277,10 @@ def test_what_torch_reads_must_be_what_was_checked(new, tmp_path, monkeypatch):
         for why, values in reads.items():
             for value in values:
                 with monkeypatch.context() as mp, pytest.raises(ForeignFileError, match=f"x.pt: torch reads .*{why}"):
-                    mp.setattr(foreign, "load_weights", lambda f: value if key is None else {key: value})
+                    mp.setattr(foreign, "_load_weights", lambda f: value if key is None else {key: value})
                     read_torch(tmp_path/"x.pt")
         with monkeypatch.context() as mp, pytest.raises(ForeignFileError, match="torch reads"):
-            mp.setattr(foreign, "load_weights", lambda f: [1, 2])
+            mp.setattr(foreign, "_load_weights", lambda f: [1, 2])
             read_torch(tmp_path/"x.pt")
 
 
@@ -295,7 +295,7 @@ def test_form_of_empty_tensors(tmp_path):
 
 @pytest.mark.parametrize("error", [AttributeError, KeyError, IndexError, TypeError, RuntimeError, ZeroDivisionError])
 def test_errors_from_elsewhere_name_the_file(error):
-    with pytest.raises(ForeignFileError, match="x.pt: damaged: .*oh"), foreign.naming("x.pt"): raise error("oh")
+    with pytest.raises(ForeignFileError, match="x.pt: damaged: .*oh"), foreign._naming("x.pt"): raise error("oh")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is set from /proc")
@@ -336,13 +336,6 @@ def test_missing_file_and_odd_names(tmp_path):
     assert "a?b?.pkl: a text file" in str(e.value)
 
 
-def test_max_bytes(tmp_path):
-    path = ff.make_edm_pickle(tmp_path/"net.pkl", {"model.a.weight": torch.ones(3, 3)})
-    size = path.stat().st_size
-    read_edm_pickle(path, max_bytes=size)
-    with pytest.raises(ForeignFileError, match="max_bytes"): read_edm_pickle(path, max_bytes=size - 1)
-
-
 # ---- damage
 
 def small_files(folder, canary):
@@ -376,10 +369,10 @@ def attempt(reader, path, data):
 def test_truncated_anywhere(which, tmp_path, canary):
     reader, data = list(small_files(tmp_path, canary))[which]
     assert attempt(reader, tmp_path/"x", data)
-    for n in range(0, len(data), 1 if which == 0 else 3): assert not attempt(reader, tmp_path/"x", data[:n]), n
+    for n in range(which, len(data), 4): assert not attempt(reader, tmp_path/"x", data[:n]), n
 
 
-@pytest.mark.parametrize("which, changes", [(0, 1200), (1, 300), (2, 500), (3, 300)])
+@pytest.mark.parametrize("which, changes", [(0, 600), (1, 300), (2, 300), (3, 300)])
 def test_changed_bytes(which, changes, tmp_path, canary):
     reader, data = list(small_files(tmp_path, canary))[which]
     rng = random.Random(which)

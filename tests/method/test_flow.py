@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from ctm_nb.method.flow import SIGMA_MAX, SIGMA_MIN, GaussianMixture, check_times, expand, noise, perturb, rho_grid, toy_mixture
+from ctm_nb.method.flow import (SIGMA_MAX, SIGMA_MIN, GaussianMixture, check_times, expand, noise, perturb, rho_grid,
+                                toy_mixture)
 
 f64 = torch.float64
 
@@ -69,7 +70,8 @@ def test_rho_grid_is_edms():
     assert t[i].item() == pytest.approx((80**(1 / 7) + i / 17 * (0.002**(1 / 7) - 80**(1 / 7)))**7, rel=1e-12)
 
 
-@pytest.mark.parametrize("bad", [dict(n=1), dict(n=0), dict(n=5, rho=0), dict(n=5, sigma_min=-1), dict(n=5, sigma_min=3, sigma_max=2)])
+@pytest.mark.parametrize("bad", [dict(n=1), dict(n=0), dict(n=5, rho=0), dict(n=5, sigma_min=-1),
+                                 dict(n=5, sigma_min=3, sigma_max=2)])
 def test_rho_grid_bad_input(bad):
     with pytest.raises(ValueError):
         rho_grid(**bad)
@@ -88,7 +90,8 @@ def test_mixture_bad_input(bad, message):
 
 @pytest.mark.parametrize("t, s, message", [
     (1., 2., r"s must be <= t, got s=2.0 > t=1.0 \(row 0\)"), (1., -.1, r"s must be >= 0, got s=-0.1 \(row 0\)"),
-    (1., 1.0001, "s must be <= t"), (float("nan"), .1, "s must be <= t"), (1., float("nan"), "s must be >= 0"), ([1., 1.], .1, "3 rows")])
+    (1., 1.0001, "s must be <= t"), (float("nan"), .1, "s must be <= t"), (1., float("nan"), "s must be >= 0"),
+    ([1., 1.], .1, "3 rows")])
 def test_times_are_checked(toy, t, s, message):
     x = torch.zeros(3, 2)
     for call in (toy.flow, toy.G, toy.g):

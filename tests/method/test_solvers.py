@@ -1,4 +1,4 @@
-"""Solvers: what must hold whatever the notebook shows. What explains the mathematics is tested in nbs/1_method/02_solvers.ipynb."""
+"""Solvers: what must hold whatever the notebook shows. Explanations are tested in its cells."""
 import sys
 from pathlib import Path
 
@@ -56,7 +56,9 @@ def test_rows_with_times_of_their_own_are_solved_as_if_alone(solver):
     x = torch.randn(3, 2, dtype=f64)
     times = torch.tensor([[5., 3., 2.], [1., 2., 1.5], [.5, .1, 1.], [.1, .05, .9]], dtype=f64)
     together = solve(GAUSS.D, x, times, method=solver, above_zero=True)
-    for b in range(3): torch.testing.assert_close(together[b:b + 1], solve(GAUSS.D, x[b:b + 1], times[:, b], method=solver))
+    for b in range(3):
+        alone = solve(GAUSS.D, x[b:b + 1], times[:, b], method=solver)
+        torch.testing.assert_close(together[b:b + 1], alone)
 
 
 def test_names_of_0_1_are_accepted_and_unknown_ones_refused():
