@@ -7,13 +7,15 @@ __all__ = ['BACKBONES', 'Features', 'spatial_features', 'Extractor', 'Classifier
            'resize_clean', 'CleanExtractor', 'ScriptExtractor', 'TimmExtractor', 'inception_file', 'find_weights',
            'optional', 'load_extractor', 'file_hash', 'load_weights', 'TimmFeatures', 'backbone_file', 'LPIPSDistance']
 
-# %% ../../nbs/5_evaluation/02_features.ipynb #0ce0a077
+# %% ../../nbs/5_evaluation/02_features.ipynb #1d1ce092
 import hashlib, importlib, os, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from ..method.adversary import FeatureNetwork
 from ..method.distances import feature_gap
@@ -182,7 +184,7 @@ def inception_file(
     if path.is_file(): return path
     raise ValueError(f"Inception's weights are missing: there is no {path}; download {entry.url} and put it there")
 
-# %% ../../nbs/5_evaluation/02_features.ipynb #2d6ce75e
+# %% ../../nbs/5_evaluation/02_features.ipynb #cf71f9e0
 def find_weights(
     name:str, # of a timm network
     where=None, # a file, a folder with NAME*.safetensors, .pth, .pt or .bin, or None: the caches on this machine
@@ -193,8 +195,8 @@ def find_weights(
     found = _cached(name) if where is None else _weights_in(Path(where).expanduser(), name)
     path = next((p for p in found if p.is_file()), None)
     if path: return path
-    raise ValueError(f"no weights of {name} in {where or 'the caches of timm'}: put {name}.safetensors (or .pth) into a "
-                     "folder and name it, or load the network once with timm where there is a connection")
+    raise ValueError(f"no weights of {name} in {where or 'the caches of timm'}: put {name}.safetensors (or .pth) into "
+                     "a folder and name it, or load the network once with timm where there is a connection")
 
 # %% ../../nbs/5_evaluation/02_features.ipynb #34a0ad04
 def _weights_in(path, name):
@@ -282,18 +284,17 @@ def _quietly(path, load):
         try: return load()
         except RuntimeError as e: raise ValueError(f"{path} can't be read as TorchScript: {_last_line(e)}") from None
 
-# %% ../../nbs/5_evaluation/02_features.ipynb #bf5d3251
+# %% ../../nbs/5_evaluation/02_features.ipynb #b8275581
 def load_weights(
     net:nn.Module, # a timm network
     path:Path, # .safetensors, or a .pth with a state dict, bare or under "model"
 )->nn.Module: # net
     "Load published weights into a network, in place; `ValueError` if the file does not hold exactly them."
-    safetensors = optional("safetensors.torch", "safetensors")
     try:
-        if path.suffix == ".safetensors": state = safetensors.load_file(path)
+        if path.suffix == ".safetensors": state = load_file(path)
         else: state = torch.load(path, map_location="cpu", weights_only=True)
         net.load_state_dict(state.get("model", state))
-    except (RuntimeError, safetensors.SafetensorError, UnpicklingError, EOFError, AttributeError, TypeError) as e:
+    except (RuntimeError, SafetensorError, UnpicklingError, EOFError, AttributeError, TypeError) as e:
         what = " ".join(str(e).split())[:200]
         raise ValueError(f"{path} must hold the weights of {type(net).__name__}: {what}") from None
     return net
