@@ -47,6 +47,7 @@ class Preconditioned(nn.Module):
         if kind not in (known := ("edm", "vp", "ve")): raise ValueError(f"kind of preconditioning must be one of {', '.join(known)}, got {kind!r}")
         self.net, self.sigma_data, self.sigma_min, self.sigma_max, self.kind = net, sigma_data, sigma_min, sigma_max, kind
         self.classes: list = []  # their names, where known
+        self.about = ""  # where `load` found it, and what it is
         c = net.config
         self.n_classes, self.image_size, self.channels = c["n_classes"], c.get("image_size"), c.get("channels")
         self.data_shape = (c["dim"],) if "dim" in c else (c["channels"], c["image_size"], c["image_size"])

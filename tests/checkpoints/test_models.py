@@ -89,7 +89,7 @@ def test_half_precision_weights_come_back_as_float32(tmp_path):
     (lambda s: {**s, "model.map_layer1.bias": torch.full((32,), torch.nan)}, "'net.map_layer1.bias' must be finite"),
     (lambda s: {**s, "model.enc.4x4_down.conv0.resample_filter": torch.ones(1, 1, 2, 2)}, "must be the filter (1, 1)"),
     (lambda s: {k: v for k, v in s.items() if "_s." not in k}, "not a CTM: it has no second time embedding (map_layer*_s, affine_s)"),
-    (lambda s: {}, "found names such as none at all"),
+    (lambda s: {}, "found names like none at all"),
 ])
 def test_what_does_not_fit_is_said_in_one_line(tmp_path, change, message):
     torch.save(change(foreign_state(small())), tmp_path / "x.pt")
