@@ -14,12 +14,13 @@ from ctm_nb.data.images import digits
 from ctm_nb.evaluation.draw import draw_samples, make_plan, open_parts
 from ctm_nb.method.teacher import Denoiser
 from ctm_nb.evaluation.features import ClassifierExtractor
-from ctm_nb.method.guidance import sample_best
+from ctm_nb.method.guidance import candidates, keep_best
 from ctm_nb.checkpoints.models import describe, load
 from ctm_nb.evaluation.metrics import train_classifier
 from ctm_nb.networks.unet import DDPMpp, init_
 from ctm_nb.evaluation.reference import build_reference, read_reference
 from ctm_nb.checkpoints.store import save_checkpoint
+from ctm_nb.method.sampling import sample
 from ctm_nb.method.trajectory import student_from
 
 def save_run(folder, n_classes):
@@ -47,12 +48,15 @@ def ref(tmp_path_factory):
     return build_reference(net, digits("held_out")).save(tmp_path_factory.mktemp("ref") / "ref.npz")
 
 
-def test_chosen_samples_are_those_of_sample_best(run, ref, tmp_path):
+def test_chosen_samples_are_those_chosen_by_hand(run, ref, tmp_path):
     plan = draw_samples(run, tmp_path / "x.npz", 43, device="cpu", steps=2, gamma=.5, classes="3,7,1", seed=4, reject=2.5, classifier=str(ref), batch_size=9)
     net = read_reference(ref).net
     y = torch.tensor([3, 7, 1])[torch.arange(43) % 3]
     log_prob = lambda x: net(((x + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1).log_softmax(1)
-    x, numbers = sample_best(load(run), 43, log_prob, 2.5, y, steps=2, gamma=.5, seed=4)
+    ids, labels = candidates(y, 2.5)
+    drawn = sample(load(run), ids=ids, y=labels, steps=2, gamma=.5, seed=4)
+    order = keep_best(y, labels, log_prob(drawn).gather(1, labels[:, None])[:, 0])
+    x, numbers = drawn[order], ids[order]
     with np.load(tmp_path / "x.npz") as z: images, labels, kept = z["arr_0"], z["arr_1"], json.loads(str(z["sampler"]))["kept"]
     assert kept == numbers.tolist() and labels.tolist() == y.tolist() and len(images) == 43 and plan["draws"] == sum(int(np.ceil(2.5 * int((y == c).sum()))) for c in (1, 3, 7))
     assert (np.abs(images[..., 0].astype(int) - ((x[:, 0] + 1) * 127.5).round().clamp(0, 255).numpy()) <= 1).all()
