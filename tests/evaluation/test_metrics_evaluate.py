@@ -16,8 +16,8 @@ from ctm_nb.commands.evaluate import ctm_nb_evaluate
 from ctm_nb.data.images import digits
 from ctm_nb.evaluation.evaluate import (METRICS, Request, drawn_samples, extend_scores, is_checkpoint, sampler_settings,
                                         score, text_table)
-from ctm_nb.evaluation.features import (ClassifierExtractor, load_extractor, resize_clean, resize_tf1,
-                                        spatial_features)
+from ctm_nb.evaluation.features import (ClassifierExtractor, InceptionExtractor, load_extractor, resize_clean,
+                                        resize_tf1, spatial_features)
 from ctm_nb.evaluation.metrics import (FeatureStats, authenticity, bootstrap_frechet, density_coverage, distance_blocks,
                                        frechet_against_n, frechet_distance, frechet_gaussians, kernel_distance,
                                        polynomial_mmd, precision_recall, train_classifier)
@@ -324,7 +324,7 @@ def test_reference_of_images_that_stay_on_disk(net, tmp_path, monkeypatch):
 
 def test_foreign_references(tmp_path):
     e, x = InceptionExtractor(torch.jit.script(StandIn(40)), "inception-0"), digits("held_out").images[:30]
-    got = collect(e, array_samples(x).batches())
+    got = collect(e, array_samples(x))
     stats = dict(mu=got.stats.mean.numpy(), sigma=got.stats.cov.numpy())
     np.savez(tmp_path / "edm.npz", **stats)
     np.savez(tmp_path / "adm.npz", **stats, mu_s=got.spatial.mean, sigma_s=got.spatial.cov,
