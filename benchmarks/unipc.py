@@ -1,10 +1,14 @@
-"""Correctors for the multistep solvers (UniPC, Zhao et al. 2023), as they were measured; no preset uses them, so the package does not export them.
+"""Correctors for the multistep solvers (UniPC, Zhao et al. 2023), as they were measured; no preset uses them, so the
+package does not export them.
 
-A multistep method predicts: it has not seen the end of a step when it takes it. The next step begins with an evaluation at exactly that place, and its result says how the step that led
-there should have gone. So that step is taken again, from the same point, with a prediction that has seen both ends; the corrected point replaces the predicted one, the evaluation is
-kept and not repeated. No evaluation more; only the last point stays as predicted. `unipc2` corrects 2M with the mean of both ends, `unipc3` 3M with the parabola through three points.
+A multistep method predicts: it has not seen the end of a step when it takes it. The next step begins with an evaluation
+at exactly that place, and its result says how the step that led there should have gone. So that step is taken again,
+from the same point, with a prediction that has seen both ends; the corrected point replaces the predicted one, the
+evaluation is kept and not repeated. No evaluation more; only the last point stays as predicted. `unipc2` corrects 2M with
+the mean of both ends, `unipc3` 3M with the parabola through three points.
 
     solve_unipc(D, x, times, y, points=2)    # as `ctm_nb.method.solvers.solve`
+    python benchmarks/unipc.py               # errors on the exact mixture, beside the predictors'
 """
 import torch
 
@@ -23,12 +27,12 @@ def parabola_back(past, times):
 
 
 def corrected(past, times):
-    "The x_0-prediction for a step whose end has been seen: D at its end, at its beginning and, for a parabola, before it."
-    return (past[0] + past[1]) / 2 if len(past) == 2 else parabola_back(past, times)  # UniPC, two points; three points
+    "The x_0-prediction for a step whose end has been seen, from D at its end, its beginning and perhaps before."
+    return (past[0] + past[1]) / 2 if len(past) == 2 else parabola_back(past, times)  # UniPC, two points
 
 
 def solve_unipc(D, x, times, y=None, points=2, callback=None):
-    "Integrate the probability-flow ODE with a predictor and a corrector of `points` points each; callback(i, x) after step i, corrected."
+    "Integrate the ODE, predictor and corrector of `points` points each; callback(i, x) with corrected points."
     times, past, before = times.to(x), [], x
     for i, (t, u) in enumerate(zip(times[:-1], times[1:])):
         past = [D(x, t, y), *past][:points]
@@ -56,5 +60,5 @@ if __name__ == "__main__":
     x_T = 80 * torch.randn(400, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     exact = toy.flow(x_T, 80., .002)
     for method in ("dpmpp_2m", "unipc2", "dpmpp_3m", "unipc3"):
-        errors = [float((solve_any(toy.D, x_T, rho_grid(n + 1), None, method) - exact).norm(dim=1).median()) for n in (16, 32, 64, 128)]
-        print(method, " ".join(f"{e:.2e}" for e in errors))
+        ends = [solve_any(toy.D, x_T, rho_grid(n + 1), None, method) for n in (16, 32, 64, 128)]
+        print(method, " ".join(f"{float((x - exact).norm(dim=1).median()):.2e}" for x in ends))

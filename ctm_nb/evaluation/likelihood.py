@@ -6,42 +6,36 @@
 __all__ = ['PIXEL', 'LIKELIHOODS', 'fresh_noise', 'trace_probes', 'denoise_with_trace', 'unit_slope', 'rk_step', 'integrate_rows',
            'check_points', 'ode_log_density', 'bits_per_dim', 'dequantise', 'check_images', 'ode_bits', 'elbo_times',
            'diffusion_loss', 'prior_loss', 'elbo_log_density', 'reconstruction_loss', 'elbo_bits', 'split_words',
-           'check_fit', 'likelihood_settings', 'likelihood_records']
+           'check_fit', 'likelihood_records']
 
-# %% ../../nbs/5_evaluation/06_likelihood.ipynb #f4675772
+# %% ../../nbs/5_evaluation/06_likelihood.ipynb #6ee3dea2
 import math
 
 import torch
 from scipy.integrate import RK45
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from ..method.teacher import edm_loss
 from ..method.flow import noise
+from ..method.sampling import check_labels
+from ..method.teacher import edm_loss
 
-# %% ../../nbs/5_evaluation/06_likelihood.ipynb #55ec96ae
-def fresh_noise(
-    shape: tuple,  # of one image
-    seed: int,  # as in `noise`
-    ids,  # (B,) numbers of the images
-    draw: int = 0,  # number of the draw, in [0, 2**32)
-) -> Tensor:  # (B, *shape) float32, standard normal, on the CPU
-    "Noise of an image's own that no sampler has used."
+# %% ../../nbs/5_evaluation/06_likelihood.ipynb #00090ef4
+def fresh_noise(shape, seed, ids, draw=0):  # (B, *shape) float32, standard normal, on the CPU
+    "Noise of an image's own that no sampler has used; arguments as of `noise`."
     return noise(shape, seed, ids, draw=2 ** 32 + draw)
 
-# %% ../../nbs/5_evaluation/06_likelihood.ipynb #49a88c0d
+# %% ../../nbs/5_evaluation/06_likelihood.ipynb #779032ae
 def trace_probes(
     shape: tuple,  # of one image
     n: int | None,  # random vectors an image, >= 1; None: the unit vectors, for an exact trace
-    kind: str,  # of random vectors: "rademacher" (signs) or "gaussian"
-    seed: int,  # of the random vectors
-    ids,  # (B,) numbers of the images
+    seed: int = 0,  # of the random vectors
+    ids=(0,),  # (B,) numbers of the images
 ) -> Tensor:  # (K, B, *shape) float32
     "Vectors for which the sum of v.Jv is the trace of J, or is so on average."
-    if kind not in ("rademacher", "gaussian"): raise ValueError(f"kind of probes must be rademacher or gaussian, got {kind!r}")
     if n is None: return torch.eye(math.prod(shape)).reshape(-1, 1, *shape).expand(-1, len(ids), *shape)
     if n < 1: raise ValueError(f"probes must be >= 1, or None for an exact trace, got probes={n}")
-    v = torch.stack([fresh_noise(shape, seed, ids, 1 + k) for k in range(n)])
-    return (v if kind == "gaussian" else v.sign()) / math.sqrt(n)
+    return torch.stack([fresh_noise(shape, seed, ids, 1 + k).sign() for k in range(n)]) / math.sqrt(n)
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #502a873b
 def denoise_with_trace(
@@ -59,14 +53,14 @@ def denoise_with_trace(
         trace = trace + (vJ * v).double().flatten(1).sum(1)
     return D_x.detach(), trace
 
-# %% ../../nbs/5_evaluation/06_likelihood.ipynb #74af260b
+# %% ../../nbs/5_evaluation/06_likelihood.ipynb #9f31cb0e
 def unit_slope(
     m,  # a model: m.D(x, t, y), m.sigma_data
     y: Tensor | None,  # (B,) class indices
     probes: Tensor,  # (K, B, ...) from `trace_probes`
     ids,  # (B,) numbers of the images, for messages
 ):  # slope(lam (b,), state (b, d+1), rows (b,)) -> (b, d+1)
-    "The ODE in unit variance, for some rows of a batch."
+    "The ODE in unit variance, Eq. (2), for some rows of a batch."
     def slope(lam, state, rows):
         t, z = lam.exp(), state[:, :-1]
         sigma = (t ** 2 + m.sigma_data ** 2).sqrt()
@@ -74,13 +68,14 @@ def unit_slope(
         D_x, trace = denoise_with_trace(m, x, t, None if y is None else y[rows], probes[:, rows])
         dz = c[:, None] * (c[:, None] * z - D_x.double().flatten(1) / m.sigma_data)
         out = torch.cat([dz, (c ** 2 - trace / z.shape[1])[:, None]], 1)
-        if (bad := ~torch.isfinite(out).all(1)).any():
-            i = int(bad.nonzero()[0])
-            raise FloatingPointError(f"{type(m).__name__} or its gradient is not finite for image {int(ids[int(rows[i])])} at t={float(t[i]):.4g}; expected finite numbers")
+        for i in (~torch.isfinite(out).all(1)).nonzero()[:1, 0].tolist():
+            image, at = int(ids[rows[i]]), float(t[i])
+            raise FloatingPointError(f"{type(m).__name__} or its gradient is not finite for image {image} at "
+                                     f"t={at:.4g}; expected finite numbers")
         return out
     return slope
 
-# %% ../../nbs/5_evaluation/06_likelihood.ipynb #3e9cfaac
+# %% ../../nbs/5_evaluation/06_likelihood.ipynb #2bc3c876
 def rk_step(
     f,  # slope(time, state, rows)
     time: Tensor,  # (b,)
@@ -97,7 +92,7 @@ def rk_step(
     slopes.append(f(time + step, new, rows))
     return new, slopes[-1], mix(RK45.E)
 
-# %% ../../nbs/5_evaluation/06_likelihood.ipynb #749c086a
+# %% ../../nbs/5_evaluation/06_likelihood.ipynb #71f2c6b9
 def integrate_rows(
     f,  # slope(time (b,), state (b, k), rows (b,)) -> (b, k)
     state: Tensor,  # (B, k) float64; the last column is measured by itself
@@ -107,7 +102,8 @@ def integrate_rows(
 ) -> tuple[Tensor, Tensor]:  # (B, k) the states at the end, and (B,) how often each row's slope was evaluated
     "Adaptive integration, every row with steps of its own; FloatingPointError if they vanish."
     rows, out = torch.arange(len(state), device=state.device), torch.empty_like(state)
-    evaluations, time, step = torch.ones_like(rows), torch.full_like(state[:, 0], start), torch.full_like(state[:, 0], .1)
+    time, step = torch.full_like(state[:, 0], start), torch.full_like(state[:, 0], .1)
+    evaluations = torch.ones_like(rows)
     slope = f(time, state, rows)
     while len(rows):
         last, step = step >= end - time, torch.minimum(step, end - time)
@@ -115,14 +111,17 @@ def integrate_rows(
         evaluations[rows] += 6
         ratio = torch.maximum(error[:, :-1].square().mean(1).sqrt(), error[:, -1].abs()) / tol
         ok = ratio <= 1
-        if (~ok & (step < 1e-4)).any() or evaluations.max() > 20_000: raise FloatingPointError(f"tol={tol:g} can't be reached: the rounding of the model is larger; take a larger tol, or a model in double precision")
+        if (~ok & (step < 1e-4)).any() or evaluations.max() > 20_000:
+            raise FloatingPointError(f"tol={tol:g} can't be reached: the rounding of the model is larger; take a "
+                                     "larger tol, or a model in double precision")
         out[rows[ok & last]] = new[ok & last]
-        time, state, slope = time + ok * step, torch.where(ok[:, None], new, state), torch.where(ok[:, None], new_slope, slope)
+        time, accept = time + ok * step, ok[:, None]
+        state, slope = torch.where(accept, new, state), torch.where(accept, new_slope, slope)
         step = step * (.9 * ratio.clamp(min=1e-9) ** -.2).clamp(.2, 5.)
         rows, time, state, slope, step = (a[~(ok & last)] for a in (rows, time, state, slope, step))
     return out, evaluations
 
-# %% ../../nbs/5_evaluation/06_likelihood.ipynb #75ed8750
+# %% ../../nbs/5_evaluation/06_likelihood.ipynb #9407e73e
 def check_points(
     m,  # a model: data_shape, n_classes
     x: Tensor,  # (B, *data_shape)
@@ -133,21 +132,17 @@ def check_points(
     "What every likelihood needs; ValueError names what doesn't fit."
     for name, v in positive.items():
         if not v > 0: raise ValueError(f"{name} must be > 0, got {name}={v}")
-    if tuple(x.shape[1:]) != tuple(m.data_shape) or not len(x): raise ValueError(f"x must be (B, {', '.join(map(str, m.data_shape))}) with B >= 1, got {tuple(x.shape)}")
+    if tuple(x.shape[1:]) != tuple(m.data_shape) or not len(x):
+        raise ValueError(f"x must be (B, {', '.join(map(str, m.data_shape))}) with B >= 1, got {tuple(x.shape)}")
     if not torch.isfinite(x).all(): raise ValueError(f"x must be finite, got {x[~torch.isfinite(x)][0].item()}")
     ids = list(range(len(x)) if ids is None else map(int, ids))
     if len(ids) != len(x): raise ValueError(f"ids must be {len(x)} numbers, one for each image, got {len(ids)}")
     w = next(m.parameters(), None) if isinstance(m, torch.nn.Module) else None
     device, dtype = ("cpu", torch.float64) if w is None else (w.device, w.dtype)
-    return x.to(device, dtype), None if (y := _labels(m, y, len(x))) is None else y.to(device), ids
+    y = None if y is None else check_labels(y, len(x), m.n_classes).to(device)
+    return x.to(device, dtype), y, ids
 
-# %% ../../nbs/5_evaluation/06_likelihood.ipynb #50762702
-def _labels(m, y, n):
-    "Labels as (n,) int64, or None; ValueError for labels that the model doesn't know."
-    from ctm_nb.method.sampling import check_labels
-    return None if y is None else check_labels(y, n, m.n_classes)
-
-# %% ../../nbs/5_evaluation/06_likelihood.ipynb #8f5c6d4f
+# %% ../../nbs/5_evaluation/06_likelihood.ipynb #adff0aa9
 @torch.no_grad()
 def ode_log_density(
     m,  # a model: D(x, t, y), data_shape, n_classes, sigma_min, sigma_max, sigma_data
@@ -155,30 +150,25 @@ def ode_log_density(
     y=None,  # (B,) class indices, -1 or None for no label
     tol: float = 1e-4,  # largest error of a step, in standard deviations of z and in nats per dimension
     probes: int | None = 1,  # random vectors for the trace; None: an exact trace, for d more backward passes
-    kind: str = "rademacher",  # of random vectors: "rademacher" or "gaussian"
     seed: int = 0,  # of the random vectors
     ids=None,  # (B,) numbers of the images; None: 0..B-1
 ) -> tuple[Tensor, Tensor]:  # (B,) log p(x) at sigma_min in nats, float64, and (B,) evaluations of the model
     "Log-density of what the model's ODE draws, by the instantaneous change of variables."
     x, y, ids = check_points(m, x, y, ids, tol=tol)
-    v = trace_probes(tuple(m.data_shape), probes, kind, seed, ids).to(x)
-    sigma = math.hypot(m.sigma_min, m.sigma_data)
+    v, sigma = trace_probes(tuple(m.data_shape), probes, seed, ids).to(x), math.hypot(m.sigma_min, m.sigma_data)
     state = torch.cat([x.double().flatten(1) / sigma, x.new_zeros(len(x), 1, dtype=torch.float64)], 1)
-    state, evaluations = integrate_rows(unit_slope(m, y, v, ids), state, math.log(m.sigma_min), math.log(m.sigma_max), tol)
-    z, dim = state[:, :-1], state.shape[1] - 1
-    return (dim * (state[:, -1] - math.log(sigma) - math.log(2 * math.pi) / 2) - z.square().sum(1) / 2).cpu(), evaluations.cpu()
+    ends = math.log(m.sigma_min), math.log(m.sigma_max)
+    state, evaluations = integrate_rows(unit_slope(m, y, v, ids), state, *ends, tol)
+    z, ell = state[:, :-1], state[:, -1]
+    nats = z.shape[1] * (ell - math.log(sigma) - math.log(2 * math.pi) / 2) - z.square().sum(1) / 2  # Eq. (3)
+    return nats.cpu(), evaluations.cpu()
 
-# %% ../../nbs/5_evaluation/06_likelihood.ipynb #dff0e6fe
+# %% ../../nbs/5_evaluation/06_likelihood.ipynb #5382cf34
 PIXEL = 2 / 255  # width of a grey level in [-1, 1]
 
-def bits_per_dim(
-    nats: Tensor,  # (B,) log-probabilities of images
-    dim: int,  # numbers in an image
-) -> Tensor:  # (B,)
-    "The length of an image's code, in bits for each of its numbers."
-    return -nats / (dim * math.log(2))
+def bits_per_dim(nats, dim): return -nats / (dim * math.log(2))  # length of an image's code, in bits for each number
 
-# %% ../../nbs/5_evaluation/06_likelihood.ipynb #073e6936
+# %% ../../nbs/5_evaluation/06_likelihood.ipynb #ba5daed6
 def dequantise(
     x: Tensor,  # (B, ...) images of 256 levels in [-1, 1]
     seed: int,  # of the noise
@@ -188,33 +178,32 @@ def dequantise(
     u = torch.special.ndtr(fresh_noise(tuple(x.shape[1:]), seed, ids).double()).to(x.device)
     return x.double() + PIXEL * (u - .5)
 
-# %% ../../nbs/5_evaluation/06_likelihood.ipynb #006f1061
+# %% ../../nbs/5_evaluation/06_likelihood.ipynb #2f58be59
 def check_images(
     x: Tensor,  # (B, ...) images
-    ids,  # (B,) their numbers; None: 0..B-1
+    ids,  # (B,) their numbers
 ):
     "Raise ValueError naming the first image outside [-1, 1] or between the 256 levels."
     v = (x.double() + 1) * 127.5
-    for bad, what in ((~((v > -1e-3) & (v < 255.001)), "lie in [-1, 1]"), ((v - v.round()).abs() > .02, "have the 256 levels v / 127.5 - 1")):
-        if bad.any():
-            i = int(bad.flatten(1).any(1).nonzero()[0])
-            raise ValueError(f"images must {what}, got {x[i][bad[i]][0].item():g} in image {i if ids is None else int(list(ids)[i])}")
+    outside, between = (v < -1e-3) | (v > 255.001), (v - v.round()).abs() > .02
+    for bad, what in ((outside, "lie in [-1, 1]"), (between, "have the 256 levels v / 127.5 - 1")):
+        for i in bad.flatten(1).any(1).nonzero()[:1, 0].tolist():
+            raise ValueError(f"images must {what}, got {x[i][bad[i]][0].item():g} in image {ids[i]}")
 
-# %% ../../nbs/5_evaluation/06_likelihood.ipynb #9cbf9285
+# %% ../../nbs/5_evaluation/06_likelihood.ipynb #6214ed83
 def ode_bits(
     m,  # a model, as in `ode_log_density`
     x: Tensor,  # (B, *data_shape) images in [-1, 1], of 256 levels
     y=None,  # (B,) class indices, -1 or None for no label
     tol: float = 1e-4,  # as in `ode_log_density`
     probes: int | None = 1,  # random vectors for the trace; None: an exact trace
-    kind: str = "rademacher",  # of random vectors: "rademacher" or "gaussian"
     seed: int = 0,  # of dequantisation and random vectors
     ids=None,  # (B,) numbers of the images; None: 0..B-1
 ) -> Tensor:  # (B,) bits per dimension, float64; lower is better
     "Bits per dimension under the model's ODE, with uniform dequantisation."
     x, y, ids = check_points(m, x, y, ids, tol=tol)
     check_images(x, ids)
-    nats, _ = ode_log_density(m, dequantise(x, seed, ids), y, tol, probes, kind, seed, ids)
+    nats, _ = ode_log_density(m, dequantise(x, seed, ids), y, tol, probes, seed, ids)
     dim = math.prod(m.data_shape)
     return bits_per_dim(nats + dim * math.log(PIXEL), dim)
 
@@ -228,7 +217,7 @@ def elbo_times(
     at = w[0] + u * (w[1] - w[0])
     return m.sigma_data * at.exp() / (-torch.expm1(2 * at)).sqrt(), w[1] - w[0]
 
-# %% ../../nbs/5_evaluation/06_likelihood.ipynb #7d6aad9b
+# %% ../../nbs/5_evaluation/06_likelihood.ipynb #feea4574
 @torch.no_grad()
 def diffusion_loss(
     m,  # a model: D(x, t, y), sigma_min, sigma_max, sigma_data
@@ -245,7 +234,8 @@ def diffusion_loss(
     for j in range(levels):
         eps = fresh_noise(tuple(x.shape[1:]), seed, ids, 1 + j).to(x)
         total += edm_loss(m.D, x, times[:, j].to(x), eps, y, m.sigma_data).double().cpu()
-    if not torch.isfinite(total).all(): raise FloatingPointError(f"{type(m).__name__} is not finite for image {ids[int((~torch.isfinite(total)).nonzero()[0])]}; expected finite numbers")
+    for i in (~torch.isfinite(total)).nonzero()[:1, 0].tolist():
+        raise FloatingPointError(f"{type(m).__name__} is not finite for image {ids[i]}; expected finite numbers")
     return Z * math.prod(x.shape[1:]) * total / levels
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #9b541b29
@@ -272,7 +262,7 @@ def elbo_log_density(
     constant = math.prod(m.data_shape) / 2 * (1 + math.log(2 * math.pi * m.sigma_min ** 2))
     return -(prior_loss(m, x) + diffusion_loss(m, x, y, levels, seed, ids) + constant)
 
-# %% ../../nbs/5_evaluation/06_likelihood.ipynb #ecf2c884
+# %% ../../nbs/5_evaluation/06_likelihood.ipynb #5a2973cf
 def reconstruction_loss(
     m,  # a model: sigma_min
     x: Tensor,  # (B, ...) images of 256 levels in [-1, 1]
@@ -280,12 +270,12 @@ def reconstruction_loss(
     ids,  # (B,) numbers of the images
 ) -> Tensor:  # (B,) nats, float64
     "The cost of reading the grey levels from an image with noise sigma_min."
-    values = torch.linspace(-1, 1, 256, dtype=torch.float64)
-    def one(image, eps):  # (d,) each
-        z = image + m.sigma_min * eps
-        logits = -(z[:, None] - values).square() / (2 * m.sigma_min ** 2)  # (d, 256)
+    values, x = torch.linspace(-1, 1, 256, dtype=torch.float64), x.double().cpu()
+    z = x + m.sigma_min * fresh_noise(tuple(x.shape[1:]), seed, ids).double()
+    def one(image, z):  # (d,) each; an image at a time: (d, 256) numbers are many
+        logits = -(z[:, None] - values).square() / (2 * m.sigma_min ** 2)
         return torch.nn.functional.cross_entropy(logits, ((image + 1) * 127.5).round().long(), reduction="sum")
-    return torch.stack([one(a, e) for a, e in zip(x.double().cpu().flatten(1), fresh_noise(tuple(x.shape[1:]), seed, ids).double().flatten(1))])
+    return torch.stack([one(*pair) for pair in zip(x.flatten(1), z.flatten(1))])
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #111b1dea
 def elbo_bits(
@@ -312,31 +302,23 @@ def split_words(
     words = [w.strip() for w in text.split(",")] if text else []
     return [w for w in LIKELIHOODS if w in words], ",".join(w for w in words if w not in LIKELIHOODS) or None
 
-# %% ../../nbs/5_evaluation/06_likelihood.ipynb #fde79dd2
+# %% ../../nbs/5_evaluation/06_likelihood.ipynb #6dcfa60f
 def check_fit(
     m,  # a model
-    data,  # ImageData
+    data,  # the images, see `Images`
 ):
-    "Raise ValueError naming what keeps this model from looking at these images."
-    shape = tuple(data.images.shape[1:])
-    if tuple(m.data_shape) != shape: raise ValueError(f"images of {data.name} must be {' x '.join(map(str, m.data_shape))} as the model's, got {' x '.join(map(str, shape))}")
-    if m.n_classes and m.n_classes != data.n_classes: raise ValueError(f"{data.name} must have labels of the model's {m.n_classes} classes, got {data.n_classes or 'no'} classes")
+    "Raise ValueError naming what keeps this model from scoring these images."
+    shape, words = (data.channels, data.image_size, data.image_size), lambda s: " x ".join(map(str, s))
+    if tuple(m.data_shape) != shape:
+        raise ValueError(f"images of {data.name} must be {words(m.data_shape)} as the model's, got {words(shape)}")
+    if m.n_classes and m.n_classes != data.n_classes:
+        raise ValueError(f"{data.name} must have labels of the model's {m.n_classes} classes, got "
+                         f"{data.n_classes or 'no'} classes")
 
-# %% ../../nbs/5_evaluation/06_likelihood.ipynb #8dba470e
-def likelihood_settings(
-    word: str,  # of LIKELIHOODS
-    tol: float,  # of the ODE
-    probes: int,  # of the ODE
-    levels: int,  # of the bound
-) -> tuple:  # the function, its arguments, and how a record names them
-    "How a likelihood is computed."
-    if word == "elbo": return elbo_bits, {"levels": levels}, {"levels": levels}
-    return ode_bits, {"tol": tol, "probes": probes}, {"solver": "RK45", "tolerance": tol, "probes": probes}
-
-# %% ../../nbs/5_evaluation/06_likelihood.ipynb #135ada7f
+# %% ../../nbs/5_evaluation/06_likelihood.ipynb #61ecd5f1
 def likelihood_records(
     m,  # a model
-    data,  # ImageData
+    data,  # the images, see `Images`
     words: list,  # of LIKELIHOODS
     checkpoint: str | None = None,  # for the records
     n: int | None = None,  # images, evenly spaced over the data; None or more than there are: all
@@ -348,14 +330,20 @@ def likelihood_records(
     progress: bool = False,  # show a bar
 ) -> list:  # of dicts, ready for json
     "Mean bits per dimension of images, a record for each word. Raises ValueError if model and images don't fit."
-    from tqdm.auto import tqdm
     check_fit(m, data)
-    n = min(n or len(data), len(data))
-    ids, rows = torch.arange(n) * len(data) // n, []
+    n, rows = min(n or len(data), len(data)), []
+    ode, bound = {"tol": tol, "probes": probes}, {"levels": levels}
+    methods = {"bpd": (ode_bits, ode, {"solver": "RK45", "tolerance": tol, "probes": probes}),
+               "elbo": (elbo_bits, bound, bound)}
+    reference = {"name": data.name, "sha256": data.sha256(), "n": len(data)}
+    common = {"n_samples": n, "reference": reference, "features": None, "sampler": None, "seed": seed,
+              "checkpoint": checkpoint}
     for word in words:
-        score, kw, about = likelihood_settings(word, tol, probes, levels)
-        parts = tqdm(ids.split(batch), desc=word, unit=" batches", disable=None if progress else True)
-        b = torch.cat([score(m, data.x0(i), data.labels[i] if m.n_classes else None, seed=seed, ids=i.tolist(), **kw) for i in parts])
-        rows.append({"metric": LIKELIHOODS[word], "value": float(b.mean()), "standard_error": float(b.std() / n ** .5) if n > 1 else None, "n_samples": n,
-                     "reference": {"name": data.name, "sha256": data.sha256(), "n": len(data)}, "features": None, "sampler": None, **about, "seed": seed, "checkpoint": checkpoint})
+        bits, settings, about = methods[word]
+        parts = (torch.arange(n) * len(data) // n).split(batch)
+        parts = tqdm(parts, desc=word, unit=" batches", disable=None if progress else True)
+        y = lambda i: data.labels[i] if m.n_classes else None
+        b = torch.cat([bits(m, data.x0(i), y(i), seed=seed, ids=i.tolist(), **settings) for i in parts])
+        error = float(b.std() / n ** .5) if n > 1 else None
+        rows.append({"metric": LIKELIHOODS[word], "value": float(b.mean()), "standard_error": error, **common, **about})
     return rows
