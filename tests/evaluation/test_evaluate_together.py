@@ -12,20 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from ctm_nb.evaluation import evaluate as shares
 from ctm_nb.commands.evaluate import ctm_nb_evaluate
 from ctm_nb.data.images import digits
-from ctm_nb.evaluation.draw import make_plan
+from ctm_nb.evaluation.draw import make_recipe
 from ctm_nb.method.teacher import Denoiser
 from ctm_nb.evaluation.features import ClassifierExtractor
 from ctm_nb.checkpoints.models import describe, load
 from ctm_nb.evaluation.metrics import FeatureStats, train_classifier
 from ctm_nb.networks.unet import DDPMpp, init_
-from ctm_nb.evaluation.reference import Collected, array_samples, build_reference, joined, look, read_reference
-from ctm_nb.evaluation.search import stored_times
+from ctm_nb.evaluation.reference import (Collected, Ranks, array_samples, build_reference, extract, joined, process_group,
+                                         read_reference)
+from ctm_nb.evaluation.search import beside, ledger_file, search_times, stored_times
 from ctm_nb.checkpoints.store import save_checkpoint
 from ctm_nb.method.trajectory import student_from
-from ctm_nb.evaluation.search import ledger_of, search_folder, tune
 
 
 @pytest.fixture(scope="module")
@@ -79,16 +78,17 @@ def values(path): return {(r["metric"], json.dumps(r["sampler"], sort_keys=True)
 
 def merged_in_a_group(x):
     "Statistics of shares of x equal those of one pass to 1e-10."
-    with shares.together() as (rank, world):
-        part = shares.share_of(len(x))
+    with process_group() as ranks:
+        part = ranks.share(len(x))
         mine = torch.from_numpy(x[part.start:part.stop])
         got = Collected(len(mine), FeatureStats(x.shape[1]).update(mine) if len(mine) else None, None, mine, None, None, (1, 8, 8))
-        every, whole = shares.gather(got), FeatureStats(x.shape[1]).update(x)
-        if rank: assert every is None
+        parts, whole = ranks.gather(got), FeatureStats(x.shape[1]).update(x)
+        if ranks.rank: assert parts is None
         else:
+            every = joined(parts)
             assert every.n == len(x) and torch.equal(every.points, torch.from_numpy(x))
             assert (every.stats.mean - whole.mean).abs().max() < 1e-10 and (every.stats.cov - whole.cov).abs().max() < 1e-10
-        assert shares.send("word" if rank == 0 else None) == "word"
+        assert ranks.send("word" if ranks.rank == 0 else None) == "word"
 
 
 def test_merged_statistics_are_those_of_one_pass():
@@ -99,16 +99,16 @@ def test_merged_statistics_are_those_of_one_pass():
 
 def test_shares_cover_everything_once():
     for n, world in ((10, 3), (2, 5), (7, 7), (1000, 6)):
-        parts = [list(shares.share_of(n, r, world)) for r in range(world)]
+        parts = [list(Ranks(r, world).share(n)) for r in range(world)]
         assert sum(parts, []) == list(range(n)) and max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_joined_needs_images_that_differ(ref):
     net = ClassifierExtractor(read_reference(ref).net)
-    one = look(net, array_samples(digits().images[:1]).batches())
+    one = extract(net, array_samples(digits().images[:1]).batches())
     with pytest.raises(ValueError, match="at least 2 are needed, got 1"): joined([one])
     with pytest.raises(ValueError, match="constant: all 3 images"): joined([one, one, one], "f")
-    assert joined([one, look(net, array_samples(digits().images[5:6]).batches())]).n == 2
+    assert joined([one, extract(net, array_samples(digits().images[5:6]).batches())]).n == 2
 
 
 def test_two_processes_score_as_one(run, ref, tmp_path, capfd):
@@ -149,7 +149,7 @@ def test_search_is_stored_and_used(run, ref, tmp_path, capsys):
         assert e["kept"] == ("found" if e["fresh"]["found"] < e["fresh"]["default"] else "default") and (e["times"] == e["searched"]["times"]) == (e["kept"] == "found")
     rows = [r for r in json.loads((tmp_path / "s.json").read_text()) if r["metric"] == "frechet_distance"]
     assert [("times" in r["sampler"], r["value"]) for r in rows] == [x for e in stored.values() for x in ((False, e["fresh"]["default"]), (True, e["fresh"]["found"]))]
-    plan = make_plan(load(run), run, 3, steps=2, times="auto")
+    plan = make_recipe(load(run), run, 3, steps=2, times="auto")
     assert plan["times"] == stored["2"]["times"] and plan["gamma"] == stored["2"]["gamma"] and stored_times(run, 3)["times"] == stored["3"]["times"]
     ledgers = {f: f.stat().st_mtime_ns for f in (run / "search").glob("*-steps-*.json")}
     assert as_group(command, *words[:-2]) == [0, 0]  # two processes find the ledgers complete
@@ -177,18 +177,21 @@ def test_killed_search_continues(run, ref, tmp_path):
 
 
 def test_other_settings_are_other_ledgers(tmp_path):
-    class M: sigma_min, sigma_max = .002, 80.
     asked = []
-    score = lambda times, gamma: asked.append(times) or abs(times[1] - 3) + gamma
-    a = tune(score, M, tmp_path, 2, {"seed": 1}, 6)
+    def score(times, gamma):
+        asked.append(times)
+        return abs(times[1] - 3) + gamma
+    search = lambda settings, tries, f=score: search_times(f, 2, .002, 80., tries, None, tmp_path, settings)
+    a = search({"seed": 1}, 6)
     n = len(asked)
-    assert tune(score, M, tmp_path, 2, {"seed": 1}, 6) == a and len(asked) == n and tune(score, M, tmp_path, 2, {"seed": 2}, 6) == a and len(asked) == 2 * n
-    assert len(tune(score, M, tmp_path, 2, {"seed": 1}, 9)["curve"]) == 9 and len(asked) == 2 * n + 3  # more tries go on from where it ended
-    with pytest.raises(FloatingPointError, match="is nan; expected a finite number"): tune(lambda t, g: float("nan"), M, tmp_path, 2, {"seed": 3}, 6)
-    ledger = ledger_of(tmp_path, 2, {"seed": 4, "gamma": None})
-    ledger.write_text("no")
-    with pytest.raises(ValueError, match="is not the ledger of a search"): tune(score, M, tmp_path, 2, {"seed": 4}, 6)
-    assert search_folder(tmp_path / "m.safetensors").name == "m.safetensors.search"
+    assert search({"seed": 1}, 6) == a and len(asked) == n
+    assert search({"seed": 2}, 6) == a and len(asked) == 2 * n
+    assert len(search({"seed": 1}, 9)["curve"]) == 9 and len(asked) == 2 * n + 3  # more tries go on from where it ended
+    with pytest.raises(FloatingPointError, match="is nan; expected a finite number"):
+        search({"seed": 3}, 6, lambda t, g: float("nan"))
+    ledger_file(tmp_path, {"seed": 4, "steps": 2, "gamma": None, "range": [.002, 80.]}).write_text("no")
+    with pytest.raises(ValueError, match="is not the ledger of a search"): search({"seed": 4}, 6)
+    assert beside(tmp_path / "m.safetensors", "search").name == "m.safetensors.search"
 
 
 @pytest.mark.parametrize("words, message", [

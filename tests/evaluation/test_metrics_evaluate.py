@@ -14,13 +14,13 @@ from torch import nn
 
 from ctm_nb.commands.evaluate import ctm_nb_evaluate
 from ctm_nb.data.images import digits
-from ctm_nb.evaluation.evaluate import METRICS, extend_scores, score, text_table
+from ctm_nb.evaluation.evaluate import (METRICS, Request, drawn_samples, extend_scores, is_checkpoint, sampler_settings,
+                                        score, text_table)
 from ctm_nb.evaluation.features import ClassifierExtractor, InceptionExtractor, load_extractor, resize_clean, resize_tf1, spatial_features
-from ctm_nb.evaluation.metrics import FeatureStats, distance_blocks, features_and_probs, frechet_distance, frechet_gaussians, precision_recall, train_classifier
+from ctm_nb.evaluation.metrics import (FeatureStats, authenticity, bootstrap_frechet, density_coverage, distance_blocks,
+                                       frechet_against_n, frechet_distance, frechet_gaussians, kernel_distance,
+                                       polynomial_mmd, precision_recall, train_classifier)
 from ctm_nb.evaluation.reference import array_samples, as_pictures, build_reference, collect, data_samples, open_samples, read_reference
-from ctm_nb.evaluation.evaluate import draw_batches
-from ctm_nb.evaluation.metrics import authenticity, bootstrap_frechet, density_coverage, frechet_against_n, kernel_distance, polynomial_mmd
-from ctm_nb.evaluation.evaluate import is_checkpoint, ways
 
 rng = np.random.default_rng(0)
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
@@ -144,7 +144,7 @@ def test_bias_and_interval():
 
 
 def test_rank_deficient_covariances_are_warned_about():
-    with pytest.warns(RuntimeWarning, match="features a: 5 images span at most 4 of 8"): frechet_distance(rng.standard_normal((5, 8)), rng.standard_normal((30, 8)))
+    with pytest.warns(RuntimeWarning, match="reference: 5 images span at most 4 of 8"): frechet_distance(rng.standard_normal((5, 8)), rng.standard_normal((30, 8)))
 
 
 # --- feature networks
@@ -217,14 +217,14 @@ def test_torchscript_and_timm(tmp_path):
     out = load_extractor("timm:resnet10t", tmp_path)(x)
     assert out.pooled.shape == (2, net.num_features) and torch.allclose(out.probs.sum(1), torch.ones(2).double())
     torch.save({"a": torch.zeros(1)}, tmp_path / "resnet10t.pth")
-    with pytest.raises(ValueError, match="must hold the weights of timm:resnet10t"): load_extractor("timm:resnet10t", tmp_path)
+    with pytest.raises(ValueError, match="must hold the weights of ResNet"): load_extractor("timm:resnet10t", tmp_path)
 
 
 # --- sample sets and references
 
 def test_collect_equals_one_pass(net):
     x = digits("held_out").images[:101]
-    got, whole = collect(net, array_samples(x).batches(batch_size=17)), features_and_probs(net.net, x)[0]
+    got, whole = collect(net, array_samples(x), batch_size=17), net(x).pooled
     assert torch.allclose(got.points, whole, atol=1e-5) and np.abs(got.stats.cov.numpy() - np.cov(got.points.double().T)).max() < 1e-6
     again = FeatureStats(64)
     for part in got.points.split([1, 50, 50]): again.merge(FeatureStats(64).update(part))
@@ -233,11 +233,11 @@ def test_collect_equals_one_pass(net):
 
 
 def test_bad_features_are_errors(net):
-    with pytest.raises(ValueError, match="constant: all 4 images"): collect(net, [(digits().images[:1].expand(4, -1, -1, -1), None)])
-    with pytest.raises(ValueError, match="too few images"): collect(net, [])
+    with pytest.raises(ValueError, match="constant: all 4 images"): collect(net, array_samples(digits().images[:1].expand(4, -1, -1, -1)))
+    with pytest.raises(ValueError, match="too few images"): collect(net, array_samples(digits().images[:0]))
     bent = ClassifierExtractor(train_classifier(digits("train"), epochs=1, width=8))
     bent.net.norm.running_mean += float("nan")
-    with pytest.raises(ValueError, match="finite"): collect(bent, [(digits().images[:4], None)])
+    with pytest.raises(ValueError, match="finite"): collect(bent, array_samples(digits().images[:4]))
 
 
 @pytest.mark.parametrize("a, message", [(np.full((2, 4, 4, 1), 1.5), "values from 1.5 to 1.5"), (np.full((2, 4, 4, 1), -2.), "from -2"), (np.full((2, 4, 4, 1), np.nan), "nan"),
@@ -293,7 +293,7 @@ def test_reference_of_images_that_stay_on_disk(net, tmp_path, monkeypatch):
     here, there = (load_splits(tmp_path / "d", in_memory=k)["all"] for k in (True, False))
     a, b = build_reference(net, here, batch_size=25), build_reference(net, there, batch_size=25, max_points=40)
     assert not hasattr(there, "images") and torch.allclose(a.cov, b.cov, atol=1e-4) and a.label_counts == b.label_counts and (a.n, len(a.points), len(b.points)) == (60, 60, 40)
-    x, y = next(data_samples(there).batches(part=range(7, 11)))
+    x, y = next(data_samples(there).batches(range(7, 11)))
     assert torch.equal(x, here.images[7:11]) and torch.equal(y, here.labels[7:11])
 
 
@@ -334,8 +334,9 @@ def test_samples_are_scored_and_recorded(npz, ref_file, tmp_path, capsys):
     ctm_nb_evaluate([str(npz(n=300, y=d.labels[:300].numpy())), "--ref", str(ref_file), "--metrics", "fid,sfid,is,pr,dc,kid,acc", "--bootstrap", "3", "--out", str(out), "-n", "250"])
     rows = {r["metric"]: r for r in json.loads(out.read_text())}
     r = read_reference(ref_file)
-    f = features_and_probs(r.net, d.images[:250])[0]
-    assert rows["frechet_distance"]["value"] == pytest.approx(frechet_distance(features_and_probs(r.net, digits("held_out").images)[0], f), rel=1e-3)
+    net = ClassifierExtractor(r.net)
+    f, real = net(d.images[:250]).pooled, net(digits("held_out").images).pooled
+    assert rows["frechet_distance"]["value"] == pytest.approx(frechet_distance(real, f), rel=1e-3)
     assert (rows["precision"]["value"], rows["recall"]["value"]) == pytest.approx(precision_recall(r.points, f), abs=.01)
     assert rows["class_accuracy"]["value"] > .8 and rows["precision"]["n_samples"] == 250 and rows["precision"]["features"] == r.features
     assert rows["precision"]["reference"] == {"name": "held out", "sha256": digits("held_out").sha256(), "n": 445} and "interval" in rows["frechet_distance"]
@@ -362,13 +363,17 @@ def test_mistakes_are_one_line(npz, ref_file, weights, tmp_path, capsys):
 
 
 def test_drawing_in_batches_is_drawing_at_once():
-    from ctm_nb.networks.unet import DDPMpp
     from ctm_nb.method.sampling import sample
     from ctm_nb.method.trajectory import CTM
-    m, way = CTM(DDPMpp(8, 1, n_classes=3, s_branch=True, model_channels=8)).eval(), dict(solver="ctm", steps=2, gamma=.7)
-    parts = list(draw_batches(m, 10, way, [1, 2, 7], 5, 4))
+    from ctm_nb.networks.unet import DDPMpp
+    m = CTM(DDPMpp(8, 1, n_classes=3, s_branch=True, model_channels=8)).eval()
+    sampler = dict(solver="ctm", steps=2, gamma=.7)
+    drawn = drawn_samples(m, 10, sampler, [1, 2, 7], 5)
+    parts = list(drawn.batches(batch_size=4))
     y = torch.cat([y for _, y in parts])
     assert y.tolist() == [0, 1, 1] + [2] * 7
-    whole = ((sample(m, 10, y=y, seed=5, **way) + 1) * 127.5).round().clamp(0, 255)
+    whole = ((sample(m, 10, y=y, seed=5, **sampler) + 1) * 127.5).round().clamp(0, 255)
     assert (torch.cat([x for x, _ in parts]).float() - whole).abs().max() <= 1
-    assert len(ways(["ctm", "heun"], [1, 2], [0., 1.])) == 5 and not is_checkpoint("nothing.npz") and set(METRICS) >= {"fid", "sfid", "is", "pr", "dc", "kid"}
+    request = Request("", "", solver="ctm,heun", steps=[1, 2], gammas=[0., 1.])
+    assert len(sampler_settings(request, m)) == 5 and not is_checkpoint("nothing.npz")
+    assert set(METRICS) >= {"fid", "sfid", "is", "pr", "dc", "kid"}

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from ctm_nb.evaluation import draw
-from ctm_nb.evaluation.draw import likelihoods, load_classifier
+from ctm_nb.evaluation.draw import (class_log_probs, classifier_source, draw_samples, load_classifier, make_recipe,
+                                    open_parts, with_parts)
 from ctm_nb.commands.sample import ctm_nb_sample
-from ctm_nb.data.images import digits
-from ctm_nb.evaluation.draw import draw_samples, make_plan, open_parts
+from ctm_nb.data.images import ImageData, digits
 from ctm_nb.method.teacher import Denoiser
 from ctm_nb.evaluation.features import ClassifierExtractor
 from ctm_nb.method.guidance import candidates, keep_best
@@ -22,6 +22,9 @@ from ctm_nb.evaluation.reference import build_reference, read_reference
 from ctm_nb.checkpoints.store import save_checkpoint
 from ctm_nb.method.sampling import sample
 from ctm_nb.method.trajectory import student_from
+
+def parts_of(out): return out.with_name(out.name + ".parts")
+
 
 def save_run(folder, n_classes):
     torch.manual_seed(0)
@@ -64,7 +67,7 @@ def test_chosen_samples_are_those_chosen_by_hand(run, ref, tmp_path):
     with np.load(tmp_path / "y.npz") as z:
         same = [i for i in range(43) if kept[i] < 43]
         assert same and (np.abs(images[same].astype(int) - z["arr_0"][np.array(kept)[same]]) <= 1).all()  # sample i is sample i
-        judged = lambda a: likelihoods(net, torch.from_numpy(a), y).mean()
+        judged = lambda a: class_log_probs(net, torch.from_numpy(a), y).mean()
         assert judged(images) > judged(z["arr_0"]) and plain["evaluations"] == plan["evaluations"]
 
 
@@ -82,7 +85,7 @@ def test_interrupted_while_choosing_continues(run, ref, tmp_path, monkeypatch):
     assert len(kept) == 4 and not out.exists() and (parts / "classifier.pt").exists()
     with pytest.raises(SystemExit): ctm_nb_sample([w if w != "3" else "4" for w in words] + ["--out", str(out)])  # another ratio is another plan
     seen, publish = {}, draw.publish
-    monkeypatch.setattr(draw, "publish", lambda out, folder, *a: seen.update({f: f.stat().st_mtime_ns for f in folder.glob("part_*")}) or publish(out, folder, *a))
+    monkeypatch.setattr(draw, "publish", lambda out, *a: seen.update({f: f.stat().st_mtime_ns for f in parts_of(out).glob("part_*")}) or publish(out, *a))
     for rank in "10":  # two processes of torchrun, one after the other
         monkeypatch.setenv("WORLD_SIZE", "2"); monkeypatch.setenv("RANK", rank)
         ctm_nb_sample([*words, "--out", str(out)])
@@ -103,18 +106,18 @@ def test_classifier_is_trained_once_and_kept_with_the_parts(run, tmp_path, monke
     monkeypatch.setattr(draw, "make_classifier", lambda *a: trained.append(1) or real(*a))
     def stop(*a): raise KeyboardInterrupt
     monkeypatch.setattr(draw, "draw_parts", stop)
-    with pytest.raises(KeyboardInterrupt): draw_samples(run, tmp_path / "a.npz", 9, device="cpu", reject=2.)
+    with pytest.raises(KeyboardInterrupt): draw_samples(run, tmp_path / "a.npz", 40, device="cpu", reject=2.)
     first = load_classifier(tmp_path / "a.npz.parts" / "classifier.pt").state_dict()
     monkeypatch.undo(); monkeypatch.setattr(draw, "make_classifier", lambda *a: trained.append(2) or real(*a))
     seen, publish = {}, draw.publish
-    monkeypatch.setattr(draw, "publish", lambda out, folder, *a: seen.update(load_classifier(folder / "classifier.pt").state_dict()) or publish(out, folder, *a))
-    draw_samples(run, tmp_path / "a.npz", 9, device="cpu", reject=2.)
+    monkeypatch.setattr(draw, "publish", lambda out, *a: seen.update(load_classifier(parts_of(out) / "classifier.pt").state_dict()) or publish(out, *a))
+    draw_samples(run, tmp_path / "a.npz", 40, device="cpu", reject=2.)
     assert trained == [1] and all(torch.equal(first[k], seen[k]) for k in first)
 
 
 def test_an_unlabelled_model_gets_classes(unlabelled, ref, tmp_path):
     m = load(unlabelled)
-    plan = make_plan(m, unlabelled, 12, classes="4,2", classifier=str(ref), classifier_guidance=2., reject=2.)
+    plan = make_recipe(m, unlabelled, 12, classes="4,2", classifier=str(ref), classifier_guidance=2., reject=2.)
     assert plan["classes"] == [4, 2] and plan["class_names"] == [str(i) for i in range(10)] and plan["evaluations"] == 2 and plan["draws"] == 24
     draw_samples(unlabelled, tmp_path / "t", 12, device="cpu", classes="4,2", classifier=str(ref), classifier_guidance=2., steps=3)
     assert {p.parent.name for p in (tmp_path / "t").rglob("*.png")} == {"4", "2"}
@@ -122,7 +125,7 @@ def test_an_unlabelled_model_gets_classes(unlabelled, ref, tmp_path):
     a, b = (np.load(tmp_path / f"{k}.npz")["arr_0"] for k in "ab")
     assert pushed["classes"] == [4] and plain["classes"] is None and (a != b).any()
     net, y = read_reference(ref).net, torch.full((12,), 4)
-    assert likelihoods(net, torch.from_numpy(a), y).mean() > likelihoods(net, torch.from_numpy(b), y).mean()
+    assert class_log_probs(net, torch.from_numpy(a), y).mean() > class_log_probs(net, torch.from_numpy(b), y).mean()
 
 
 @pytest.mark.parametrize("words, message", [
@@ -137,17 +140,17 @@ def test_mistakes_are_one_line_and_write_nothing(run, tmp_path, monkeypatch, cap
 
 
 def test_a_classifier_of_other_pictures_is_refused(run, unlabelled, tmp_path, ref):
-    with pytest.raises(ValueError, match="this one has none"): make_plan(load(unlabelled), unlabelled, 3, reject=2., classifier=str(ref))
-    r = read_reference(ref)
-    r.net.n_classes = 4
-    with pytest.raises(ValueError, match="10 classes, got one of 4"):
-        from ctm_nb.evaluation.draw import check_classifier
-        check_classifier({"shape": [1, 8, 8], "n_classes": 4}, load(run))
+    with pytest.raises(ValueError, match="this one has none"): make_recipe(load(unlabelled), unlabelled, 3, reject=2., classifier=str(ref))
+    four = ImageData(digits().images[:90] , digits().labels[:90] % 4, list("abcd"), "four")
+    other = build_reference(ClassifierExtractor(train_classifier(four, epochs=1, width=8)), four).save(tmp_path / "four.npz")
+    with pytest.raises(ValueError, match="10 classes, got one of 4"): classifier_source(other, run, load(run))
     np.savez(tmp_path / "edm.npz", mu=np.zeros(4), sigma=np.eye(4))
-    with pytest.raises(ValueError, match="holds no classifier"): make_plan(load(run), run, 3, reject=2., classifier=str(tmp_path / "edm.npz"))
-    open_parts(tmp_path / "w.npz", make_plan(load(run), run, 8, reject=2., classifier=str(ref)))
-    with pytest.raises(ValueError, match="reject: 2.0 -> 3.0"): draw_samples(run, tmp_path / "w.npz", 8, device="cpu", reject=3., classifier=str(ref))
-    with pytest.raises(ValueError, match="classifier: "): draw_samples(run, tmp_path / "w.npz", 8, device="cpu", reject=2., classifier="digits")
+    with pytest.raises(ValueError, match="holds no classifier"): make_recipe(load(run), run, 3, reject=2., classifier=str(tmp_path / "edm.npz"))
+    open_parts(tmp_path / "w.npz", with_parts(make_recipe(load(run), run, 80, reject=2., classifier=str(ref)), load(run)))
+    again = dict(device="cpu", classifier=str(ref))
+    with pytest.raises(ValueError, match="reject: 2.0 -> 3.0"): draw_samples(run, tmp_path / "w.npz", 80, reject=3., **again)
+    again["classifier"] = "digits"
+    with pytest.raises(ValueError, match="classifier: "): draw_samples(run, tmp_path / "w.npz", 80, reject=2., **again)
 
 
 def test_guidance_without_dropped_labels_is_warned_about(run, tmp_path):
@@ -156,6 +159,6 @@ def test_guidance_without_dropped_labels_is_warned_about(run, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"teacher": {"label_dropout": share}}))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            assert make_plan(m, tmp_path, 3, guidance=2.)["guidance"] == 2.
+            assert make_recipe(m, tmp_path, 3, guidance=2.)["guidance"] == 2.
         assert [word in str(w.message) for w in said] == ([True] if word else [])
-    with pytest.warns(RuntimeWarning, match="--which teacher"): make_plan(load(run), tmp_path, 3, guidance=2.)
+    with pytest.warns(RuntimeWarning, match="--which teacher"): make_recipe(load(run), tmp_path, 3, guidance=2.)

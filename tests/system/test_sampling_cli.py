@@ -15,7 +15,7 @@ from PIL import Image
 
 from ctm_nb.evaluation import draw
 from ctm_nb.commands.sample import ctm_nb_sample
-from ctm_nb.evaluation.draw import Batches, draw_samples, make_plan, missing_parts, open_parts
+from ctm_nb.evaluation.draw import Drawer, draw_samples, make_recipe, missing_parts, open_parts, with_parts
 from ctm_nb.method.teacher import Denoiser
 from ctm_nb.checkpoints.models import describe, load
 from ctm_nb.networks.unet import DDPMpp, init_
@@ -58,7 +58,7 @@ def test_killed_command_continues_with_two_processes(run, tmp_path, monkeypatch,
     kept = {f: f.stat().st_mtime_ns for f in parts.glob("part_*")}
     assert 0 < len(kept) < 10 and not out.exists()
     seen, publish = {}, draw.publish
-    monkeypatch.setattr(draw, "publish", lambda out, folder, *a: seen.update({f: f.stat().st_mtime_ns for f in folder.glob("part_*")}) or publish(out, folder, *a))
+    monkeypatch.setattr(draw, "publish", lambda *a: seen.update({f: f.stat().st_mtime_ns for f in parts.glob("part_*")}) or publish(*a))
     ctm_nb_sample([str(run), *WORDS, "--out", str(out), "--processes", "2", "--batch-size", "3"])
     assert len(seen) == 10 and seen.items() >= kept.items()  # what was finished was not drawn again
     assert not parts.exists() and not list(tmp_path.glob(".tmp*")) and "78 samples" in capsys.readouterr().out
@@ -87,7 +87,8 @@ def test_torchrun_is_killed_and_continued(run, tmp_path):
 
 
 def test_ranks_of_torchrun_share_the_work(run, tmp_path, monkeypatch):
-    plan = make_plan(load(run), run, 40, gamma=.2, times="80,1")
+    m = load(run)
+    plan = with_parts(make_recipe(m, run, 40, gamma=.2, times="80,1"), m)
     folder = open_parts(tmp_path / "z", plan)
     monkeypatch.setenv("WORLD_SIZE", "2"); monkeypatch.setenv("RANK", "1")
     draw_samples(run, tmp_path / "z", 40, device="cpu", gamma=.2, times="80,1")
@@ -111,10 +112,10 @@ def test_mistakes_are_one_line_and_write_nothing(run, tmp_path, monkeypatch, cap
 
 def test_times_auto_takes_what_is_stored(run, tmp_path):
     store_times(run, {"steps": 2, "times": [80., 1.5, .002], "gamma": .4, "score": 1., "score_default": 2., "curve": [1.]})
-    plan = make_plan(load(run), run, 3, times="auto")
+    plan = make_recipe(load(run), run, 3, times="auto")
     assert (plan["times"], plan["gamma"]) == ([80., 1.5, .002], .4)
-    assert make_plan(load(run), run, 3, times="auto", gamma=0.)["gamma"] == 0. and make_plan(load(run), run / "checkpoints" / "step_00000001", 3, steps=2, times="auto")["gamma"] == .4
-    with pytest.raises(ValueError, match="no times"): make_plan(load(run), tmp_path, 3, times="auto")
+    assert make_recipe(load(run), run, 3, times="auto", gamma=0.)["gamma"] == 0. and make_recipe(load(run), run / "checkpoints" / "step_00000001", 3, steps=2, times="auto")["gamma"] == .4
+    with pytest.raises(ValueError, match="no times"): make_recipe(load(run), tmp_path, 3, times="auto")
 
 
 def test_nothing_is_overwritten_unasked(run, tmp_path):
@@ -128,19 +129,21 @@ def test_nothing_is_overwritten_unasked(run, tmp_path):
 
 
 def test_other_samples_do_not_continue_a_plan(run, tmp_path):
-    open_parts(tmp_path / "w.npz", make_plan(load(run), run, 8, seed=1))
-    with pytest.raises(ValueError, match="seed: 1 -> 2"): draw_samples(run, tmp_path / "w.npz", 8, device="cpu", seed=2)
-    with pytest.raises(ValueError, match="weights"): draw_samples(run, tmp_path / "w.npz", 8, device="cpu", seed=1, which="teacher", solver="euler")
+    m = load(run)
+    open_parts(tmp_path / "w.npz", with_parts(make_recipe(m, run, 80, seed=1), m))
+    with pytest.raises(ValueError, match="seed: 1 -> 2"): draw_samples(run, tmp_path / "w.npz", 80, device="cpu", seed=2)
+    with pytest.raises(ValueError, match="weights"):
+        draw_samples(run, tmp_path / "w.npz", 80, device="cpu", seed=1, which="teacher", solver="euler")
 
 
 def test_batches_back_off_when_memory_is_full():
     def f(ids):
         if len(ids) > 5: raise torch.OutOfMemoryError("full")
         return ids
-    b = Batches(f, 64)
+    b = Drawer(f, 64)
     assert b(torch.arange(23)).tolist() == list(range(23)) and 2 <= b.size <= 5
-    with pytest.raises(RuntimeError, match="a bug"): Batches(lambda ids: (_ for _ in ()).throw(RuntimeError("a bug")), 4)(torch.arange(3))
-    with pytest.raises(torch.OutOfMemoryError): Batches(lambda ids: (_ for _ in ()).throw(torch.OutOfMemoryError("full")), 4)(torch.arange(3))
+    with pytest.raises(RuntimeError, match="a bug"): Drawer(lambda ids: (_ for _ in ()).throw(RuntimeError("a bug")), 4)(torch.arange(3))
+    with pytest.raises(torch.OutOfMemoryError): Drawer(lambda ids: (_ for _ in ()).throw(torch.OutOfMemoryError("full")), 4)(torch.arange(3))
 
 
 def test_not_finite_output_is_named(run, tmp_path, monkeypatch):
