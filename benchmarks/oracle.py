@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ctm_nb.method.distill import MATCHING, ctm_dsm_objective, ctm_loss, draw_stretch, dsm_sigma, pseudo_huber, teacher_jump
+from ctm_nb.method.balance import BalancedGradients
+from ctm_nb.method.distances import pseudo_huber
+from ctm_nb.method.distill import MATCHING, draw_interval, dsm_sigma, interval_times, solve_interval, step_losses
 from ctm_nb.method.flow import GaussianMixture, grid_time, perturb, rho_grid, toy_mixture
 from ctm_nb.method.teacher import Denoiser
 from ctm_nb.method.trajectory import CTM, student_from
@@ -32,15 +34,16 @@ def toy_example(
     matching: str,  # one of MATCHING
     gen: torch.Generator,  # source of randomness (CPU)
     N: int = 18,  # points of the time grid
-) -> tuple[dict, int]:  # arguments of `ctm_dsm_objective`, NFE of the teacher
+) -> tuple[dict, int]:  # arguments of `step_losses`, NFE of the teacher
     "One batch on the mixture with the exact teacher's answer."
     draw = lambda *shape: torch.randn(*shape, generator=gen)
-    i, k, j = draw_stretch(len(x0), N, N - 1, gen, matching)
+    i, k, j = draw_interval(len(x0), N, N - 1, gen, matching)
     t, u, s = (grid_time(v, N).float() for v in (i, i + k, j))
     x_t = perturb(x0, t, draw(*x0.shape))
-    x_u, nfe = teacher_jump(toy.D, x_t, i, k, N, method="dpmpp_2m")
+    times = interval_times(i, k, N, "dpmpp_2m")
+    x_u = solve_interval(toy.D, x_t, times, None, "dpmpp_2m")
     sigma = dsm_sigma(draw(len(x0)), torch.rand(len(x0), generator=gen))
-    return dict(x_t=x_t, x_u=x_u, t=t, u=u, s=s, x0=x0, sigma=sigma, eps=draw(*x0.shape)), nfe
+    return dict(x_t=x_t, x_u=x_u, t=t, u=u, s=s, x0=x0, sigma=sigma, eps=draw(*x0.shape)), len(times) - 1
 
 
 def train_on(
@@ -60,13 +63,11 @@ def train_on(
     opt = torch.optim.AdamW(student.parameters(), lr, betas=(.9, .99), weight_decay=0.)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=.1)
     data, total = toy.sample(10000, seed=seed), 0.
+    gradients = BalancedGradients(student.parameters(), student.net.last_layer)
     for step in range(steps):
         e, nfe = example(toy, data[torch.randint(len(data), (batch,), generator=gen)], matching, gen)
-        jump = (e[k] for k in ("x_t", "x_u", "t", "u", "s"))
-        if dsm: loss = ctm_dsm_objective(student, ema, **e, distance=pseudo_huber)["objective"]
-        else: loss = ctm_loss(student, ema, *jump, distance=pseudo_huber).mean()
-        opt.zero_grad()
-        loss.backward()
+        gradients.add(step_losses(student, ema, **e, distance=pseudo_huber, dsm=dsm))
+        gradients.combine()
         opt.step()
         schedule.step()
         rate = min(.99, (1 + step) / (10 + step))

@@ -28,9 +28,9 @@ NETWORKS = {"ddpmpp 32, 32 x 32": ("ddpmpp", dict(image_size=32, model_channels=
             "ncsnpp 32, 32 x 32": ("ncsnpp", dict(image_size=32, model_channels=32)), "adm 32, 64 x 64": ("adm", dict(image_size=64, model_channels=32, channel_mult=(1, 2, 3, 4), n_blocks=3, attention=(32, 16, 8), channels_per_head=16)),
             "openai 32, 64 x 64": ("openai", dict(image_size=64, model_channels=32, channel_mult=(1, 2, 3, 4), n_blocks=3, attention=(32, 16, 8), channels_per_head=16))}
 RECIPES = {"published": ["distill.solver=heun", "distill.max_evals=none", "distill.distance=l2"],
-           "eleven evaluations": ["distill.solver=dpm", "distill.max_evals=11", "distill.spacing=log"],
-           "3M": ["distill.solver=dpm3", "distill.spacing=log"],
-           "five evaluations": ["distill.solver=dpm", "distill.max_evals=5", "distill.spacing=log"]}
+           "eleven evaluations": ["distill.solver=dpm", "distill.max_evals=11"],
+           "3M": ["distill.solver=dpm3"],
+           "five evaluations": ["distill.solver=dpm", "distill.max_evals=5"]}
 FILE = ["machine"]  # of the results, see --file
 CLOCK = [time.perf_counter]  # or time.process_time, see --processor-time
 STRETCHES = (5, 8, 11, 13, 15, 16)  # the middles of six equally likely parts of the draw of k, for N = 18
@@ -138,14 +138,16 @@ def numbers_with(stage, k, seed, step=None):
     "What a step draws, for a stretch of k grid steps; the same times and noise for every `step` of a stage."
     import ctm_nb.training.stages as stages
     from ctm_nb.method.distill import draw_indices
-    kept, stages.draw_stretch = stages.draw_stretch, lambda B, N, K, gen, *rest: (ij := draw_indices(B, k, N, gen)) and (ij[0], k, ij[1])
+    kept, stages.draw_interval = stages.draw_interval, lambda B, N, K, gen, *rest: (ij := draw_indices(B, k, N, gen)) and (ij[0], k, ij[1])
     try: return stages.carry_to(stage.draw(len(stage.data), stages.step_generator(0, seed), seed if step is None else step), stage.device)
-    finally: stages.draw_stretch = kept
+    finally: stages.draw_interval = kept
 
 
 def plain_step(stage, numbers, x0):
     "The published step, written down as its formulas stand."
-    from ctm_nb.method.distill import adaptive_weight, dsm_loss, l2
+    from ctm_nb.method.balance import adaptive_weight
+    from ctm_nb.method.distances import l2
+    from ctm_nb.method.distill import dsm_loss
     from ctm_nb.method.solvers import solve
     from ctm_nb.method.flow import grid_time, perturb
     teacher, student, target = (stage.parts[k] for k in ("teacher", "model", "target"))
@@ -173,19 +175,15 @@ def our_step(stage, numbers, x0, context=nullcontext, micro=None):
     "The package's step."
     from ctm_nb.training.runtime import Guard
     from ctm_nb.training.stages import take
-    from ctm_nb.training.step import apply_gradient, gradient_at_once, gradient_in_parts
+    from ctm_nb.training.step import apply_gradient, gradient
     optimizer, B = stage.optimizers["model"], len(x0)
     optimizer.zero_grad(set_to_none=True)
-    if micro:
-        rows = [slice(i, i + micro) for i in range(0, B, micro)]
-        def examples():
-            for r in rows:
-                with context(): e = stage.example(x0[r], None, take(numbers, r), 0)
-                yield e
-        out = gradient_in_parts(stage, examples(), 0, [micro / B] * len(rows), context)
-    else:
-        with context(): e = stage.example(x0, None, numbers, 0)
-        out = gradient_at_once(stage, e, 0, context)
+    rows = [slice(i, i + (micro or B)) for i in range(0, B, micro or B)]
+    def examples():
+        for r in rows:
+            with context(): e = stage.example(x0[r], None, take(numbers, r), 0)
+            yield e
+    out = gradient(stage, examples(), 0, [1 / len(rows)] * len(rows), context)
     apply_gradient(stage, 0, out, Guard(stage.device), 0)
 
 
@@ -222,9 +220,8 @@ def step_section(a):
 
 def parts_section(a):
     "The cost of one step by part."
-    from ctm_nb.method.distill import ctm_target, last_layer_gradient, project, student_pass
-    from ctm_nb.method.teacher import edm_loss
-    from ctm_nb.method.flow import grid_time, perturb
+    from ctm_nb.method.balance import BalancedGradients
+    from ctm_nb.method.distill import ctm_pair, dsm_loss
     for channels in a.channels:
         rows = {}
         for recipe in RECIPES:
@@ -232,18 +229,16 @@ def parts_section(a):
             x0, numbers = torch.rand(a.batch, 3, 32, 32, device=a.device) * 2 - 1, numbers_with(stage, 12, 0)
             student, target, made = stage.parts["model"], stage.parts["target"], {}
             e = stage.example(x0, None, numbers, 0)
+            gradients = BalancedGradients(student.parameters(), student.net.last_layer)
             def teacher(): made.update(e=stage.example(x0, None, numbers, 0))
-            def goal(): made.update(goal=ctm_target(student, target, e["x_u"], e["u"], e["s"]))
-            def forward(): made.update(zip(("x_s", "D"), student_pass(student, e["x_t"], e["t"], e["s"], perturb(x0, e["sigma"], e["eps"]), e["sigma"])))
-            def ema_map(): made.update(projected=project(made["x_s"], made["goal"], target, e["s"], None, stage.distance)[0])
-            def balance():
-                made["dsm"] = edm_loss(lambda *_: made["D"], x0, e["sigma"], e["eps"]).mean()
-                for l in (made["projected"], made["dsm"]): last_layer_gradient(l, student.net.last_layer)
-            def backward(): (made["projected"] + made["dsm"]).backward()
+            def ctm(): made["ctm"] = stage.distance(*ctm_pair(student, target, *(e[k] for k in ("x_t", "x_u", "t", "u", "s")))).mean()
+            def dsm(): made["dsm"] = dsm_loss(student, x0, e["sigma"], e["eps"]).mean()
+            def backward(): gradients.add({k: made[k] for k in ("ctm", "dsm")})
+            def balance(): gradients.combine()
             def optimizer(): stage.optimizers["model"].step()
             def averages(): [ema.update(student) for ema in stage.emas.values()]
-            rows[recipe] = in_turn({"data and draw": lambda: numbers_with(stage, 12, 0), "teacher": teacher, "target": goal, "student, forward": forward, "map to the end": ema_map, "balance": balance,
-                                    "student, backward": backward, "optimizer": optimizer, "averages": averages}, a.repeats)
+            rows[recipe] = in_turn({"data and draw": lambda: numbers_with(stage, 12, 0), "teacher": teacher, "CTM, forward": ctm, "DSM, forward": dsm, "backward": backward, "balance": balance,
+                                    "optimizer": optimizer, "averages": averages}, a.repeats)
         keep(f"parts {channels}", {"batch": a.batch, "k": 12, "rows": rows})
 
 
@@ -254,7 +249,9 @@ def adversary_section(a):
         turns = {"student": 0, "student, with an adversary": 2, "discriminator": 1}
         made = {n: stage.example(x0, None, numbers_with(stage, 12, 0, n), n) for n in turns.values()}
         def turn(n):
-            stage.losses(dict(made[n]), n)["objective"].backward()
+            gradients = stage.gradients(n)
+            gradients.add(stage.losses(made[n], n))
+            gradients.combine(**stage.bounds)
             stage.optimizers[part := stage.learner(n)].step()
             stage.optimizers[part].zero_grad()
         jobs = {"teacher": lambda: stage.example(x0, None, numbers_with(stage, 12, 0, 0), 0), **{k: partial(turn, n) for k, n in turns.items()}}
@@ -384,7 +381,8 @@ def fine_solution(D, x_t, t, u, y, steps=272):
 
 def stretch_errors(D, x0, y, curve, student=None, target=None, N=18, seed=0):
     "Mean error and evaluations of every plan, over stretches that stand for the draw of k, and random t and s; the target's too, if there is a student."
-    from ctm_nb.method.distill import ctm_target, draw_indices, stretch_times
+    from spacings import spaced_times
+    from ctm_nb.method.distill import ctm_pair, draw_indices
     from ctm_nb.method.solvers import nfe
     from unipc import solve_any
     from ctm_nb.method.flow import grid_time, perturb
@@ -395,12 +393,12 @@ def stretch_errors(D, x0, y, curve, student=None, target=None, N=18, seed=0):
         i, j = draw_indices(B, k, N, gen)
         t, u, s = (grid_time(v, N) for v in (i, i + k, j))
         x_t = perturb(x0, t.float(), torch.randn(x0.shape, generator=gen))
-        ends = lambda x: ctm_target(student, target, x, u.float(), s.float(), y)
+        ends = lambda x: ctm_pair(student, target, x_t, x, t.float(), u.float(), s.float(), y)[1]
         with torch.no_grad():
             exact = fine_solution(D, x_t, t, u, y)
             goal = ends(exact) if student else None
             for p, (method, most, spacing, finer) in plans.items():
-                times = stretch_times(finer * i, finer * k, finer * (N - 1) + 1, "heun" if method == "heun" else "dpmpp_2m", most, spacing, curve)  # their cost is the same
+                times = spaced_times(finer * i, finer * k, finer * (N - 1) + 1, "heun" if method == "heun" else "dpmpp_2m", most, spacing, curve)  # their cost is the same
                 with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in p, cache_enabled=False): x_u = solve_any(D, x_t, times.float(), y, method)
                 rows[p]["evals"].append(nfe("heun" if method == "heun" else "dpmpp_2m", times))
                 rows[p]["x_u"].append(float(rms(x_u - exact).mean()))
@@ -410,15 +408,15 @@ def stretch_errors(D, x0, y, curve, student=None, target=None, N=18, seed=0):
 
 
 def cases(a):
-    "Name, denoiser, images, labels, bends and student of the mixture and of every teacher."
-    from ctm_nb.method.distill import bends
+    "Name, denoiser, images, labels, curvature and student of the mixture and of every teacher."
+    from spacings import curvature
     from ctm_nb.method.flow import toy_mixture
     from ctm_nb.method.trajectory import is_ctm
     from ctm_nb.data.read import open_source  # noqa: F401  (fails early where data can't be read)
     from ctm_nb.checkpoints.models import load
     from ctm_nb.data.batches import load_splits
     toy = toy_mixture()
-    yield "mixture", toy.D, toy.sample(256, seed=1).float(), None, bends(toy), None
+    yield "mixture", toy.D, toy.sample(256, seed=1).float(), None, curvature(toy), None
     for path in a.teachers:
         run = Path(path)
         config = json.loads((run / "config.json").read_text())
@@ -427,7 +425,7 @@ def cases(a):
         teacher = load(run, which="teacher")
         try: student = load(run)
         except ValueError: student = None
-        yield run.name, teacher.D, data.x0(ids), data.labels[ids] if teacher.n_classes else None, bends(teacher), student if student and is_ctm(student) else None
+        yield run.name, teacher.D, data.x0(ids), data.labels[ids] if teacher.n_classes else None, curvature(teacher), student if student and is_ctm(student) else None
 
 
 def solver_section(a):
@@ -440,7 +438,8 @@ def solver_section(a):
 
 def reference_section(a):
     "How good is what the errors are measured against? Its distance from a solution with 64 steps for each grid step of the longest stretch, next to the distance of Heun's."
-    from ctm_nb.method.distill import draw_indices, stretch_times
+    from spacings import spaced_times
+    from ctm_nb.method.distill import draw_indices
     from ctm_nb.method.solvers import solve
     from ctm_nb.method.flow import grid_time, perturb
     rms = lambda d: d.flatten(1).square().mean(1).sqrt()
@@ -453,7 +452,7 @@ def reference_section(a):
             with torch.no_grad():
                 finest = fine_solution(D, x_t, t, u, y, 64 * 17)
                 found["272 steps"].append(float(rms(fine_solution(D, x_t, t, u, y) - finest).mean()))
-                found["heun, full grid"].append(float(rms(solve(D, x_t, stretch_times(i, k, 18, "heun", None, "grid", None).float(), y, "heun", above_zero=True) - finest).mean()))
+                found["heun, full grid"].append(float(rms(solve(D, x_t, spaced_times(i, k, 18, "heun", None, "grid", None).float(), y, "heun", above_zero=True) - finest).mean()))
         keep(name, {"samples": len(STRETCHES) * len(x0), "errors": {k: sum(v) / len(v) for k, v in found.items()}}, "reference")
         print(name, found, flush=True)
 

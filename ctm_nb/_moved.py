@@ -8,7 +8,7 @@ import warnings
 # old module -> new module, both inside ctm_nb
 MOVED = {
     "blocks": "networks.blocks", "networks": "networks.unet",
-    "flow": "method.flow", "edm": "method.teacher", "trajectory": "method.trajectory", "together": "method.together",
+    "flow": "method.flow", "edm": "method.teacher", "trajectory": "method.trajectory", "together": "method.balance",
     "distances": "method.distances", "distill": "method.distill", "features": "method.adversary",
     "gan": "method.adversary", "sampling": "method.sampling", "guidance": "method.guidance",
     "decode": "data.read", "zips": "data.read", "sources": "data.read", "formats": "data.read",
@@ -20,7 +20,7 @@ MOVED = {
     "metrics": "evaluation.metrics", "similarity": "evaluation.metrics", "extractors": "evaluation.features",
     "references": "evaluation.reference", "evaluation": "evaluation.evaluate", "classifier": "evaluation.draw",
     "containers": "evaluation.draw", "search": "evaluation.search", "tuning": "evaluation.search",
-    "draw": "evaluation.draw", "shares": "evaluation.evaluate", "ways": "evaluation.evaluate",
+    "draw": "evaluation.draw", "shares": "evaluation.reference", "ways": "evaluation.evaluate",
     "sides": "evaluation.evaluate", "likelihood": "evaluation.likelihood", "scoring": "evaluation.evaluate",
     "auto": "training.presets", "config": "training.config", "precision": "training.runtime",
     "processes": "training.runtime", "signals": "training.runtime", "guards": "training.runtime",

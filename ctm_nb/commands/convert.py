@@ -17,18 +17,24 @@ from .train import one_line_errors
 # %% ../../nbs/7_commands/05_convert.ipynb #8fdc8b99
 def convert_parser() -> argparse.ArgumentParser:
     "The flags of `ctm_nb_convert`."
-    p = argparse.ArgumentParser("ctm_nb_convert", description="Say what a checkpoint is (IN alone), or write it in another format (IN OUT).")
+    p = argparse.ArgumentParser(
+        "ctm_nb_convert", description="Say what a checkpoint is (IN alone), or write it in another format (IN OUT).")
     add = p.add_argument
-    add("source", nargs="?", metavar="IN", help="run or checkpoint folder, .safetensors, EDM .pkl, OpenAI or sony .pt, or a public name (see --list)")
-    add("target", nargs="?", type=Path, metavar="OUT", help=".safetensors: our own format; .pt: a state dict for OpenAI's, sony's or EDM's program")
+    add("source", nargs="?", metavar="IN",
+        help="run or checkpoint folder, .safetensors, EDM .pkl, OpenAI or sony .pt, or a public name (see --list)")
+    add("target", nargs="?", type=Path, metavar="OUT",
+        help=".safetensors: our own format; .pt: a state dict for OpenAI's, sony's or EDM's program")
     add("--list", action="store_true", help="list the public checkpoints by name, with their licences")
-    add("--which", metavar="MODEL", help="of a run's models: ctm, teacher, or a further average, ctm-0.9999; for other files: refuse anything else (default: a run's student)")
-    add("--channels-per-head", type=int, metavar="N", help="attention width, for a state dict that doesn't tell (default: 64 in ADM and OpenAI's U-Net)")
+    add("--which", metavar="MODEL", help="of a run's models: ctm, teacher, or another EMA, ctm-0.9999; "
+        "for others' files: refuse anything else (default: a run's student)")
+    add("--channels-per-head", type=int, metavar="N",
+        help="attention width, for a state dict that doesn't tell (default: 64 in ADM and OpenAI's U-Net)")
     add("--image-size", type=int, metavar="N", help="side of the picture, for OpenAI's U-Net (default: 64)")
     add("--preconditioning", choices=("edm", "vp", "ve"), help="around a bare state dict (default: edm)")
     add("--sigma-min", type=float, metavar="X", help="smallest noise level of another program's model (default: 0.002)")
     add("--sigma-max", type=float, metavar="X", help="largest noise level of another program's model (default: 80)")
-    add("--sigma-data", type=float, metavar="X", help="standard deviation of the data of another program's model (default: 0.5)")
+    add("--sigma-data", type=float, metavar="X",
+        help="standard deviation of the data of another program's model (default: 0.5)")
     add("--overwrite", action="store_true", help="replace OUT if it is there")
     add("--version", action="version", version=f"ctm_nb {__version__}")
     return p
@@ -53,7 +59,8 @@ def check_target(
     overwrite: bool,  # may it be there?
 ):
     "Raise if a model can't be written there."
-    if path.suffix not in (".safetensors", ".pt", ".pth"): raise ValueError(f"OUT must end in .safetensors (our own), .pt or .pth (others' state dict), got {path.name!r}")
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise ValueError(f"OUT must end in .safetensors (our own), .pt or .pth (others' state dict), got {path.name!r}")
     if not path.absolute().parent.is_dir(): raise FileNotFoundError(f"folder {path.parent} does not exist")
     if path.exists() and not overwrite: raise FileExistsError(f"{path} exists; --overwrite replaces it")
 
@@ -72,7 +79,8 @@ def ctm_nb_convert(
         if a.target: check_target(a.target, a.overwrite)  # before a gigabyte is read
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         from ctm_nb.checkpoints.models import load, save_model
-        given = {k: v for k in ("channels_per_head", "image_size", "preconditioning", "sigma_min", "sigma_max", "sigma_data") if (v := getattr(a, k)) is not None}
+        names = ("channels_per_head", "image_size", "preconditioning", "sigma_min", "sigma_max", "sigma_data")
+        given = {k: getattr(a, k) for k in names if getattr(a, k) is not None}
         m = load(a.source, which=a.which, **given)
         print(m.about)
         if a.target: print(f"written: {save_model(m, a.target, run_config(a.source), a.overwrite)}")

@@ -18,17 +18,22 @@ from .train import one_line_errors
 # %% ../../nbs/7_commands/04_data.ipynb #26e7c290
 def data_parser() -> argparse.ArgumentParser:
     "The flags of `ctm_nb_data`."
-    p = argparse.ArgumentParser("ctm_nb_data", description="Inspect and convert image data sets: folders, zips, npz, EDM, MNIST idx, CIFAR tar.gz, LMDB, "
-                                "WebDataset shards, torchvision:NAME, digits. What SRC is, is found out from its content.")
+    p = argparse.ArgumentParser(
+        "ctm_nb_data",
+        description="Inspect and convert image data sets: folders, zips, npz, EDM, MNIST idx, CIFAR tar.gz, LMDB, "
+        " WebDataset shards, torchvision:NAME, digits. What SRC is, is found out from its content.")
     p.add_argument("--version", action="version", version=f"ctm_nb {__version__}")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in (("inspect", "look at every image and report"), ("convert", "write SRC as DST: NAME.zip (EDM), NAME.npz, or a folder of PNGs"), ("stats", "the report as JSON")):
+    for name, text in (("inspect", "look at every image and report"), ("stats", "the report as JSON"),
+                       ("convert", "write SRC as DST: NAME.zip (EDM), NAME.npz, or a folder of PNGs")):
         c = commands.add_parser(name, help=text, description=text)
         add = c.add_argument
         add("src", metavar="SRC", help="any data set")
-        if name == "convert": add("dst", metavar="DST", type=Path, help="NAME.zip, NAME.npz or a folder; must not exist")
+        if name == "convert":
+            add("dst", metavar="DST", type=Path, help="NAME.zip, NAME.npz or a folder; must not exist")
         add("--size", type=int, metavar="N", help="crop and resize to N x N (default: as they are)")
-        add("--crop", default="center", choices=["center", "box"], help="center: as ADM, for ImageNet; box: largest square, averaged areas (default: center)")
+        add("--crop", default="center", choices=["center", "box"],
+            help="center: as ADM, for ImageNet; box: largest square, averaged areas (default: center)")
         add("--labels", metavar="FILE", help="a CSV of name,class for a folder, zip or tar without labels")
         add("--workers", type=int, metavar="N", help="processes (default: all cores)")
         if name == "inspect": add("--sheet", type=Path, metavar="FILE.png", help="also draw a contact sheet")
@@ -38,8 +43,10 @@ def data_parser() -> argparse.ArgumentParser:
 
 # %% ../../nbs/7_commands/04_data.ipynb #1636d979
 def _convert_flags(add):
-    add("--format", choices=["zip", "npz", "tree", "edm"], help="what DST becomes (default: by its name; a folder is a tree of PNGs, edm one with dataset.json)")
-    add("--split", choices=["train", "held_out", "all"], help="which images (default: train where the data have a held-out set of their own, else all)")
+    add("--format", choices=["zip", "npz", "tree", "edm"],
+        help="what DST becomes (default: by its name; a folder is a tree of PNGs, edm one with dataset.json)")
+    add("--split", choices=["train", "held_out", "all"],
+        help="which images (default: train where the data have a held-out set of their own, else all)")
     add("--skip-broken", action="store_true", help="leave out images that can't be read instead of stopping")
     add("--overwrite", action="store_true", help="replace DST")
 
@@ -78,7 +85,9 @@ def summary(
     left = images - done["images"] - len(done["left_out"])
     lines = [f"{dst}: {done['images']} images, {done['channels']} x {done['size']} x {done['size']}, {classes}"]
     if left: lines.append(f"{left} images of the other split are not in it (--split all takes them)")
-    if done["left_out"]: lines += [f"{len(done['left_out'])} broken images are left out:", *(f"  {n}: {why}" for n, why in list(done["left_out"].items())[:50])]
+    if done["left_out"]:
+        lines.append(f"{len(done['left_out'])} broken images are left out:")
+        lines += [f"  {name}: {why}" for name, why in list(done["left_out"].items())[:50]]
     return "\n".join([*lines, *source.notes])
 
 # %% ../../nbs/7_commands/04_data.ipynb #0a1148d4

@@ -20,14 +20,15 @@ from torch import Tensor
 from .config import STAGES, Config, stage_steps
 from .optimizers import make_optimizer
 from ..data.images import ImageData
-from ..method.distill import GradientSets, add_ctm_dsm, average, bends, ctm_dsm_objective, ctm_loss, draw_stretch, dsm_sigma, follow, make_distance, stretch_times
-from ..method.flow import grid_time
-from ..method.distances import backbone_file
-from ..method.teacher import Denoiser, edm_loss, lognormal_sigma
+from ..evaluation.features import LPIPSDistance, TimmFeatures, backbone_file, find_weights
+from ..method.adversary import (Discriminator, TeacherFeatures, discriminator_loss, gan_loss_g,
+                                     gan_turn, lazy)
+from ..method.balance import BalancedGradients
+from ..method.distances import make_distance
+from ..method.distill import draw_interval, dsm_sigma, interval_times, solve_interval, step_losses
+from ..method.flow import grid_time, perturb
 from ..method.solvers import SOLVERS
-from ..method.adversary import TeacherFeatures, TimmFeatures, find_weights
-from ..method.flow import perturb
-from ..method.adversary import Discriminator, add_ctm_dsm_gan, ctm_dsm_gan_objective, discriminator_objective, gan_turn, lazy
+from ..method.teacher import Denoiser, edm_loss, lognormal_sigma
 from ..checkpoints.models import load
 from ..networks.unet import build_network
 from ..checkpoints.store import EMA
@@ -105,15 +106,20 @@ def draw(self: Stage, B: int, gen: torch.Generator, n: int) -> dict: raise NotIm
 @patch
 def example(self: Stage, x0: Tensor, y: Tensor | None, numbers: dict, n: int, augment: Tensor | None = None) -> dict: raise NotImplementedError
 @patch
-def losses(self: Stage, e: dict, n: int, scale: float | Tensor = 1.) -> dict: raise NotImplementedError
-@patch
-def add(self: Stage, sets: GradientSets, e: dict, n: int, share: float, scale: float | Tensor = 1.): raise NotImplementedError
+def losses(self: Stage, e: dict, n: int) -> dict: raise NotImplementedError
 
 # %% ../../nbs/6_training/05_stages.ipynb #592908f7
 @patch
 def learner(self: Stage, n: int) -> str: return "model"  # name of the part that learns in a step
 @patch
 def kinds(self: Stage) -> list: return [0]  # a step of each kind, for trying how much memory they take
+
+# %% ../../nbs/6_training/05_stages.ipynb #9b1d7a55
+@patch
+def gradients(self: Stage, n: int) -> BalancedGradients:
+    "Where the gradients of a step are summed."
+    module = self.parts[part := self.learner(n)]
+    return BalancedGradients(module.parameters(), module.net.last_layer if part == "model" else None)
 
 # %% ../../nbs/6_training/05_stages.ipynb #91f240d6
 def with_total(
@@ -158,21 +164,11 @@ def example(self: TeacherStage, x0: Tensor, y: Tensor | None, numbers: dict, n: 
 
 # %% ../../nbs/6_training/05_stages.ipynb #1a8ab6f3
 @patch
-def _edm(self: TeacherStage, e: dict) -> Tensor:
-    model, told = self.parts["model"], {"augment": v} if (v := e.pop("augment")) is not None else {}
-    return edm_loss(partial(model, **told), **e, sigma_data=model.sigma_data).mean()
-
-@patch
-def losses(self: TeacherStage, e: dict, n: int, scale: float | Tensor = 1.) -> dict:
+def losses(self: TeacherStage, e: dict, n: int) -> dict:  # name -> scalar
     "EDM's denoising loss."
-    loss = self._edm(e)
-    value, = average(loss.detach())
-    return {"loss": value, "objective": loss, "loss_edm": value}
-
-@patch
-def add(self: TeacherStage, sets: GradientSets, e: dict, n: int, share: float, scale: float | Tensor = 1.):
-    "The same, for a part."
-    sets.add("edm", self._edm(e), None, share, scale)
+    model, told = self.parts["model"], {"augment": v} if (v := e["augment"]) is not None else {}
+    inputs = {k: v for k, v in e.items() if k != "augment"}
+    return {"edm": edm_loss(partial(model, **told), **inputs, sigma_data=model.sigma_data).mean()}
 
 # %% ../../nbs/6_training/05_stages.ipynb #86209d10
 def given(
@@ -203,9 +199,8 @@ def freeze(self: DistillStage, teacher: Denoiser):
     d = self.config.distill
     self.parts["teacher"] = teacher = teacher.to(self.device).eval().requires_grad_(False)
     self.grid = dict(sigma_min=teacher.sigma_min, sigma_max=teacher.sigma_max)
-    self.curve = bends(teacher) if d.spacing == "curved" else None
-    options = {"folder": d.weights} if d.distance == "lpips" and d.weights else {}
-    self.distance = make_distance(d.distance, teacher=teacher, **options)
+    lpips = d.distance == "lpips"
+    self.distance = make_distance(LPIPSDistance(d.weights or None) if lpips else d.distance, teacher)
 
 @patch
 def start(self: DistillStage, student: CTM):
@@ -217,88 +212,38 @@ def start(self: DistillStage, student: CTM):
 # %% ../../nbs/6_training/05_stages.ipynb #f42dc3cd
 @patch
 def draw(self: DistillStage, B: int, gen: torch.Generator, n: int) -> dict:
-    "Times, noise, and where the teacher will be asked.  # CTM: training step"
+    "Times, noise, and the teacher's timesteps.  # CTM: training step"
     d, K = self.config.distill, getattr(self.optim, "K", None) or self.config.distill.K
     normal = lambda *shape: torch.randn(B, *shape, generator=gen)
-    i, k, j = draw_stretch(B // d.pairs, d.N, K, gen, d.matching, d.k_power)
+    i, k, j = draw_interval(B, d.N, K, gen, d.matching, d.k_power)
     u, s = (grid_time(v, d.N, **self.grid).float() for v in (i + k, j))
-    times = stretch_times(i, k, d.N, d.solver, d.max_evals, d.spacing, self.curve, **self.grid).float()
+    times = interval_times(i, k, d.N, d.solver, d.max_evals, **self.grid).float()
     start = normal(*self.shape)
     sigma = dsm_sigma(normal(), torch.rand(B, generator=gen), **self.grid).float()
-    stretch = {name: v.repeat_interleave(d.pairs, 0) for name, v in dict(u=u, s=s, times=times.T).items()}
-    numbers = dict(**stretch, start=start, sigma=sigma, eps=normal(*self.shape), **self.starts(stretch["times"], gen))
-    return {**numbers, "hide": self.lead(torch.rand(B, generator=gen) < d.label_dropout)} if d.label_dropout else numbers
-
-# %% ../../nbs/6_training/05_stages.ipynb #4a7dbe9f
-@patch
-def starts(self: DistillStage, times: Tensor, gen: torch.Generator) -> dict:
-    "After how many of the solver's steps each jump starts, and when that is."
-    B, m, steps = len(times), self.pairs, times.shape[1] - 1
-    after = torch.zeros(B, dtype=torch.int64)
-    if m > 1:
-        nth = torch.arange(B) % m
-        after = (steps * (nth + torch.rand(B, generator=gen) * (nth > 0)) / m).long().clamp(max=steps - 1)
-    return {"after": after, "t": times.gather(1, after[:, None])[:, 0]}
-
-# %% ../../nbs/6_training/05_stages.ipynb #dae2000f
-@patch(as_prop=True)
-def pairs(self: Stage) -> int:  # rows of a batch that belong together
-    "Jumps that share a stretch of the teacher."
-    return self.config.distill.pairs if self.name != "teacher" else 1
-
-@patch
-def lead(self: DistillStage, v: Tensor | None) -> Tensor | None:
-    "Each stretch's first row in place of its others."
-    return v if v is None or self.pairs == 1 else v[::self.pairs].repeat_interleave(self.pairs, 0)[:len(v)]
-
-# %% ../../nbs/6_training/05_stages.ipynb #52dea42a
-@patch
-def stretch(self: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict) -> tuple[Tensor, Tensor]:
-    "The teacher's way: x_t at every row's start, and x_u at its end."
-    m, teacher = self.pairs, self.parts["teacher"]
-    first = {k: numbers[k][::m] for k in ("times", "start")}
-    seen = [perturb(x0[::m], first["times"][:, 0], first["start"])]
-    x_u = follow(teacher.D, seen[0], first["times"].T, None if y is None else y[::m], self.config.distill.solver, lambda n, x: seen.append(x) if m > 1 else None)
-    if m == 1: return seen[0], x_u
-    rows = torch.arange(len(x0), device=x_u.device)
-    return torch.stack(seen)[numbers["after"], rows // m], x_u[rows // m]
+    numbers = dict(u=u, s=s, times=times.T, start=start, sigma=sigma, eps=normal(*self.shape))
+    return {**numbers, "hide": torch.rand(B, generator=gen) < d.label_dropout} if d.label_dropout else numbers
 
 # %% ../../nbs/6_training/05_stages.ipynb #3aa173ad
 @patch
 def example(self: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int, augment: Tensor | None = None) -> dict:
     "All of a distillation step that does not involve the student."
-    e = {k: numbers[k] for k in ("t", "u", "s", "sigma", "eps")}
-    e |= {"x0": self.lead(x0), "y": self.lead(y) if self.parts["teacher"].n_classes else None}
+    teacher, method = self.parts["teacher"], self.config.distill.solver
+    e = {k: numbers[k] for k in ("u", "s", "sigma", "eps")}
+    e |= {"x0": x0, "y": y if teacher.n_classes else None, "t": numbers["times"][:, 0]}
     if e["y"] is not None and "hide" in numbers: e["y"] = torch.where(numbers["hide"], -1, e["y"])
-    if self.learner(n) != "model":  # the teacher is not asked
-        e["t"] = numbers["times"][:, 0]
-        return e | {"x_t": perturb(e["x0"], e["t"], numbers["start"]), "x_u": None, "teacher_evals": 0}
-    x_t, x_u = self.stretch(e["x0"], e["y"], numbers)
-    return e | {"x_t": x_t, "x_u": x_u, "teacher_evals": (numbers["times"].shape[1] - 1) * SOLVERS[self.config.distill.solver]}
-
-# %% ../../nbs/6_training/05_stages.ipynb #e919a238
-@patch
-def _ctm(self: DistillStage, e: dict) -> Tensor:
-    pair = {k: e[k] for k in ("x_t", "x_u", "t", "u", "s", "y")}
-    return ctm_loss(self.parts["model"], self.parts["target"], **pair, distance=self.distance, compare_at=self.config.distill.compare_at).mean()
+    e["x_t"] = perturb(x0, e["t"], numbers["start"])
+    if self.learner(n) != "model": return e | {"x_u": None, "teacher_evals": 0}
+    times = numbers["times"].T
+    x_u = solve_interval(teacher.D, e["x_t"], times, e["y"], method)
+    return e | {"x_u": x_u, "teacher_evals": (len(times) - 1) * SOLVERS[method]}
 
 # %% ../../nbs/6_training/05_stages.ipynb #a7b3b22e
 @patch
-def losses(self: DistillStage, e: dict, n: int, scale: float | Tensor = 1.) -> dict:
-    "Soft matching and denoising on one batch.  # CTM: training step"
-    c, evals = self.config.distill, {"teacher_evals": e.pop("teacher_evals")}
-    if c.dsm: return with_total(ctm_dsm_objective(self.parts["model"], self.parts["target"], **e, distance=self.distance, compare_at=c.compare_at, scale=scale)) | evals
-    loss = self._ctm(e)
-    value, = average(loss.detach())
-    return {"loss": value, "objective": loss, "loss_ctm": value, **evals}
-
-# %% ../../nbs/6_training/05_stages.ipynb #62296d51
-@patch
-def add(self: DistillStage, sets: GradientSets, e: dict, n: int, share: float, scale: float | Tensor = 1.):
-    "The same, for a part."
-    e.pop("teacher_evals")
-    if not self.config.distill.dsm: return sets.add("ctm", self._ctm(e), None, share, scale)
-    add_ctm_dsm(sets, self.parts["model"], self.parts["target"], **e, distance=self.distance, compare_at=self.config.distill.compare_at, share=share, scale=scale)
+def losses(self: DistillStage, e: dict, n: int, adversary=None) -> dict:  # name -> scalar
+    "Soft matching and denoising, and what an adversary adds.  # CTM: training step"
+    d, inputs = self.config.distill, {k: v for k, v in e.items() if k not in ("teacher_evals", "looks")}
+    return step_losses(self.parts["model"], self.parts["target"], **inputs, distance=self.distance,
+                       compare_at=d.compare_at, dsm=d.dsm, adversary=adversary, skip=not self.config.run.compile)
 
 # %% ../../nbs/6_training/05_stages.ipynb #9e224c4c
 def make_discriminator(
@@ -309,8 +254,8 @@ def make_discriminator(
     "The adversary of a configuration."
     g, teacher_name = config.gan, "teacher"
     names = [f.strip() for f in g.features.split(",")]
-    eyes = [TeacherFeatures(teacher, g.levels) if f == teacher_name else TimmFeatures(f, g.weights or None) for f in names]
-    return Discriminator(eyes, teacher.data_shape, teacher.n_classes, g.width, g.strength, config.run.seed)
+    networks = [TeacherFeatures(teacher, g.levels) if f == teacher_name else TimmFeatures(f, g.weights or None) for f in names]
+    return Discriminator(networks, teacher.data_shape, teacher.n_classes, g.width, g.strength, config.run.seed)
 
 # %% ../../nbs/6_training/05_stages.ipynb #7f38368c
 class GanStage(DistillStage):
@@ -345,39 +290,22 @@ def example(self: GanStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int,
 
 # %% ../../nbs/6_training/05_stages.ipynb #26fa5c01
 @patch
-def _adversary(self: GanStage, e: dict, n: int) -> Tensor:
-    starts, g = {k: e[k] for k in ("x_t", "t", "s", "x0", "y")}, self.optim
+def _discriminator(self: GanStage, e: dict, n: int) -> Tensor:  # scalar
+    "The discriminator's turn."
+    g, inputs = self.optim, {k: e[k] for k in ("x_t", "t", "s", "x0", "y")}
     r1 = lazy(n - (g.start + g.head_start) % 2, g.r1)  # on a turn of the discriminator, whatever the parity
-    return discriminator_objective(self.parts["model"], self.parts["target"], self.parts["discriminator"], **starts, generator=e["looks"], r1=r1, loss=g.loss)
-
-@patch
-def _game(self: GanStage, e: dict) -> dict:
-    e["generator"] = e.pop("looks")
-    networks = {"student": self.parts["model"], **{k: self.parts[k] for k in ("target", "discriminator")}}
-    return dict(**networks, **e, distance=self.distance, loss=self.optim.loss, compare_at=self.config.distill.compare_at)
+    networks = [self.parts[k] for k in ("model", "target", "discriminator")]
+    return discriminator_loss(*networks, **inputs, numbers=e["looks"], r1=r1, loss=g.loss)
 
 # %% ../../nbs/6_training/05_stages.ipynb #29515533
 @patch
-def losses(self: GanStage, e: dict, n: int, scale: float | Tensor = 1.) -> dict:
+def losses(self: GanStage, e: dict, n: int) -> dict:  # name -> scalar
     "One turn of the game.  # CTM: total loss"
-    turn, g, evals = self.turn(n), self.optim, {"teacher_evals": e["teacher_evals"]}
-    if turn == "ctm_dsm": return DistillStage.losses(self, {k: v for k, v in e.items() if k != "looks"}, n, scale)
-    if turn == "discriminator":
-        loss = self._adversary(e, n)
-        value, = average(loss.detach())
-        return {"loss": value, "objective": loss, "loss_d": value, **evals}
-    e.pop("teacher_evals")
-    return with_total(ctm_dsm_gan_objective(**self._game(e), low=g.low, high=g.high, scale=scale)) | evals
-
-# %% ../../nbs/6_training/05_stages.ipynb #f88fe761
-@patch
-def add(self: GanStage, sets: GradientSets, e: dict, n: int, share: float, scale: float | Tensor = 1.):
-    "The same, for a part."
     turn = self.turn(n)
-    if turn == "ctm_dsm": return DistillStage.add(self, sets, {k: v for k, v in e.items() if k != "looks"}, n, share, scale)
-    if turn == "discriminator": return sets.add("d", self._adversary(e, n), None, share, scale)
-    e.pop("teacher_evals")
-    add_ctm_dsm_gan(sets, **self._game(e), share=share, scale=scale)
+    if turn == "discriminator": return {"d": self._discriminator(e, n)}
+    if turn == "ctm_dsm": return DistillStage.losses(self, e, n)
+    judge = partial(gan_loss_g, self.parts["discriminator"], y=e["y"], numbers=e["looks"], loss=self.optim.loss)
+    return DistillStage.losses(self, e, n, judge)
 
 # %% ../../nbs/6_training/05_stages.ipynb #c9abf85d
 def check_weights(

@@ -20,7 +20,9 @@ def missing() -> str:
     "Why there can be no browser test here; empty if there can."
     try: import playwright  # noqa: F401
     except ImportError: return "playwright is not installed (`make browser` installs it)"
-    if not browser_path(): return f"no browser: none of {', '.join(BROWSERS)} is in PATH, and CTM_NB_BROWSER is not set (`make browser` installs one)"
+    names = ", ".join(BROWSERS)
+    if not browser_path():
+        return f"no browser: none of {names} is in PATH, and CTM_NB_BROWSER is not set (`make browser` installs one)"
     return ""
 
 
@@ -45,14 +47,22 @@ def jupyter_lab(folder, home):
     for name, text in SETTINGS.items():
         (file := home/"settings"/"@jupyterlab"/f"{name}.jupyterlab-settings").parent.mkdir(parents=True)
         file.write_text(text)
-    env = {**os.environ, "JUPYTER_CONFIG_DIR": str(home/"config"), "JUPYTER_DATA_DIR": str(home/"data"), "JUPYTER_RUNTIME_DIR": str(home/"run"), "OMP_NUM_THREADS": "1", "IPYTHONDIR": str(home/"ipython")}
-    words = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.password=", f"--ServerApp.root_dir={folder}",
-             "--allow-root", "--LabApp.news_url=None", "--LabApp.extension_manager=readonly", f"--LabApp.workspaces_dir={home/'workspaces'}", f"--LabApp.user_settings_dir={home/'settings'}"]
+    places = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "run",
+              "IPYTHONDIR": "ipython"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(home/v) for k, v in places.items()}}
+    server_app = {"port_retries": 0, "password": "", "root_dir": folder}
+    lab_app = {"news_url": None, "extension_manager": "readonly", "workspaces_dir": home/"workspaces",
+               "user_settings_dir": home/"settings"}
+    words = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token="]
+    words += [f"--ServerApp.{k}={v}" for k, v in server_app.items()] + [f"--LabApp.{k}={v}" for k, v in lab_app.items()]
     server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *words], stdout=log, stderr=log, env=env)
     try:
         for _ in range(240):
-            if server.poll() is not None: raise RuntimeError(f"JupyterLab ended with {server.returncode}:\n{(home/'lab.log').read_text()[-2000:]}")
-            try: urlopen(f"http://127.0.0.1:{port}/api", timeout=5).close(); break
+            if server.poll() is not None:
+                raise RuntimeError(f"JupyterLab ended:\n{(home/'lab.log').read_text()[-2000:]}")
+            try:
+                urlopen(f"http://127.0.0.1:{port}/api", timeout=5).close()
+                break
             except OSError: time.sleep(.5)
         else: raise RuntimeError(f"JupyterLab did not answer:\n{(home/'lab.log').read_text()[-2000:]}")
         yield f"http://127.0.0.1:{port}"

@@ -103,16 +103,6 @@ def test_parts_of_a_stage_without_denoising_and_with_stretches_of_all_lengths(tm
     assert_close(follow(words, tmp_path), follow([*words, "run.micro_batch=7"], tmp_path))
 
 
-PAIRED = ["teacher.steps=1", "distill.steps=3", "distill.batch=12", "gan.steps=4", "gan.batch=12", "distill.pairs=3", "distill.max_evals=5", "distill.spacing=log", "distill.optimizer=radam", "gan.optimizer=radam", "evaluate.n=0"]
-
-
-def test_jumps_of_one_stretch_stay_together_in_parts(tmp_path):
-    engines = []
-    parts = follow([*PAIRED, "run.micro_batch=5"], tmp_path, engines.append)
-    assert [(r.start, r.stop) for r in engines[0].rows] == [(0, 3), (3, 6), (6, 12)]
-    assert_close(follow(PAIRED, tmp_path), parts)
-
-
 def test_numbers_of_an_image_do_not_depend_on_the_others(tmp_path):
     "What a part is given is what the whole would give it: every draw of every kind of step, and the teacher's answer."
     engine = Engine(make_config("tiny", SHORT), tmp_path)
@@ -157,9 +147,9 @@ def greedy(engine, most, seen=None):
     begin = engine.begin
     def begin_and_limit(stage, parts):
         begin(stage, parts)
-        for name in ("losses", "add"): limited(engine.now, name)
+        limited(engine.now, "losses")
     engine.begin = begin_and_limit
-    for name in ("losses", "add"): limited(engine.now, name)
+    limited(engine.now, "losses")
 
 
 def test_out_of_memory_takes_fewer_at_a_time_and_changes_nothing_else(alone, tmp_path, caplog):
@@ -343,7 +333,7 @@ def test_a_signal_to_one_of_two_stops_both_after_the_same_step(tmp_path):
 
 @pytest.mark.parametrize("broken", ["image", "weight"])
 def test_the_report_of_a_broken_distillation_step_names_image_and_times(tmp_path, broken):
-    t = Trainer(make_config("tiny", [*SHORT, "distill.pairs=1"]), tmp_path / "r")
+    t = Trainer(make_config("tiny", SHORT), tmp_path / "r")
     while t.step < 4: t.train_step()
     good, e = t.material_of, t.example_of(4)
     def spoiled(step):

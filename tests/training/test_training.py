@@ -211,21 +211,6 @@ def test_further_averages_are_kept_resumed_and_loaded(tmp_path):
     assert memory(make_config("tiny", ["distill.steps=15", "distill.emas=.2,.9999"]), straight.data)["ctm_dsm"] - without == 2 * 4 * weights
 
 
-def test_a_curved_stretch_resumes_exactly(tmp_path):
-    config = make_config("tiny", [*TINY, "distill.spacing=curved", "distill.solver=dpmpp_2m", "distill.max_evals=4"])
-    whole, parts = Trainer(config, tmp_path / "a"), tmp_path / "b"
-    while whole.step < whole.total: whole.train_step()
-    for stop in (15, 26, whole.total):
-        t = Trainer(config, parts)
-        while t.step < stop: t.train_step()
-        t.save()
-    assert all(torch.equal(v, t.parts["ctm"].state_dict()[k]) for k, v in whole.parts["ctm"].state_dict().items())
-    times = whole.now.draw(8, step_generator(0, 20), 0)["times"]
-    even = make_config("tiny", [*TINY, "distill.spacing=log", "distill.solver=dpmpp_2m", "distill.max_evals=4"])
-    other = type(whole.now)(even, whole.data, whole.device, whole.parts).draw(8, step_generator(0, 20), 0)["times"]
-    assert torch.equal(times[:, [0, -1]], other[:, [0, -1]]) and not torch.allclose(times, other)
-
-
 def test_compiled_networks_learn_the_same(tmp_path, monkeypatch, caplog):
     "And see batches of one size only: whatever the times of a batch, no code is made after each kind of step was seen."
     from torch._dynamo.utils import counters

@@ -1,0 +1,155 @@
+"""Networks for the adversary and the loss: timm's classifiers and LPIPS, whose weights are found or missed at once."""
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ctm_nb.evaluation.features as features
+from ctm_nb.evaluation.features import LPIPSDistance, TimmFeatures, backbone_file, find_weights, load_weights
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "method"))
+from test_distances import check  # noqa: E402
+
+TINY, LITE = "deit_tiny_distilled_patch16_224", "tf_efficientnet_lite0"
+
+
+def no_network(*a, **k): raise AssertionError("network touched")
+
+
+# ---- timm
+
+def test_missing_weights_are_reported_at_once(tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    for var in ("HF_HOME", "TORCH_HOME"): monkeypatch.setenv(var, str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    started = time.perf_counter()
+    for name in ("deit_base_distilled_patch16_224", LITE):
+        for where in (None, tmp_path, tmp_path / "missing"):
+            with pytest.raises(ValueError, match=name) as e: TimmFeatures(name, where)
+            assert "\n" not in str(e.value)
+    assert time.perf_counter() - started < 5
+    with pytest.raises(ValueError, match="'no_such_net'"): find_weights("no_such_net")
+
+
+def test_missing_timm_is_reported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match="pip install timm"): TimmFeatures()
+
+
+def test_weights_from_file_folder_and_cache_and_damaged_ones(tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    from safetensors.torch import save_file
+    net = timm.create_model(LITE, pretrained=False)
+    save_file(net.state_dict(), tmp_path / f"{LITE}.safetensors")
+    hub = tmp_path / "hub" / "checkpoints"
+    hub.mkdir(parents=True)
+    torch.save(net.state_dict(), hub / "tf_efficientnet_lite0-0aa007d2.pth")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
+    for where in (tmp_path, tmp_path / f"{LITE}.safetensors", None):
+        found = TimmFeatures(LITE, where).net.state_dict()
+        assert all(torch.equal(a, b) for a, b in zip(found.values(), net.state_dict().values()))
+    for bad in (b"", b"garbage", b"\x80\x02]q\x00."):
+        for suffix in ("safetensors", "pth"):
+            path = tmp_path / f"bad.{suffix}"
+            path.write_bytes(bad)
+            with pytest.raises(ValueError, match="must hold the weights") as e: load_weights(net, path)
+            assert "\n" not in str(e.value)
+    torch.save({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="must hold the weights"): load_weights(net, path)
+
+
+@pytest.mark.parametrize("name", [TINY, LITE])
+def test_timm_networks_pass_gradients_and_keep_none(name):
+    pytest.importorskip("timm")
+    net = TimmFeatures(name, pretrained=False)
+    x = (torch.rand(1, 1, 8, 8) * 2 - 1).requires_grad_()
+    maps = net(x)[0]
+    assert len(maps) == 4 and all(a.shape[-1] >= b.shape[-1] for a, b in zip(maps, maps[1:]))
+    sum(m.square().mean() for m in maps).backward()
+    assert x.grad.abs().sum() > 0 and all(p.grad is None for p in net.parameters())
+    assert not any(m.training for m in net.train().modules()) and net.draw(3, (1, 8, 8)) is None
+    with pytest.raises(ValueError, match="1 or 3 channels"): net(torch.zeros(1, 2, 8, 8))
+
+
+@pytest.mark.parametrize("name, large", [(TINY, (224, 224)), (LITE, (256, 300))])
+def test_pictures_are_brought_to_a_size_that_the_network_takes(name, large):
+    pytest.importorskip("timm")
+    net, seen = TimmFeatures(name, pretrained=False), []
+    net.net.forward_intermediates = lambda v, **kw: seen.append(v) or []
+    for side in (8, 255, 256, 300): net(torch.ones(1, 3, side, side))
+    assert [v.shape[-1] for v in seen] == [224, 224, *large]
+    torch.testing.assert_close(seen[0][0, :, 0, 0], (1 - net.mean[:, 0, 0]) / net.std[:, 0, 0])
+
+
+# ---- LPIPS
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("channels, size, B", [(1, 8, 3), (3, 16, 1)])
+def test_lpips_is_a_distance(channels, size, B):
+    pytest.importorskip("lpips")
+    torch.manual_seed(0)
+    check(LPIPSDistance(net="squeeze", random=True, size=48), channels, size, B)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lpips_reads_torchvisions_file_and_is_the_packages_number(tmp_path, monkeypatch):
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(1)
+    state = models.squeezenet1_1(weights=None).state_dict()
+    torch.save(state, tmp_path / "squeezenet1_1-b8a52dc0.pth")
+    d = LPIPSDistance(tmp_path, net="squeeze", size=64)
+    named = dict(d.net.net.named_parameters())
+    assert torch.equal(d.net.net.slice1[0].weight, state["features.0.weight"])
+    assert torch.equal(named["slice7.12.expand3x3.weight"], state["features.12.expand3x3.weight"])
+    monkeypatch.setenv("CTM_NB_LPIPS", str(tmp_path))
+    a, b = torch.randn(2, 2, 3, 16, 16).tanh()
+    big = lambda x: F.interpolate(x, size=(64, 64), mode="bilinear")
+    theirs = d.net(big(a), big(b)).flatten()
+    torch.testing.assert_close(LPIPSDistance(net="squeeze", size=64)(a, b), theirs, rtol=1e-4, atol=1e-6)
+    assert not any(p.requires_grad for p in d.net.parameters())
+    seen = []
+    d.net.net.register_forward_pre_hook(lambda m, i: seen.append(tuple(i[0].shape)))
+    d.size = 24
+    d(a, b)
+    assert seen == [(2, 3, 24, 24)] * 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_published_lpips_from_a_folder_is_the_packages_number(tmp_path):
+    "VGG-16 at 224 pixels: the package's network with random weights, written as torchvision does, found by its name."
+    lpips = pytest.importorskip("lpips")
+    torch.manual_seed(2)
+    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    state = {"features." + k.split(".", 1)[1]: v for k, v in theirs.net.state_dict().items()}
+    torch.save(state, tmp_path / "vgg16-397923af.pth")
+    d = LPIPSDistance(tmp_path)
+    for channels, size in ((3, 32), (1, 8)):
+        a, b = torch.randn(2, 1, channels, size, size, generator=torch.Generator().manual_seed(3)).tanh()
+        big = lambda x: F.interpolate(x.expand(-1, 3, -1, -1), size=(224, 224), mode="bilinear")
+        with torch.no_grad():
+            torch.testing.assert_close(d(a, b), theirs(big(a), big(b)).flatten(), rtol=1e-4, atol=1e-6)
+    assert float(d(a, b).detach()) > 1e-3
+
+
+def test_missing_lpips_is_reported_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("CTM_NB_LPIPS", raising=False)
+    started = time.monotonic()
+    message = r"^distance 'lpips' needs torchvision's vgg16-\*\.pth, and [^\n]*checkpoints has none[^\n]*$"
+    with pytest.raises(ValueError, match=message): LPIPSDistance()
+    monkeypatch.setenv("CTM_NB_LPIPS", str(tmp_path / "mine"))
+    with pytest.raises(ValueError, match="mine has none"): LPIPSDistance()
+    with pytest.raises(ValueError, match="vgg, alex, squeeze"): LPIPSDistance(net="resnet")
+    assert time.monotonic() - started < 5
+    (tmp_path / "vgg16-x.pth").touch()
+    assert backbone_file("vgg", tmp_path).name == "vgg16-x.pth"
+    def absent(name): raise ImportError(f"No module named {name!r}")
+    monkeypatch.setattr(features.importlib, "import_module", absent)
+    with pytest.raises(ValueError, match="needs the package lpips"): LPIPSDistance(random=True)

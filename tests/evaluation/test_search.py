@@ -1,0 +1,40 @@
+"The search of times: budgets, ledgers, what is stored."
+import numpy as np
+import pytest
+
+from ctm_nb.evaluation.search import Ledger, golden_section, search_times, store_times, stored_times
+
+
+def test_search_finds_resumes_and_respects_its_budget(tmp_path):
+    calls, goal = [], [80., 6., .7, .002]
+    def score(times, gamma):
+        calls.append(times)
+        assert all(a > b for a, b in zip(times, times[1:])) and times[0] == 80. and times[-1] == .002
+        assert 0 <= gamma <= 1
+        return sum((np.log(a) - np.log(b)) ** 2 for a, b in zip(times, goal)) + (gamma - .5) ** 2
+    search = lambda steps, budget, folder=None: search_times(score, steps, .002, 80., budget, folder=folder)
+    found = search(3, 60)
+    assert len(calls) <= 60 and found["score"] < .02 and len(found["curve"]) == len(calls)
+    assert found["curve"] == sorted(found["curve"], reverse=True)
+    search(3, 10, tmp_path)
+    calls.clear()
+    assert search(3, 60, tmp_path) == found and len(calls) == len(found["curve"]) - 10
+    (book,) = tmp_path.iterdir()
+    with pytest.raises(ValueError, match="steps: 3 there, None now"): Ledger(score, 3, book)
+    book.write_text("{")
+    with pytest.raises(ValueError, match="not the ledger"): Ledger(score, 3, book)
+    assert search(1, 9)["times"] == [80., .002]
+    with pytest.raises(FloatingPointError, match="nan"): search_times(lambda *_: float("nan"), 2, .002, 80.)
+
+
+def test_fixed_gamma_is_kept():
+    found = search_times(lambda times, gamma: times[1] + gamma, 2, .002, 80., 8, gamma=.3)
+    assert found["gamma"] == .3
+    assert golden_section(lambda x: abs(x - .61), 0., 1., 15)[0] == pytest.approx(.61, abs=.01)
+
+
+def test_stored_times(tmp_path):
+    found = {"steps": 2, "times": [80., 1., .002], "gamma": .2, "score": 1., "score_default": 2., "curve": [2., 1.]}
+    store_times(tmp_path / "net.pkl", found, metric="FD")
+    assert stored_times(tmp_path / "net.pkl", 2)["metric"] == "FD" and (tmp_path / "net.pkl.times.json").exists()
+    with pytest.raises(ValueError, match="got steps=5"): stored_times(tmp_path / "net.pkl", 5)

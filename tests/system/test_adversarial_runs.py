@@ -1,0 +1,89 @@
+"""Runs with feature networks: what is missing is said before any work, several networks train and resume, a student of
+another run."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctm_nb.checkpoints.store import load_checkpoint
+from ctm_nb.training.config import make_config
+from ctm_nb.training.trainer import Trainer
+
+ROOT, LITE = Path(__file__).resolve().parents[2], "tf_efficientnet_lite0"
+
+
+def command(*words, cwd):
+    "The command as a process, where no cache has any weights."
+    line = [sys.executable, "-m", "ctm_nb.commands.train", "--preset", "tiny", "--stage", "all", "--set", *words]
+    env = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "TORCH_HOME": str(cwd / "torch"),
+        "HF_HOME": str(cwd / "hf"),
+    }
+    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}, timeout=300)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["gan.steps=2", f"gan.features=deit_base_distilled_patch16_224,{LITE}"],
+     "no weights of deit_base_distilled_patch16_224 on this machine"),
+    (["distill.distance=lpips"], "distance 'lpips' needs torchvision's vgg16-*.pth")])
+def test_the_command_misses_weights_before_any_work(tmp_path, words, message):
+    "One line and exit code 2, before the first step of the first stage."
+    pytest.importorskip("timm")
+    r = command(*words, cwd=tmp_path)
+    assert r.returncode == 2 and message in r.stderr and r.stderr.count("\n") == 1 and not r.stdout, r.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_several_feature_networks_at_once_train_and_resume(tmp_path):
+    """The teacher beside a classifier whose weights lie in a folder; optimizer and state of the discriminator come
+    back exactly."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    torch.save(timm.create_model(LITE, pretrained=False).state_dict(), tmp_path / f"{LITE}-0.pth")
+    words = ["teacher.steps=2", "distill.steps=1", "gan.steps=4", "gan.batch=2", "evaluate.n=0",
+             f"gan.features=teacher,{LITE}", f"gan.weights={tmp_path}"]
+    def until(name, stops):
+        for stop in stops:
+            t = Trainer(make_config("tiny", words), tmp_path / name)
+            while t.step < stop: t.train_step()
+            t.save()
+        return t
+    a, b = until("straight", [7]), until("broken", [4, 6, 7])
+    D = a.parts["discriminator"]
+    assert [len(p.channels) for p in D.projections] == [
+        2,
+        2,
+        2,
+        4,
+    ]  # three levels of the teacher, four of the classifier
+    saved = load_checkpoint(tmp_path / "broken" / "checkpoints" / "step_00000007")
+    optimizer = saved.state["optimizers"]["discriminator"]
+    assert len(optimizer["state"]) == len(list(D.parameters())) and optimizer["param_groups"][0]["betas"] == (.5, .9)
+    for k, v in D.state_dict().items():
+        assert torch.equal(v, b.parts["discriminator"].state_dict()[k]), k
+        assert torch.equal(v, saved.models["discriminator"][k]), k
+    for n, state in a.now.optimizers["discriminator"].state_dict()["state"].items():
+        for k, v in state.items():
+            assert torch.equal(torch.as_tensor(v), torch.as_tensor(optimizer["state"][n][k])), (n, k)
+
+
+def test_the_adversarial_stage_starts_from_the_ema_in_a_runs_folder(tmp_path):
+    "`--student RUN`: the run's newest checkpoint, its EMA and not the raw weights."
+    words = ["teacher.steps=3", "distill.steps=4", "distill.lr=.02", "gan.steps=2", "gan.batch=8", "evaluate.n=0"]
+    first = Trainer(make_config("tiny", words), tmp_path / "first")
+    first.run("ctm_dsm")
+    ema, raw = first.parts["ctm"].state_dict(), first.parts["model"].state_dict()
+    net = first.parts["ctm"].net
+    last = "net." + next(n for n, p in net.named_parameters() if p is net.last_layer)
+    assert not torch.equal(ema[last], raw[last])
+    sources = [f"{key}.source={tmp_path / 'first'}" for key in ("teacher", "distill")]
+    t = Trainer(make_config("tiny", [*words, *sources]), tmp_path / "second")
+    assert (t.stage, t.step) == ("ctm_dsm_gan", 0)
+    for part in ("model", "target", "ctm"):
+        for k, v in ema.items(): assert torch.equal(v, t.parts[part].state_dict()[k]), (part, k)
+    for k, v in first.parts["teacher"].state_dict().items(): assert torch.equal(v, t.parts["teacher"].state_dict()[k])
