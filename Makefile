@@ -35,9 +35,7 @@ pytest: $(VENV)/.dev ## run tests/
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 export: $(VENV)/.dev ## write ctm_nb/ from the notebooks, clean them, make README.md
-	$(BIN)/nbdev_clean
-	$(BIN)/nbdev_export
-	$(BIN)/python .ci/readme.py
+	$(BIN)/python .ci/export.py
 
 readme: $(VENV)/.dev ## make README.md from nbs/index.ipynb
 	$(BIN)/python .ci/readme.py

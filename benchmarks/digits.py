@@ -65,7 +65,7 @@ def one_variant(name, seed, teacher, out):
 
     from ctm_nb.training.config import make_config
     from ctm_nb.data.batches import load_data
-    from ctm_nb.evaluation.metrics import make_reference, score_samples, train_classifier
+    from ctm_nb.evaluation.evaluate import image_samples, run_evaluator
     from ctm_nb.method.sampling import sample
     from ctm_nb.training.trainer import Trainer
     torch.set_flush_denormal(True)
@@ -76,10 +76,13 @@ def one_variant(name, seed, teacher, out):
         if not teacher.exists(): torch.save(t.parts["teacher"].state_dict(), teacher)
         evals, before = [], t.seconds
         while t.step < t.ends["ctm_dsm"]: evals.append(t.train_step()["teacher_evals"])
-        reference = make_reference(train_classifier(t.data, seed=0), load_data("digits", "held_out"))
+        evaluator = run_evaluator({"train": t.data, "held_out": load_data("digits", "held_out")})
         n = t.config.evaluate.n
         y = t.data.labels[torch.arange(n) * len(t.data) // n]
-        scores = {n: score_samples(reference, sample(m, len(y), y=y, seed=seed + 1, batch_size=500, **kw), y) for n, (m, kw) in t.samplers().items()}
+        scores = {}
+        for name, (m, kw) in t.samplers().items():
+            x = sample(m, len(y), y=y, seed=seed + 1, batch_size=500, **kw)
+            scores[name] = evaluator.score(evaluator.collect(image_samples(x, y)))
         out.write_text(json.dumps({"variant": name, "assignments": VARIANTS[name], "seed": seed, "steps": len(evals), "seconds": t.seconds - before,
                                    "teacher_evals": sum(evals) / len(evals), "scores": scores}))
 

@@ -31,14 +31,17 @@ CHANGES = {"none, another seed": "max_evals=5 run.seed=100", "none, a third seed
 RECIPES |= {f"preset, {k}": f"distill.{v}".split() for k, v in CHANGES.items()}
 
 
-def distances(trainer, reference, seed, n):
+def distances(trainer, evaluator, seed, n):
     "Frechet distances of one, two and four steps."
     import torch
 
-    from ctm_nb.evaluation.metrics import score_samples
+    from ctm_nb.evaluation.evaluate import image_samples
     from ctm_nb.method.sampling import sample
     y = trainer.data.labels[torch.arange(n) * len(trainer.data) // n]
-    return {str(k): score_samples(reference, sample(trainer.parts["ctm"], n, y=y, steps=k, seed=seed + 1, batch_size=500), y)["frechet_distance"] for k in (1, 2, 4)}
+    def distance(steps):
+        x = sample(trainer.parts["ctm"], n, y=y, steps=steps, seed=seed + 1, batch_size=500)
+        return evaluator.score(evaluator.collect(image_samples(x, y), ["fid"]), ["fid"])["frechet_distance"]
+    return {str(k): distance(k) for k in (1, 2, 4)}
 
 
 def one(recipe, teacher, seed, seconds, n, data, out):
@@ -48,7 +51,7 @@ def one(recipe, teacher, seed, seconds, n, data, out):
     from ctm_nb.training import stages
     from ctm_nb.training.config import make_config
     from ctm_nb.checkpoints.models import load
-    from ctm_nb.evaluation.metrics import make_reference, train_classifier
+    from ctm_nb.evaluation.evaluate import run_evaluator
     from ctm_nb.training.trainer import Trainer
     torch.set_flush_denormal(True)
     if recipe.endswith("not warmed up"): stages.EMA = partial(stages.EMA, warmup=False)  # no setting does this
@@ -63,17 +66,17 @@ def one(recipe, teacher, seed, seconds, n, data, out):
         return t
 
     def write(t, spent, steps):
-        row = dict(recipe=recipe, assignments=RECIPES[recipe], teacher=Path(teacher).name, seed=seed, steps=steps, images=steps * t.config.distill.batch, seconds=spent, n=n, distances=distances(t, reference, seed, n), hardware=hardware())
+        row = dict(recipe=recipe, assignments=RECIPES[recipe], teacher=Path(teacher).name, seed=seed, steps=steps, images=steps * t.config.distill.batch, seconds=spent, n=n, distances=distances(t, evaluator, seed, n), hardware=hardware())
         with out.open("a") as f: f.write(json.dumps(row) + "\n")
         print(recipe, Path(teacher).name, steps, f"{spent:.0f} s", row["distances"], flush=True)
 
     with tempfile.TemporaryDirectory() as d:
         t = begin(Path(d) / "probe", 1000)
-        kept = Path(tempfile.gettempdir()) / f"reference-{t.data_sha256[:16]}.pt"  # a classifier of 60,000 images takes minutes: one for all runs
+        kept = Path(tempfile.gettempdir()) / f"evaluator-{t.data_sha256[:16]}.pt"  # a classifier of 60,000 images takes minutes: one for all runs
         if not kept.exists():
-            torch.save(make_reference(train_classifier(t.data, seed=0), t.splits["held_out"]), part := out.with_suffix(".pt"))
+            torch.save(run_evaluator(t.splits), part := out.with_suffix(".pt"))
             part.rename(kept)
-        reference = torch.load(kept, weights_only=False)
+        evaluator = torch.load(kept, weights_only=False)
         if recipe == "published":
             marks, spent, done = [m * max(seconds) for m in (.0625, .125, .25, .5, 1.)], 0., 0
             while marks:

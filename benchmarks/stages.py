@@ -50,14 +50,17 @@ def keep(row, path):
     print(row["regime"], row["seed"], row["objective"], {k: round(v["frechet_distance"], 3) for k, v in row["scores"].items()}, flush=True)
 
 
-def scores_of(model, data, reference, n, seed, ways):
+def scores_of(model, data, evaluator, n, seed, ways):
     "The four scores for each way of drawing."
     import torch
 
-    from ctm_nb.evaluation.metrics import score_samples
+    from ctm_nb.evaluation.evaluate import image_samples
     from ctm_nb.method.sampling import sample
     y = data.labels[torch.arange(n) * len(data) // n]
-    return {name: score_samples(reference, sample(model, n, y=y, seed=seed + 1, batch_size=500, **way), y) for name, way in ways.items()}
+    def scores(way):
+        x = sample(model, n, y=y, seed=seed + 1, batch_size=500, **way)
+        return evaluator.score(evaluator.collect(image_samples(x, y)))
+    return {name: scores(way) for name, way in ways.items()}
 
 
 def finish(config, folder, parts):
@@ -80,7 +83,7 @@ def one(regime, seed, n, wanted, steps):
 
     from ctm_nb.training.config import make_config
     from ctm_nb.data.batches import load_data
-    from ctm_nb.evaluation.metrics import make_reference, score_samples, train_classifier
+    from ctm_nb.evaluation.evaluate import run_evaluator
     from ctm_nb.training.trainer import Trainer
     torch.set_flush_denormal(True)
     path, words, ways = file_of(steps), [f"run.seed={seed}", *REGIMES[regime], *steps], {str(k): dict(steps=k) for k in STEPS}
@@ -88,21 +91,23 @@ def one(regime, seed, n, wanted, steps):
     with tempfile.TemporaryDirectory() as d:
         t = Trainer(make_config("digits", words), Path(d) / "run")
         held_out = load_data("digits", "held_out")
-        reference = make_reference(train_classifier(t.data, seed=0), held_out)
+        splits = {"train": t.data, "held_out": held_out}
+        evaluator = run_evaluator(splits)
+        accuracy, *floor = [(r["metric"], r["value"]) for r in evaluator.floor(splits)]
 
         def write(objective, scores, **more):
-            if objective in wanted: keep({"regime": regime, "objective": objective, "seed": seed, "n": n, "classifier_accuracy": reference.accuracy, "scores": scores, **more}, path)
+            if objective in wanted: keep({"regime": regime, "objective": objective, "seed": seed, "n": n, "classifier_accuracy": accuracy[1], "scores": scores, **more}, path)
 
-        def student(objective, model, **more): write(objective, scores_of(model, t.data, reference, n, seed, ways), **more)
+        def student(objective, model, **more): write(objective, scores_of(model, t.data, evaluator, n, seed, ways), **more)
 
-        write("training images", {"floor": score_samples(reference, t.data.images, t.data.labels)})
+        write("training images", {"floor": dict(floor)})
         while t.stage == "teacher": t.train_step()
         teacher, before = t.parts["teacher"], t.seconds
-        if "teacher" in wanted: write("teacher", scores_of(teacher, t.data, reference, n, seed, {"heun 18": dict(solver="heun", steps=18)}))
+        if "teacher" in wanted: write("teacher", scores_of(teacher, t.data, evaluator, n, seed, {"heun 18": dict(solver="heun", steps=18)}))
         while t.step < t.ends["ctm_dsm"]: t.train_step()
         if "CTM + DSM" in wanted: student("CTM + DSM", t.parts["ctm"], updates=t.config.distill.steps, seconds=t.seconds - before)
         elif "CTM + DSM" in stored:
-            found, before = (r["1"]["frechet_distance"] for r in (scores_of(t.parts["ctm"], t.data, reference, n, seed, {"1": ways["1"]}), stored["CTM + DSM"]["scores"]))
+            found, before = (r["1"]["frechet_distance"] for r in (scores_of(t.parts["ctm"], t.data, evaluator, n, seed, {"1": ways["1"]}), stored["CTM + DSM"]["scores"]))
             if abs(found / before - 1) > .01: raise SystemExit(f"{regime}, seed {seed}: the student's distance is {found:.4f}, in the file {before:.4f}; measure all again (--again)")
             print(f"{regime} {seed}: the stored student, {found:.5f} now and {before:.5f} then", flush=True)
 

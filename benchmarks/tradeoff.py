@@ -30,24 +30,28 @@ def measure(run, noise_seeds, n, rows, save):
 
     from ctm_nb.data.batches import load_data
     from ctm_nb.checkpoints.models import find_checkpoint, load
-    from ctm_nb.evaluation.metrics import make_reference, score_samples, train_classifier
+    from ctm_nb.evaluation.evaluate import image_samples, run_evaluator
     from ctm_nb.method.sampling import default_times, evaluations, sample
     torch.set_flush_denormal(True)
     seed = json.loads((Path(run) / "config.json").read_text())["run"]["seed"]
     models = {which: load(run, which=which) for which in ("ctm", "teacher")}
     data = load_data("digits", "train")
-    reference = make_reference(train_classifier(data, seed=0), load_data("digits", "held_out"))
+    evaluator = run_evaluator({"train": data, "held_out": load_data("digits", "held_out")})
+    about = {"features": evaluator.extractor.features_id, "reference": evaluator.reference.sha256}
+    scores = lambda x, y: evaluator.score(evaluator.collect(image_samples(x, y)))
     y = data.labels[torch.arange(n) * len(data) // n]
-    floor = {"run_seed": None, "noise_seed": None, "model": "training images", "n_samples": len(data), "features": reference.features_id, "reference": reference.sha256}
-    if not any(floor.items() <= row.items() for row in rows): rows.append({**floor, **score_samples(reference, data.images, data.labels)}); save()
+    floor = {"run_seed": None, "noise_seed": None, "model": "training images", "n_samples": len(data), **about}
+    if not any(floor.items() <= row.items() for row in rows):
+        rows.append({**floor, **scores(data.images, data.labels)})
+        save()
     for noise_seed in noise_seeds:
         for which, way in ways():
-            key = {"run_seed": seed, "noise_seed": noise_seed, "model": which, **way, "n_samples": n, "features": reference.features_id, "reference": reference.sha256}
+            key = {"run_seed": seed, "noise_seed": noise_seed, "model": which, **way, "n_samples": n, **about}
             if any(key.items() <= row.items() for row in rows): continue
             m = models[which]
             x = sample(m, n, y=y, seed=noise_seed, batch_size=500, **way)
             cost = evaluations(way["solver"], default_times(m, way["steps"], way["solver"]))
-            rows.append({**key, "evaluations": cost, "checkpoint": find_checkpoint(run).name, **score_samples(reference, x, y)})
+            rows.append({**key, "evaluations": cost, "checkpoint": find_checkpoint(run).name, **scores(x, y)})
             save()
             print(f"run {seed}, noise {noise_seed}, {which} {way['solver']} {way['steps']:2} gamma {way['gamma']:g}: {rows[-1]['frechet_distance']:.3f}", flush=True)
 

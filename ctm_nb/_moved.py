@@ -20,7 +20,7 @@ MOVED = {
     "metrics": "evaluation.metrics", "similarity": "evaluation.metrics", "extractors": "evaluation.features",
     "references": "evaluation.reference", "evaluation": "evaluation.evaluate", "classifier": "evaluation.draw",
     "containers": "evaluation.draw", "search": "evaluation.search", "tuning": "evaluation.search",
-    "draw": "evaluation.draw", "shares": "evaluation.evaluate", "ways": "evaluation.evaluate",
+    "draw": "evaluation.draw", "shares": "evaluation.reference", "ways": "evaluation.evaluate",
     "sides": "evaluation.evaluate", "likelihood": "evaluation.likelihood", "scoring": "evaluation.evaluate",
     "auto": "training.presets", "config": "training.config", "precision": "training.runtime",
     "processes": "training.runtime", "signals": "training.runtime", "guards": "training.runtime",

@@ -237,13 +237,12 @@ def _global(u, argument, name):
         raise ForeignFileError(f"it asks for {asked}, which is not on the list of harmless names")
     u.stack.append(Global(module, name))
 
-# %% ../../nbs/4_checkpoints/02_unpickle.ipynb #4a7ef3b5
+# %% ../../nbs/4_checkpoints/02_unpickle.ipynb #4eed211c
 @dataclass(slots=True)
 class Stub:
     "What is left of a foreign object."
     name: str  # of its class
     state: dict = field(default_factory=dict)  # its attributes
-    version: int | None = None  # of the persistence that wrote it
 
 # %% ../../nbs/4_checkpoints/02_unpickle.ipynb #90f6c4ae
 @_does("REDUCE", "NEWOBJ")
@@ -429,12 +428,12 @@ def _load_from_bytes(u, arguments):
     flat = torch.frombuffer(bytearray(data), dtype=torch.uint8 if dtype is torch.bool else dtype)
     return Storage(flat.ne(0) if dtype is torch.bool else flat, value.key)
 
-# %% ../../nbs/4_checkpoints/02_unpickle.ipynb #85f8f1ae
+# %% ../../nbs/4_checkpoints/02_unpickle.ipynb #b74edece
 def _persistent_object(u, arguments):
     "torch_utils.persistence._reconstruct_persistent_obj(meta), without its module_src."
     match arguments:
-        case ({"type": "class", "class_name": str(name), "version": int(version), "state": dict() | None as state},):
-            _fill(u, stub := Stub(name, {}, version), state)
+        case ({"type": "class", "class_name": str(name), "version": int(), "state": dict() | None as state},):
+            _fill(u, stub := Stub(name), state)
             return stub
     raise ForeignFileError("damaged: a persistent object without class, version or state")
 
@@ -487,41 +486,32 @@ def _state_of(stub, budget):
                 if key == "_parameters" or type(passing) is list and name not in passing: state[prefix + name] = t
     return state
 
-# %% ../../nbs/4_checkpoints/02_unpickle.ipynb #9aa98d42
-def _is_scalar(value):
-    "Whether a value is a number, a bool, None or a short string."
-    return type(value) in (int, float, bool, type(None)) or type(value) is str and len(value) <= 200
-
-# %% ../../nbs/4_checkpoints/02_unpickle.ipynb #719804d0
-def _plain_items(found, budget, nested=True):
-    "The entries of a dict that are scalars or, if `nested`, short lists and dicts of scalars."
-    out = {}
+# %% ../../nbs/4_checkpoints/02_unpickle.ipynb #fce9222f
+def _plain_items(found):
+    "The public entries of a dict that are numbers, bools, None or short strings."
+    plain = {}
     for key, value in (found.items() if type(found) is dict else ()):
-        if type(key) is not str or key.startswith("_") or key == "training": continue
-        budget.spend()
-        if _is_scalar(value): out[key] = value
-        elif nested and type(value) in (list, tuple, dict) and len(value) <= 64:
-            budget.spend(len(value))
-            if type(value) is dict: out[key] = _plain_items(value, budget, nested=False)
-            elif all(map(_is_scalar, value)): out[key] = list(value)
-    return out
+        short = type(value) in (int, float, bool, type(None)) or type(value) is str and len(value) <= 200
+        if short and type(key) is str and not key.startswith("_") and key != "training": plain[key] = value
+    return plain
 
-# %% ../../nbs/4_checkpoints/02_unpickle.ipynb #95ada128
+# %% ../../nbs/4_checkpoints/02_unpickle.ipynb #9742ec60
 def _config_of(stub, budget):
     "The plain settings of an object: the arguments that it was built with, then its attributes."
-    return _plain_items(stub.state.get("_init_kwargs"), budget) | _plain_items(stub.state, budget)
+    built_with = stub.state.get("_init_kwargs")
+    budget.spend(len(stub.state) + (len(built_with) if type(built_with) is dict else 0))
+    return _plain_items(built_with) | _plain_items(stub.state)
 
-# %% ../../nbs/4_checkpoints/02_unpickle.ipynb #671a8c01
+# %% ../../nbs/4_checkpoints/02_unpickle.ipynb #f2872baa
 @dataclass
 class EdmNetwork:
     "What an EDM network pickle holds."
     class_name: str  # of the preconditioner: EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond
     model_class: str  # of the network in it: SongUNet, DhariwalUNet
     state: dict[str, Tensor]  # as its state_dict() would be: "model.enc.32x32_conv.weight", ...
-    config: dict  # of the preconditioner; ["model"] of the network, ["modules"] of each module with a setting, by name
-    version: int | None  # of EDM's persistence (6 in the published files)
+    config: dict  # plain settings of the preconditioner; ["modules"] those of each module that has any, by name
 
-# %% ../../nbs/4_checkpoints/02_unpickle.ipynb #e1869c8e
+# %% ../../nbs/4_checkpoints/02_unpickle.ipynb #3855b7c2
 def edm_network(
     value,  # what the pickle held
     size: int,  # bytes of the file
@@ -537,7 +527,6 @@ def edm_network(
     if model is None:
         name = printable(ema.name if type(ema) is Stub else type(ema).__name__)
         raise ForeignFileError(f"its 'ema' is a {name} without a model, not an EDM network")
-    state, config = _state_of(ema, budget), {**_config_of(ema, budget), "model": _config_of(model, budget)}
-    modules = {name[:-1]: _config_of(module, budget) for name, module in _walk(ema, budget) if name.count(".") > 1}
-    config["modules"] = {name: settings for name, settings in modules.items() if settings}
-    return EdmNetwork(ema.name, model.name, state, config, ema.version)
+    modules = {name[:-1]: _config_of(module, budget) for name, module in _walk(ema, budget) if name}
+    config = {**_config_of(ema, budget), "modules": {name: settings for name, settings in modules.items() if settings}}
+    return EdmNetwork(ema.name, model.name, _state_of(ema, budget), config)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOWER', 'evaluate_parser', 'side_flags', 'score_flags', 'way_flags', 'search_flags', 'numbers', 'check_numbers',
-           'check_search', 'words_of', 'job_of', 'likelihoods', 'dry_run', 'evaluate', 'ctm_nb_evaluate']
+           'check_search', 'words_of', 'request_of', 'evaluate', 'ctm_nb_evaluate']
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #bcd3ee8f
 import argparse
@@ -104,7 +104,7 @@ def check_numbers(
     if a.bootstrap and a.bootstrap < 2: raise ValueError(f"--bootstrap must be 0 or >= 2, got {a.bootstrap}")
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #25c0786c
-LOWER = ("fid", "sfid", "kid")  # scores that a search can minimise
+LOWER = ("fid", "sfid", "kid")  # scores that a search can minimise; those of evaluation.evaluate, without importing it
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #fd7749fd
 def check_search(
@@ -130,59 +130,42 @@ def words_of(
     return likelihoods, check_metrics([w.strip() for w in rest.split(",")]) if rest else None
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #9060fb3d
-def job_of(
+def request_of(
     a: argparse.Namespace,  # flags
-):  # scoring.Job
-    "The flags as a job; `ValueError` names the first that makes no sense."
+):  # evaluation.evaluate.Request
+    "The flags as a request; `ValueError` names the first that makes no sense."
     steps = numbers(a.steps or ("2" if a.search else "1,2"), int, "--steps", 1)
     gammas = numbers(a.gamma, float, "--gamma", 0, 1) if a.gamma is not None else None
     check_numbers(a)
-    likelihoods, words = words_of(a.metrics)
-    if a.n is not None and a.n < 6 and (words or not likelihoods): raise ValueError(f"-n must be >= 6 (density needs 5 neighbours), got {a.n}")
-    if a.search: check_search(a, steps, gammas, words or [])
-    from ctm_nb.evaluation.evaluate import Job
-    from ctm_nb.evaluation.evaluate import Against, local_device
-    against = Against(a.ref, a.features, a.weights, a.ref_split, a.ref_size, a.seed, a.batch, local_device(a.device))
-    same = {k: getattr(a, k) for k in ("what", "n", "which", "solver", "times", "seed", "bootstrap", "search", "tries", "search_n", "tol", "probes", "levels", "save_ref")}
-    return Job(against=against, words=words, likelihoods=likelihoods, steps=steps, gammas=gammas, **same)
-
-# %% ../../nbs/7_commands/03_evaluate.ipynb #b5713f37
-def likelihoods(
-    job,  # scoring.Job with likelihoods
-    out: Path | None = None,  # file of records to extend; None: none
-) -> str:  # text
-    "Likelihoods, recorded and said: one process is enough."
-    from ctm_nb.evaluation.evaluate import extend_scores
-    from ctm_nb.evaluation.evaluate import likelihood_rows, likelihood_text
-    rows = likelihood_rows(job)
-    if out: extend_scores(out, rows)
-    return likelihood_text(rows)
-
-# %% ../../nbs/7_commands/03_evaluate.ipynb #4aeb7101
-def dry_run(
-    job,  # scoring.Job
-    subject,  # scoring's Subject; None: there are only likelihoods
-    writes: list,  # names of files
-) -> str:
-    "What would be done, as text."
-    from ctm_nb.evaluation.evaluate import likelihood_plan, plan
-    return "\n".join([likelihood_plan(job) for _ in [0] if job.likelihoods] + [plan(job, s, writes) for s in [subject] if s])
+    likelihoods, metrics = words_of(a.metrics)
+    if a.n is not None and a.n < 6 and (metrics or not likelihoods):
+        raise ValueError(f"-n must be >= 6 (density needs 5 neighbours), got {a.n}")
+    if a.search: check_search(a, steps, gammas, metrics or [])
+    from ctm_nb.evaluation.draw import local_device
+    from ctm_nb.evaluation.evaluate import Request
+    same = ("what ref features weights ref_split ref_size save_ref n seed batch bootstrap which solver times search tries "
+            "search_n tol probes levels").split()
+    return Request(metrics=metrics, likelihoods=likelihoods, steps=steps, gammas=gammas, device=local_device(a.device),
+                   **{k: getattr(a, k) for k in same})
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #2afbddcf
 def evaluate(
     a: argparse.Namespace,  # flags
 ) -> str:  # of several processes, the first has something to say
     "The work behind `ctm_nb_evaluate`, and its result as text."
-    job = job_of(a)
-    from ctm_nb.evaluation import evaluate as scoring
-    first = int(os.environ.get("RANK", 0)) == 0
-    if job.likelihoods: scoring.check_likelihoods(job)
-    subject = scoring.open_subject(job) if job.words or not job.likelihoods else None  # None: likelihoods are all
-    if a.dry_run: return dry_run(job, subject, [f for f in (a.out, a.save_ref) if f]) * first
-    bits = likelihoods(job, a.out) if first and job.likelihoods else ""
-    if subject is None: return bits
-    outcome = scoring.evaluate(job, subject)
-    return bits + scoring.report(job, outcome, a.out) if first else ""
+    r = request_of(a)
+    from ctm_nb.evaluation import evaluate as evaluation
+    first, text = int(os.environ.get("RANK", 0)) == 0, ""
+    if r.likelihoods: evaluation.check_likelihoods(r)
+    subject = evaluation.open_subject(r) if r.metrics or not r.likelihoods else None  # None: likelihoods are all
+    if a.dry_run: return evaluation.plan(r, subject, [f for f in (a.out, a.save_ref) if f]) if first else ""
+    if first and r.likelihoods:  # one process is enough
+        rows = evaluation.likelihood_rows(r)
+        if a.out: evaluation.extend_scores(a.out, rows)
+        text = evaluation.likelihood_text(rows)
+    if subject is None: return text
+    outcome = evaluation.evaluate(r, subject)
+    return text + evaluation.report(r, outcome, a.out) if first else ""
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #62b62378
 def ctm_nb_evaluate(

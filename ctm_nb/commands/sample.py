@@ -69,13 +69,13 @@ def ctm_nb_sample(
 # %% ../../nbs/7_commands/02_sample.ipynb #19fbad84
 def summary(
     out: Path,  # the finished file or folder
-    plan: dict,  # from `draw.make_plan`
+    recipe: dict,  # from `draw_samples`
 ) -> str:
     "What was drawn, in a line."
-    stops = ", ".join(f"{t:.4g}" for t in plan["times"][:6]) + (", ..." if len(plan["times"]) > 6 else "")
-    how = f"gamma {plan['gamma']:g}" if plan["solver"] == "ctm" else f"solver {plan['solver']}"
-    kept = f" kept of {plan['draws']}" if plan["reject"] else ""
-    return f"{out}: {plan['n']} sample{'s' * (plan['n'] > 1)}{kept}, {plan['evaluations']} evaluation{'s' * (plan['evaluations'] > 1)} each, {how}, times {stops}, seed {plan['seed']}"
+    stops = ", ".join(f"{t:.4g}" for t in recipe["times"][:6]) + (", ..." if len(recipe["times"]) > 6 else "")
+    how = f"gamma {recipe['gamma']:g}" if recipe["solver"] == "ctm" else f"solver {recipe['solver']}"
+    kept = f" kept of {recipe['draws']}" if recipe["reject"] else ""
+    return f"{out}: {recipe['n']} sample{'s' * (recipe['n'] > 1)}{kept}, {recipe['evaluations']} evaluation{'s' * (recipe['evaluations'] > 1)} each, {how}, times {stops}, seed {recipe['seed']}"
 
 # %% ../../nbs/7_commands/02_sample.ipynb #021dcf11
 if __name__ == "__main__" and __package__: ctm_nb_sample()  # python -m ctm_nb.commands.sample, not in a notebook

@@ -248,7 +248,8 @@ PRESETS = {
         teacher.steps=30 teacher.batch=32 teacher.optimizer=adamw teacher.lr=2e-3 teacher.ema=.9
         distill.steps=20 distill.batch=32 distill.optimizer=adamw distill.ema=.9 distill.target_ema=.9
         distill.solver=dpmpp_2m distill.max_evals=2 distill.distance=pseudo_huber
-        evaluate.n=60 evaluate.steps=1,2 evaluate.teacher_steps=3 run.save_every=10 run.log_every=5 run.sample_every=10""",
+        evaluate.n=60 evaluate.steps=1,2 evaluate.teacher_steps=3
+        run.save_every=10 run.log_every=5 run.sample_every=10""",
 }
 
 # %% ../../nbs/6_training/02_config.ipynb #c303a7de

@@ -6,9 +6,9 @@
 __all__ = ['log', 'DEFAULTS', 'SAFE', 'REMOVED', 'value_of', 'Change', 'in_use', 'length_may_change', 'Rule', 'removed',
            'changes', 'check_changes', 'check_precision', 'library_changes', 'resume_point', 'put_aside', 'comparable',
            'best_steps', 'open_images', 'no_scores_because', 'check_evaluator', 'RunState', 'Trainer', 'Ahead',
-           'fetched', 'means_of', 'Evaluator']
+           'fetched', 'means_of']
 
-# %% ../../nbs/6_training/08_trainer.ipynb #9a7abd60
+# %% ../../nbs/6_training/08_trainer.ipynb #c62114fe
 import json
 import logging
 import math
@@ -38,10 +38,8 @@ from ..checkpoints.store import (Checkpoint, CheckpointError, MetricsLog, atomic
                                       versions)
 from ..data.batches import Batches, Splits, load_splits
 from ..data.images import ImageData, named_grid, to_uint8
-from ..evaluation.evaluate import draw_batches, extend_scores, records, score
-from ..evaluation.features import ClassifierExtractor, load_extractor
-from ..evaluation.metrics import class_accuracy, train_classifier
-from ..evaluation.reference import Collected, build_reference, collect, data_samples
+from ..evaluation.evaluate import drawn_samples, extend_scores, run_evaluator
+from ..evaluation.features import load_extractor
 from ..method.balance import alone
 from ..method.sampling import sample
 from ..method.solvers import OLD_NAMES
@@ -846,79 +844,22 @@ def save_picture(self: Trainer,
     self.named_samples(columns).save(path)
     return path
 
-# %% ../../nbs/6_training/08_trainer.ipynb #cdc0d9ff
-class Evaluator:
-    "Scores what a run draws; reference and feature network are made once."
-    def __init__(self,
-        config: Config,  # of the run
-        splits: Splits,  # its images
-        device: str = "cpu",  # where the network goes
-        progress: bool = False,  # show bars
-    ):
-        e, train, self.device, self.progress = config.evaluate, splits["train"], device, progress
-        self.batch, self.own, self.floor, real, split = e.batch, e.features == "train", [], train, "train"
-        if self.own:
-            net = train_classifier(train, seed=0, device=device, progress=progress)
-            self.extractor, real, split = ClassifierExtractor(net), splits["held_out"], "held out"
-        else: self.extractor = load_extractor(e.features, e.weights or None, device)
-        self.reference = build_reference(self.extractor, real, f"{real.name}, {split}", batch_size=e.batch, device=device)
-        if self.own: self.floor = self.floor_of(train, real)
-
-# %% ../../nbs/6_training/08_trainer.ipynb #c010c356
-@patch
-def collect(self: Evaluator,
-    batches,  # iterator over uint8 pictures (b, C, H, W) and labels or None
-    total: int,  # pictures in all
-) -> Collected:
-    "The features of some pictures."
-    return collect(self.extractor, batches, self.device, total if self.progress else None)
-
-@patch
-def floor_of(self: Evaluator,
-    train, held_out,  # ImageData
-) -> list:  # records
-    "The training images, scored like samples, and how often the classifier is right."
-    real = self.collect(data_samples(held_out).batches(batch_size=self.batch), len(held_out))
-    got = self.collect(data_samples(train).batches(batch_size=self.batch), len(train))
-    values = {"classifier_accuracy": class_accuracy(real.probs, real.labels), **self.values(got)}
-    return records(values, self.reference, self.extractor.features_id, len(train))
-
-@patch
-def values(self: Evaluator,
-    got: Collected,  # of some pictures
-) -> dict:  # metric -> value
-    "Every score that these features allow."
-    metrics = ["fid", "pr", *(["acc"] if got.labels is not None else []), "is"] if self.own else ["fid", "pr"]
-    return score(self.reference, got, self.extractor, metrics, self.device)
-
-# %% ../../nbs/6_training/08_trainer.ipynb #77c7074b
-@patch
-def __call__(self: Evaluator,
-    m,  # a model
-    n: int,  # samples, with classes in the proportions of the data
-    how: dict,  # of drawing them: solver, steps, gamma
-    seed: int,  # of their noise
-    checkpoint: str,  # for the records
-) -> list:  # records
-    "Draw samples and score them."
-    drawn = draw_batches(m, n, how, self.reference.label_counts, seed, self.batch)
-    sampler = {"solver": how["solver"], "steps": how["steps"], "gamma": how.get("gamma")}
-    values = self.values(self.collect(drawn, n))
-    return records(values, self.reference, self.extractor.features_id, n, sampler, seed, checkpoint)
-
-# %% ../../nbs/6_training/08_trainer.ipynb #ebe1e750
+# %% ../../nbs/6_training/08_trainer.ipynb #cf4afdd4
 @patch
 @main_only
 def evaluate(self: Trainer,
     n: int = 0,  # samples a sampler; 0: evaluate.n
 ) -> list:  # records of scores.json
     "Score every sampler and add the records to scores.json."
+    e, seed, step = self.config.evaluate, self.config.run.seed + 1, f"step_{self.step:08d}"
     if self.evaluator is None:
-        self.evaluator = Evaluator(self.config, self.splits, str(self.device), sys.stderr.isatty())
-    n, found, samplers, distances = n or self.config.evaluate.n, [*self.evaluator.floor], self.samplers(), []
+        self.evaluator = run_evaluator(self.splits, e.features, e.weights or None, str(self.device), e.batch,
+                                       sys.stderr.isatty())
+    n, samplers, distances, found = n or e.n, self.samplers(), [], [*self.evaluator.floor(self.splits)]
     log.info("step %d: drawing and scoring %d samples with each of %d samplers", self.step, n, len(samplers))
     for name, (m, how) in samplers.items():
-        rows = self.evaluator(m, n, how, self.config.run.seed + 1, f"step_{self.step:08d}")
+        drawn = drawn_samples(m, n, how, self.evaluator.reference.label_counts, seed)
+        rows = self.evaluator.records(drawn, {k: how.get(k) for k in ("solver", "steps", "gamma")}, seed, step)
         for r in rows: self.board.add_scalar(f"{r['metric']}/{name}", r["value"], self.step)
         distances += [f"{r['value']:.2f} ({name})" for r in rows if r["metric"] in ("frechet_distance", "fid")]
         found += rows

@@ -1,6 +1,6 @@
-"""Foreign files for tests and notebooks: networks pickled the way EDM's code does it, and files that attack their reader.
+"""Foreign files for tests and notebooks: networks pickled as EDM's code does it, and files that attack their reader.
 
-Nothing here is needed to read files. The stand-ins bear the names of EDM's classes only for as long as a pickle is being written.
+Nothing here is needed to read files. The stand-ins bear the names of EDM's classes only while a pickle is written.
 """
 import io
 import os
@@ -40,7 +40,9 @@ _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
 @contextmanager
 def foreign_names():
     "For the time of writing, the stand-ins can be imported under the names of EDM's code."
-    fakes = {name: types.ModuleType(name) for name in ("dnnlib", "dnnlib.util", "torch_utils", "torch_utils.persistence")}
+    fakes = {
+        name: types.ModuleType(name) for name in ("dnnlib", "dnnlib.util", "torch_utils", "torch_utils.persistence")
+    }
     fakes["dnnlib.util"].EasyDict = EasyDict
     fakes["torch_utils.persistence"]._reconstruct_persistent_obj = _reconstruct_persistent_obj
     before = {name: sys.modules.get(name) for name in fakes}
@@ -93,19 +95,36 @@ def _tree(name, state, num_heads):
     for k, v in parts.items(): module._modules[k] = _tree(k, v, num_heads)
     if class_name == "UNetBlock":
         module.num_heads = num_heads(parts["qkv"]["weight"].shape[0] // 3) if "qkv" in parts else 0
-        doubled = "affine" in parts and len(parts["affine"]["weight"]) == 2 * len(parts["conv0"]["weight"])  # as ADM has it: scale and shift
+        doubled = "affine" in parts and len(parts["affine"]["weight"]) == 2 * len(
+            parts["conv0"]["weight"]
+        )  # as ADM has it: scale and shift
         module.skip_scale, module.dropout, module.adaptive_scale = 1. if doubled else np.sqrt(.5), .1, doubled
-        module.kwargs = dict(emb_channels=8, init=dict(init_mode="xavier_uniform", init_weight=np.sqrt(.2)), resample_filter=[1, 1])
+        module.kwargs = dict(
+            emb_channels=8, init=dict(init_mode="xavier_uniform", init_weight=np.sqrt(0.2)), resample_filter=[1, 1]
+        )
     return module
 
 
-def make_edm_pickle(path, state, class_name="EDMPrecond", model_class="SongUNet", protocol=4, canary=None, num_heads=None, short=False, extra=None, **config):
+def make_edm_pickle(
+    path,
+    state,
+    class_name="EDMPrecond",
+    model_class="SongUNet",
+    protocol=4,
+    canary=None,
+    num_heads=None,
+    short=False,
+    extra=None,
+    **config,
+):
     """Write a state dict as an EDM network pickle, and give back its path.
 
-    `config` becomes arguments of the preconditioner and its plain attributes; `num_heads` attention heads (default: 1, or
-    one for 64 channels in a DhariwalUNet), a number or a function of a block's channels; `canary` a file that the stored source text would create if it were run;
-    `extra` further entries of the pickled dict; `short` leaves out what networks carry besides `ema`."""
-    if num_heads is None: heads = lambda channels: max(channels // 64, 1) if model_class == "DhariwalUNet" else 1  # noqa: E731
+    `config` becomes arguments of the preconditioner and its plain attributes; `num_heads` attention heads (default: 1,
+    or one for 64 channels in a DhariwalUNet), a number or a function of a block's channels; `canary` a file that the
+    stored source text would create if it were run; `extra` further entries of the pickled dict; `short` leaves out what
+    networks carry besides `ema`."""
+    if num_heads is None:
+        heads = lambda channels: max(channels // 64, 1) if model_class == "DhariwalUNet" else 1
     else: heads = num_heads if callable(num_heads) else lambda channels: num_heads
     net = Persistent(class_name, model_type=model_class, **config)
     net.use_fp16 = False
@@ -120,7 +139,12 @@ def make_edm_pickle(path, state, class_name="EDMPrecond", model_class="SongUNet"
     if "enc" in model._modules: net.register_buffer("scratch", torch.zeros(3), persistent=False)
     loss = Persistent("EDMLoss", P_mean=-1.2)
     data = dict(ema=net)
-    if not short: data.update(loss_fn=loss, augment_pipe=Persistent("AugmentPipe", p=.12), dataset_kwargs=EasyDict(path="cifar10.zip", use_labels=True, seen={1, 2}))
+    if not short:
+        data.update(
+            loss_fn=loss,
+            augment_pipe=Persistent("AugmentPipe", p=0.12),
+            dataset_kwargs=EasyDict(path="cifar10.zip", use_labels=True, seen={1, 2}),
+        )
     source = f"open({str(canary)!r}, 'w').close()\nraise SystemExit('module_src was executed')"
     Persistent.source = source if not short else source[:30]
     with foreign_names(), open(path, "wb") as f: pickle.dump({**data, **(extra or {})}, f, protocol=protocol)
@@ -138,7 +162,8 @@ class Call:
     "Pickled as the call of any function with any arguments."
     def __init__(self, function, *args, state=None): self.function, self.args, self.state = function, args, state
 
-    def __reduce__(self): return (self.function, self.args) if self.state is None else (self.function, self.args, self.state)
+    def __reduce__(self):
+        return (self.function, self.args) if self.state is None else (self.function, self.args, self.state)
 
 
 def text(s): return b"X" + struct.pack("<I", len(s.encode())) + s.encode()
@@ -150,8 +175,18 @@ def glob(module, name): return f"c{module}\n{name}\n".encode()
 def ema(program): return b"\x80\x04}(" + text("ema") + program + b"u."
 
 
-def thing(class_name, state): return glob("torch_utils.persistence", "_reconstruct_persistent_obj") + b"}(" + b"".join(
-    text(k) + v for k, v in dict(type=text("class"), version=b"K\x06", module_src=text(""), class_name=text(class_name), state=state).items()) + b"u\x85R"
+def thing(class_name, state):
+    return (
+        glob("torch_utils.persistence", "_reconstruct_persistent_obj")
+        + b"}("
+        + b"".join(
+            text(k) + v
+            for k, v in dict(
+                type=text("class"), version=b"K\x06", module_src=text(""), class_name=text(class_name), state=state
+            ).items()
+        )
+        + b"u\x85R"
+    )
 
 
 def blob(data): return b"B" + struct.pack("<I", len(data)) + data
@@ -161,18 +196,35 @@ def load_bytes(data): return glob("torch.storage", "_load_from_bytes") + blob(da
 
 
 def tensor(storage, offset, size, stride):
-    return glob("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + b"".join(pickle.dumps(x, 2)[2:-1] for x in (offset, size, stride, False)) + b"}tR"
+    return (
+        glob("torch._utils", "_rebuild_tensor_v2")
+        + b"("
+        + storage
+        + b"".join(pickle.dumps(x, 2)[2:-1] for x in (offset, size, stride, False))
+        + b"}tR"
+    )
 
 
 def legacy(program, keys=("0",), raw=b""):
     "A file of torch's older format around a program."
-    head = [pickle.dumps(x, 2) for x in (0x1950a86a20f9469cfc6c, 1001, dict(protocol_version=1001, little_endian=True, type_sizes={}))]
+    head = [
+        pickle.dumps(x, 2)
+        for x in (0x1950A86A20F9469CFC6C, 1001, dict(protocol_version=1001, little_endian=True, type_sizes={}))
+    ]
     return b"".join(head) + b"\x80\x02" + program + b"." + pickle.dumps(list(keys), 2) + raw
 
 
 def storage_id(numel, kind="FloatStorage", old=True):
     "The older format has one entry more, for what the storage is a part of."
-    return b"(" + text("storage") + glob("torch", kind) + text("0") + text("cpu") + pickle.dumps(numel, 2)[2:-1] + (b"NtQ" if old else b"tQ")
+    return (
+        b"("
+        + text("storage")
+        + glob("torch", kind)
+        + text("0")
+        + text("cpu")
+        + pickle.dumps(numel, 2)[2:-1]
+        + (b"NtQ" if old else b"tQ")
+    )
 
 
 def zip_bytes(files, compression=zipfile.ZIP_STORED, extra=b""):
@@ -201,25 +253,57 @@ def executing(canary):
     "Pickles that run code in Python's own unpickler: name, what, bytes of the file."
     command, code = f"touch {canary}", f"open({str(canary)!r}, 'w').close()"
     evil = pickle.dumps(Call(os.system, command), 2)
-    dump = lambda x, protocol=4: pickle.dumps({"ema": x}, protocol)  # noqa: E731
+    dump = lambda x, protocol=4: pickle.dumps({"ema": x}, protocol)
     yield "os_system.pkl", "`os.system` by REDUCE", dump(Call(os.system, command))
     yield "os_system_0.pkl", "the same in protocol 0", dump(Call(os.system, command), 0)
     yield "eval.pkl", "`eval` by REDUCE", dump(Call(eval, code))
     yield "exec.pkl", "`exec` beside an honest looking dict", pickle.dumps({"ema": {}, "loss_fn": Call(exec, code)}, 3)
     yield "getattr.pkl", "`getattr` of an imported module", dump(Call(getattr, Call(__import__, "os"), "system"))
-    yield "dotted.pkl", "a name with dots: `collections`, `_sys.modules`", ema(text("collections") + text("OrderedDict.__init__.__globals__") + b"\x93")
+    yield (
+        "dotted.pkl",
+        "a name with dots: `collections`, `_sys.modules`",
+        ema(text("collections") + text("OrderedDict.__init__.__globals__") + b"\x93"),
+    )
     yield "torch_load.pkl", "`torch.load` of a byte string", dump(Call(torch.load, io.BytesIO))
     yield "nested.pkl", "a pickle with `os.system` as the bytes of a storage", ema(load_bytes(evil))
-    yield "nested_torch.pkl", "`os.system` where a nested torch file has its object", ema(load_bytes(legacy(evil[2:-1])))
-    yield "nested_zip.pkl", "a nested torch file in the newer format", ema(load_bytes(zip_bytes({"a/data.pkl": evil, "a/version": b"3"})))
-    yield "copyreg.pkl", "`copyreg._reconstructor` of a foreign class", ema(glob("copyreg", "_reconstructor") + b"(" + glob("os", "_wrap_close") + glob("builtins", "object") + b"NtR")
+    yield (
+        "nested_torch.pkl",
+        "`os.system` where a nested torch file has its object",
+        ema(load_bytes(legacy(evil[2:-1]))),
+    )
+    yield (
+        "nested_zip.pkl",
+        "a nested torch file in the newer format",
+        ema(load_bytes(zip_bytes({"a/data.pkl": evil, "a/version": b"3"}))),
+    )
+    yield (
+        "copyreg.pkl",
+        "`copyreg._reconstructor` of a foreign class",
+        ema(glob("copyreg", "_reconstructor") + b"(" + glob("os", "_wrap_close") + glob("builtins", "object") + b"NtR"),
+    )
     yield "extension.pkl", "a registered extension (EXT1)", ema(b"\x82\x01")
     yield "inst.pkl", "`os.system` by INST", ema(b"(" + text(command) + b"ios\nsystem\n")
     yield "persistent_id.pkl", "an object from outside of the file", ema(text("anything") + b"\x85Q")
-    yield "class.pkl", "BUILD that sets `__class__`", ema(thing("EDMPrecond", b"}" + text("__class__") + glob("torch.nn.modules.linear", "Linear") + b"s"))
-    yield "dict.pkl", "BUILD that sets `__dict__` of a torch class", ema(glob("torch.nn.modules.linear", "Linear") + b")\x81}" + text("__dict__") + b"}sb")
-    yield "setstate.pkl", "BUILD of a function", ema(glob("torch._utils", "_rebuild_tensor_v2") + b"}" + text("__code__") + b"Nsb")
-    yield "slots.pkl", "BUILD with a second dict, for slots", ema(glob("torch.nn.modules.linear", "Linear") + b")\x81N}" + text("x") + b"Ns\x86b")
+    yield (
+        "class.pkl",
+        "BUILD that sets `__class__`",
+        ema(thing("EDMPrecond", b"}" + text("__class__") + glob("torch.nn.modules.linear", "Linear") + b"s")),
+    )
+    yield (
+        "dict.pkl",
+        "BUILD that sets `__dict__` of a torch class",
+        ema(glob("torch.nn.modules.linear", "Linear") + b")\x81}" + text("__dict__") + b"}sb"),
+    )
+    yield (
+        "setstate.pkl",
+        "BUILD of a function",
+        ema(glob("torch._utils", "_rebuild_tensor_v2") + b"}" + text("__code__") + b"Nsb"),
+    )
+    yield (
+        "slots.pkl",
+        "BUILD with a second dict, for slots",
+        ema(glob("torch.nn.modules.linear", "Linear") + b")\x81N}" + text("x") + b"Ns\x86b"),
+    )
 
 
 def bombs():
@@ -229,8 +313,16 @@ def bombs():
     yield "expand.pkl", "the same by a stride of 0", ema(tensor(load_bytes(four), 0, (2**30,), (0,)))
     yield "offset.pkl", "a tensor beside its storage", ema(tensor(load_bytes(four), 2**20, (2,), (1,)))
     yield "negative.pkl", "a tensor before its storage", ema(tensor(load_bytes(four), 0, (2,), (-1000,)))
-    yield "storage.pkl", "a storage that claims 2**40 numbers", ema(load_bytes(legacy(storage_id(2**40), raw=struct.pack("<q4f", 2**40, 1, 2, 3, 4))))
-    yield "count.pkl", "a storage whose count differs", ema(load_bytes(legacy(storage_id(4), raw=struct.pack("<q4f", 2**40, 1, 2, 3, 4))))
+    yield (
+        "storage.pkl",
+        "a storage that claims 2**40 numbers",
+        ema(load_bytes(legacy(storage_id(2**40), raw=struct.pack("<q4f", 2**40, 1, 2, 3, 4)))),
+    )
+    yield (
+        "count.pkl",
+        "a storage whose count differs",
+        ema(load_bytes(legacy(storage_id(4), raw=struct.pack("<q4f", 2**40, 1, 2, 3, 4)))),
+    )
     yield "binbytes8.pkl", "a byte string of 2**62 bytes", ema(b"\x8e" + struct.pack("<Q", 2**62))
     yield "unicode8.pkl", "a string of 2**62 bytes", ema(b"\x8d" + struct.pack("<Q", 2**62))
     yield "long.pkl", "a number of a million digits", ema(b"\x8b" + struct.pack("<i", 400_000) + b"\x7f" * 400_000)
@@ -238,13 +330,34 @@ def bombs():
     yield "lists.pkl", "two million lists", ema(b"(" + b"]" * 2_000_000 + b"t")
     net = text("_modules") + b"}" + text("model") + thing("SongUNet", b"}") + b"s"
     laughs = b"(" + b"]q\x00" + b"](h\x00h\x00eq\x00" * 200 + b"t"
-    yield "laughs.pkl", "attributes: lists of lists, each doubling the next (2**200)", ema(
-        thing("EDMPrecond", b"}(" + text("list") + laughs + text("_init_kwargs") + b"}" + text("x") + b"h\x00s" + net + b"u"))
+    yield (
+        "laughs.pkl",
+        "attributes: lists of lists, each doubling the next (2**200)",
+        ema(
+            thing(
+                "EDMPrecond",
+                b"}(" + text("list") + laughs + text("_init_kwargs") + b"}" + text("x") + b"h\x00s" + net + b"u",
+            )
+        ),
+    )
     yield "deep.pkl", "a tuple 100,000 deep as the key of a dict", ema(b"}" + b")" + b"\x85" * 100_000 + b"Ns")
-    yield "again.pkl", "one storage of 1 MB loaded 100,000 times", ema(
-        glob("torch.storage", "_load_from_bytes") + b"q\x00" + blob(legacy(storage_id(1 << 20, "ByteStorage"), raw=struct.pack("<q", 1 << 20) + bytes(1 << 20)))
-        + b"\x85q\x01" + b"R" + b"h\x00h\x01R" * 100_000)
-    yield "astral.pkl", "strings that grow fourfold in memory", ema(b"(" + text("a" * 1_000_000 + "\U0001f600") * 8 + b"t")
+    yield (
+        "again.pkl",
+        "one storage of 1 MB loaded 100,000 times",
+        ema(
+            glob("torch.storage", "_load_from_bytes")
+            + b"q\x00"
+            + blob(legacy(storage_id(1 << 20, "ByteStorage"), raw=struct.pack("<q", 1 << 20) + bytes(1 << 20)))
+            + b"\x85q\x01"
+            + b"R"
+            + b"h\x00h\x01R" * 100_000
+        ),
+    )
+    yield (
+        "astral.pkl",
+        "strings that grow fourfold in memory",
+        ema(b"(" + text("a" * 1_000_000 + "\U0001f600") * 8 + b"t"),
+    )
     double = b"}" + text("_modules") + b"}(" + text("a") + b"h\x00" + text("b") + b"h\x00us"
     chain = b"(" + thing("M", b"}") + b"q\x00" + b"".join(thing("M", double) + b"q\x00" for _ in range(25)) + b"t"
     yield "modules.pkl", "a network whose every module has its child twice", ema(
@@ -253,10 +366,35 @@ def bombs():
     many = b"}" + text("_parameters") + b"}h\x01h\x02ss"
     longest = b"(" + names + tensor(load_bytes(four), 0, (1,), (1,)) + b"q\x02" + thing("M", many) + b"q\x00t"
     children = b"".join(text(str(i)) + b"h\x00" for i in range(5000))
-    yield "names.pkl", "a name of 50 kB for each of 5,000 tensors", ema(
-        thing("EDMPrecond", b"}(" + text("x") + longest + text("_modules") + b"}" + text("model") + thing("M", b"}" + text("_modules") + b"}(" + children + b"us") + b"su"))
-    yield "cycle.pkl", "a module that contains itself", ema(
-        glob("torch.nn.modules.container", "ModuleDict") + b")\x81q\x00}" + text("_modules") + b"}" + text("model") + b"h\x00ssb")
+    yield (
+        "names.pkl",
+        "a name of 50 kB for each of 5,000 tensors",
+        ema(
+            thing(
+                "EDMPrecond",
+                b"}("
+                + text("x")
+                + longest
+                + text("_modules")
+                + b"}"
+                + text("model")
+                + thing("M", b"}" + text("_modules") + b"}(" + children + b"us")
+                + b"su",
+            )
+        ),
+    )
+    yield (
+        "cycle.pkl",
+        "a module that contains itself",
+        ema(
+            glob("torch.nn.modules.container", "ModuleDict")
+            + b")\x81q\x00}"
+            + text("_modules")
+            + b"}"
+            + text("model")
+            + b"h\x00ssb"
+        ),
+    )
 
 
 def torch_bombs(canary):
@@ -265,11 +403,23 @@ def torch_bombs(canary):
     program = b"\x80\x02}" + text("w") + tensor(storage_id(2**40), 0, (4,), (1,)) + b"s."
     yield "evil.pt", "`os.system` in a zip archive of torch", zip_bytes({"a/data.pkl": evil, "a/version": b"3"})
     yield "evil_old.pt", "`os.system` in torch's older format", legacy(evil[2:-1], ())
-    yield "bomb.pt", "compressed entries: 64 MB in 65 kB", zip_bytes({"a/data.pkl": evil, "a/data/0": bytes(64 << 20)}, zipfile.ZIP_DEFLATED)
-    yield "storage.pt", "a storage that claims 2**40 numbers", zip_bytes({"a/data.pkl": program, "a/data/0": bytes(16), "a/version": b"3"})
+    yield (
+        "bomb.pt",
+        "compressed entries: 64 MB in 65 kB",
+        zip_bytes({"a/data.pkl": evil, "a/data/0": bytes(64 << 20)}, zipfile.ZIP_DEFLATED),
+    )
+    yield (
+        "storage.pt",
+        "a storage that claims 2**40 numbers",
+        zip_bytes({"a/data.pkl": program, "a/data/0": bytes(16), "a/version": b"3"}),
+    )
     yield "storage_old.pt", "the same in torch's older format", legacy(program[2:-1], raw=struct.pack("<q", 2**40))
     twice = zip_bytes({"a/data.pkl": evil, "a/data/0": bytes(999), "a/data/1": bytes(9)})
-    yield "overlap.pt", "an entry as long as a terabyte", twice[:-22].replace(struct.pack("<2I", 9, 9), struct.pack("<2I", 2**31, 2**31)) + twice[-22:]
+    yield (
+        "overlap.pt",
+        "an entry as long as a terabyte",
+        twice[:-22].replace(struct.pack("<2I", 9, 9), struct.pack("<2I", 2**31, 2**31)) + twice[-22:],
+    )
     yield "table.pt", "a table of contents of 4 GB", twice[:-10] + struct.pack("<2I", 2**32 - 2, 0) + twice[-2:]
     cut = zip_bytes({"a/data.pkl": evil})
     yield "cut.pt", "half an archive", cut[:len(cut) // 2]
@@ -291,29 +441,76 @@ def two_tables(first, second):
 
 def two_ways():
     "Archives that hold an honest network for one reader and something else for another: name, what, bytes of the file."
-    honest, endless, numbers = pickled_state((3,), (1,), 3), pickled_state((2**40,), (0,), 3), {"data/0": bytes(12), "version": b"3\n"}
-    files = lambda root, program, name="data.pkl": {f"{root}/{k}": v for k, v in {name: program, **numbers}.items()}  # noqa: E731
+    honest, endless, numbers = (
+        pickled_state((3,), (1,), 3),
+        pickled_state((2**40,), (0,), 3),
+        {"data/0": bytes(12), "version": b"3\n"},
+    )
+
+    def files(root, program, name="data.pkl"):
+        return {f"{root}/{k}": v for k, v in {name: program, **numbers}.items()}
+
     plain = zip_bytes(files("a", honest))
-    yield "capitals_below.pt", "2**40 numbers in `a/DATA.PKL`, first; an honest `a/b/data.pkl`", zip_bytes(files("a", endless, "DATA.PKL") | files("a/b", honest))
-    yield "capitals_list.pt", "the same with a list", zip_bytes(files("a", pickle.dumps([1, 2, 3], 2), "DATA.PKL") | files("a/b", honest))
-    yield "capitals.pt", "`a/DATA.PKL` first and an honest `a/data.pkl`", zip_bytes({"a/DATA.PKL": endless, **files("a", honest)})
-    yield "capitals_after.pt", "the same, the honest one first", zip_bytes({"a/data.pkl": honest, "a/DATA.PKL": endless, **files("a", honest)})
+    yield (
+        "capitals_below.pt",
+        "2**40 numbers in `a/DATA.PKL`, first; an honest `a/b/data.pkl`",
+        zip_bytes(files("a", endless, "DATA.PKL") | files("a/b", honest)),
+    )
+    yield (
+        "capitals_list.pt",
+        "the same with a list",
+        zip_bytes(files("a", pickle.dumps([1, 2, 3], 2), "DATA.PKL") | files("a/b", honest)),
+    )
+    yield (
+        "capitals.pt",
+        "`a/DATA.PKL` first and an honest `a/data.pkl`",
+        zip_bytes({"a/DATA.PKL": endless, **files("a", honest)}),
+    )
+    yield (
+        "capitals_after.pt",
+        "the same, the honest one first",
+        zip_bytes({"a/data.pkl": honest, "a/DATA.PKL": endless, **files("a", honest)}),
+    )
     yield "folders.pt", "two folders, each with a network", zip_bytes(files("a", endless) | files("b", honest))
-    yield "below.pt", "`a/version` first, the network in `a/b`", zip_bytes({"a/version": b"3\n", **files("a/b", honest)})
-    yield "deeper.pt", "an honest `a/b/data.pkl` first, 2**40 numbers in `a/data.pkl`", zip_bytes(files("a/b", honest) | files("a", endless))
+    yield (
+        "below.pt",
+        "`a/version` first, the network in `a/b`",
+        zip_bytes({"a/version": b"3\n", **files("a/b", honest)}),
+    )
+    yield (
+        "deeper.pt",
+        "an honest `a/b/data.pkl` first, 2**40 numbers in `a/data.pkl`",
+        zip_bytes(files("a/b", honest) | files("a", endless)),
+    )
     yield "beside.pt", "an entry beside the folder", zip_bytes({**files("a", honest), "version": b"3\n"})
     yield "absolute.pt", "absolute names", zip_bytes(files("", honest))
     yield "upwards.pt", "a name with `..`", zip_bytes({**files("a", honest), "a/../b/data.pkl": endless})
     yield "backslash.pt", "a name with a backslash", zip_bytes({**files("a", honest), "a/b\\data.pkl": endless})
-    yield "zero.pt", "a name with a zero byte", zip_bytes({**files("a", honest), "a/data.pkl?": endless}).replace(b"data.pkl?", b"data.pkl\0")
+    yield (
+        "zero.pt",
+        "a name with a zero byte",
+        zip_bytes({**files("a", honest), "a/data.pkl?": endless}).replace(b"data.pkl?", b"data.pkl\0"),
+    )
     yield "letters.pt", "a name beyond ASCII", zip_bytes({**files("a", honest), "a/d\u00e4ta.pkl": endless})
     yield "tables.pt", "two tables of contents", two_tables(files("a", endless), files("a", honest))
     yield "comment.pt", "a comment behind the table of contents", plain[:-2] + b"\4\0more"
     yield "fewer.pt", "a table of contents longer than it says", plain[:-12] + b"\2\0" + plain[-10:]
     yield "inner.pt", "an entry with another name in its own header", plain.replace(b"a/data/0", b"a/data/1", 1)
-    yield "longer.pt", "the same, a longer one", plain.replace(struct.pack("<2H", 10, 0) + b"a/data.pkl", struct.pack("<2H", 11, 0) + b"a/data.pkl", 1)
-    yield "mark.pt", "an entry whose own header is none", plain.replace(b"PK\3\4", b"PK\3\5").replace(b"PK\3\5", b"PK\3\4", 1)
-    yield "renamed.pt", "an entry with a second name in an extra field", zip_bytes(files("a", honest), extra=struct.pack("<2HBI", 0x7075, 6, 1, 0) + b"b")
+    yield (
+        "longer.pt",
+        "the same, a longer one",
+        plain.replace(struct.pack("<2H", 10, 0) + b"a/data.pkl", struct.pack("<2H", 11, 0) + b"a/data.pkl", 1),
+    )
+    yield (
+        "mark.pt",
+        "an entry whose own header is none",
+        plain.replace(b"PK\3\4", b"PK\3\5").replace(b"PK\3\5", b"PK\3\4", 1),
+    )
+    yield (
+        "renamed.pt",
+        "an entry with a second name in an extra field",
+        zip_bytes(files("a", honest), extra=struct.pack("<2HBI", 0x7075, 6, 1, 0) + b"b"),
+    )
     yield "moved.pt", "an entry with two places in extra fields", zip_bytes(files("a", honest), extra=b"\1\0\0\0" * 2)
     yield "split.pt", "an archive of several volumes", b"PK00" + plain
 
@@ -323,7 +520,11 @@ def failures():
     pickled = pickle.dumps({"G_ema": 1, "D": [2]}, 4)
     yield "text.pkl", "a text file", b"These are not the weights you are looking for.\n" * 9
     yield "empty.pkl", "an empty file", b""
-    yield "page.pkl", "a page instead of a file", b"\n<!DOCTYPE html>\n<html><body>Too many downloads today</body></html>"
+    yield (
+        "page.pkl",
+        "a page instead of a file",
+        b"\n<!DOCTYPE html>\n<html><body>Too many downloads today</body></html>",
+    )
     yield "pointer.pkl", "a pointer of Git LFS", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
     yield "photo.pkl", "a JPEG picture", b"\xff\xd8\xff\xe0\x00\x10JFIF\x00" + bytes(range(256))
     yield "zeros.pkl", "a file of zeros", bytes(5000)
@@ -360,11 +561,24 @@ def in_child(function, memory=None):
     if child == 0:
         try:
             os.close(receive)
-            if memory and sys.platform == "linux": resource.setrlimit(resource.RLIMIT_AS, (int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (memory << 20),) * 2)
+            if memory and sys.platform == "linux":
+                resource.setrlimit(
+                    resource.RLIMIT_AS,
+                    (int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (memory << 20),)
+                    * 2,
+                )
             before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
             try: result = function()
             except Exception as e: result = e
-            with open(send, "wb") as f: pickle.dump((result, time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024), f)
+            with open(send, "wb") as f:
+                pickle.dump(
+                    (
+                        result,
+                        time.perf_counter() - start,
+                        (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+                    ),
+                    f,
+                )
         finally: os._exit(0)
     os.close(send)
     with open(receive, "rb") as f: answer = f.read()
@@ -376,15 +590,30 @@ def in_child(function, memory=None):
 def make_attacks(folder, canary):
     "Write all of them into a folder; `canary` is the file that a payload would create."
     folder, attacks = Path(folder), []
-    groups = ((executing(canary), "read_edm_pickle"), (bombs(), "read_edm_pickle"), (torch_bombs(canary), "read_torch"), (two_ways(), "read_torch"), (failures(), "read_edm_pickle"),
-              (other_formats(canary), "read_torch"), (safetensors_failures(), "read_safetensors"))
+    groups = (
+        (executing(canary), "read_edm_pickle"),
+        (bombs(), "read_edm_pickle"),
+        (torch_bombs(canary), "read_torch"),
+        (two_ways(), "read_torch"),
+        (failures(), "read_edm_pickle"),
+        (other_formats(canary), "read_torch"),
+        (safetensors_failures(), "read_safetensors"),
+    )
     for files, read in groups:
         for name, tries, data in files:
             (folder/name).write_bytes(data)
             attacks.append(Attack(name, tries, read, folder/name))
     make_edm_pickle(folder/"source.pkl", {"model.a.weight": torch.ones(2, 2)}, canary=canary)
     next(a for a in attacks if a.name == "laughs.pkl").harmless = True  # what nobody looks at is never unfolded
-    attacks.append(Attack("source.pkl", "source text that would run (`module_src`)", "read_edm_pickle", folder/"source.pkl", harmless=True))
+    attacks.append(
+        Attack(
+            "source.pkl",
+            "source text that would run (`module_src`)",
+            "read_edm_pickle",
+            folder / "source.pkl",
+            harmless=True,
+        )
+    )
     (folder/"a_folder.pkl").mkdir()
     (folder/"loop.pkl").symlink_to(folder/"loop.pkl")
     os.mkfifo(folder/"pipe.pkl")

@@ -28,12 +28,25 @@ NAME = "ct-imagenet64"
 FILE = f"{NAME}.pt"
 VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "CTM_NB_OFFLINE",
              "HF_HUB_OFFLINE", "CTM_NB_MIRROR", "XDG_CACHE_HOME")
-PLAN = dict(body=BODY, etag='"v1"', modified=None, type="application/octet-stream", ranges=True, conditions=True, shift=0,
-            status=None, cuts=(), stall=0, redirect=None, pause=None, length=True)
+PLAN = dict(
+    body=BODY,
+    etag='"v1"',
+    modified=None,
+    type="application/octet-stream",
+    ranges=True,
+    conditions=True,
+    shift=0,
+    status=None,
+    cuts=(),
+    stall=0,
+    redirect=None,
+    pause=None,
+    length=True,
+)
 
 
 class Host(BaseHTTPRequestHandler):
-    "Serves `plan.body` with the faults of `plan`; `log` holds (path, Range, If-Range, status, bytes sent) of each request."
+    "Serves `plan.body` with the faults of `plan`; `log` holds (path, Range, If-Range, status, bytes sent)."
 
     def do_GET(self):
         plan, log = self.server.plan, self.server.log
@@ -136,7 +149,9 @@ def test_complete(host, plan):
 
 def test_https_is_not_left():
     answer = SimpleNamespace(status_code=200, url="http://b.org/x?secret")
-    with pytest.raises(DownloadError, match="https://a.org/x: the server sends us on to http://b.org/x, which is not https"):
+    with pytest.raises(
+        DownloadError, match="https://a.org/x: the server sends us on to http://b.org/x, which is not https"
+    ):
         catalogue._refuse("https://a.org/x", answer)
 
 
@@ -158,7 +173,9 @@ def test_a_proxy_is_used(host, monkeypatch):
 
 # ---- going on
 
-@pytest.mark.parametrize("validator", [{}, dict(etag=None, modified="Mon, 01 Jan 2024 00:00:00 GMT")], ids=["etag", "date"])
+@pytest.mark.parametrize(
+    "validator", [{}, dict(etag=None, modified="Mon, 01 Jan 2024 00:00:00 GMT")], ids=["etag", "date"]
+)
 def test_a_cut_is_mended_and_the_next_call_goes_on(host, validator):
     host.serve(cuts=[50_000, 120_000], **validator)
     fails(host, "the connection was cut", kept=True)
@@ -171,8 +188,11 @@ def test_a_cut_is_mended_and_the_next_call_goes_on(host, validator):
     assert (wanted, status, sent) == (f"bytes={have}-", 206, len(BODY) - have)
 
 
-@pytest.mark.parametrize("faults", [dict(ranges=False), dict(conditions=False, shift=7), dict(etag=None), dict(etag='W/"v1"')],
-                         ids=["no ranges", "wrong range", "no version", "weak version"])
+@pytest.mark.parametrize(
+    "faults",
+    [dict(ranges=False), dict(conditions=False, shift=7), dict(etag=None), dict(etag='W/"v1"')],
+    ids=["no ranges", "wrong range", "no version", "weak version"],
+)
 def test_a_server_that_cannot_go_on(host, faults):
     host.serve(cuts=[100_000], **faults)
     host.get()
@@ -200,14 +220,25 @@ def test_hash(host):
     with pytest.raises(DownloadError, match=f"has SHA-256 {HASH}, expected 0000"): host.get(sha256="0"*64)
 
 
-@pytest.mark.parametrize("body", [b"<html><head><title>\n Sign in\n</title>" + b" "*9000, b"\xef\xbb\xbf \r\n<!DOCTYPE html>"])
+@pytest.mark.parametrize(
+    "body", [b"<html><head><title>\n Sign in\n</title>" + b" " * 9000, b"\xef\xbb\xbf \r\n<!DOCTYPE html>"]
+)
 def test_a_login_page_instead_of_the_file(host, body):
     host.serve(body=body, type="text/html")
     fails(host, "is a web page ('Sign in')" if b"title" in body else "is a web page where")
 
 
-@pytest.mark.parametrize("status, words", [(401, "login"), (403, "403 Forbidden (it does not give"),
-                                           (404, "404 Not Found (nothing is there"), (429, "try later"), (503, "503"), (204, "204")])
+@pytest.mark.parametrize(
+    "status, words",
+    [
+        (401, "login"),
+        (403, "403 Forbidden (it does not give"),
+        (404, "404 Not Found (nothing is there"),
+        (429, "try later"),
+        (503, "503"),
+        (204, "204"),
+    ],
+)
 def test_status(host, status, words):
     host.serve(status=status, body=b"")
     fails(host, words)
@@ -234,7 +265,9 @@ def test_not_an_address(host, url):
 
 # ---- kills, neighbours, disks
 
-CHILD = "from ctm_nb.checkpoints.catalogue import fetch; import sys; fetch(sys.argv[1], mirror=sys.argv[2], progress=False)"
+CHILD = (
+    "from ctm_nb.checkpoints.catalogue import fetch; import sys; fetch(sys.argv[1], mirror=sys.argv[2], progress=False)"
+)
 
 
 def child(host, code=CHILD):
@@ -299,9 +332,11 @@ def test_disk_full(host, monkeypatch):
             self.room -= len(data)
             if self.room < 0: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return self.f.write(data)
-    opened = lambda p, mode="r": Full(open(p, mode)) if "a" in mode else open(p, mode)  # noqa: E731
+    opened = lambda p, mode="r": Full(open(p, mode)) if "a" in mode else open(p, mode)
     monkeypatch.setattr(catalogue, "open", opened, raising=False)
-    fails(host, f"cannot write to {host.cache} (No space left on device); CTM_NB_CACHE can name another folder", kept=True)
+    fails(
+        host, f"cannot write to {host.cache} (No space left on device); CTM_NB_CACHE can name another folder", kept=True
+    )
     monkeypatch.setattr(catalogue, "open", open)
     host.get()
     check(host)
@@ -311,7 +346,8 @@ def test_disk_full(host, monkeypatch):
 def test_folder_that_cannot_be_written_to(host, monkeypatch, tmp_path):
     (tmp_path/"file").write_text("")
     monkeypatch.setenv("CTM_NB_CACHE", str(tmp_path/"file"/"sub"))
-    with pytest.raises(DownloadError, match="cannot write to .*Not a directory.*CTM_NB_CACHE can name another"): host.get()
+    with pytest.raises(DownloadError, match="cannot write to .*Not a directory.*CTM_NB_CACHE can name another"):
+        host.get()
 
 
 # ---- files that are there already
@@ -321,7 +357,8 @@ def test_a_file_that_changed(host):
     os.utime(host.path, (1, 1))
     host.get()                                                   # the same content at another time
     host.path.write_bytes(BODY[:-1] + b"!")
-    with pytest.raises(DownloadError, match=f"has changed since its first use.*delete {FILE}.sha256 to accept it"): host.get()
+    with pytest.raises(DownloadError, match=f"has changed since its first use.*delete {FILE}.sha256 to accept it"):
+        host.get()
     (host.cache/f"{FILE}.sha256").unlink()
     host.get()
     check(host, BODY[:-1] + b"!")
@@ -349,11 +386,12 @@ def test_every_file_of_the_reference_is_listed():
     for name in ("cifar10-32x32", "ffhq-64x64", "afhqv2-64x64", "imagenet-64x64", "imagenet-64x64-baseline"):
         assert CATALOGUE[f"edm-fid-{name}"].url == f"{edm}fid-refs/{name}.npz"
     for name, address in {
-            "edm-imagenet64-openai": "consistency/edm_imagenet64_ema.pt", "ct-imagenet64": "consistency/ct_imagenet64.pt",
-            "cd-imagenet64-lpips": "consistency/cd_imagenet64_lpips.pt",
-            "inception-2015-12-05": "consistency/inception/inception-2015-12-05.pt",
-            "adm-imagenet64-reference":
-                "diffusion/jul-2021/ref_batches/imagenet/64/VIRTUAL_imagenet64_labeled.npz"}.items():
+        "edm-imagenet64-openai": "consistency/edm_imagenet64_ema.pt",
+        "ct-imagenet64": "consistency/ct_imagenet64.pt",
+        "cd-imagenet64-lpips": "consistency/cd_imagenet64_lpips.pt",
+        "inception-2015-12-05": "consistency/inception/inception-2015-12-05.pt",
+        "adm-imagenet64-reference": "diffusion/jul-2021/ref_batches/imagenet/64/VIRTUAL_imagenet64_labeled.npz",
+    }.items():
         assert CATALOGUE[name].url == openai + address
     ctm = CATALOGUE["ctm-imagenet64"]
     assert ctm.url is None and "17XHwI5-IDpATRnBsxjOi6YCg1oD3MGC6" in ctm.how
@@ -364,12 +402,23 @@ def test_entries_are_complete():
     formats = {"EDM pickle", "OpenAI state dict", "CTM, OpenAI state dict", "mu, sigma npz", "TorchScript", "npz",
                "consistency model (not a CTM)", "not loadable here (iDDPM pickle)"}
     for name, e in CATALOGUE.items():
-        assert e.name == name and re.fullmatch("[a-z0-9-]+", name) and e.what and e.licence and e.file.startswith(name + ".")
+        assert (
+            e.name == name
+            and re.fullmatch("[a-z0-9-]+", name)
+            and e.what
+            and e.licence
+            and e.file.startswith(name + ".")
+        )
         assert e.kind in {"teacher", "ctm", "cm", "reference", "features"} and e.loads_as in formats
         assert bool(e.url) != bool(e.how) and (e.url is None or urlsplit(e.url).scheme == "https")
         assert e.architecture == ({"channels_per_head": 64} if "OpenAI" in e.loads_as else {})
     n = len(CATALOGUE)
-    assert len({e.file for e in CATALOGUE.values()}) == len({e.url for e in CATALOGUE.values()}) == len(set(CATALOGUE.values())) == n
+    assert (
+        len({e.file for e in CATALOGUE.values()})
+        == len({e.url for e in CATALOGUE.values()})
+        == len(set(CATALOGUE.values()))
+        == n
+    )
 
 
 def test_names():
@@ -410,14 +459,25 @@ def test_fetch_by_name_and_by_address(host, monkeypatch):
     assert all(len(host.get(f"{host.at}/{'n'*n}.pt").name) < 120 for n in (0, 100, 1000))
 
 
-@pytest.mark.parametrize("environment, offline", [
-    ({}, False), (dict(CTM_NB_OFFLINE="1"), True), (dict(CTM_NB_OFFLINE="TRUE"), True), (dict(CTM_NB_OFFLINE="0"), False),
-    (dict(HF_HUB_OFFLINE="1"), True), (dict(HF_HUB_OFFLINE="1", CTM_NB_OFFLINE="0"), False), (dict(CTM_NB_OFFLINE=""), False)])
+@pytest.mark.parametrize(
+    "environment, offline",
+    [
+        ({}, False),
+        (dict(CTM_NB_OFFLINE="1"), True),
+        (dict(CTM_NB_OFFLINE="TRUE"), True),
+        (dict(CTM_NB_OFFLINE="0"), False),
+        (dict(HF_HUB_OFFLINE="1"), True),
+        (dict(HF_HUB_OFFLINE="1", CTM_NB_OFFLINE="0"), False),
+        (dict(CTM_NB_OFFLINE=""), False),
+    ],
+)
 def test_offline(host, monkeypatch, environment, offline):
     for name, value in environment.items(): monkeypatch.setenv(name, value)
     assert offline_mode() == offline
     if offline:
-        with pytest.raises(DownloadError, match=f"switched off.*fetch {host.at}/{FILE} elsewhere and put it at {host.path}"):
+        with pytest.raises(
+            DownloadError, match=f"switched off.*fetch {host.at}/{FILE} elsewhere and put it at {host.path}"
+        ):
             host.get()
         assert host.log() == [] and not host.cache.exists()
     assert host.get(offline=False) == host.path
@@ -426,7 +486,9 @@ def test_offline(host, monkeypatch, environment, offline):
 
 def test_by_browser(host):
     path = host.cache/"ctm-imagenet64.pt"
-    with pytest.raises(DownloadError, match="needs a browser: open https://drive.google.com/file/d/.*/view in a browser"):
+    with pytest.raises(
+        DownloadError, match="needs a browser: open https://drive.google.com/file/d/.*/view in a browser"
+    ):
         host.get("ctm-imagenet64", mirror=None)
     host.cache.mkdir()
     path.write_bytes(b"<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title>")
@@ -445,4 +507,7 @@ def test_the_commands_print_one_line(host, capfd):
 def test_the_catalogue_is_light():
     code = ("import json, sys; from ctm_nb.checkpoints.catalogue import catalogue_table; catalogue_table(); "
             "print(json.dumps([m for m in ('torch', 'requests', 'numpy') if m in sys.modules]))")
-    assert json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) == []
+    assert (
+        json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        == []
+    )

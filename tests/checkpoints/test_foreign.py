@@ -1,4 +1,4 @@
-"""What the notebook `4_checkpoints/03_foreign` shows on a few files, here on many: round trips, damage of every kind, limits on memory, attacks one by one."""
+"""Files of strangers: round trips, damage of every kind, limits on memory, attacks one by one."""
 import io
 import os
 import pickle
@@ -25,7 +25,8 @@ from ctm_nb.checkpoints.unpickle import (  # noqa: E402
 GOLDEN = Path(__file__).parents[1]/"golden"
 
 
-def golden(name): return {k[6:]: torch.from_numpy(v) for k, v in np.load(GOLDEN/f"{name}.npz").items() if k.startswith("state.")}
+def golden(name):
+    return {k[6:]: torch.from_numpy(v) for k, v in np.load(GOLDEN / f"{name}.npz").items() if k.startswith("state.")}
 
 
 def run(data, names=EDM_NAMES): return Unpickler(memoryview(data), Budget(len(data)), names).run()
@@ -50,25 +51,49 @@ def canary(tmp_path):
 def test_edm_round_trip(name, protocol, tmp_path, canary):
     state = golden(name)
     if protocol == 5: state = {k: v.float() for k, v in state.items()}
-    path = ff.make_edm_pickle(tmp_path/"net.pkl", state, "VEPrecond", "DhariwalUNet", protocol, canary, sigma_min=.02, sigma_max=float("inf"), label_dim=10, channel_mult=[1, 2])
+    path = ff.make_edm_pickle(
+        tmp_path / "net.pkl",
+        state,
+        "VEPrecond",
+        "DhariwalUNet",
+        protocol,
+        canary,
+        sigma_min=0.02,
+        sigma_max=float("inf"),
+        label_dim=10,
+        channel_mult=[1, 2],
+    )
     assert sniff(path) == "edm_pickle"
     net = read_edm_pickle(path)
     same(net.state, state)
-    assert (net.class_name, net.model_class, net.version) == ("VEPrecond", "DhariwalUNet", 6)
-    assert {k: net.config[k] for k in ("sigma_min", "sigma_max", "label_dim", "use_fp16")} == dict(sigma_min=.02, sigma_max=float("inf"), label_dim=10, use_fp16=False)
-    assert net.config["channel_mult"] == net.config["model"]["channel_mult"] == [1, 2]
+    assert (net.class_name, net.model_class) == ("VEPrecond", "DhariwalUNet")
+    assert {k: net.config[k] for k in ("sigma_min", "sigma_max", "label_dim", "use_fp16")} == dict(
+        sigma_min=0.02, sigma_max=float("inf"), label_dim=10, use_fp16=False
+    )
+    assert "channel_mult" not in net.config  # no number
     heads = {k: v["num_heads"] for k, v in net.config["modules"].items() if "num_heads" in v}
     with_attention = {k[:-len(".qkv.weight")] for k in state if k.endswith(".qkv.weight")}
     assert with_attention and {k for k, n in heads.items() if n} == with_attention
     scale = 1. if name.startswith("adm") else np.sqrt(.5)
-    assert all(v["skip_scale"] == scale and type(v["skip_scale"]) is float for v in net.config["modules"].values() if "num_heads" in v)
+    assert all(
+        v["skip_scale"] == scale and type(v["skip_scale"]) is float
+        for v in net.config["modules"].values()
+        if "num_heads" in v
+    )
 
 
 @pytest.mark.parametrize("heads, expected", [(None, 2), (4, 4), (lambda channels: channels // 32, 4)])
 def test_heads_are_those_of_the_file(heads, expected, tmp_path):
-    block = {"model.enc.a.norm0.weight": torch.ones(128), "model.enc.a.qkv.weight": torch.ones(384, 128, 1, 1), "model.enc.b.norm0.weight": torch.ones(128)}
+    block = {
+        "model.enc.a.norm0.weight": torch.ones(128),
+        "model.enc.a.qkv.weight": torch.ones(384, 128, 1, 1),
+        "model.enc.b.norm0.weight": torch.ones(128),
+    }
     net = read_edm_pickle(ff.make_edm_pickle(tmp_path/"net.pkl", block, model_class="DhariwalUNet", num_heads=heads))
-    assert {k: v["num_heads"] for k, v in net.config["modules"].items() if "num_heads" in v} == {"model.enc.a": expected, "model.enc.b": 0}
+    assert {k: v["num_heads"] for k, v in net.config["modules"].items() if "num_heads" in v} == {
+        "model.enc.a": expected,
+        "model.enc.b": 0,
+    }
 
 
 def test_edm_tensors_are_independent_of_the_file(tmp_path):
@@ -80,8 +105,15 @@ def test_edm_tensors_are_independent_of_the_file(tmp_path):
 
 def test_edm_shared_storage_odd_strides_and_types(tmp_path):
     base = torch.arange(24.)
-    state = {"model.a.weight": base.view(4, 6).T, "model.b.weight": base[5:9].view(2, 2), "model.b.bias": torch.zeros(0), "model.u.u": torch.tensor(3, dtype=torch.int64),
-             "model.mask.flag": torch.tensor([True, False]), "model.half.weight": torch.ones(2, 2).bfloat16(), "model.conv.weight": torch.randn(2, 3, 3, 3).to(memory_format=torch.channels_last)}
+    state = {
+        "model.a.weight": base.view(4, 6).T,
+        "model.b.weight": base[5:9].view(2, 2),
+        "model.b.bias": torch.zeros(0),
+        "model.u.u": torch.tensor(3, dtype=torch.int64),
+        "model.mask.flag": torch.tensor([True, False]),
+        "model.half.weight": torch.ones(2, 2).bfloat16(),
+        "model.conv.weight": torch.randn(2, 3, 3, 3).to(memory_format=torch.channels_last),
+    }
     net = read_edm_pickle(ff.make_edm_pickle(tmp_path/"net.pkl", state))
     same({k: net.state[k] for k in state}, state)
     assert all(net.state[k].stride() == state[k].stride() for k in state)
@@ -96,12 +128,23 @@ def test_one_parameter_under_two_names(tmp_path):
         model._modules[name].weight = tied
     with ff.foreign_names(): (tmp_path/"net.pkl").write_bytes(pickle.dumps(dict(ema=net), 4))
     state = read_edm_pickle(tmp_path/"net.pkl").state
-    assert state["model.a.weight"].data_ptr() == state["model.b.weight"].data_ptr() and torch.equal(state["model.b.weight"], tied.data)
+    assert state["model.a.weight"].data_ptr() == state["model.b.weight"].data_ptr() and torch.equal(
+        state["model.b.weight"], tied.data
+    )
 
 
 def test_other_entries_do_not_matter_but_must_be_harmless(tmp_path, canary):
     state = {"model.a.weight": torch.ones(2, 2)}
-    plain = dict(training=ff.EasyDict(lr=np.float32(1e-3), dtype=torch.float16, device=torch.device("cpu"), size=torch.Size([3]), names={"a", "b"}, more=OrderedDict(x=1)))
+    plain = dict(
+        training=ff.EasyDict(
+            lr=np.float32(1e-3),
+            dtype=torch.float16,
+            device=torch.device("cpu"),
+            size=torch.Size([3]),
+            names={"a", "b"},
+            more=OrderedDict(x=1),
+        )
+    )
     same(read_edm_pickle(ff.make_edm_pickle(tmp_path/"net.pkl", state, extra=plain)).state, state)
     ff.make_edm_pickle(tmp_path/"net.pkl", state, extra=dict(hook=ff.Call(os.system, f"touch {canary}")))
     with pytest.raises(ForeignFileError, match="system, which is not on the list"): read_edm_pickle(tmp_path/"net.pkl")
@@ -113,7 +156,16 @@ def test_buffers_that_do_not_persist_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("new", [True, False])
-@pytest.mark.parametrize("wrap", [lambda s: s, dict, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s, "opt": [s]}, lambda s: {"model": {"w": torch.ones(1)}, "ema": s}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        dict,
+        lambda s: {"state_dict": s, "epoch": 3},
+        lambda s: {"model": s, "opt": [s]},
+        lambda s: {"model": {"w": torch.ones(1)}, "ema": s},
+    ],
+)
 def test_torch_round_trip(new, wrap, tmp_path):
     state = OrderedDict(golden("unet_cond10_16"))
     state["shared"] = state["out.2.weight"][1:]
@@ -151,9 +203,16 @@ def test_folders(tmp_path):
 def test_plain_data_as_python_reads_it():
     rng = random.Random(0)
     def grow(depth):
-        kinds = [lambda: rng.choice([None, True, False, 1.5, float("-inf"), "text", "ü€😀"]), lambda: rng.randrange(-2**63, 2**63) >> rng.randrange(64)]
-        if depth: kinds += [lambda: [grow(depth - 1) for _ in range(rng.randrange(4))], lambda: tuple(grow(depth - 1) for _ in range(rng.randrange(6))),
-                            lambda: {rng.choice(["a", "b", 3, None]): grow(depth - 1) for _ in range(3)}]
+        kinds = [
+            lambda: rng.choice([None, True, False, 1.5, float("-inf"), "text", "ü€😀"]),
+            lambda: rng.randrange(-(2**63), 2**63) >> rng.randrange(64),
+        ]
+        if depth:
+            kinds += [
+                lambda: [grow(depth - 1) for _ in range(rng.randrange(4))],
+                lambda: tuple(grow(depth - 1) for _ in range(rng.randrange(6))),
+                lambda: {rng.choice(["a", "b", 3, None]): grow(depth - 1) for _ in range(3)},
+            ]
         return rng.choice(kinds)()
     for i in range(150):
         data = grow(4)
@@ -166,8 +225,13 @@ def test_no_name_is_imported():
     for name in ("antigravity", "torch.nn.modules.linear", "collections"):
         with pytest.raises(ForeignFileError, match="not on the list"): run(ff.glob(name, "fly") + b".")
     assert "antigravity" not in sys.modules
-    for module, name in EDM_NAMES: assert "system" not in name and module.split(".")[0] in {
-        "collections", "builtins", "__builtin__", "torch", "numpy", "torch_utils", "dnnlib"} and name not in {"eval", "exec", "getattr", "setattr", "__import__", "open", "load"}
+    for module, name in EDM_NAMES:
+        assert (
+            "system" not in name
+            and module.split(".")[0]
+            in {"collections", "builtins", "__builtin__", "torch", "numpy", "torch_utils", "dnnlib"}
+            and name not in {"eval", "exec", "getattr", "setattr", "__import__", "open", "load"}
+        )
 
 
 def test_the_budget_counts_steps_and_bytes():
@@ -179,31 +243,89 @@ def test_the_budget_counts_steps_and_bytes():
 
 # ---- attacks
 
-def attacks(folder, canary): return {a.name: a for a in ff.make_attacks(folder, canary)}
-
-
 @pytest.fixture(scope="module")
 def attack_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("attacks")
     (folder/"files").mkdir()
-    return attacks(folder/"files", folder/"canary"), folder/"canary"
+    return {a.name: a for a in ff.make_attacks(folder/"files", folder/"canary")}, folder/"canary"
 
 
 EXPECTED = {
-    "os_system.pkl": "system", "eval.pkl": "builtins.eval", "exec.pkl": "builtins.exec", "getattr.pkl": "builtins.getattr", "dotted.pkl": "OrderedDict.__init__",
-    "torch_load.pkl": "torch.serialization.load", "nested.pkl": "system", "nested_torch.pkl": "system", "copyreg.pkl": "copyreg._reconstructor", "class.pkl": "'__class__'",
-    "dict.pkl": "'__dict__'", "persistent_id.pkl": "persistent id", "lists.pkl": "steps to unfold", "again.pkl": "more memory than the file", "astral.pkl": "more memory than the file",
-    "size.pkl": "impossible shape", "expand.pkl": "does not fit", "offset.pkl": "does not fit", "negative.pkl": "impossible shape", "storage.pkl": "cut short", "count.pkl": "claims to have",
-    "binbytes8.pkl": "cut short", "unicode8.pkl": "a string of", "slots.pkl": "in slots", "setstate.pkl": "got Global", "storage.pt": "of which the file has 16", "storage_old.pt": "cut short",
-    "modules.pkl": "bomb", "escape.pkl": r"a \?\[2J\?ok without a model", "huge.safetensors": "damaged", "header.safetensors": "too long", "cut.safetensors": "cut short",
-    "names.pkl": "more memory than the file", "deep.pkl": "key that is a tuple", "cycle.pkl": "nested more than", "bomb.pt": "compressed", "evil.pt": "system", "evil_old.pt": "system",
-    "overlap.pt": "longer than the file", "text.pkl": "text file", "empty.pkl": "empty file", "page.pkl": "HTML", "photo.pkl": "JPEG", "arrays.pt": "npz", "other.pkl": "no.* 'ema'|without an entry 'ema'",
-    "pointer.pkl": "LFS", "pictures.pt": "zip archive", "training.pt": "epoch", "a_folder.pkl": "folder",
-    "capitals_below.pt": "not one that torch.save wrote", "capitals_list.pt": "not one that torch.save wrote", "capitals.pt": "but for capitals", "capitals_after.pt": "but for capitals",
-    "folders.pt": "b/data.pkl is outside of its first folder, a", "below.pt": "not one that torch.save wrote", "deeper.pt": "impossible shape", "beside.pt": "version is outside", "absolute.pt": "of the name '/data.pkl'",
-    "upwards.pt": "of the name 'a/../b", "backslash.pt": "of the name 'a/b.*data.pkl'", "zero.pt": "of the name 'a/data.pkl.*00", "letters.pt": "of the name 'a/d", "tables.pt": "not where it says",
-    "comment.pt": "not where it says", "fewer.pt": "not as long as it says", "inner.pt": "a/data/0 has another name", "longer.pt": "a/data.pkl has another name", "mark.pt": "a/data/0 has another name", "renamed.pt": "extra field", "moved.pt": "extra field",
-    "split.pt": "not a file of torch.save", "loop.pkl": "symbolic links", "pipe.pkl": "pipe", "/dev/zero": "device"}
+    "os_system.pkl": "system",
+    "eval.pkl": "builtins.eval",
+    "exec.pkl": "builtins.exec",
+    "getattr.pkl": "builtins.getattr",
+    "dotted.pkl": "OrderedDict.__init__",
+    "torch_load.pkl": "torch.serialization.load",
+    "nested.pkl": "system",
+    "nested_torch.pkl": "system",
+    "copyreg.pkl": "copyreg._reconstructor",
+    "class.pkl": "'__class__'",
+    "dict.pkl": "'__dict__'",
+    "persistent_id.pkl": "persistent id",
+    "lists.pkl": "steps to unfold",
+    "again.pkl": "more memory than the file",
+    "astral.pkl": "more memory than the file",
+    "size.pkl": "impossible shape",
+    "expand.pkl": "does not fit",
+    "offset.pkl": "does not fit",
+    "negative.pkl": "impossible shape",
+    "storage.pkl": "cut short",
+    "count.pkl": "claims to have",
+    "binbytes8.pkl": "cut short",
+    "unicode8.pkl": "a string of",
+    "slots.pkl": "in slots",
+    "setstate.pkl": "got Global",
+    "storage.pt": "of which the file has 16",
+    "storage_old.pt": "cut short",
+    "modules.pkl": "bomb",
+    "escape.pkl": r"a \?\[2J\?ok without a model",
+    "huge.safetensors": "damaged",
+    "header.safetensors": "too long",
+    "cut.safetensors": "cut short",
+    "names.pkl": "more memory than the file",
+    "deep.pkl": "key that is a tuple",
+    "cycle.pkl": "nested more than",
+    "bomb.pt": "compressed",
+    "evil.pt": "system",
+    "evil_old.pt": "system",
+    "overlap.pt": "longer than the file",
+    "text.pkl": "text file",
+    "empty.pkl": "empty file",
+    "page.pkl": "HTML",
+    "photo.pkl": "JPEG",
+    "arrays.pt": "npz",
+    "other.pkl": "no.* 'ema'|without an entry 'ema'",
+    "pointer.pkl": "LFS",
+    "pictures.pt": "zip archive",
+    "training.pt": "epoch",
+    "a_folder.pkl": "folder",
+    "capitals_below.pt": "not one that torch.save wrote",
+    "capitals_list.pt": "not one that torch.save wrote",
+    "capitals.pt": "but for capitals",
+    "capitals_after.pt": "but for capitals",
+    "folders.pt": "b/data.pkl is outside of its first folder, a",
+    "below.pt": "not one that torch.save wrote",
+    "deeper.pt": "impossible shape",
+    "beside.pt": "version is outside",
+    "absolute.pt": "of the name '/data.pkl'",
+    "upwards.pt": "of the name 'a/../b",
+    "backslash.pt": "of the name 'a/b.*data.pkl'",
+    "zero.pt": "of the name 'a/data.pkl.*00",
+    "letters.pt": "of the name 'a/d",
+    "tables.pt": "not where it says",
+    "comment.pt": "not where it says",
+    "fewer.pt": "not as long as it says",
+    "inner.pt": "a/data/0 has another name",
+    "longer.pt": "a/data.pkl has another name",
+    "mark.pt": "a/data/0 has another name",
+    "renamed.pt": "extra field",
+    "moved.pt": "extra field",
+    "split.pt": "not a file of torch.save",
+    "loop.pkl": "symbolic links",
+    "pipe.pkl": "pipe",
+    "/dev/zero": "device",
+}
 
 
 def test_attacks_within_limits(attack_files):
@@ -217,11 +339,15 @@ def test_attacks_within_limits(attack_files):
         return getattr(foreign, attack.read)(attack.path)
     import re
     for name, attack in files.items():
-        result, seconds, mb = ff.in_child(lambda: isinstance(read(attack), object), memory=300 + 2 * attack.size // 2**20)
+        result, seconds, mb = ff.in_child(
+            lambda: isinstance(read(attack), object), memory=300 + 2 * attack.size // 2**20
+        )
         if attack.harmless: assert result is True, (name, result)
         else:
             assert type(result) is ForeignFileError, (name, result)
-            assert str(result).startswith(f"{attack.path}: ") and str(result).isprintable() and len(str(result)) < 500, (name, str(result))
+            assert (
+                str(result).startswith(f"{attack.path}: ") and str(result).isprintable() and len(str(result)) < 500
+            ), (name, str(result))
             assert re.search(EXPECTED.get(name, ""), str(result)), (name, str(result))
         assert seconds < 20 and mb < 2 * attack.size / 2**20 + 130, (name, seconds, mb)
     assert set(EXPECTED) <= set(files) and not canary.exists()
@@ -231,7 +357,8 @@ def test_torch_is_never_asked_to_run_anything(attack_files):
     "Even if our own check of the outline were passed."
     files, canary = attack_files
     for name in ("evil.pt", "evil_old.pt"):
-        with open(files[name].path, "rb") as f, pytest.raises(ForeignFileError, match="torch says"): foreign._load_weights(f)
+        with open(files[name].path, "rb") as f, pytest.raises(ForeignFileError, match="torch says"):
+            foreign._load_weights(f)
     assert not canary.exists()
 
 
@@ -243,12 +370,21 @@ def test_archives_that_are_read_in_two_ways(attack_files):
     assert torch.load(files["capitals_list.pt"].path, weights_only=True) == [1, 2, 3]
     for name in {name for name, _, _ in ff.two_ways()} - {"deeper.pt"}:
         with pytest.raises(ForeignFileError): sniff(files[name].path)
-    with zipfile.ZipFile(files["tables.pt"].path) as z: assert z.read("a/data.pkl").startswith(ff.pickled_state((3,), (1,), 3))
+    with zipfile.ZipFile(files["tables.pt"].path) as z:
+        assert z.read("a/data.pkl").startswith(ff.pickled_state((3,), (1,), 3))
 
 
 def test_honest_archives_of_other_writers(tmp_path, monkeypatch):
     "Without zip64 records, with entries for folders, with zip64 fields in every entry."
-    path, files = tmp_path/"x.pt", {"a/": b"", "a/data.pkl": ff.pickled_state((3,), (1,), 3), "a/data/0": np.float32([1, 2, 3]).tobytes(), "a/version": b"3\n"}
+    path, files = (
+        tmp_path / "x.pt",
+        {
+            "a/": b"",
+            "a/data.pkl": ff.pickled_state((3,), (1,), 3),
+            "a/data/0": np.float32([1, 2, 3]).tobytes(),
+            "a/version": b"3\n",
+        },
+    )
     for limit in (zipfile.ZIP64_LIMIT, 10):
         monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
         path.write_bytes(ff.zip_bytes(files))
@@ -269,8 +405,18 @@ def test_end_of_an_archive_is_checked(at, tmp_path):
 @pytest.mark.parametrize("new", [True, False])
 def test_what_torch_reads_must_be_what_was_checked(new, tmp_path, monkeypatch):
     w = torch.ones(2, 3)
-    reads = dict(form=[{"w": w[:1]}, {"w": w.double()}, {"w": torch.ones(3, 2).T}, {"w": torch.ones(1).expand(2, 3)}, {"w": [1]}, {"w": torch.ones(2, 3).to_sparse()}],
-                 names=[{"v": w}, {"w": w, "v": w}, {}], where=[[w], w, None])
+    reads = dict(
+        form=[
+            {"w": w[:1]},
+            {"w": w.double()},
+            {"w": torch.ones(3, 2).T},
+            {"w": torch.ones(1).expand(2, 3)},
+            {"w": [1]},
+            {"w": torch.ones(2, 3).to_sparse()},
+        ],
+        names=[{"v": w}, {"w": w, "v": w}, {}],
+        where=[[w], w, None],
+    )
     for key in (None, "ema"):
         torch.save({"w": w} if key is None else {key: {"w": w}}, tmp_path/"x.pt", _use_new_zipfile_serialization=new)
         assert list(read_torch(tmp_path/"x.pt")) == ["w"]
@@ -290,7 +436,8 @@ def test_form_of_empty_tensors(tmp_path):
     torch.save(state, tmp_path/"x.pt")
     same(read_torch(tmp_path/"x.pt"), state)
     outline = torch.empty(0, 3, device="meta")
-    with pytest.raises(ForeignFileError, match="another form"): foreign.as_outlined({"w": torch.empty(0, 3).to_sparse()}, None, {"w": outline})
+    with pytest.raises(ForeignFileError, match="another form"):
+        foreign.as_outlined({"w": torch.empty(0, 3).to_sparse()}, None, {"w": outline})
 
 
 @pytest.mark.parametrize("error", [AttributeError, KeyError, IndexError, TypeError, RuntimeError, ZeroDivisionError])
@@ -309,7 +456,9 @@ def test_the_attacks_are_real(tmp_path):
     files = {name: data for name, _, data in ff.executing(canary)}
     for name in ("os_system.pkl", "os_system_0.pkl", "eval.pkl", "exec.pkl", "inst.pkl", "nested.pkl"):
         load = (lambda f: torch.load(f, weights_only=False)) if name == "nested.pkl" else pickle.load
-        data = files[name][files[name].index(b"\x80\x02"):-3] if name == "nested.pkl" else files[name]  # the bytes that torch itself would load
+        data = (
+            files[name][files[name].index(b"\x80\x02") : -3] if name == "nested.pkl" else files[name]
+        )  # the bytes that torch itself would load
         ff.in_child(lambda: load(io.BytesIO(data)) and None)
         assert canary.exists(), name
         canary.unlink()
@@ -342,7 +491,11 @@ def small_files(folder, canary):
     state = {"model.map.weight": torch.randn(4, 4), "model.map.freqs": torch.ones(2).bool()}
     yield read_edm_pickle, ff.make_edm_pickle(folder/"a", state, short=True, canary=canary).read_bytes()
     for new in (True, False):
-        torch.save(OrderedDict(a=state["model.map.weight"], b=state["model.map.freqs"]), folder/"a", _use_new_zipfile_serialization=new)
+        torch.save(
+            OrderedDict(a=state["model.map.weight"], b=state["model.map.freqs"]),
+            folder / "a",
+            _use_new_zipfile_serialization=new,
+        )
         yield read_torch, (folder/"a").read_bytes()
     save_file(dict(a=state["model.map.weight"], b=state["model.map.freqs"]), folder/"a")
     yield read_safetensors, (folder/"a").read_bytes()
@@ -388,10 +541,47 @@ def test_programs_at_random(tmp_path):
     "Random sequences of valid instructions, with names of the table, storages and tensors among them."
     rng, names = random.Random(0), list(EDM_NAMES)
     storage = ff.load_bytes(ff.legacy(ff.storage_id(4), raw=struct.pack("<q4f", 4, 1, 2, 3, 4)))
-    pieces = [b"(", b"}", b"]", b")", b"t", b"\x85", b"\x86", b"\x87", b"a", b"e", b"s", b"u", b"R", b"\x81", b"b", b"N", b"K\x03", b"\x94", b"h\x00", b"h\x01", b"\x90", b"Q",
-              ff.text("ema"), ff.text("state"), ff.text("_modules"), ff.text("f8"), ff.blob(b"12345678"), storage, ff.tensor(storage, 0, (2, 2), (2, 1)), b"\x93"]
+    pieces = [
+        b"(",
+        b"}",
+        b"]",
+        b")",
+        b"t",
+        b"\x85",
+        b"\x86",
+        b"\x87",
+        b"a",
+        b"e",
+        b"s",
+        b"u",
+        b"R",
+        b"\x81",
+        b"b",
+        b"N",
+        b"K\x03",
+        b"\x94",
+        b"h\x00",
+        b"h\x01",
+        b"\x90",
+        b"Q",
+        ff.text("ema"),
+        ff.text("state"),
+        ff.text("_modules"),
+        ff.text("f8"),
+        ff.blob(b"12345678"),
+        storage,
+        ff.tensor(storage, 0, (2, 2), (2, 1)),
+        b"\x93",
+    ]
     for _ in range(4000):
-        program = b"\x80\x04" + b"".join(rng.choice(pieces) if rng.random() < .8 else ff.glob(*rng.choice(names)) for _ in range(rng.randrange(4, 30))) + b"."
+        program = (
+            b"\x80\x04"
+            + b"".join(
+                rng.choice(pieces) if rng.random() < 0.8 else ff.glob(*rng.choice(names))
+                for _ in range(rng.randrange(4, 30))
+            )
+            + b"."
+        )
         try: edm_network(run(program), len(program))
         except (ForeignFileError, TypeError, ValueError): pass
 

@@ -1,4 +1,5 @@
 """Metrics: golden numbers, closed forms, invariances, and errors that name what is wrong."""
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,8 +7,11 @@ import pytest
 import torch
 
 from ctm_nb.data.images import ImageData, digits
-from ctm_nb.evaluation.metrics import (FeatureStats, as_probs, class_accuracy, features_and_probs, frechet_distance, frechet_gaussians,
-                            inception_score, knn_radii, make_reference, precision_recall, score_records, score_samples, train_classifier)
+from ctm_nb.evaluation.evaluate import image_samples, records, run_evaluator
+from ctm_nb.evaluation.features import ClassifierExtractor
+from ctm_nb.evaluation.metrics import (FeatureStats, as_probs, class_accuracy, frechet_distance, frechet_gaussians,
+                                       inception_score, knn_radii, precision_recall, train_classifier)
+from ctm_nb.evaluation.reference import array_samples
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "metrics.npz"
 
@@ -23,16 +27,19 @@ def golden():
 
 @pytest.fixture(scope="module")
 def scored():
-    "A quickly trained classifier, its reference, and the training images."
-    train = digits("train")
-    net = train_classifier(train, epochs=2, width=16)
-    return make_reference(net, digits("held_out"), name="held out"), train
+    "What scores digits, and the training images."
+    splits = {"train": digits("train"), "held_out": digits("held_out")}
+    return run_evaluator(splits), splits
+
+
+def scores_of(evaluator, x, y=None): return evaluator.score(evaluator.collect(image_samples(x, y)))
 
 
 # --- golden
 
 def test_golden_frechet(golden):
-    assert frechet_distance(golden["ref_features"], golden["sample_features"]) == pytest.approx(float(golden["fid"]), rel=1e-6)
+    assert frechet_distance(golden["ref_features"], golden["sample_features"]) == pytest.approx(float(golden["fid"]),
+                                                                                                rel=1e-6)
 
 
 @pytest.mark.parametrize("convert", [lambda a: a, torch.from_numpy, lambda a: torch.from_numpy(a).float()])
@@ -53,9 +60,11 @@ def test_identical_sets_are_at_zero():
 
 
 def test_rank_deficient_wide():
-    a, b = cloud(20, 400), cloud(30, 400, seed=1)            # against the overlap of the centred data matrices, which needs no square root
+    # against the overlap of the centred data matrices, which needs no square root
+    a, b = cloud(20, 400), cloud(30, 400, seed=1)
     ca, cb = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
-    expect = ((a.mean(0) - b.mean(0)) ** 2).sum() + (ca ** 2).sum() + (cb ** 2).sum() - 2 * np.linalg.svd(ca @ cb.T, compute_uv=False).sum()
+    overlap = np.linalg.svd(ca @ cb.T, compute_uv=False).sum()
+    expect = ((a.mean(0) - b.mean(0)) ** 2).sum() + (ca ** 2).sum() + (cb ** 2).sum() - 2 * overlap
     assert frechet_distance(a, b) == pytest.approx(expect, rel=1e-9)
 
 
@@ -151,7 +160,7 @@ def test_bad_features_are_refused(score, bad, message):
 
 
 def test_bad_arguments_are_refused(scored):
-    reference, train = scored
+    evaluator, splits = scored
     with pytest.raises(ValueError, match="k must be >= 1, got 0"): precision_recall(cloud(), cloud(), k=0)
     with pytest.raises(ValueError, match="at least 6 are needed, got 5"): precision_recall(cloud(), cloud(5), k=5)
     with pytest.raises(ValueError, match="splits must be between 1 and"): inception_score(np.eye(3), splits=4)
@@ -159,10 +168,13 @@ def test_bad_arguments_are_refused(scored):
     with pytest.raises(ValueError, match="a class for each of the 3"): class_accuracy(np.eye(3), [0, 1])
     with pytest.raises(ValueError, match="same features, got 3 and 2"): FeatureStats(3).merge(FeatureStats(2))
     with pytest.raises(ValueError, match="finite"): FeatureStats(6).update(NAN)
-    with pytest.raises(ValueError, match="without labels"): train_classifier(ImageData(train.images, None, [], "folder"))
-    with pytest.raises(ValueError, match="x must be finite"): score_samples(reference, torch.full((5, 1, 8, 8), float("nan")))
-    with pytest.raises(ValueError, match=r"x must be \(N, 1, 8, 8\), got shape \(5, 8, 8\)"): score_samples(reference, torch.zeros(5, 8, 8))
-    with pytest.raises(ValueError, match="constant"): score_samples(reference, torch.zeros(50, 1, 8, 8))
+    with pytest.raises(ValueError, match="without labels"):
+        train_classifier(ImageData(splits["train"].images, None, [], "folder"))
+    with pytest.raises(ValueError, match="x must be finite"):
+        scores_of(evaluator, torch.full((5, 1, 8, 8), float("nan")))
+    with pytest.raises(ValueError, match=r"images must be uint8 .* \(5, 8, 8\)"):
+        scores_of(evaluator, torch.zeros(5, 8, 8))
+    with pytest.raises(ValueError, match="constant"): scores_of(evaluator, torch.zeros(50, 1, 8, 8))
 
 
 # --- the classifier
@@ -173,30 +185,37 @@ def test_training_is_deterministic_and_private():
     state = torch.random.get_rng_state()
     nets = [train_classifier(few, seed=s, epochs=1, width=8, dim=16) for s in (0, 0, 1)]
     assert torch.equal(state, torch.random.get_rng_state())
-    f = [features_and_probs(n, few.images)[0] for n in nets]
+    f = [ClassifierExtractor(n)(few.images).pooled for n in nets]
     assert torch.equal(f[0], f[1]) and not torch.equal(f[0], f[2])
     assert not nets[0].training and (f[0].var(0) - 1).abs().max() < .05
 
 
 def test_scores_see_noise_collapse_and_wrong_labels(scored):
-    reference, train = scored
-    floor = score_samples(reference, train.images, train.labels)
-    assert reference.accuracy > .95 and floor["class_accuracy"] > .95 and floor["precision"] > .8 and floor["recall"] > .8
-    noise = score_samples(reference, torch.randn(600, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
-    assert "class_accuracy" not in noise and noise["precision"] < .2 and noise["frechet_distance"] > 20 * floor["frechet_distance"]
+    evaluator, splits = scored
+    train = splits["train"]
+    floor = {r["metric"]: r["value"] for r in evaluator.floor(splits)}
+    assert floor["classifier_accuracy"] > .95 and floor["class_accuracy"] > .95
+    assert floor["precision"] > .8 and floor["recall"] > .8
+    noise = scores_of(evaluator, torch.randn(600, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert "class_accuracy" not in noise and noise["precision"] < .2
+    assert noise["frechet_distance"] > 20 * floor["frechet_distance"]
     ones = train.labels == 1
-    collapsed = score_samples(reference, train.images[ones], train.labels[ones])
+    collapsed = scores_of(evaluator, train.images[ones], train.labels[ones])
     assert collapsed["recall"] < .2 < .7 < collapsed["precision"] and collapsed["inception_score"] < 2
-    assert score_samples(reference, train.images, (train.labels + 1) % 10)["class_accuracy"] < .05
-    x = train.x0()
-    again = score_samples(reference, x, train.labels, batch_size=97)
+    assert scores_of(evaluator, train.images, (train.labels + 1) % 10)["class_accuracy"] < .05
+    again = scores_of(replace(evaluator, batch=97), train.x0(), train.labels)
     assert again["frechet_distance"] == pytest.approx(floor["frechet_distance"], rel=1e-3)
 
 
 def test_records_are_complete(scored):
-    reference, train = scored
+    evaluator, splits = scored
     sampler = {"solver": "ctm", "steps": 1, "gamma": 0.}
-    (record,) = score_records({"precision": np.float64(.5)}, reference, 10, sampler, seed=3, checkpoint="step_5")
-    assert set(record) == {"metric", "value", "n_samples", "reference", "features", "sampler", "seed", "checkpoint"}
-    assert type(record["value"]) is float and record["reference"] == {"name": "held out", "sha256": digits("held_out").sha256()}
+    features = evaluator.extractor.features_id
+    (record,) = records({"precision": np.float64(.5)}, evaluator.reference, features, 10, sampler, 3, "step_5")
+    names = {"metric", "value", "n_samples", "reference", "features", "sampler", "seed", "checkpoint"}
+    assert set(record) == names and type(record["value"]) is float
+    assert record["reference"] == {"name": "digits, held out", "sha256": digits("held_out").sha256(), "n": 445}
     assert record["sampler"] == sampler and record["features"].startswith("classifier64-")
+    with pytest.raises(ValueError, match="finite"):
+        evaluator.extractor.net.norm.running_mean += float("nan")
+        evaluator.collect(array_samples(splits["held_out"].images))

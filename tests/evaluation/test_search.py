@@ -1,4 +1,4 @@
-"The search for timesteps: what must hold whatever the notebook shows."
+"The search of times: budgets, ledgers, what is stored."
 import numpy as np
 import pytest
 
@@ -9,21 +9,21 @@ def test_search_finds_resumes_and_respects_its_budget(tmp_path):
     calls, goal = [], [80., 6., .7, .002]
     def score(times, gamma):
         calls.append(times)
-        assert all(a > b for a, b in zip(times, times[1:])) and 0 <= gamma <= 1
-        assert times[0] == 80. and times[-1] == .002
+        assert all(a > b for a, b in zip(times, times[1:])) and times[0] == 80. and times[-1] == .002
+        assert 0 <= gamma <= 1
         return sum((np.log(a) - np.log(b)) ** 2 for a, b in zip(times, goal)) + (gamma - .5) ** 2
-    found = search_times(score, 3, .002, 80., 60)
+    search = lambda steps, budget, folder=None: search_times(score, steps, .002, 80., budget, folder=folder)
+    found = search(3, 60)
     assert len(calls) <= 60 and found["score"] < .02 and len(found["curve"]) == len(calls)
     assert found["curve"] == sorted(found["curve"], reverse=True)
-    book = tmp_path / "ledger.json"
-    search_times(score, 3, .002, 80., 10, ledger=book)
+    search(3, 10, tmp_path)
     calls.clear()
-    resumed = search_times(score, 3, .002, 80., 60, ledger=book)
-    assert resumed == found and len(calls) == len(found["curve"]) - 10
-    with pytest.raises(ValueError, match="steps: 3 there, 2 now"): search_times(score, 2, .002, 80., 60, ledger=book)
+    assert search(3, 60, tmp_path) == found and len(calls) == len(found["curve"]) - 10
+    (book,) = tmp_path.iterdir()
+    with pytest.raises(ValueError, match="steps: 3 there, None now"): Ledger(score, 3, book)
     book.write_text("{")
     with pytest.raises(ValueError, match="not the ledger"): Ledger(score, 3, book)
-    assert search_times(score, 1, .002, 80., 9)["times"] == [80., .002]
+    assert search(1, 9)["times"] == [80., .002]
     with pytest.raises(FloatingPointError, match="nan"): search_times(lambda *_: float("nan"), 2, .002, 80.)
 
 

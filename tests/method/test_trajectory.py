@@ -1,0 +1,102 @@
+"""The trajectory model: how a student starts, half precision, what it refuses."""
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ctm_nb.method.flow import toy_mixture
+from ctm_nb.method.guidance import guide_free
+from ctm_nb.method.teacher import Denoiser
+from ctm_nb.method.trajectory import is_ctm, student_from
+from ctm_nb.networks.unet import ADM, MLP, DDPMpp, NCSNpp, OpenAIUNet, network_config
+
+SMALL = dict(model_channels=8, channel_mult=(1, 2), n_blocks=1, attention=(4,))
+WIDE = dict(model_channels=16, channel_mult=(1, 2), n_blocks=1, attention=(4,), channels_per_head=8)
+IMAGE_FAMILIES = [DDPMpp, NCSNpp, ADM, OpenAIUNet]
+
+
+def lively(net):
+    "Zero-initialised last layers hide mistakes: give every layer random weights."
+    torch.manual_seed(0)
+    for p in net.parameters(): p.data.add_(.1 * torch.randn_like(p))
+    return net.eval()
+
+
+def test_student_keeps_teacher_and_config():
+    teacher = Denoiser(lively(DDPMpp(8, 1, 10, **SMALL)), sigma_data=.7, sigma_min=.01, sigma_max=50.)
+    student = student_from(teacher)
+    assert (student.sigma_data, student.sigma_min, student.sigma_max) == (.7, .01, 50.)
+    assert network_config(student.net) == {**network_config(teacher.net), "s_branch": True}
+    x, t, y = 10 * torch.randn(6, 1, 8, 8), torch.tensor([80., 20., 5., 1., .1, .01]).clamp(max=50), torch.arange(6)
+    with torch.no_grad():
+        D = teacher.D(x, t, y)
+        for f in (0., .5, 1.): torch.testing.assert_close(student.g(x, t, f * t, y), D, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("init", ["teacher", "random"])
+@pytest.mark.parametrize("n_classes", [0, 10])
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
+def test_student_of_every_family_starts_as_its_teacher(family, n_classes, init):
+    teacher = Denoiser(lively(family(8, 3, n_classes, **WIDE)))
+    student = student_from(teacher, init).eval()
+    x, t = torch.randn(6, 3, 8, 8), torch.tensor([80., 20., 5., 1., .1, .002])
+    y = torch.arange(6) if n_classes else None
+    x = x * (1 + t[:, None, None, None])
+    with torch.no_grad():
+        D = teacher.D(x, t, y)
+        far = [float((student.g(x, t, f * t, y) - D).norm() / D.norm()) for f in (0., .3, 1.)]
+    assert max(far) < 1e-6 if init == "teacher" else min(far) > 1e-4
+
+
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
+def test_bfloat16_autocast_is_finite_at_both_ends(family):
+    m = student_from(Denoiser(lively(family(8, 3, **WIDE))), "random").eval()
+    t = torch.tensor([80., .002])
+    x = torch.randn(2, 3, 8, 8) * t[:, None, None, None]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): out = m.g(x, t, torch.zeros(2))
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
+@pytest.mark.parametrize("dtype, least", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_half_precision_weights_stay_near_float32(family, dtype, least):
+    m = student_from(Denoiser(lively(family(8, 3, 10, **WIDE))), "random").eval()
+    t, s, y = torch.tensor([80., 1., .002]), torch.tensor([.5, .01, .002]), torch.tensor([1, 2, 3])
+    x = torch.randn(3, 3, 8, 8) * (1 + t[:, None, None, None])
+    with torch.no_grad():
+        exact = m.g(x.to(dtype).float(), t, s, y)
+        half = m.to(dtype).g(x.to(dtype), t, s, y)
+    assert half.dtype == dtype and (half.float() - exact).norm() < least * exact.norm()
+
+
+def test_a_student_is_no_teacher():
+    with pytest.raises(ValueError, match="must have no s-branch"): DDPMpp(8, 1, s_branch=True, **SMALL).with_s_branch()
+
+
+def test_classes_go_from_teacher_to_student():
+    teacher = Denoiser(MLP(2, n_classes=2), classes=["cat", "dog"])
+    student = student_from(teacher)
+    assert student.classes == ["cat", "dog"] and student.classes is not teacher.classes
+
+
+def test_whoever_has_jumps_is_a_ctm():
+    teacher = Denoiser(MLP(2, n_classes=3))
+    student = student_from(teacher)
+    assert is_ctm(student) and is_ctm(toy_mixture()) and is_ctm(guide_free(student, 1.))
+    assert not is_ctm(teacher) and not is_ctm(guide_free(teacher, 1.))
+
+
+def test_jumps_upwards_are_refused():
+    student = student_from(Denoiser(MLP(2)))
+    x, t = torch.randn(2, 2), torch.tensor([1., .5])
+    with pytest.raises(ValueError, match=r"s must be <= t, got s=1.0 > t=0.5 \(row 1\)"): student.G(x, t, 1.)
+    with pytest.raises(ValueError, match="s must be >= 0"): student.G(x, t, -.1)
+
+
+def test_the_method_imports_no_other_room():
+    code = ("import sys, ctm_nb.method.trajectory; "
+            "print([m for m in sys.modules if m.startswith('ctm_nb.') and m.split('.')[1] not in ('method', '_moved')],"
+            " [m for m in ('timm', 'lpips', 'torchvision', 'PIL', 'matplotlib') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] []"
