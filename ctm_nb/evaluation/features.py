@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BACKBONES', 'Features', 'spatial_features', 'Extractor', 'ClassifierExtractor', 'resize_tf1',
            'InceptionExtractor', 'resize_clean', 'CleanExtractor', 'ScriptExtractor', 'TimmExtractor', 'inception_file',
-           'find_weights', 'optional', 'load_extractor', 'file_hash', 'load_weights', 'TimmFeatures', 'backbone_file',
+           'find_weights', 'optional', 'load_weights', 'load_extractor', 'file_hash', 'TimmFeatures', 'backbone_file',
            'LPIPSDistance']
 
 # %% ../../nbs/5_evaluation/02_features.ipynb #1d1ce092
@@ -223,6 +223,21 @@ def optional(
     except ImportError as e:
         raise ValueError(f"this needs the package {package or module} (pip install {package or module}): {e}") from None
 
+# %% ../../nbs/5_evaluation/02_features.ipynb #b8275581
+def load_weights(
+    net:nn.Module, # a timm network
+    path:Path, # .safetensors, or a .pth with a state dict, bare or under "model"
+)->nn.Module: # net
+    "Load published weights into a network, in place; `ValueError` if the file does not hold exactly them."
+    try:
+        if path.suffix == ".safetensors": state = load_file(path)
+        else: state = torch.load(path, map_location="cpu", weights_only=True)
+        net.load_state_dict(state.get("model", state))
+    except (RuntimeError, SafetensorError, UnpicklingError, EOFError, AttributeError, TypeError) as e:
+        what = " ".join(str(e).split())[:200]
+        raise ValueError(f"{path} must hold the weights of {type(net).__name__}: {what}") from None
+    return net
+
 # %% ../../nbs/5_evaluation/02_features.ipynb #47213a74
 def load_extractor(
     name:str, # "inception", "cleanfid", "timm:NAME" or the path of a TorchScript file
@@ -284,21 +299,6 @@ def _quietly(path, load):
         warnings.simplefilter("ignore", FutureWarning)
         try: return load()
         except RuntimeError as e: raise ValueError(f"{path} can't be read as TorchScript: {_last_line(e)}") from None
-
-# %% ../../nbs/5_evaluation/02_features.ipynb #b8275581
-def load_weights(
-    net:nn.Module, # a timm network
-    path:Path, # .safetensors, or a .pth with a state dict, bare or under "model"
-)->nn.Module: # net
-    "Load published weights into a network, in place; `ValueError` if the file does not hold exactly them."
-    try:
-        if path.suffix == ".safetensors": state = load_file(path)
-        else: state = torch.load(path, map_location="cpu", weights_only=True)
-        net.load_state_dict(state.get("model", state))
-    except (RuntimeError, SafetensorError, UnpicklingError, EOFError, AttributeError, TypeError) as e:
-        what = " ".join(str(e).split())[:200]
-        raise ValueError(f"{path} must hold the weights of {type(net).__name__}: {what}") from None
-    return net
 
 # %% ../../nbs/5_evaluation/02_features.ipynb #347e8d70
 class TimmFeatures(FeatureNetwork):
