@@ -12,6 +12,7 @@ others, so that a life costs a second.
 """
 
 import argparse
+import io
 import json
 import os
 import random
@@ -68,7 +69,7 @@ def die():
 
 def arm(kind, at, share):
     "Count disk changes and checkpoint files; kill this process before change number `at`, or in file number `at`."
-    count, real_write = {"disk": 0, "write": 0}, state._write_synced
+    count, real_write = {"disk": 0, "write": 0}, state.write_synced
 
     def trap(real):
         def call(*args, **kw):
@@ -79,17 +80,18 @@ def arm(kind, at, share):
 
         return call
 
-    def torn(path, data):
+    def torn(path, write):
         if kind == "write" and count["write"] == at:
+            write(whole := io.BytesIO())
             with open(path, "xb") as f:
-                f.write(data[: int(share * len(data))])
+                f.write(whole.getvalue()[: int(share * len(whole.getvalue()))])
             die()
         count["write"] += 1
-        real_write(path, data)
+        real_write(path, write)
 
     for name in CHANGES:
         setattr(os, name, trap(getattr(os, name)))
-    state._write_synced = torn
+    state.write_synced = torn
     return count
 
 
