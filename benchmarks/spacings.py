@@ -1,10 +1,11 @@
-"""Timesteps of the teacher's solver interval, as they were measured: even in ln t, or adapted to the curvature of its x_0-prediction; no preset uses them, so the package does not.
+"""Timesteps of the teacher's solver interval that were measured and that no preset uses: even in ln t, or by curvature.
 
     stretch_times(i, k, N, method, max_evals, "log")                      # even in ln t
     stretch_times(i, k, N, method, max_evals, "curved", bends(teacher))   # even in curvature
 
-Where a method's error in a step of length h (in lambda = -ln t) is C(lambda) h^p, a fixed number of steps has the smallest sum of errors with h proportional to C^(-1/p). `bends` measures C by the
-fourth differences of the teacher's x_0-predictions along a few trajectories (p = 5), never below a quarter of the largest density.
+Where a method's error in a step of length h (in lambda = -ln t) is C(lambda) h^p, a fixed number of steps has the
+smallest sum of errors with h proportional to C^(-1/p). `bends` measures C by the fourth differences of the teacher's
+x_0-predictions along a few trajectories (p = 5), never below a quarter of the largest density.
 """
 import math
 
