@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['GAN_LOSSES', 'colour', 'translate', 'cutout', 'augment', 'FeatureNetwork', 'TeacherFeatures', 'probe',
            'RandomProjection', 'conv', 'Head', 'Discriminator', 'hinge_d', 'hinge_g', 'softplus_d', 'softplus_g',
-           'gan_loss_g', 'slope_penalty', 'gan_loss_d', 'discriminator_loss', 'discriminator_optimizer', 'gan_turn',
-           'lazy']
+           'gan_loss_g', 'slope_penalty', 'gan_loss_d', 'discriminator_loss', 'gan_turn', 'lazy']
 
 # %% ../../nbs/1_method/08_adversary.ipynb #2c59eaf2
 import math
@@ -358,16 +357,6 @@ def discriminator_loss(
     "The discriminator's turn: real pictures against the student's estimates."
     with torch.no_grad(): fake = to_end(target, student.G(x_t, t, s, y), s, y)
     return gan_loss_d(discriminator, x0, fake, y, **options).mean()
-
-# %% ../../nbs/1_method/08_adversary.ipynb #d5b2decd
-def discriminator_optimizer(
-    discriminator: Discriminator,  # whose heads to train
-    lr: float = 2e-3,  # as published
-    betas: tuple = (.5, .9),  # as published
-    **options,  # of torch's RAdam, how to compute rather than what
-) -> torch.optim.RAdam:
-    "The published optimizer of the discriminator."
-    return torch.optim.RAdam(discriminator.parameters(), lr, betas, **options)
 
 # %% ../../nbs/1_method/08_adversary.ipynb #ebf993db
 def gan_turn(

@@ -109,7 +109,8 @@ def test_matching_places_u(matching):
 
 # ---- the teacher's solver interval
 
-COUNTS = [("heun", None, 12), ("heun", 4, 4), ("heun", 1, 2), ("dpmpp_2m", None, 6), ("dpm", 4, 4), ("dpmpp_2m", 1, 1)]
+COUNTS = [("heun", None, 12), ("heun", 4, 4), ("heun", 1, 2), ("dpmpp_2m", None, 6), ("dpmpp_2m", 4, 4),
+          ("dpmpp_2m", 1, 1)]
 
 
 @pytest.mark.parametrize("method, max_evals, expected", COUNTS)

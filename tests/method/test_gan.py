@@ -14,7 +14,6 @@ from ctm_nb.method.adversary import (
     colour,
     cutout,
     discriminator_loss,
-    discriminator_optimizer,
     gan_loss_d,
     gan_loss_g,
     gan_turn,
@@ -36,6 +35,9 @@ from ctm_nb.networks.unet import DDPMpp
 
 
 def GEN(seed=0): return torch.Generator().manual_seed(seed)
+
+
+def radam(D, lr=2e-3): return torch.optim.RAdam(D.parameters(), lr, betas=(.5, .9))
 
 
 def uniform(B, seed=0): return torch.rand(B, 7, generator=GEN(seed))
@@ -200,7 +202,7 @@ def test_logits_are_a_function_of_the_numbers_and_of_the_class():
 
 def test_checkpoint_is_exact_and_holds_no_frozen_network():
     teacher, D, x, y = make()
-    opt = discriminator_optimizer(D)
+    opt = radam(D)
     def step(D, opt, seed):
         opt.zero_grad()
         gan_loss_d(D, x, .5 * x, y, [D.draw(5, GEN(seed)), D.draw(5, GEN(seed + 9))]).mean().backward()
@@ -212,7 +214,7 @@ def test_checkpoint_is_exact_and_holds_no_frozen_network():
     torch.manual_seed(99)
     twin = Discriminator([TeacherFeatures(teacher, (.2, 1.))], (1, 8, 8), 10, width=16, seed=7)
     twin.load_state_dict(state)
-    again = discriminator_optimizer(twin)
+    again = radam(twin)
     again.load_state_dict(opt_state)
     for E, o in ((D, opt), (twin, again)): step(E, o, 5)  # the next step too, power iteration included
     numbers = D.draw(5, GEN())
@@ -280,7 +282,7 @@ def test_r1_is_the_squared_slope_at_real_pictures():
 
 def test_discriminator_learns():
     _, D, x, y = make(n_classes=0)
-    opt, gen, losses = discriminator_optimizer(D, lr=1e-2), GEN(), []
+    opt, gen, losses = radam(D, 1e-2), GEN(), []
     real = torch.rand(64, 1, 8, 8, generator=gen).round() * 2 - 1
     for _ in range(60):
         loss = gan_loss_d(D, real, .1 * real, None, [D.draw(64, gen), D.draw(64, gen)]).mean()
