@@ -28,8 +28,12 @@ setup(
     include_package_data=True,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"all": cfg["optional_requirements"].split(), "dev": cfg["dev_requirements"].split() + cfg["optional_requirements"].split(),
-                    "docs": cfg["docs_requirements"].split(), "lint": cfg["lint_requirements"].split()},
+    extras_require={
+        "all": cfg["optional_requirements"].split(),
+        "dev": cfg["dev_requirements"].split() + cfg["optional_requirements"].split(),
+        "docs": cfg["docs_requirements"].split(),
+        "lint": cfg["lint_requirements"].split(),
+    },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
@@ -43,5 +47,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     zip_safe=False,
-    options={"editable_wheel": {"mode": "compat"}},  # a path file: with setuptools' finder, a script beside the clone would import the clone's folder
+    options={
+        "editable_wheel": {"mode": "compat"}
+    },  # a path file: with setuptools' finder, a script beside the clone would import the clone's folder
 )

@@ -16,7 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def snapshot(root, lib, nbs):
     "{path: bytes} of everything that is made by, or cleaned in, the checked steps."
-    files = [*(root/nbs).rglob("*.ipynb"), *(root/lib).rglob("*.py"), *(root/nbs/"images").glob("index_*"), root/"README.md"]
+    files = [
+        *(root / nbs).rglob("*.ipynb"),
+        *(root / lib).rglob("*.py"),
+        *(root / nbs / "images").glob("index_*"),
+        root / "README.md",
+    ]
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in files if p.is_file()}
 
 
@@ -52,7 +57,9 @@ def main():
         for folder in (lib, nbs): shutil.copytree(ROOT/folder, copy/folder, ignore=skip)
         remake(copy, lib, nbs)
         after = snapshot(copy, lib, nbs)
-    changed = [difference(n, before.get(n), after.get(n)) for n in sorted(before | after) if before.get(n) != after.get(n)]
+    changed = [
+        difference(n, before.get(n), after.get(n)) for n in sorted(before | after) if before.get(n) != after.get(n)
+    ]
     if changed:
         advice = "files are not what the notebooks make: run `make export` and look at `git diff`"
         sys.exit("\n".join(changed) + f"\n{len(changed)} {advice}")

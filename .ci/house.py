@@ -1,6 +1,7 @@
 """The package in figures, before it moved into rooms and now:  python .ci/house.py [--limits]
 
-Code lines are those that are neither empty nor only a comment nor a docstring. `--limits` fails if a limit of the house is passed. What stood
+Code lines are those that are neither empty nor only a comment nor a docstring. `--limits` fails if a limit of the
+house is passed. What stood
 before is read from git's history; a clone without it shows today's figures alone.
 """
 import argparse
@@ -23,7 +24,12 @@ def code_lines(text):
     docs = set()
     for node in ast.walk(ast.parse(text)):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
             if isinstance(body[0].value.value, str): docs |= set(range(body[0].lineno, body[0].end_lineno + 1))
     lines = enumerate(text.splitlines(), 1)
     return sum(1 for n, line in lines if n not in docs and line.strip() and not line.strip().startswith("#"))
@@ -42,7 +48,8 @@ def imported(text, name, package):
 
 
 def in_circles(graph):
-    "Modules that can reach themselves: what is left when those without imports, or without importers, are taken away again and again."
+    """Modules that can reach themselves: what is left when those without imports, or without importers, are taken away
+    again and again."""
     graph = {k: v & graph.keys() - {k} for k, v in graph.items()}
     while True:
         used = set().union(*graph.values()) if graph else set()
@@ -61,9 +68,13 @@ def measured(root):
     prose = lambda nb: sum(len("".join(c["source"]).split()) for c in nb["cells"] if c["cell_type"] == "markdown")
     folders = {r: [p for p in modules if p.parent.name == r] for r in ROOMS}
     figures = {
-        "modules": len(modules), "notebooks": len(books), "code lines": sum(map(code_lines, texts.values())),
+        "modules": len(modules),
+        "notebooks": len(books),
+        "code lines": sum(map(code_lines, texts.values())),
         "longest line": max(len(line) for t in texts.values() for line in t.splitlines()),
-        "modules in circles": len(in_circles({dotted[p]: imported(t, dotted[p], "ctm_nb") for p, t in modules.items()})),
+        "modules in circles": len(
+            in_circles({dotted[p]: imported(t, dotted[p], "ctm_nb") for p, t in modules.items()})
+        ),
     }
     for room, here in folders.items():
         if here: figures[f"code lines of {room}"] = sum(code_lines(modules[p]) for p in here)

@@ -1,8 +1,10 @@
-"""Run the notebooks with nbdev_test, two at a time, each in a process of its own that is forked from one in which the heavy libraries are imported already.
+"""Run the notebooks with nbdev_test, two at a time, each in a process of its own that is forked from one in which
+the heavy libraries are imported already.
 
     python .ci/nbtest.py [NOTEBOOK ...]
 
-As in Jupyter, what one notebook changes in torch or matplotlib can neither break another nor save it; but nobody imports torch sixty times.
+As in Jupyter, what one notebook changes in torch or matplotlib can neither break another nor save it; but nobody
+imports torch sixty times.
 """
 import multiprocessing
 import os
@@ -28,7 +30,8 @@ def one(path):
 
 
 def main(paths):
-    if missing := [p for p in paths if not Path(p).is_file()]: sys.exit(f"no such notebook: {', '.join(missing)}")  # nbdev_test would find nothing to do, and pass
+    if missing := [p for p in paths if not Path(p).is_file()]:
+        sys.exit(f"no such notebook: {', '.join(missing)}")  # nbdev_test would find nothing to do, and pass
     fork, waiting, running, failed = multiprocessing.get_context("fork"), list(paths), {}, []
     while waiting or running:
         while waiting and len(running) < AT_ONCE:
@@ -46,5 +49,12 @@ if __name__ == "__main__":
     started = time.time()
     root = Path(__file__).resolve().parents[1]
     os.chdir(root)
-    main(sys.argv[1:] or sorted(str(p.relative_to(root)) for p in (root / "nbs").rglob("*.ipynb") if p.name[0] not in "_." and ".ipynb_checkpoints" not in p.parts))
+    main(
+        sys.argv[1:]
+        or sorted(
+            str(p.relative_to(root))
+            for p in (root / "nbs").rglob("*.ipynb")
+            if p.name[0] not in "_." and ".ipynb_checkpoints" not in p.parts
+        )
+    )
     print(f"all notebooks passed, {time.time() - started:.0f} s")

@@ -1,7 +1,9 @@
 """Make README.md from nbs/index.ipynb:  python .ci/readme.py [notebook] [readme]
 
-Cells marked `#| hide` go, other directive lines are stripped (`#| echo: false` keeps the output alone), links and pictures that are
-relative to the notebook become relative to the readme, and pictures among the outputs are written beside the notebook's others. The
+Cells marked `#| hide` go, other directive lines are stripped (`#| echo: false` keeps the output alone), links and
+pictures that are
+relative to the notebook become relative to the readme, and pictures among the outputs are written beside the
+notebook's others. The
 same notebook gives the same bytes.
 """
 import posixpath
@@ -23,12 +25,15 @@ def prepare(cell):
     marks = DIRECTIVE.findall(cell.source) if cell.cell_type == "code" else []
     if any(re.match(r"(hide|default_exp|include:\s*false)\b", m) for m in marks): return None
     cell.source = DIRECTIVE.sub("", cell.source).strip("\n") if marks else cell.source
-    cell.metadata = nbformat.NotebookNode(tags=["no-input"] if any(re.match(r"echo:\s*false\b", m) for m in marks) else [])
+    cell.metadata = nbformat.NotebookNode(
+        tags=["no-input"] if any(re.match(r"echo:\s*false\b", m) for m in marks) else []
+    )
     return cell if cell.source.strip() else None
 
 
 def render(notebook, folder="nbs"):
-    "Markdown text and {path: bytes} of the pictures among the outputs; `folder` is the notebook's as seen from the readme."
+    """Markdown text and {path: bytes} of the pictures among the outputs; `folder` is the notebook's as seen from the
+    readme."""
     nb = nbformat.read(notebook, as_version=4)
     nb.metadata["language_info"] = dict(name="python")
     nb.cells = [c for c in map(prepare, nb.cells) if c is not None]

@@ -1,6 +1,7 @@
 """Check the types of the exported modules:  python .ci/typecheck.py [mypy's flags]
 
-A checker doesn't know what `@patch` does, so it is shown a copy of the package in which each patched method stands in its class; lines in its messages are those of the real files.
+A checker doesn't know what `@patch` does, so it is shown a copy of the package in which each patched method stands
+in its class; lines in its messages are those of the real files.
 """
 import ast
 import re
@@ -17,9 +18,22 @@ def patched(node):
     if not isinstance(node, ast.FunctionDef): return None
     for d in node.decorator_list:
         call = d if isinstance(d, ast.Call) else None
-        if getattr(call.func if call else d, "id", "") != "patch" or not node.args.args or not node.args.args[0].annotation: continue
-        kinds = [k for k in ("cls_method", "as_prop", "set_prop", "static_method") if call and any(w.arg == k for w in call.keywords)]
-        return ast.unparse(node.args.args[0].annotation), {"cls_method": ["@classmethod"], "as_prop": ["@property"], "static_method": ["@staticmethod"]}.get(kinds[0] if kinds else "", [])
+        if (
+            getattr(call.func if call else d, "id", "") != "patch"
+            or not node.args.args
+            or not node.args.args[0].annotation
+        ):
+            continue
+        kinds = [
+            k
+            for k in ("cls_method", "as_prop", "set_prop", "static_method")
+            if call and any(w.arg == k for w in call.keywords)
+        ]
+        return ast.unparse(node.args.args[0].annotation), {
+            "cls_method": ["@classmethod"],
+            "as_prop": ["@property"],
+            "static_method": ["@staticmethod"],
+        }.get(kinds[0] if kinds else "", [])
     return None
 
 
@@ -33,7 +47,9 @@ def moved(code):
         if not found or found[0] not in classes: continue
         owner, decorators = found
         for i in range(min(d.lineno for d in n.decorator_list), n.end_lineno + 1): goes[i] = None
-        text = [(f"    {d}", n.lineno) for d in decorators] + [("    " + lines[i - 1] if lines[i - 1].strip() else "", i) for i in range(n.lineno, n.end_lineno + 1)]
+        text = [(f"    {d}", n.lineno) for d in decorators] + [
+            ("    " + lines[i - 1] if lines[i - 1].strip() else "", i) for i in range(n.lineno, n.end_lineno + 1)
+        ]
         after.setdefault(classes[owner].end_lineno, []).extend(text)
     out = []
     for i, line in enumerate(lines, 1):
@@ -51,7 +67,19 @@ def main():
             code, where[name] = moved(p.read_text(encoding="utf-8"))
             (folder/name).parent.mkdir(exist_ok=True)
             (folder/name).write_text(code, encoding="utf-8")
-        command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT/"pyproject.toml"), "--cache-dir", str(ROOT/".mypy_cache"), "--no-pretty", "--hide-error-context", *sys.argv[1:], "ctm_nb"]
+        command = [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--config-file",
+            str(ROOT / "pyproject.toml"),
+            "--cache-dir",
+            str(ROOT / ".mypy_cache"),
+            "--no-pretty",
+            "--hide-error-context",
+            *sys.argv[1:],
+            "ctm_nb",
+        ]
         done = subprocess.run(command, cwd=d, capture_output=True, text=True)
     real = lambda m: f"ctm_nb/{m[1]}:{where[m[1]][int(m[2]) - 1]}:"
     sys.stdout.write(re.sub(r"^ctm_nb/([\w/]+\.py):(\d+):", real, done.stdout, flags=re.M))

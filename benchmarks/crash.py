@@ -8,6 +8,7 @@ file of a checkpoint, of which a random part has been written. After each kill t
 have the same weights, averages, optimizers, generators and log. Then the next run begins, until there were enough kills. One process imports torch and forks the others, so that a life costs a second.
 """
 import argparse
+import io
 import json
 import os
 import random
@@ -51,7 +52,7 @@ def die(): os.kill(os.getpid(), signal.SIGKILL)
 
 def arm(kind, at, share):
     "Count disk changes and checkpoint files; kill this process before change number `at`, or in file number `at`."
-    count, real_write = {"disk": 0, "write": 0}, state._write_synced
+    count, real_write = {"disk": 0, "write": 0}, state.write_synced
 
     def trap(real):
         def call(*args, **kw):
@@ -60,14 +61,15 @@ def arm(kind, at, share):
             return real(*args, **kw)
         return call
 
-    def torn(path, data):
+    def torn(path, write):
         if kind == "write" and count["write"] == at:
-            with open(path, "xb") as f: f.write(data[:int(share * len(data))])
+            write(whole := io.BytesIO())
+            with open(path, "xb") as f: f.write(whole.getvalue()[:int(share * len(whole.getvalue()))])
             die()
         count["write"] += 1
-        real_write(path, data)
+        real_write(path, write)
     for name in CHANGES: setattr(os, name, trap(getattr(os, name)))
-    state._write_synced = torn
+    state.write_synced = torn
     return count
 
 

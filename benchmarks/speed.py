@@ -381,7 +381,7 @@ def fine_solution(D, x_t, t, u, y, steps=272):
 
 def stretch_errors(D, x0, y, curve, student=None, target=None, N=18, seed=0):
     "Mean error and evaluations of every plan, over stretches that stand for the draw of k, and random t and s; the target's too, if there is a student."
-    from spacings import stretch_times
+    from spacings import spaced_times
     from ctm_nb.method.distill import ctm_pair, draw_indices
     from ctm_nb.method.solvers import nfe
     from unipc import solve_any
@@ -398,7 +398,7 @@ def stretch_errors(D, x0, y, curve, student=None, target=None, N=18, seed=0):
             exact = fine_solution(D, x_t, t, u, y)
             goal = ends(exact) if student else None
             for p, (method, most, spacing, finer) in plans.items():
-                times = stretch_times(finer * i, finer * k, finer * (N - 1) + 1, "heun" if method == "heun" else "dpmpp_2m", most, spacing, curve)  # their cost is the same
+                times = spaced_times(finer * i, finer * k, finer * (N - 1) + 1, "heun" if method == "heun" else "dpmpp_2m", most, spacing, curve)  # their cost is the same
                 with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in p, cache_enabled=False): x_u = solve_any(D, x_t, times.float(), y, method)
                 rows[p]["evals"].append(nfe("heun" if method == "heun" else "dpmpp_2m", times))
                 rows[p]["x_u"].append(float(rms(x_u - exact).mean()))
@@ -408,15 +408,15 @@ def stretch_errors(D, x0, y, curve, student=None, target=None, N=18, seed=0):
 
 
 def cases(a):
-    "Name, denoiser, images, labels, bends and student of the mixture and of every teacher."
-    from spacings import bends
+    "Name, denoiser, images, labels, curvature and student of the mixture and of every teacher."
+    from spacings import curvature
     from ctm_nb.method.flow import toy_mixture
     from ctm_nb.method.trajectory import is_ctm
     from ctm_nb.data.read import open_source  # noqa: F401  (fails early where data can't be read)
     from ctm_nb.checkpoints.models import load
     from ctm_nb.data.batches import load_splits
     toy = toy_mixture()
-    yield "mixture", toy.D, toy.sample(256, seed=1).float(), None, bends(toy), None
+    yield "mixture", toy.D, toy.sample(256, seed=1).float(), None, curvature(toy), None
     for path in a.teachers:
         run = Path(path)
         config = json.loads((run / "config.json").read_text())
@@ -425,7 +425,7 @@ def cases(a):
         teacher = load(run, which="teacher")
         try: student = load(run)
         except ValueError: student = None
-        yield run.name, teacher.D, data.x0(ids), data.labels[ids] if teacher.n_classes else None, bends(teacher), student if student and is_ctm(student) else None
+        yield run.name, teacher.D, data.x0(ids), data.labels[ids] if teacher.n_classes else None, curvature(teacher), student if student and is_ctm(student) else None
 
 
 def solver_section(a):
@@ -438,7 +438,7 @@ def solver_section(a):
 
 def reference_section(a):
     "How good is what the errors are measured against? Its distance from a solution with 64 steps for each grid step of the longest stretch, next to the distance of Heun's."
-    from spacings import stretch_times
+    from spacings import spaced_times
     from ctm_nb.method.distill import draw_indices
     from ctm_nb.method.solvers import solve
     from ctm_nb.method.flow import grid_time, perturb
@@ -452,7 +452,7 @@ def reference_section(a):
             with torch.no_grad():
                 finest = fine_solution(D, x_t, t, u, y, 64 * 17)
                 found["272 steps"].append(float(rms(fine_solution(D, x_t, t, u, y) - finest).mean()))
-                found["heun, full grid"].append(float(rms(solve(D, x_t, stretch_times(i, k, 18, "heun", None, "grid", None).float(), y, "heun", above_zero=True) - finest).mean()))
+                found["heun, full grid"].append(float(rms(solve(D, x_t, spaced_times(i, k, 18, "heun", None, "grid", None).float(), y, "heun", above_zero=True) - finest).mean()))
         keep(name, {"samples": len(STRETCHES) * len(x0), "errors": {k: sum(v) / len(v) for k, v in found.items()}}, "reference")
         print(name, found, flush=True)
 

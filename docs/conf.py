@@ -15,7 +15,10 @@ cfg = parser["DEFAULT"]
 project, author, copyright, version = cfg["title"], cfg["author"], cfg["copyright"], cfg["version"]
 release, language = version, "en"
 extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
-templates_path, html_static_path = [], [str(HERE/"_static")] + ([os.environ["CTM_DOCS_STATIC"]] if os.environ.get("CTM_DOCS_STATIC") else [])
+templates_path, html_static_path = (
+    [],
+    [str(HERE / "_static")] + ([os.environ["CTM_DOCS_STATIC"]] if os.environ.get("CTM_DOCS_STATIC") else []),
+)
 exclude_patterns = ["downloads"]
 smartquotes = False
 pygments_style, pygments_dark_style = "tango", "github-dark"
@@ -48,9 +51,22 @@ html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
 html_theme_options = dict(
-    light_logo="logo.svg", dark_logo="logo.svg", navigation_with_keys=True, top_of_page_buttons=[],
-    light_css_variables={"color-brand-primary": "#0b5e6b", "color-brand-content": "#0b6b7a", "color-api-name": "#0b5e6b", "color-api-pre-name": "#0b5e6b"},
-    dark_css_variables={"color-brand-primary": "#6fd0de", "color-brand-content": "#6fd0de", "color-api-name": "#6fd0de", "color-api-pre-name": "#6fd0de"},
+    light_logo="logo.svg",
+    dark_logo="logo.svg",
+    navigation_with_keys=True,
+    top_of_page_buttons=[],
+    light_css_variables={
+        "color-brand-primary": "#0b5e6b",
+        "color-brand-content": "#0b6b7a",
+        "color-api-name": "#0b5e6b",
+        "color-api-pre-name": "#0b5e6b",
+    },
+    dark_css_variables={
+        "color-brand-primary": "#6fd0de",
+        "color-brand-content": "#6fd0de",
+        "color-api-name": "#6fd0de",
+        "color-api-pre-name": "#6fd0de",
+    },
     footer_icons=[dict(name="Source", url=cfg["git_url"], html="Source code", **{"class": ""})],
 )
 linkcheck_anchors = False
@@ -65,7 +81,9 @@ def find_source(app, modname):
     path = ROOT/(modname.replace(".", "/") + ".py")
     if not path.is_file(): return None
     m = read_module(path, ROOT/cfg["lib_path"])
-    return m.code, {d.name: ("class" if d.kind == "class" else "def", *d.lines) for d in everything({m.name: m}) if d.kind != "data"}
+    return m.code, {
+        d.name: ("class" if d.kind == "class" else "def", *d.lines) for d in everything({m.name: m}) if d.kind != "data"
+    }
 
 
 def mark_long_cells(app, doctree, name):

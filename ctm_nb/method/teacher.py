@@ -68,33 +68,6 @@ class Preconditioned(nn.Module):
         self.n_classes, self.image_size, self.channels = c["n_classes"], c.get("image_size"), c.get("channels")
         self.data_shape = (c["dim"],) if "dim" in c else (c["channels"], c["image_size"], c["image_size"])
 
-# %% ../../nbs/1_method/03_teacher.ipynb #fd08d712
-@patch
-def precondition(self: Preconditioned,
-    x: Tensor,  # (B, ...) noisy data
-    t: Tensor,  # (B,) or scalar noise level of x
-    s: Tensor | None = None,  # (B,) or scalar time to land on; None for a teacher
-    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
-    **more,  # for the network, e.g. `augment`
-) -> Tensor:  # (B, ...)
-    "c_skip x + c_out F(c_in x, c_noise(t), c_noise(s), y)  # EDM Table 1"
-    y = self.check(x, t, y)
-    wide = x if x.element_size() >= 4 else x.float()  # times and scalings do not fit half precision
-    c_skip, c_out, c_in = preconditioning(expand(t, wide), self.sigma_data, self.kind)
-    c_noise_s = None if s is None else self.c_noise(s, wide, self.sigma_min)
-    F_x = self.net((c_in * wide).to(x.dtype), self.c_noise(t, wide), c_noise_s, y, **more)
-    return (c_skip * wide + c_out * F_x).to(x.dtype)
-
-# %% ../../nbs/1_method/03_teacher.ipynb #b963e098
-@patch
-def c_noise(self: Preconditioned,
-    t: Tensor,  # (B,) or scalar noise level
-    x: Tensor,  # (B, ...) what it belongs to
-    least: float = 0.,  # smaller times are read as this
-) -> Tensor:  # (B,)
-    "The network's input for a noise level."
-    return noise_condition(expand(t, x).clamp(min=least), self.kind).flatten().expand(len(x))
-
 # %% ../../nbs/1_method/03_teacher.ipynb #16ef4bfd
 @patch
 def check(self: Preconditioned,
@@ -124,6 +97,33 @@ def check_classes(self: Preconditioned,
     if readable and bool((bad := (k < -1) | (k >= self.n_classes)).any()):
         raise ValueError(f"y must be in 0..{self.n_classes - 1}, or -1 for no label, got {int(k[bad].flatten()[0])}")
     return k.long().expand(len(x))
+
+# %% ../../nbs/1_method/03_teacher.ipynb #fd08d712
+@patch
+def precondition(self: Preconditioned,
+    x: Tensor,  # (B, ...) noisy data
+    t: Tensor,  # (B,) or scalar noise level of x
+    s: Tensor | None = None,  # (B,) or scalar time to land on; None for a teacher
+    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
+    **more,  # for the network, e.g. `augment`
+) -> Tensor:  # (B, ...)
+    "c_skip x + c_out F(c_in x, c_noise(t), c_noise(s), y)  # EDM Table 1"
+    y = self.check(x, t, y)
+    wide = x if x.element_size() >= 4 else x.float()  # times and scalings do not fit half precision
+    c_skip, c_out, c_in = preconditioning(expand(t, wide), self.sigma_data, self.kind)
+    c_noise_s = None if s is None else self.c_noise(s, wide, self.sigma_min)
+    F_x = self.net((c_in * wide).to(x.dtype), self.c_noise(t, wide), c_noise_s, y, **more)
+    return (c_skip * wide + c_out * F_x).to(x.dtype)
+
+# %% ../../nbs/1_method/03_teacher.ipynb #b963e098
+@patch
+def c_noise(self: Preconditioned,
+    t: Tensor,  # (B,) or scalar noise level
+    x: Tensor,  # (B, ...) what it belongs to
+    least: float = 0.,  # smaller times are read as this
+) -> Tensor:  # (B,)
+    "The network's input for a noise level."
+    return noise_condition(expand(t, x).clamp(min=least), self.kind).flatten().expand(len(x))
 
 # %% ../../nbs/1_method/03_teacher.ipynb #f971f580
 class Denoiser(Preconditioned):

@@ -1,4 +1,5 @@
-"""Notebooks as pages: nbdev's processors, exported code kept and marked, captions and alternative texts, names and files linked."""
+"""Notebooks as pages: nbdev's processors, exported code kept and marked, captions and alternative texts, names and
+files linked."""
 import ast
 import copy
 import posixpath
@@ -9,11 +10,18 @@ import nbformat
 
 from .source import PAPERS
 
-# The sidebar: a part of the site, the chapters of nbs/ that stand in it, and what a reader finds there. First what is to be understood, then
+# The sidebar: a part of the site, the chapters of nbs/ that stand in it, and what a reader finds there. First what is
+# to be understood, then
 # what is to be used. A notebook in another folder stops the build.
 PARTS = {
-    "Start": (["0_start", "guides"], "The whole method on one page, then pictures, then your own; and guides for other programs and many GPUs."),
-    "Method": (["1_method"], "From the probability-flow ODE to a student that jumps along it: derivations that are the library's code."),
+    "Start": (
+        ["0_start", "guides"],
+        "The whole method on one page, then pictures, then your own; and guides for other programs and many GPUs.",
+    ),
+    "Method": (
+        ["1_method"],
+        "From the probability-flow ODE to a student that jumps along it: derivations that are the library's code.",
+    ),
     "Networks": (["2_networks"], "One U-Net that is DDPM++, NCSN++, ADM and OpenAI's, and its second time input."),
     "Explore and experiments": (["8_explore", "9_experiments"], "Sliders over the method, and what was measured."),
     "Data": (["3_data"], "Pictures in and out: any collection, recognised by content."),
@@ -46,7 +54,10 @@ def found(nbs):
 
 def reading_order(names):
     "{part: names}: chapters in the order of PARTS, notebooks in that of their numbers."
-    order = {part: [n for c in chapters for n in sorted(names) if n.startswith(c + "/")] for part, (chapters, _) in PARTS.items()}
+    order = {
+        part: [n for c in chapters for n in sorted(names) if n.startswith(c + "/")]
+        for part, (chapters, _) in PARTS.items()
+    }
     return {part: here for part, here in order.items() if here}
 
 
@@ -62,7 +73,10 @@ def processed(path):
     from execnb.nbio import read_nb
     from nbdev.process import NBProcessor
     from nbdev.processors import clean_magics, filter_stream_, hide_line, populate_language, rm_header_dash, strip_ansi
-    p = NBProcessor(path, procs=[populate_language, strip_ansi, hide_line, filter_stream_, rm_header_dash, tagged, clean_magics])
+
+    p = NBProcessor(
+        path, procs=[populate_language, strip_ansi, hide_line, filter_stream_, rm_header_dash, tagged, clean_magics]
+    )
     p.process()
     cells = [{k: v for k, v in c.items() if not k.endswith("_")} for c in p.nb.cells]
     nb = nbformat.from_dict({**{k: v for k, v in read_nb(path).items() if k not in ("cells", "path_")}, "cells": cells})
@@ -83,12 +97,24 @@ def tagged(cell):
     "Say in tags what the directives say; drop what is not for readers."
     d = cell.directives_
     if cell.cell_type != "code": return
-    if d.keys() & {"hide", "default_exp"} or d.get("include:") == ["false"]: del cell["source"]; return
-    tags = ["export"] * bool(d.keys() & {"export", "exporti", "exports"}) + ["remove-input"] * (d.get("echo:") == ["false"]) + ["not-run"] * (d.get("eval:") == ["false"])
+    if d.keys() & {"hide", "default_exp"} or d.get("include:") == ["false"]:
+        del cell["source"]
+        return
+    tags = (
+        ["export"] * bool(d.keys() & {"export", "exporti", "exports"})
+        + ["remove-input"] * (d.get("echo:") == ["false"])
+        + ["not-run"] * (d.get("eval:") == ["false"])
+    )
     cell["source"] = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
     cell["metadata"] = {**cell.metadata, "tags": tags} if tags else dict(cell.metadata)
-    if not cell["source"].strip(): del cell["source"]
-    elif only_imports(cell["source"]) and not cell.get("outputs"): cell["metadata"] = {**cell["metadata"], "tags": [*tags, "hide-input"], "mystnb": {"code_prompt_show": "Imports", "code_prompt_hide": "Imports"}}
+    if not cell["source"].strip():
+        del cell["source"]
+    elif only_imports(cell["source"]) and not cell.get("outputs"):
+        cell["metadata"] = {
+            **cell["metadata"],
+            "tags": [*tags, "hide-input"],
+            "mystnb": {"code_prompt_show": "Imports", "code_prompt_hide": "Imports"},
+        }
 
 
 def only_imports(code):
@@ -104,7 +130,11 @@ def is_picture(output): return any(k in output.get("data", {}) for k in PICTURES
 def paragraph(text):
     "The first paragraph of a Markdown cell and the rest; nothing where it begins with something else."
     first, _, rest = text.strip().partition("\n\n")
-    return ("", text) if not first or NO_PARAGRAPH.match(first) or re.search(r"^(\$\$|#)", first, re.M) else (first, rest.strip())
+    return (
+        ("", text)
+        if not first or NO_PARAGRAPH.match(first) or re.search(r"^(\$\$|#)", first, re.M)
+        else (first, rest.strip())
+    )
 
 
 def titles(source):
@@ -115,8 +145,26 @@ def titles(source):
 def plain(text):
     "Markdown as a person would read it aloud: no signs of mark-up, mathematics in words as far as that is possible."
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    words = {r"\sigma": "sigma", r"\gamma": "gamma", r"\rho": "rho", r"\tau": "tau", r"\epsilon": "epsilon", r"\lambda": "lambda", r"\to": "to", r"\infty": "infinity", r"\approx": "about",
-             r"\pm": "plus or minus ", r"\ge": ">=", r"\le": "<=", r"\times": "x", r"\sqrt": "root of ", r"\,": " ", r"\theta": "theta", r"\varphi": "phi", r"\mu": "mu"}
+    words = {
+        r"\sigma": "sigma",
+        r"\gamma": "gamma",
+        r"\rho": "rho",
+        r"\tau": "tau",
+        r"\epsilon": "epsilon",
+        r"\lambda": "lambda",
+        r"\to": "to",
+        r"\infty": "infinity",
+        r"\approx": "about",
+        r"\pm": "plus or minus ",
+        r"\ge": ">=",
+        r"\le": "<=",
+        r"\times": "x",
+        r"\sqrt": "root of ",
+        r"\,": " ",
+        r"\theta": "theta",
+        r"\varphi": "phi",
+        r"\mu": "mu",
+    }
     def spoken(m):
         s = re.sub(r"\\t?frac\s*{?(\w+)}?\s*{?(\w+)}?", r"\1/\2", m[1])
         for k in sorted(words, key=len, reverse=True): s = s.replace(k, words[k])
@@ -134,8 +182,10 @@ def first_sentence(text, limit=240):
 def captioned(cells):
     """Give every picture a caption and an alternative text, and return the cells and the faults.
 
-    The caption is the paragraph after the picture, which moves into the figure. Where none follows at once it is a title that the code gives the figure, or the first sentence
-    of the nearest paragraph: after the cells of code behind the picture, or before those that lead to it. The alternative text is the caption's first sentence without mark-up."""
+    The caption is the paragraph after the picture, which moves into the figure. Where none follows at once it is a
+    title that the code gives the figure, or the first sentence
+    of the nearest paragraph: after the cells of code behind the picture, or before those that lead to it. The
+    alternative text is the caption's first sentence without mark-up."""
     cells, faults = [part for c in copy.deepcopy(cells) for part in apart(c)], []
     for i, c in enumerate(cells):
         if not any(map(is_picture, c.get("outputs", []))): continue
@@ -144,13 +194,19 @@ def captioned(cells):
         named = titles(c.source)
         if caption: after.source = rest
         else: caption = named[0] if named else first_sentence(near(cells, i, 1) or near(cells, i, -1), 400)
-        if not caption: faults.append(f"cell {c.get('id')}: a picture without a paragraph beside it and without a title")
-        else: c.metadata["mystnb"] = {"figure": {"caption": re.sub(r"\s*\n\s*", " ", caption)}, "image": {"alt": first_sentence(plain(caption))}}
+        if not caption:
+            faults.append(f"cell {c.get('id')}: a picture without a paragraph beside it and without a title")
+        else:
+            c.metadata["mystnb"] = {
+                "figure": {"caption": re.sub(r"\s*\n\s*", " ", caption)},
+                "image": {"alt": first_sentence(plain(caption))},
+            }
     return [c for c in cells if c.source.strip() or c.cell_type == "code"], faults
 
 
 def apart(cell):
-    "A cell whose pictures stand among other outputs as several cells, because a caption belongs to a picture alone; what follows the last picture comes before it."
+    """A cell whose pictures stand among other outputs as several cells, because a caption belongs to a picture alone;
+    what follows the last picture comes before it."""
     outputs = cell.get("outputs", [])
     pictures = [o for o in outputs if is_picture(o)]
     if not pictures or len(pictures) == len(outputs): return [cell]
@@ -161,7 +217,8 @@ def apart(cell):
 
 
 def near(cells, i, step):
-    "The paragraph that the nearest Markdown cell begins (step 1) or ends with (-1), if only code without pictures lies between; else nothing."
+    """The paragraph that the nearest Markdown cell begins (step 1) or ends with (-1), if only code without pictures
+    lies between; else nothing."""
     while 0 <= (i := i + step) < len(cells):
         c = cells[i]
         if c.cell_type == "markdown":
@@ -174,7 +231,10 @@ def near(cells, i, step):
 def symbols(cells):
     "(symbol, code, meaning) of the notebook's symbol table."
     for c in cells:
-        if c.cell_type != "markdown" or not (m := re.search(r"^\| *symbol *\|.*\n\|[-| :]+\n((?:\|.*\n?)+)", c.source, re.M)): continue
+        if c.cell_type != "markdown" or not (
+            m := re.search(r"^\| *symbol *\|.*\n\|[-| :]+\n((?:\|.*\n?)+)", c.source, re.M)
+        ):
+            continue
         for row in m[1].strip().splitlines():
             columns = [x.strip().replace(r"\|", "|") for x in re.split(r"(?<!\\)\|", row.strip()[1:-1])]
             yield tuple((columns + ["", ""])[:3])
@@ -214,15 +274,22 @@ def display(math):
 
 
 def displays(text, place=lambda paper, item: None):
-    """Display equations made fit for screens of any width: formulas side by side, and the tag beside the mathematics instead of in it, where it pushes the mathematics out of the page.
+    """Display equations made fit for screens of any width: formulas side by side, and the tag beside the
+    mathematics instead of in it, where it pushes the mathematics out of the page.
     `place` says the label that an equation's name leads to, or None."""
     def one(m):
         t = TAG.search(m[1])
         if not t: return display(m[1]) if len(pieces(m[1])) > 1 else m[0]
         to = next(filter(None, (place(*n) for n in named(t[1]))), None)
-        return f"::::{{container}} tagged\n{display(m[1].replace(t[0], ''))}\n\n" + (f"{{ref}}`({t[1]}) <{to}>`" if to else f"({t[1]})") + "\n::::"
+        return (
+            f"::::{{container}} tagged\n{display(m[1].replace(t[0], ''))}\n\n"
+            + (f"{{ref}}`({t[1]}) <{to}>`" if to else f"({t[1]})")
+            + "\n::::"
+        )
     blocks = re.split(r"(^```.*?^```[ \t]*$)", text, flags=re.M | re.S)
-    return "".join(b if b.startswith("```") else re.sub(r"^\$\$(.+?)\$\$[ \t]*$", one, b, flags=re.M | re.S) for b in blocks)
+    return "".join(
+        b if b.startswith("```") else re.sub(r"^\$\$(.+?)\$\$[ \t]*$", one, b, flags=re.M | re.S) for b in blocks
+    )
 
 
 def title_of(cells):
@@ -238,7 +305,8 @@ def outside_code(change, text):
 
 
 def linked_names(text, find):
-    "The first mention of each name of ours in a text as a link to the reference; `find` says its full name, or None. Headings and tables' heads stay as they are."
+    """The first mention of each name of ours in a text as a link to the reference; `find` says its full name, or None.
+    Headings and tables' heads stay as they are."""
     seen = set()
     def link(m):
         full = find(m[1])
@@ -250,22 +318,27 @@ def linked_names(text, find):
 
 
 class Files:
-    "What notebooks link to: pages stay pages, pictures are copied, other files of the project become addresses at its host."
+    """What notebooks link to: pages stay pages, pictures are copied, other files of the project become addresses at
+    its host."""
     def __init__(self, root, pages, host, branch):
         self.root, self.pages, self.host, self.branch, self.pictures = Path(root), set(pages), host, branch, set()
 
     def link(self, target, folder="nbs", to=""):
-        "`target` as written in a notebook of `folder`, as seen from a page; `to` leads from there to the pages of notebooks."
+        """`target` as written in a notebook of `folder`, as seen from a page; `to` leads from there to the pages of
+        notebooks."""
         if re.match(r"[a-z][a-z0-9+.-]*:|[/#]", target, re.I): return target
         path, _, anchor = target.partition("#")
         where = posixpath.normpath(posixpath.join(folder, path))
         seen = lambda name: to + name if to else posixpath.relpath(name, folder.partition("/")[2] or ".")
-        if where.startswith("nbs/") and (name := where[4:]).endswith(".ipynb") and name[:-6] in self.pages: return seen(name) + ("#" + anchor if anchor else "")
+        if where.startswith("nbs/") and (name := where[4:]).endswith(".ipynb") and name[:-6] in self.pages:
+            return seen(name) + ("#" + anchor if anchor else "")
         if not (self.root/where).exists(): raise ValueError(f"a link to {target}: there is no {where}")
         if re.search(r"\.(png|jpe?g|gif|svg|webp)$", where) and where.startswith("nbs/"):
             self.pictures.add(where[4:])
             return seen(where[4:])
-        return f"{self.host}/{'tree' if (self.root/where).is_dir() else 'blob'}/{self.branch}/{where}" + ("#" + anchor if anchor else "")
+        return f"{self.host}/{'tree' if (self.root / where).is_dir() else 'blob'}/{self.branch}/{where}" + (
+            "#" + anchor if anchor else ""
+        )
 
     def relink(self, text, folder="nbs", to=""):
         "All links of a Markdown text."

@@ -1,4 +1,5 @@
-"""Pages that nobody writes: the reference from the code's comments, the tables of symbols and equations from notebooks and code."""
+"""Pages that nobody writes: the reference from the code's comments, the tables of symbols and equations from notebooks
+and code."""
 import re
 from collections import defaultdict
 
@@ -6,24 +7,50 @@ from .notebooks import display
 from .source import everything
 
 SPECIAL = re.compile(r"([\\*_$\[\]<>|{}#~])")
-PAPERS = {"CTM": "Kim et al., *Consistency Trajectory Models*, [arXiv 2310.02279](https://arxiv.org/abs/2310.02279)",
-          "EDM": "Karras et al., *Elucidating the Design Space of Diffusion-Based Generative Models*, [arXiv 2206.00364](https://arxiv.org/abs/2206.00364)",
-          "DPM-Solver++": "Lu et al., *DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models*, [arXiv 2211.01095](https://arxiv.org/abs/2211.01095)",
-          "UniPC": "Zhao et al., *UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models*, [arXiv 2302.04867](https://arxiv.org/abs/2302.04867)"}
+PAPERS = {
+    "CTM": "Kim et al., *Consistency Trajectory Models*, [arXiv 2310.02279](https://arxiv.org/abs/2310.02279)",
+    "EDM": "Karras et al., *Elucidating the Design Space of Diffusion-Based Generative Models*, [arXiv "
+           "2206.00364](https://arxiv.org/abs/2206.00364)",
+    "DPM-Solver++": "Lu et al., *DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models*, "
+                    "[arXiv 2211.01095](https://arxiv.org/abs/2211.01095)",
+    "UniPC": "Zhao et al., *UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models*, "
+             "[arXiv 2302.04867](https://arxiv.org/abs/2302.04867)",
+}
 
 
 def md(text):
     "Plain text as Markdown, code between backticks kept; safe in a table's cell."
-    return "".join(p.replace("|", r"\|") if p.startswith("`") else SPECIAL.sub(r"\\\1", p) for p in re.split(r"(`[^`\n]+`)", text))
+    return "".join(
+        p.replace("|", r"\|") if p.startswith("`") else SPECIAL.sub(r"\\\1", p) for p in re.split(r"(`[^`\n]+`)", text)
+    )
 
 
-def code(text): return "`` " + text.replace("|", r"\|") + " ``" if "`" in text else f"`{text.replace('|', chr(92) + '|')}`" if text else ""
+def code(text):
+    return (
+        "`` " + text.replace("|", r"\|") + " ``"
+        if "`" in text
+        else f"`{text.replace('|', chr(92) + '|')}`"
+        if text
+        else ""
+    )
 
 
 def table(head, rows, kind=""):
-    "A Markdown table; nothing without rows. `kind` is its class for the style sheet: rows of a `stacked` one become blocks on narrow screens."
+    """A Markdown table; nothing without rows. `kind` is its class for the style sheet: rows of a `stacked` one become
+    blocks on narrow screens."""
     rows, mark = list(rows), [f"```{{rst-class}} {kind}\n```\n"] if kind else []
-    return "\n".join([*mark, "| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(r) + " |" for r in rows)]) if rows else ""
+    return (
+        "\n".join(
+            [
+                *mark,
+                "| " + " | ".join(head) + " |",
+                "|" + "---|" * len(head),
+                *("| " + " | ".join(r) + " |" for r in rows),
+            ]
+        )
+        if rows
+        else ""
+    )
 
 
 def slug(text): return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
@@ -43,7 +70,10 @@ def signature(d):
 def where(d, host, branch, titles):
     "Links below a definition: the cell that derives it, its lines at the host, the equations that it computes."
     links = [f"{{ref}}`{titles[d.notebook]} <{label(d)}>`"] if d.notebook in titles and d.cell else []
-    links.append(f"[{d.module}, {lines(d)}]({host}/blob/{branch}/ctm_nb/{d.module.replace(chr(46), chr(47))}.py#L{d.lines[0]}-L{d.lines[1]})")
+    links.append(
+        f"[{d.module}, "
+        f"{lines(d)}]({host}/blob/{branch}/ctm_nb/{d.module.replace(chr(46), chr(47))}.py#L{d.lines[0]}-L{d.lines[1]})"
+    )
     links += [f"{{ref}}`{r.paper}: {r.item} <{equation_label(r)}>`" for r in d.references]
     return "```{rst-class} where\n```\n" + " · ".join(links)
 
@@ -57,7 +87,12 @@ def definition(d, host, branch, titles, depth=5):
     types, defaults = any(p.hint for p in d.parameters), any(p.default for p in d.parameters)
     if d.kind == "data": body.append(f"```python\n{d.name} = {shortened(d.value)}\n```")
     elif any(p.hint or p.text for p in d.parameters):
-        columns = [("parameter", lambda p: code(p.name)), *[("type", lambda p: code(p.hint))] * types, *[("default", lambda p: code(p.default))] * defaults, ("meaning", lambda p: md(p.text))]
+        columns = [
+            ("parameter", lambda p: code(p.name)),
+            *[("type", lambda p: code(p.hint))] * types,
+            *[("default", lambda p: code(p.default))] * defaults,
+            ("meaning", lambda p: md(p.text)),
+        ]
         body.append(table([h for h, _ in columns], ([f(p) for _, f in columns] for p in d.parameters), "stacked"))
     if d.returns[0] not in ("", "None") or d.returns[1]:
         body.append("**Returns** " + code(d.returns[0]) + (f": {md(d.returns[1])}" if d.returns[1] else ""))
@@ -91,15 +126,38 @@ def module_page(m, host, branch, titles):
 def reference_index(modules, parts):
     "The reference's first page: all modules by part."
     at = {m.notebook: m for m in modules.values()}
-    listed, text = [], ["# Reference", "Every exported name with its parameters, collected from the comments beside them in the code. The name of a parameter, its unit and its range stand "
-                                       "in the same line of the source; nothing here was written twice."]
+    listed, text = (
+        [],
+        [
+            "# Reference",
+            "Every exported name with its parameters, collected from the comments beside them in the code. The name "
+            "of a parameter, its unit and its range stand "
+            "in the same line of the source; nothing here was written twice.",
+        ],
+    )
     for part, names in parts.items():
         here = [at[n] for n in names if n in at]
         listed += here
-        if here: text += [f"## {part}", table(["module", "what it gives", "names"], ([f"{{doc}}`{m.name} <{m.name}>`", m.doc, str(len(m.exported))] for m in here))]
+        if here:
+            text += [
+                f"## {part}",
+                table(
+                    ["module", "what it gives", "names"],
+                    ([f"{{doc}}`{m.name} <{m.name}>`", m.doc, str(len(m.exported))] for m in here),
+                ),
+            ]
     other = [m for m in modules.values() if m not in listed]
-    if other: text += ["## Without a notebook", table(["module", "what it gives"], ([f"{{doc}}`{m.name} <{m.name}>`", m.doc] for m in other))]
-    return "\n\n".join([*text, "```{toctree}\n:hidden:\n:maxdepth: 1\n\n" + "\n".join(m.name for m in [*listed, *other]) + "\n```"]) + "\n"
+    if other:
+        text += [
+            "## Without a notebook",
+            table(["module", "what it gives"], ([f"{{doc}}`{m.name} <{m.name}>`", m.doc] for m in other)),
+        ]
+    return (
+        "\n\n".join(
+            [*text, "```{toctree}\n:hidden:\n:maxdepth: 1\n\n" + "\n".join(m.name for m in [*listed, *other]) + "\n```"]
+        )
+        + "\n"
+    )
 
 
 def equation_label(r): return equation_label_of(r.paper, r.item)
@@ -108,7 +166,15 @@ def equation_label(r): return equation_label_of(r.paper, r.item)
 def order(item):
     "Equations, algorithms and tables by number, the rest by name."
     m = re.match(r"(Eq|Alg|Table|[Aa]ppendix)\D*(\d*)", item)
-    return (("Eq", "Alg", "Table", "appendix").index(m[1] if m[1][0] != "A" or m[1] == "Alg" else "appendix"), int(m[2] or 99), item) if m else (9, 0, item.lower())
+    return (
+        (
+            ("Eq", "Alg", "Table", "appendix").index(m[1] if m[1][0] != "A" or m[1] == "Alg" else "appendix"),
+            int(m[2] or 99),
+            item,
+        )
+        if m
+        else (9, 0, item.lower())
+    )
 
 
 def equation_rows(modules):
@@ -122,30 +188,58 @@ def equation_rows(modules):
 
 def equations_page(modules, tagged, titles, names):
     "Paper's equation -> function, from the comments in the code; the mathematics from the notebooks' tagged equations."
-    text = ["# From the papers to the code", "What a function computes is said in a comment beside it (`# CTM: ...`, `# EDM Alg. 1`); this table is made of those comments, and the "
-                                             "formulas of the equations that the notebooks tag with the same words; what has no formula here is an algorithm, a table or a choice. The other direction stands at each function of the [reference](api/index.md)."]
+    text = [
+        "# From the papers to the code",
+        "What a function computes is said in a comment beside it (`# CTM: ...`, `# EDM Alg. 1`); this table is made "
+        "of those comments, and the "
+        "formulas of the equations that the notebooks tag with the same words; what has no formula here is an "
+        "algorithm, a table or a choice. The other direction stands at each function of the [reference](api/index.md).",
+    ]
     rows = equation_rows(modules)
     name = lambda d: f"{{py:obj}}`{d.module}.{d.name} <{d.full}>`" if d.full in names else code(f"{d.module}.{d.name}")
     for paper in dict.fromkeys(p for p, _ in rows):
         mine = {item: unique(found) for (p, item), found in rows.items() if p == paper}
-        text += [f"## {paper}", PAPERS[paper], table(["in the paper", "function"], ([f"{{ref}}`{md(sentence(item))} <{equation_label_of(paper, item)}>`", ", ".join(name(d) for d, _ in found)]
-                                                                                     for item, found in mine.items()))]
+        text += [
+            f"## {paper}",
+            PAPERS[paper],
+            table(
+                ["in the paper", "function"],
+                (
+                    [
+                        f"{{ref}}`{md(sentence(item))} <{equation_label_of(paper, item)}>`",
+                        ", ".join(name(d) for d, _ in found),
+                    ]
+                    for item, found in mine.items()
+                ),
+            ),
+        ]
         for item, found in mine.items():
             formula = next((f for (p, name_), f in tagged.items() if p == paper and same(name_, item)), "")
-            text += [f"({equation_label_of(paper, item)})=\n### {md(sentence(item))}", display(formula) if formula else "",
-                     "\n".join(f"- {name(d)}" + (f" in {{ref}}`{titles[d.notebook]} <{label(d)}>`" if d.notebook in titles and d.cell else "") + (f": {md(note)}" if note else "") for d, note in found)]
+            text += [
+                f"({equation_label_of(paper, item)})=\n### {md(sentence(item))}",
+                display(formula) if formula else "",
+                "\n".join(
+                    f"- {name(d)}"
+                    + (f" in {{ref}}`{titles[d.notebook]} <{label(d)}>`" if d.notebook in titles and d.cell else "")
+                    + (f": {md(note)}" if note else "")
+                    for d, note in found
+                ),
+            ]
     return "\n\n".join(t for t in text if t) + "\n"
 
 
 def same(tag, item):
-    "Does the tag of an equation mean this item? Those with numbers by number, those with names (the map) by how they begin (the map G)."
+    """Does the tag of an equation mean this item? Those with numbers by number, those with names (the map) by how they
+    begin (the map G)."""
     return tag == item or (item.startswith(tag) and not item.startswith(("Eq", "Alg", "Table", "appendix")))
 
 
 def finder_of_equations(modules):
     "A function from a paper and an equation's name to its label on the page of equations, or None."
     rows = equation_rows(modules)
-    return lambda paper, name: next((equation_label_of(p, item) for p, item in rows if p == paper and same(name, item)), None)
+    return lambda paper, name: next(
+        (equation_label_of(p, item) for p, item in rows if p == paper and same(name, item)), None
+    )
 
 
 def sentence(text): return text[0].upper() + text[1:]
@@ -163,7 +257,10 @@ def unique(found):
 
 def symbols_page(by_notebook, titles):
     "All symbols of the notebooks' tables, those of several notebooks first."
-    text = ["# Symbols", "Collected from the table at the head of each notebook. Sizes: B images in a batch, C channels, H x W pixels."]
+    text = [
+        "# Symbols",
+        "Collected from the table at the head of each notebook. Sizes: B images in a batch, C channels, H x W pixels.",
+    ]
     groups = defaultdict(list)
     for name, rows in by_notebook.items():
         for symbol, code_, meaning in rows:
@@ -172,7 +269,14 @@ def symbols_page(by_notebook, titles):
     rows = []
     for _, found in sorted(groups.items(), key=lambda kv: sort_key(kv[0])):
         for name, symbol, code_, meaning in found:
-            rows.append([symbol if symbol not in ("", "-") and name == found[0][0] else "", cell(code_), cell(meaning), f"{{doc}}`{titles[name]} </notebooks/{name}>`"])
+            rows.append(
+                [
+                    symbol if symbol not in ("", "-") and name == found[0][0] else "",
+                    cell(code_),
+                    cell(meaning),
+                    f"{{doc}}`{titles[name]} </notebooks/{name}>`",
+                ]
+            )
     return "\n\n".join([*text, table(["symbol", "in code", "meaning, shape", "notebook"], rows, "stacked")]) + "\n"
 
 
@@ -197,13 +301,19 @@ def shown_names(modules):
 
 
 def finder(modules, names, notebook):
-    "A function from a name in a notebook's prose to the full name that it means there: its own module's, one it imports, or the only one of that name."
+    """A function from a name in a notebook's prose to the full name that it means there: its own module's, one it
+    imports, or the only one of that name."""
     own = next((m for m in modules.values() if m.notebook == notebook), None)
     short = defaultdict(list)
     for full, d in names.items(): short[d.name].append(full)
     def find(name):
         if own and f"ctm_nb.{own.name}.{name}" in names: return f"ctm_nb.{own.name}.{name}"
-        if own and name.partition(".")[0] in own.imports and (full := f"ctm_nb.{own.imports[name.partition('.')[0]]}.{name}") in names: return full
+        if (
+            own
+            and name.partition(".")[0] in own.imports
+            and (full := f"ctm_nb.{own.imports[name.partition('.')[0]]}.{name}") in names
+        ):
+            return full
         if (full := f"ctm_nb.{name.removeprefix('ctm_nb.')}") in names: return full
         found = [f for f in short.get(name, []) if len(name) > 2]
         return found[0] if len(found) == 1 else None

@@ -1,4 +1,5 @@
-"""The package read as text: modules, definitions, parameters with their comments, equations named. Nothing of it is imported."""
+"""The package read as text: modules, definitions, parameters with their comments, equations named. Nothing of it is
+imported."""
 import ast
 import io
 import re
@@ -62,7 +63,9 @@ class Module:
 
 def comments(code):
     "{line: text} of the comments of a module."
-    return {t.start[0]: t.string for t in tokenize.generate_tokens(io.StringIO(code).readline) if t.type == tokenize.COMMENT}
+    return {
+        t.start[0]: t.string for t in tokenize.generate_tokens(io.StringIO(code).readline) if t.type == tokenize.COMMENT
+    }
 
 
 def references(text):
@@ -98,18 +101,30 @@ def parameters(node, notes, method):
     a, header = node.args, node.returns.end_lineno if node.returns else None
     defaults = [None] * (len(a.posonlyargs) + len(a.args) - len(a.defaults)) + a.defaults
     rows = [("", p, d) for p, d in zip([*a.posonlyargs, *a.args], defaults)][method:]
-    rows += [("*", a.vararg, None)] * bool(a.vararg) + [("", p, d) for p, d in zip(a.kwonlyargs, a.kw_defaults)] + [("**", a.kwarg, None)] * bool(a.kwarg)
+    rows += (
+        [("*", a.vararg, None)] * bool(a.vararg)
+        + [("", p, d) for p, d in zip(a.kwonlyargs, a.kw_defaults)]
+        + [("**", a.kwarg, None)] * bool(a.kwarg)
+    )
     last = {}  # line: the last parameter on it
     for _, p, d in rows: last[(d or p).end_lineno] = p
     skip = {header, node.lineno}
-    found = [Parameter(stars + p.arg, ast.unparse(p.annotation) if p.annotation else "", ast.unparse(d) if d else "",
-                       beside((d or p).end_lineno, notes, skip) if last[(d or p).end_lineno] is p else "") for stars, p, d in rows]
+    found = [
+        Parameter(
+            stars + p.arg,
+            ast.unparse(p.annotation) if p.annotation else "",
+            ast.unparse(d) if d else "",
+            beside((d or p).end_lineno, notes, skip) if last[(d or p).end_lineno] is p else "",
+        )
+        for stars, p, d in rows
+    ]
     return found, (ast.unparse(node.returns), beside(header, notes)) if node.returns else ("", "")
 
 
 def method_of(node):
     "Class that a `@patch`ed function extends, or None."
-    if not any(getattr(d, "id", getattr(getattr(d, "func", None), "id", "")) == "patch" for d in node.decorator_list): return None
+    if not any(getattr(d, "id", getattr(getattr(d, "func", None), "id", "")) == "patch" for d in node.decorator_list):
+        return None
     return ast.unparse(node.args.args[0].annotation)
 
 
@@ -120,22 +135,46 @@ def function(node, module, notes, owner="", patched=False):
     doc = ast.get_docstring(node) or ""
     first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
     inside = [r for line in range(first, node.end_lineno + 1) for r in references(notes.get(line, ""))]
-    d = Definition(f"{owner}.{node.name}" if owner else node.name, module, "method" if owner else "function", (first, node.end_lineno), without_references(doc), params, returns)
+    d = Definition(
+        f"{owner}.{node.name}" if owner else node.name,
+        module,
+        "method" if owner else "function",
+        (first, node.end_lineno),
+        without_references(doc),
+        params,
+        returns,
+    )
     d.references = references("\n".join(line if "#" in line else "" for line in doc.splitlines())) + inside
     return d
 
 
 def klass(node, module, notes):
     "A Definition of a class: its public methods that say something, its fields or the parameters of `__init__`."
-    d = Definition(node.name, module, "class", (min([node.lineno, *(k.lineno for k in node.decorator_list)]), node.end_lineno), without_references(ast.get_docstring(node) or ""),
-                   bases=[ast.unparse(b) for b in node.bases], references=references(ast.get_docstring(node) or ""))
+    d = Definition(
+        node.name,
+        module,
+        "class",
+        (min([node.lineno, *(k.lineno for k in node.decorator_list)]), node.end_lineno),
+        without_references(ast.get_docstring(node) or ""),
+        bases=[ast.unparse(b) for b in node.bases],
+        references=references(ast.get_docstring(node) or ""),
+    )
     for n in node.body:
         if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and not n.target.id.startswith("_"):
-            d.parameters.append(Parameter(n.target.id, ast.unparse(n.annotation), ast.unparse(n.value) if n.value else "", beside(n.end_lineno, notes)))
+            d.parameters.append(
+                Parameter(
+                    n.target.id,
+                    ast.unparse(n.annotation),
+                    ast.unparse(n.value) if n.value else "",
+                    beside(n.end_lineno, notes),
+                )
+            )
         if not isinstance(n, ast.FunctionDef): continue
         f = function(n, module, notes, node.name)
-        if n.name == "__init__": d.parameters, d.references = f.parameters, d.references + f.references
-        elif (not n.name.startswith("_") or n.name == "__call__") and (f.doc or any(p.text for p in f.parameters)): d.members.append(f)
+        if n.name == "__init__":
+            d.parameters, d.references = f.parameters, d.references + f.references
+        elif (not n.name.startswith("_") or n.name == "__call__") and (f.doc or any(p.text for p in f.parameters)):
+            d.members.append(f)
         else: d.references += f.references
     return d
 
@@ -145,7 +184,15 @@ def data(node, module, code, notes):
     for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
         names = target.elts if isinstance(target, ast.Tuple) else [target]
         for n in names:
-            if isinstance(n, ast.Name) and not n.id.startswith("__"): yield Definition(n.id, module, "data", (node.lineno, node.end_lineno), beside(node.end_lineno, notes), value=ast.unparse(node.value))
+            if isinstance(n, ast.Name) and not n.id.startswith("__"):
+                yield Definition(
+                    n.id,
+                    module,
+                    "data",
+                    (node.lineno, node.end_lineno),
+                    beside(node.end_lineno, notes),
+                    value=ast.unparse(node.value),
+                )
 
 
 def dotted(path, folder):
@@ -160,23 +207,39 @@ def target(node, name):
 
 
 def read_module(path, folder):
-    "A Module from its file in a package; definitions that `@patch` adds to another module's class keep the name `Class.method`."
+    """A Module from its file in a package; definitions that `@patch` adds to another module's class keep the name
+    `Class.method`."""
     code = Path(path).read_text(encoding="utf-8")
     tree, notes, name = ast.parse(code), comments(code), dotted(path, folder)
-    exported = [ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"]
+    exported = [
+        ast.literal_eval(n.value)
+        for n in tree.body
+        if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"
+    ]
     marks = [(i, m[1], m[2]) for i, line in enumerate(code.splitlines(), 1) if (m := CELL.match(line))]
     imports, found = {}, []
     for n in tree.body:
-        if isinstance(n, ast.ImportFrom) and n.level and n.module: imports |= {a.asname or a.name: target(n, name) for a in n.names}
+        if isinstance(n, ast.ImportFrom) and n.level and n.module:
+            imports |= {a.asname or a.name: target(n, name) for a in n.names}
         if isinstance(n, ast.ClassDef): found.append(klass(n, name, notes))
         elif isinstance(n, ast.FunctionDef): found.append(function(n, name, notes, method_of(n) or ""))
-        elif isinstance(n, (ast.Assign, ast.AnnAssign)) and getattr(n, "value", None): found += data(n, name, code, notes)
+        elif isinstance(n, (ast.Assign, ast.AnnAssign)) and getattr(n, "value", None):
+            found += data(n, name, code, notes)
     for d in found:
         for line, book, cell in marks:
             if line <= d.lines[0]: d.notebook, d.cell = book, cell
         for m in d.members: m.notebook, m.cell = d.notebook, d.cell
     made = re.search(r"File to edit: (?:\.\./)*nbs/(\S+)\.ipynb", code)
-    return Module(name, Path(path), code, ast.get_docstring(tree) or "", made[1] if made else "", exported[0] if exported else [], found, imports)
+    return Module(
+        name,
+        Path(path),
+        code,
+        ast.get_docstring(tree) or "",
+        made[1] if made else "",
+        exported[0] if exported else [],
+        found,
+        imports,
+    )
 
 
 def read_package(folder):
@@ -187,7 +250,10 @@ def read_package(folder):
     for m in modules.values():
         for d in [d for d in m.definitions if d.kind == "method"]:
             m.definitions.remove(d)
-            owner = next((c for c in m.definitions if c.kind == "class" and c.name == d.name.partition(".")[0]), classes.get(d.name.partition(".")[0]))
+            owner = next(
+                (c for c in m.definitions if c.kind == "class" and c.name == d.name.partition(".")[0]),
+                classes.get(d.name.partition(".")[0]),
+            )
             if owner: d.home = owner.module
             if owner and not d.name.split(".")[-1].startswith("_"): owner.members.append(d)
             elif owner: owner.references += d.references

@@ -1,4 +1,5 @@
-"""Scripts of other projects that pages need: fetched from npm once, in fixed versions, checked, and kept; pages never load anything from elsewhere."""
+"""Scripts of other projects that pages need: fetched from npm once, in fixed versions, checked, and kept; pages never
+load anything from elsewhere."""
 import base64
 import hashlib
 import shutil
@@ -8,10 +9,20 @@ from pathlib import Path
 
 # package: version, sha512 of the archive as npm states it, {path in the archive: path below _static}
 PACKAGES = {
-    "mathjax": ("3.2.2", "Bt+SSVU8eBG27zChVewOicYs7Xsdt40qm4+UpHyX7k0/O9NliPc+x77k1/FEsPsjKPZGJvtRZM1vO+geW0OhGw==",
-                {"es5/tex-chtml-full.js": "mathjax/tex-chtml-full.js", "es5/output/chtml/fonts/woff-v2": "mathjax/output/chtml/fonts/woff-v2", "LICENSE": "mathjax/LICENSE"}),
-    "@jupyter-widgets/html-manager": ("1.0.15", "5thBIV6ymNgmPVOHvzx+gGy8ZSKmSazhtGw4/c4xJDVzRhG9PTeQsRjF3FUTopvFi//SABeNz1yp47bCrJ3CQA==",
-                                      {"dist/embed.js": "widgets/embed.js", "LICENSE": "widgets/LICENSE"}),
+    "mathjax": (
+        "3.2.2",
+        "Bt+SSVU8eBG27zChVewOicYs7Xsdt40qm4+UpHyX7k0/O9NliPc+x77k1/FEsPsjKPZGJvtRZM1vO+geW0OhGw==",
+        {
+            "es5/tex-chtml-full.js": "mathjax/tex-chtml-full.js",
+            "es5/output/chtml/fonts/woff-v2": "mathjax/output/chtml/fonts/woff-v2",
+            "LICENSE": "mathjax/LICENSE",
+        },
+    ),
+    "@jupyter-widgets/html-manager": (
+        "1.0.15",
+        "5thBIV6ymNgmPVOHvzx+gGy8ZSKmSazhtGw4/c4xJDVzRhG9PTeQsRjF3FUTopvFi//SABeNz1yp47bCrJ3CQA==",
+        {"dist/embed.js": "widgets/embed.js", "LICENSE": "widgets/LICENSE"},
+    ),
 }
 
 
@@ -24,11 +35,22 @@ def archive(name, version, cache):
     file = Path(cache)/f"{name.lstrip('@').replace('/', '-')}-{version}.tgz"
     if file.exists(): return file
     how = f"put the file that `npm pack {name}@{version}` writes into {file.parent}"
-    if not shutil.which("npm"): raise NotFetched(f"{name} {version} is needed for pages that work without internet access, and npm is not installed: install Node.js, or {how}")
+    if not shutil.which("npm"):
+        raise NotFetched(
+            f"{name} {version} is needed for pages that work without internet access, and npm is not installed: "
+            f"install Node.js, or {how}"
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(["npm", "pack", f"{name}@{version}", "--silent", "--pack-destination", str(file.parent)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["npm", "pack", f"{name}@{version}", "--silent", "--pack-destination", str(file.parent)],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode or not file.exists():
-        raise NotFetched(f"{name} {version} is needed for pages that work without internet access, and the npm registry can't be reached: {how}\n{done.stderr.strip()[-600:]}")
+        raise NotFetched(
+            f"{name} {version} is needed for pages that work without internet access, and the npm registry can't be "
+            f"reached: {how}\n{done.stderr.strip()[-600:]}"
+        )
     return file
 
 
@@ -52,7 +74,8 @@ def vendor(static, cache, packages=None):
         with tarfile.open(file) as t:
             for m in t:
                 for source, target in members.items():
-                    if not m.isfile() or not (m.name == f"package/{source}" or m.name.startswith(f"package/{source}/")): continue
+                    if not m.isfile() or not (m.name == f"package/{source}" or m.name.startswith(f"package/{source}/")):
+                        continue
                     to = Path(static)/(target + m.name.removeprefix(f"package/{source}"))
                     to.parent.mkdir(parents=True, exist_ok=True)
                     to.write_bytes(t.extractfile(m).read())

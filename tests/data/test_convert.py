@@ -1,4 +1,5 @@
 """Writing: interrupted, killed, out of space, in the way of others; and what other tools expect of the result."""
+
 import io
 import json
 import signal
@@ -14,7 +15,6 @@ from PIL import Image
 from ctm_nb.commands.data import ctm_nb_data
 from ctm_nb.data.convert import convert
 from ctm_nb.data.read import ArraySource, open_source
-from ctm_nb.data.read import Names
 from ctm_nb.data.convert import survey
 
 RNG = np.random.default_rng(0)
@@ -23,17 +23,29 @@ COLOURS = RNG.integers(0, 256, (300, 8, 8, 3), np.uint8)
 
 def source(images=COLOURS, classes=("cat", "dog", "cow")):
     n = len(images)
-    return ArraySource("pets", "array", Names(map(str, range(n))), np.arange(n) % len(classes) if classes else None, list(classes), images=images)
+    return ArraySource(
+        "pets",
+        "array",
+        list(map(str, range(n))),
+        np.arange(n) % len(classes) if classes else None,
+        list(classes),
+        images=images,
+    )
 
 
-def leftovers(folder): return sorted(p.name for p in folder.iterdir())
+def leftovers(folder):
+    return sorted(p.name for p in folder.iterdir())
 
 
 def test_the_zip_is_what_edm_reads(tmp_path):
     convert(source(), tmp_path / "a.zip", workers=0)
     with zipfile.ZipFile(tmp_path / "a.zip") as z:
         names = z.namelist()
-        assert names[0] == "00000/img00000000.png" and names[299] == "00000/img00000299.png" and names[300:] == ["dataset.json"]
+        assert (
+            names[0] == "00000/img00000000.png"
+            and names[299] == "00000/img00000299.png"
+            and names[300:] == ["dataset.json"]
+        )
         assert {i.compress_type for i in z.infolist()} == {zipfile.ZIP_STORED}
         assert dict(json.loads(z.read("dataset.json"))["labels"])["00000/img00000004.png"] == 1
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(z.read(names[7])))), COLOURS[7])
@@ -42,18 +54,26 @@ def test_the_zip_is_what_edm_reads(tmp_path):
 def test_the_npz_is_what_adm_reads(tmp_path):
     convert(source(), tmp_path / "a.npz", workers=0)
     with np.load(tmp_path / "a.npz") as z:
-        assert np.array_equal(z["arr_0"], COLOURS) and z["arr_1"].tolist() == [i % 3 for i in range(300)] and z["classes"].tolist() == ["cat", "dog", "cow"]
+        assert (
+            np.array_equal(z["arr_0"], COLOURS)
+            and z["arr_1"].tolist() == [i % 3 for i in range(300)]
+            and z["classes"].tolist() == ["cat", "dog", "cow"]
+        )
 
 
 def test_workers_change_no_byte(tmp_path):
-    for n in (0, 1, 2): convert(source(), tmp_path / f"{n}.zip", workers=n)
+    for n in (0, 1, 2):
+        convert(source(), tmp_path / f"{n}.zip", workers=n)
     assert len({(tmp_path / f"{n}.zip").read_bytes() for n in (0, 1, 2)}) == 1
 
 
 @pytest.mark.parametrize("format", ["zip", "npz", "tree", "edm"])
 def test_one_mode_even_if_the_first_parts_are_grey(tmp_path, format):
-    images = COLOURS.copy(); images[:200] = images[:200, ..., :1]
-    done = convert(source(images), tmp_path / ("out." + format if format in ("zip", "npz") else "out"), format=format, workers=0)
+    images = COLOURS.copy()
+    images[:200] = images[:200, ..., :1]
+    done = convert(
+        source(images), tmp_path / ("out." + format if format in ("zip", "npz") else "out"), format=format, workers=0
+    )
     back = open_source(next(tmp_path.iterdir()))
     assert done["channels"] == 3 and {back.pixels(i).shape[2] for i in (0, 150, 299)} == {3}
     assert survey(back).sha256() == survey(source(images)).sha256()
@@ -77,39 +97,73 @@ def test_class_names_that_are_no_folder_names(tmp_path):
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     "A limit on the size of files stands in for a full disk: writing fails with an OSError in the middle."
-    code = ("import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
-            "from ctm_nb.commands.data import ctm_nb_data; import sys; ctm_nb_data(sys.argv[1:])")
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
+        "from ctm_nb.commands.data import ctm_nb_data; import sys; ctm_nb_data(sys.argv[1:])"
+    )
     convert(source(), tmp_path / "src.npz", workers=0)
-    done = subprocess.run([sys.executable, "-c", code, "convert", tmp_path / "src.npz", tmp_path / "a.zip", "--workers", "0"], capture_output=True, text=True)
-    assert done.returncode == 3 and done.stderr.strip() == f"ctm_nb_data: [Errno 27] File too large while writing {tmp_path}/a.zip: with more room, the same command continues"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "convert", tmp_path / "src.npz", tmp_path / "a.zip", "--workers", "0"],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 3
+        and done.stderr.strip()
+        == f"ctm_nb_data: [Errno 27] File too large while writing {tmp_path}/a.zip: "
+        "with more room, the same command continues"
+    )
     assert not (tmp_path / "a.zip").exists() and leftovers(tmp_path / "a.zip.partial") == ["job.json", "lock"]
-    ctm_nb_data(["convert", str(tmp_path / "src.npz"), str(tmp_path / "a.zip"), "--workers", "0"])  # there is space again
-    assert survey(open_source(tmp_path / "a.zip")).sha256() == survey(source()).sha256() and leftovers(tmp_path) == ["a.zip", "src.npz"]
+    ctm_nb_data(
+        ["convert", str(tmp_path / "src.npz"), str(tmp_path / "a.zip"), "--workers", "0"]
+    )  # there is space again
+    assert survey(open_source(tmp_path / "a.zip")).sha256() == survey(source()).sha256() and leftovers(tmp_path) == [
+        "a.zip",
+        "src.npz",
+    ]
 
 
 def test_killed_and_continued(tmp_path):
     "SIGKILL in the middle; the next run uses the parts that exist and ends with the same bytes."
-    code = ("import sys, time; import ctm_nb.data.read as f; get = f.ArraySource.get; f.ArraySource.get = lambda s, i: (time.sleep(.002), get(s, i))[1];"
-            "from ctm_nb.commands.data import ctm_nb_data; ctm_nb_data(sys.argv[1:])")
-    convert(source(), tmp_path / "src.npz", workers=0); convert(source(), tmp_path / "want.zip", workers=0)
-    p = subprocess.Popen([sys.executable, "-c", code, "convert", tmp_path / "src.npz", tmp_path / "a.zip", "--workers", "0"], stderr=subprocess.DEVNULL)
-    first, started = tmp_path / "a.zip.partial" / "part-00000.zip", time.monotonic()
-    while not first.exists() and p.poll() is None and time.monotonic() - started < 60: time.sleep(.01)
-    p.send_signal(signal.SIGKILL); p.wait()
+    code = (
+        "import sys, time; import ctm_nb.data.read as f; get = f.ArraySource.get;"
+        "f.ArraySource.get = lambda s, i: (time.sleep(.002), get(s, i))[1];"
+        "from ctm_nb.commands.data import ctm_nb_data; ctm_nb_data(sys.argv[1:])"
+    )
+    convert(source(), tmp_path / "src.npz", workers=0)
+    convert(source(), tmp_path / "want.zip", workers=0)
+    p = subprocess.Popen(
+        [sys.executable, "-c", code, "convert", tmp_path / "src.npz", tmp_path / "a.zip", "--workers", "0"],
+        stderr=subprocess.DEVNULL,
+    )
+    first, started = tmp_path / "a.zip.partial" / "part-00000.npz", time.monotonic()
+    while not first.exists() and p.poll() is None and time.monotonic() - started < 60:
+        time.sleep(0.01)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
     assert first.exists() and not (tmp_path / "a.zip").exists()
     ctm_nb_data(["convert", str(tmp_path / "src.npz"), str(tmp_path / "a.zip"), "--workers", "0"])
-    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "want.zip").read_bytes() and not (tmp_path / "a.zip.partial").exists()
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "want.zip").read_bytes() and not (
+        tmp_path / "a.zip.partial"
+    ).exists()
 
 
 def test_parts_that_exist_are_not_made_again(tmp_path):
     seen = []
+
     class Watched(ArraySource):
         def get(self, i):
-            if i == 250 and 250 not in seen: seen.append(i); raise KeyboardInterrupt
+            if i == 250 and 250 not in seen:
+                seen.append(i)
+                raise KeyboardInterrupt
             seen.append(i)
             return super().get(i)
-    s = source(); w = Watched(s.name, s.kind, s.names, s.labels, s.classes, images=s.images)
-    with pytest.raises(KeyboardInterrupt): convert(w, tmp_path / "a.zip", size=8, workers=0)
+
+    s = source()
+    w = Watched(s.name, s.kind, s.names, s.labels, s.classes, images=s.images)
+    with pytest.raises(KeyboardInterrupt):
+        convert(w, tmp_path / "a.zip", size=8, workers=0)
     del seen[:-1]
     convert(w, tmp_path / "a.zip", size=8, workers=0)
     assert min(seen[1:]) == 128 and not (tmp_path / "a.zip.partial").exists()
@@ -117,29 +171,55 @@ def test_parts_that_exist_are_not_made_again(tmp_path):
 
 def test_another_job_is_refused_by_its_differences(tmp_path):
     class Stopped(ArraySource):
-        def get(self, i): raise KeyboardInterrupt
+        def get(self, i):
+            raise KeyboardInterrupt
+
     s = source()
-    with pytest.raises(KeyboardInterrupt): convert(Stopped(s.name, s.kind, s.names, s.labels, s.classes, images=s.images), tmp_path / "a.zip", size=4, workers=0)
-    with pytest.raises(ValueError) as e: convert(s, tmp_path / "a.zip", size=8, workers=0)
-    assert str(e.value) == f"{tmp_path}/a.zip.partial belongs to another conversion (size: 4 -> 8): finish that one or remove the folder"
+    with pytest.raises(KeyboardInterrupt):
+        convert(
+            Stopped(s.name, s.kind, s.names, s.labels, s.classes, images=s.images),
+            tmp_path / "a.zip",
+            size=4,
+            workers=0,
+        )
+    with pytest.raises(ValueError) as e:
+        convert(s, tmp_path / "a.zip", size=8, workers=0)
+    assert (
+        str(e.value)
+        == f"{tmp_path}/a.zip.partial belongs to another conversion (size: 4 -> 8): "
+        "finish that one or remove the folder"
+    )
 
 
 def test_two_at_once(tmp_path):
     import fcntl
+
     (tmp_path / "a.zip.partial").mkdir()
     with open(tmp_path / "a.zip.partial" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match=r"another process is writing .*a\.zip"): convert(source(), tmp_path / "a.zip", workers=0)
+        with pytest.raises(ValueError, match=r"another process is writing .*a\.zip"):
+            convert(source(), tmp_path / "a.zip", workers=0)
 
 
 def test_nothing_is_overwritten_unasked(tmp_path):
-    (tmp_path / "a.zip").write_text("thesis"); (tmp_path / "d").mkdir(); (tmp_path / "d" / "thesis.tex").write_text("years")
-    with pytest.raises(FileExistsError) as e: convert(source(), tmp_path / "a.zip", workers=0)
-    assert str(e.value) == f"{tmp_path}/a.zip exists: choose another name, or give --overwrite to replace it" and (tmp_path / "a.zip").read_text() == "thesis"
-    with pytest.raises(FileExistsError, match="a folder that no conversion made"): convert(source(), tmp_path / "d", overwrite=True, workers=0)
+    (tmp_path / "a.zip").write_text("thesis")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "thesis.tex").write_text("years")
+    with pytest.raises(FileExistsError) as e:
+        convert(source(), tmp_path / "a.zip", workers=0)
+    assert (
+        str(e.value) == f"{tmp_path}/a.zip exists: choose another name, or give --overwrite to replace it"
+        and (tmp_path / "a.zip").read_text() == "thesis"
+    )
+    with pytest.raises(FileExistsError, match="a folder that no conversion made"):
+        convert(source(), tmp_path / "d", overwrite=True, workers=0)
     convert(source(), tmp_path / "e", workers=0)
     convert(source(COLOURS[:30]), tmp_path / "e", overwrite=True, workers=0)
-    assert len(open_source(tmp_path / "e")) == 30 and leftovers(tmp_path) == ["a.zip", "d", "e"] and leftovers(tmp_path / "d") == ["thesis.tex"]
+    assert (
+        len(open_source(tmp_path / "e")) == 30
+        and leftovers(tmp_path) == ["a.zip", "d", "e"]
+        and leftovers(tmp_path / "d") == ["thesis.tex"]
+    )
 
 
 def test_broken_images_are_listed_repaired_or_left_out(tmp_path, capsys):
@@ -148,39 +228,68 @@ def test_broken_images_are_listed_repaired_or_left_out(tmp_path, capsys):
         Image.fromarray(COLOURS[i]).save(tmp_path / "d" / "ab"[i % 2] / f"{i}.png")
     (tmp_path / "d" / "b" / "3.png").write_bytes(b"")
     words = ["convert", str(tmp_path / "d"), str(tmp_path / "a.zip"), "--workers", "0"]
-    with pytest.raises(SystemExit) as e: ctm_nb_data(words)
-    assert e.value.code == 2 and capsys.readouterr().err == ("ctm_nb_data: 1 of 6 images in d can't be read; repair or remove them, or leave them out with --skip-broken:\n  b/3.png: empty file\n")
+    with pytest.raises(SystemExit) as e:
+        ctm_nb_data(words)
+    assert e.value.code == 2 and capsys.readouterr().err == (
+        "ctm_nb_data: 1 of 6 images in d can't be read; repair or remove them, or leave them out with "
+        "--skip-broken:\n  b/3.png: empty file\n"
+    )
     assert not (tmp_path / "a.zip").exists()
     ctm_nb_data([*words, "--skip-broken"])
-    assert "5 images" in capsys.readouterr().out and survey(open_source(tmp_path / "a.zip")).facts()["classes"] == {"a": 3, "b": 2}
+    assert "5 images" in capsys.readouterr().out and survey(open_source(tmp_path / "a.zip")).facts()["classes"] == {
+        "a": 3,
+        "b": 2,
+    }
     words[2] = str(tmp_path / "b.zip")
-    with pytest.raises(SystemExit): ctm_nb_data(words)
+    with pytest.raises(SystemExit):
+        ctm_nb_data(words)
     Image.fromarray(COLOURS[3]).save(tmp_path / "d" / "b" / "3.png")
     ctm_nb_data(words)  # the part with the repaired image is made again
     assert len(open_source(tmp_path / "b.zip")) == 6
 
 
-@pytest.mark.parametrize("words, message", [
-    (["convert", "digits", "no/such/a.zip"], "no/such is not a folder: make it first"),
-    (["convert", "digits", "a.tar"], "a.tar: expected a name ending in .zip or .npz, or a folder; or give --format"),
-    (["inspect", "digits", "--size", "0"], "--size must be >= 1, got 0"),
-    (["stats", "digits", "--workers", "-1"], "--workers must be >= 0, got -1"),
-    (["inspect", "torchvision:CIFAR11"], "torchvision has no data set 'CIFAR11'; the nearest is CIFAR10")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["convert", "digits", "no/such/a.zip"], "no/such is not a folder: make it first"),
+        (
+            ["convert", "digits", "a.tar"],
+            "a.tar: expected a name ending in .zip or .npz, or a folder; or give --format",
+        ),
+        (["inspect", "digits", "--size", "0"], "--size must be >= 1, got 0"),
+        (["stats", "digits", "--workers", "-1"], "--workers must be >= 0, got -1"),
+        (["inspect", "torchvision:CIFAR11"], "torchvision has no data set 'CIFAR11'; the nearest is CIFAR10"),
+    ],
+)
 def test_mistakes_on_the_command_line(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as e: ctm_nb_data(words)
-    assert e.value.code == 2 and capsys.readouterr().err.strip() == f"ctm_nb_data: {message}" and not leftovers(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        ctm_nb_data(words)
+    assert (
+        e.value.code == 2 and capsys.readouterr().err.strip() == f"ctm_nb_data: {message}" and not leftovers(tmp_path)
+    )
 
 
 def test_sizes_must_agree_unless_told(tmp_path):
-    for i, wh in enumerate([(8, 8), (9, 8)]): (tmp_path / "d").mkdir(exist_ok=True); Image.new("L", wh).save(tmp_path / "d" / f"{i}.png")
-    with pytest.raises(ValueError) as e: convert(open_source(tmp_path / "d"), tmp_path / "a.zip", workers=0)
-    assert str(e.value) == "images must be squares of one size, but 1.png is 9 x 8 and others are 8 x 8; give --size to crop and resize them"
+    for i, wh in enumerate([(8, 8), (9, 8)]):
+        (tmp_path / "d").mkdir(exist_ok=True)
+        Image.new("L", wh).save(tmp_path / "d" / f"{i}.png")
+    with pytest.raises(ValueError) as e:
+        convert(open_source(tmp_path / "d"), tmp_path / "a.zip", workers=0)
+    assert (
+        str(e.value)
+        == "images must be squares of one size, but 1.png is 9 x 8 and others are 8 x 8; "
+        "give --size to crop and resize them"
+    )
     import shutil
+
     shutil.rmtree(tmp_path / "a.zip.partial")
     assert convert(open_source(tmp_path / "d"), tmp_path / "a.zip", size=5, workers=0)["size"] == 5
 
 
 def test_help_is_light():
-    code = "import sys; from ctm_nb.commands.data import data_parser; data_parser(); print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
+    code = (
+        "import sys; from ctm_nb.commands.data import data_parser; data_parser();"
+        "print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

@@ -1,4 +1,5 @@
 """data: regressions and bad input. What explains is tested in nbs/3_data/01_images.ipynb."""
+
 import numpy as np
 import pytest
 import torch
@@ -23,9 +24,11 @@ def grey(value=0, size=(4, 4)):
 @pytest.fixture
 def folder(tmp_path):
     """Two classes of 12 and 9 grey images whose value is their number."""
-    for i in range(12): save(tmp_path/"set"/"cat"/f"{i:02}.png", grey(i))
-    for i in range(9): save(tmp_path/"set"/"dog"/f"{i:02}.png", grey(100 + i))
-    return tmp_path/"set"
+    for i in range(12):
+        save(tmp_path / "set" / "cat" / f"{i:02}.png", grey(i))
+    for i in range(9):
+        save(tmp_path / "set" / "dog" / f"{i:02}.png", grey(100 + i))
+    return tmp_path / "set"
 
 
 def test_digits_split_is_pinned():
@@ -38,7 +41,10 @@ def test_digits_split_is_pinned():
 
 
 def test_digits_splits_are_disjoint_and_complete():
-    pixels = [torch.cat([digits(s).images for s in names]).flatten(1).tolist() for names in (("train", "held_out"), ("all",))]
+    pixels = [
+        torch.cat([digits(s).images for s in names]).flatten(1).tolist()
+        for names in (("train", "held_out"), ("all",))
+    ]
     assert sorted(pixels[0]) == sorted(pixels[1])
 
 
@@ -49,14 +55,21 @@ def test_x0_round_trip_of_every_byte():
     assert torch.equal(to_uint8(x0), data.images) and torch.equal(to_uint8(x0.double()), data.images)
 
 
-@pytest.mark.parametrize("kw, message", [
-    (dict(images=torch.zeros(2, 1, 4, 4)), "images must be uint8"),
-    (dict(images=torch.zeros(2, 4, 4, dtype=u8)), "images must be uint8"),
-    (dict(images=torch.zeros(2, 2, 4, 4, dtype=u8)), "images must be uint8"),
-    (dict(images=torch.zeros(2, 1, 4, 5, dtype=u8)), "images must be uint8"),
-    (dict(images=torch.zeros(2, 1, 4, 4, dtype=u8), labels=torch.tensor([0, 1])), "come together"),
-    (dict(images=torch.zeros(2, 1, 4, 4, dtype=u8), labels=torch.tensor([0]), classes=["a"]), r"labels must have shape \(2,\)"),
-    (dict(images=torch.zeros(2, 1, 4, 4, dtype=u8), labels=torch.tensor([0, -1]), classes=["a"]), "got -1")])
+@pytest.mark.parametrize(
+    "kw, message",
+    [
+        (dict(images=torch.zeros(2, 1, 4, 4)), "images must be uint8"),
+        (dict(images=torch.zeros(2, 4, 4, dtype=u8)), "images must be uint8"),
+        (dict(images=torch.zeros(2, 2, 4, 4, dtype=u8)), "images must be uint8"),
+        (dict(images=torch.zeros(2, 1, 4, 5, dtype=u8)), "images must be uint8"),
+        (dict(images=torch.zeros(2, 1, 4, 4, dtype=u8), labels=torch.tensor([0, 1])), "come together"),
+        (
+            dict(images=torch.zeros(2, 1, 4, 4, dtype=u8), labels=torch.tensor([0]), classes=["a"]),
+            r"labels must have shape \(2,\)",
+        ),
+        (dict(images=torch.zeros(2, 1, 4, 4, dtype=u8), labels=torch.tensor([0, -1]), classes=["a"]), "got -1"),
+    ],
+)
 def test_image_data_bad_input(kw, message):
     with pytest.raises(ValueError, match=message):
         ImageData(**kw)
@@ -65,8 +78,9 @@ def test_image_data_bad_input(kw, message):
 def test_held_out_mask_takes_the_same_share_of_every_class():
     labels = torch.randint(0, 7, (1000,), generator=torch.Generator().manual_seed(0))
     labels[labels == 3] = 4  # a class without images
-    mask = held_out_mask(labels, 10)
-    for k in range(7): assert mask[labels == k].sum() == (labels == k).sum() // 10
+    mask = torch.from_numpy(held_out_mask(labels, 10))
+    for k in range(7):
+        assert mask[labels == k].sum() == (labels == k).sum() // 10
     assert held_out_mask(torch.zeros(0, dtype=torch.int64), 10).shape == (0,)
 
 
@@ -82,22 +96,26 @@ def test_folder_with_classes(folder):
 
 
 def test_flat_folder_and_files_that_are_not_images(folder):
-    (folder/"cat"/"notes.txt").write_text("hello")
-    save(folder/"cat"/".hidden.png", grey())
-    data = load_data(folder/"cat", "all")
+    (folder / "cat" / "notes.txt").write_text("hello")
+    save(folder / "cat" / ".hidden.png", grey())
+    data = load_data(folder / "cat", "all")
     assert len(data) == 12 and data.labels is None and data.n_classes == 0
     with pytest.raises(ValueError, match="held_out split is empty"):
-        load_data(folder/"dog", "held_out")
+        load_data(folder / "dog", "held_out")
 
 
 def test_one_coloured_image_makes_all_rgb(folder):
-    save(folder/"dog"/"red.png", np.full((4, 4, 3), [255, 0, 0], np.uint8))
+    save(folder / "dog" / "red.png", np.full((4, 4, 3), [255, 0, 0], np.uint8))
     data = load_data(folder, "all")
-    assert data.channels == 3 and data.images[-1, :, 0, 0].tolist() == [255, 0, 0] and data.images[5, :, 0, 0].tolist() == [5, 5, 5]
+    assert (
+        data.channels == 3
+        and data.images[-1, :, 0, 0].tolist() == [255, 0, 0]
+        and data.images[5, :, 0, 0].tolist() == [5, 5, 5]
+    )
 
 
 def test_sizes_must_agree_unless_told(folder):
-    save(folder/"dog"/"wide.png", grey(50, (4, 8)))
+    save(folder / "dog" / "wide.png", grey(50, (4, 8)))
     with pytest.raises(ValueError, match=r"dog.wide.png is 8 x 4 and others are 4 x 4; give image_size"):
         load_data(folder)
     assert load_data(folder, "all", image_size=2).images.shape == (22, 1, 2, 2)
@@ -108,61 +126,62 @@ def test_sizes_must_agree_unless_told(folder):
 def test_crop_is_central_and_resize_is_by_area(tmp_path):
     a = np.zeros((6, 4), np.uint8)
     a[1:3, :2], a[3:5, 2:] = 200, [[10, 20], [30, 40]]
-    save(tmp_path/"a.png", a)
-    assert decode(tmp_path/"a.png", 2, "box")[..., 0].tolist() == [[200, 0], [0, 25]]
+    save(tmp_path / "a.png", a)
+    assert decode(tmp_path / "a.png", 2, "box")[..., 0].tolist() == [[200, 0], [0, 25]]
     assert load_data(tmp_path, "all", image_size=2, crop="box").images[0, 0].tolist() == [[200, 0], [0, 25]]
 
 
 def test_modes(tmp_path):
-    save(tmp_path/"deep.png", np.array([[0, 65535], [257 * 7, 257 * 200]], np.uint16))
-    assert decode(tmp_path/"deep.png")[..., 0].tolist() == [[0, 255], [7, 200]]
-    Image.new("P", (2, 2), 0).save(tmp_path/"palette.png", transparency=0)
-    assert decode(tmp_path/"palette.png").min() == 255
-    Image.new("1", (2, 2), 1).save(tmp_path/"bits.png")
-    assert decode(tmp_path/"bits.png").min() == 255
-    Image.new("CMYK", (2, 2)).save(tmp_path/"print.jpg")
-    assert decode(tmp_path/"print.jpg").shape == (2, 2, 3)
+    save(tmp_path / "deep.png", np.array([[0, 65535], [257 * 7, 257 * 200]], np.uint16))
+    assert decode(tmp_path / "deep.png")[..., 0].tolist() == [[0, 255], [7, 200]]
+    Image.new("P", (2, 2), 0).save(tmp_path / "palette.png", transparency=0)
+    assert decode(tmp_path / "palette.png").min() == 255
+    Image.new("1", (2, 2), 1).save(tmp_path / "bits.png")
+    assert decode(tmp_path / "bits.png").min() == 255
+    Image.new("CMYK", (2, 2)).save(tmp_path / "print.jpg")
+    assert decode(tmp_path / "print.jpg").shape == (2, 2, 3)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
-    Image.new("L", (8, 4)).save(tmp_path/"photo.jpg", exif=exif)
-    assert decode(tmp_path/"photo.jpg").shape == (8, 4, 1)
+    Image.new("L", (8, 4)).save(tmp_path / "photo.jpg", exif=exif)
+    assert decode(tmp_path / "photo.jpg").shape == (8, 4, 1)
 
 
 def test_every_broken_file_is_listed_once(folder):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     for name in ("cut.png", "cut.jpeg", "cut.webp"):
-        save(folder/"cat"/name, pixels)
-        (folder/"cat"/name).write_bytes((folder/"cat"/name).read_bytes()[:600])
-    (folder/"cat"/"empty.png").write_bytes(b"")
-    (folder/"dog"/"text.jpg").write_text("not an image")
+        save(folder / "cat" / name, pixels)
+        (folder / "cat" / name).write_bytes((folder / "cat" / name).read_bytes()[:600])
+    (folder / "cat" / "empty.png").write_bytes(b"")
+    (folder / "dog" / "text.jpg").write_text("not an image")
     with pytest.raises(ValueError) as e:
         load_data(folder)
     text = str(e.value)
     assert text.startswith("5 of 26 images in")
     assert all(name in text for name in ("cut.png", "cut.jpeg", "cut.webp", "empty.png", "text.jpg"))
-    for i in range(60): (folder/"dog"/f"x{i}.png").write_bytes(b"")
+    for i in range(60):
+        (folder / "dog" / f"x{i}.png").write_bytes(b"")
     with pytest.raises(ValueError, match="(?s)65 of 86 images.*and 15 more"):
         load_data(folder)
 
 
 def test_nothing_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: expected 'digits'"):
-        load_data(tmp_path/"nowhere")
+        load_data(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no images in"):
         load_data(tmp_path)
-    (tmp_path/"a.csv").write_text("1,2")
+    (tmp_path / "a.csv").write_text("1,2")
     with pytest.raises(ValueError, match="can't read .*a.csv"):
-        load_data(tmp_path/"a.csv")
+        load_data(tmp_path / "a.csv")
     with pytest.raises(ValueError, match="8 x 8, got image_size=32"):
         load_data("digits", image_size=32)
 
 
 def test_ambiguous_folders_are_refused(folder):
-    save(folder/"stray.png", grey())
+    save(folder / "stray.png", grey())
     with pytest.raises(ValueError, match="holds 1 images beside sub-folders"):
         load_data(folder)
-    (folder/"stray.png").unlink()
-    (folder/"dataset.json").write_text("{}")
+    (folder / "stray.png").unlink()
+    (folder / "dataset.json").write_text("{}")
     with pytest.raises(ValueError, match="dataset.json: expected"):
         load_data(folder)
 
@@ -170,32 +189,42 @@ def test_ambiguous_folders_are_refused(folder):
 def test_npz_round_trip(tmp_path):
     images = torch.randint(0, 256, (25, 5, 5, 3), dtype=u8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(25) % 2
-    np.savez(tmp_path/"a.npz", images.numpy(), labels.numpy().astype(np.int32))
-    data = load_data(tmp_path/"a.npz", "all")
-    assert torch.equal(data.images.permute(0, 2, 3, 1), images) and torch.equal(data.labels, labels) and data.classes == ["0", "1"]
-    assert len(load_data(tmp_path/"a.npz", "held_out")) == 2
-    np.savez(tmp_path/"b.npz", images.numpy())
-    assert load_data(tmp_path/"b.npz").labels is None
-    assert load_data(tmp_path/"b.npz", "all", image_size=2).image_size == 2
+    np.savez(tmp_path / "a.npz", images.numpy(), labels.numpy().astype(np.int32))
+    data = load_data(tmp_path / "a.npz", "all")
+    assert (
+        torch.equal(data.images.permute(0, 2, 3, 1), images)
+        and torch.equal(data.labels, labels)
+        and data.classes == ["0", "1"]
+    )
+    assert len(load_data(tmp_path / "a.npz", "held_out")) == 2
+    np.savez(tmp_path / "b.npz", images.numpy())
+    assert load_data(tmp_path / "b.npz").labels is None
+    assert load_data(tmp_path / "b.npz", "all", image_size=2).image_size == 2
 
 
-@pytest.mark.parametrize("arrays, message", [
-    (dict(x=np.zeros(3)), "got no arr_0"), (dict(arr_0=np.zeros((2, 4, 4, 3))), "got float64"),
-    (dict(arr_0=np.zeros((2, 3, 4, 4), np.uint8)), r"got uint8 \(2, 3, 4, 4\)"), (dict(arr_0=np.zeros((0, 4, 4, 3), np.uint8)), "arr_0"),
-    (dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.zeros(2)), "arr_1 integers"),
-    (dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.zeros(3, int)), "arr_1 integers"),
-    (dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.array([0, -1])), "got -1"),
-    (dict(arr_0=np.array([None])), "can't be read as npz")])
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        (dict(x=np.zeros(3)), "got no arr_0"),
+        (dict(arr_0=np.zeros((2, 4, 4, 3))), "got float64"),
+        (dict(arr_0=np.zeros((2, 3, 4, 4), np.uint8)), r"got uint8 \(2, 3, 4, 4\)"),
+        (dict(arr_0=np.zeros((0, 4, 4, 3), np.uint8)), "arr_0"),
+        (dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.zeros(2)), "arr_1 integers"),
+        (dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.zeros(3, int)), "arr_1 integers"),
+        (dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.array([0, -1])), "got -1"),
+        (dict(arr_0=np.array([None])), "can't be read as npz"),
+    ],
+)
 def test_npz_bad_content(tmp_path, arrays, message):
-    np.savez(tmp_path/"bad.npz", **arrays)
+    np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(ValueError, match=message):
-        load_data(tmp_path/"bad.npz", "all")
+        load_data(tmp_path / "bad.npz", "all")
 
 
 def test_npz_broken_file(tmp_path):
-    (tmp_path/"torn.npz").write_bytes(b"PK\x03\x04 torn")
+    (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
     with pytest.raises(ValueError, match="torn.npz can't be read"):
-        load_data(tmp_path/"torn.npz")
+        load_data(tmp_path / "torn.npz")
 
 
 def test_image_grid():
@@ -209,11 +238,12 @@ def test_sampler_stream_ignores_batches_and_resumes(n, batch_size):
     s, seen = IndexSampler(n, batch_size, seed=5), []
     for _ in range(n * 30 // batch_size):
         s = IndexSampler(n, batch_size, seed=5, position=s.position)  # killed and resumed before every batch
-        seen.append(next(s))
+        seen.append(s.next())
         assert seen[-1].shape == (batch_size,) and seen[-1].dtype == torch.int64
     seen = torch.cat(seen)
-    assert torch.equal(seen, reference[:len(seen)]) and s.position == len(seen)
-    for epoch in reference.split(n): assert torch.equal(epoch.sort().values, torch.arange(n))
+    assert torch.equal(seen, reference[: len(seen)]) and s.position == len(seen)
+    for epoch in reference.split(n):
+        assert torch.equal(epoch.sort().values, torch.arange(n))
 
 
 def test_sampler_order_is_pinned_and_seeded():

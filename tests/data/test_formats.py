@@ -1,4 +1,5 @@
 """Reading: every kind of bad input with the sentence it earns, and every format with the pixels it must give."""
+
 import gzip
 import io
 import os
@@ -36,32 +37,45 @@ def write(folder, files):
 
 def zipped(path, files, **kw):
     with zipfile.ZipFile(path, "w", **kw) as z:
-        for name, data in files: z.writestr(name, data)
+        for name, data in files:
+            z.writestr(name, data)
     return path
 
 
 def refuse(message, path, error=ValueError, **kw):
-    with pytest.raises(error) as e: open_source(path, **kw)
+    with pytest.raises(error) as e:
+        open_source(path, **kw)
     assert str(e.value) == message
 
 
 def reason(data):
-    with pytest.raises(BrokenImage) as e: decode(data)
+    with pytest.raises(BrokenImage) as e:
+        decode(data)
     return str(e.value)
 
 
 def bomb(width, height):
     "A valid PNG header of any size without the pixels to go with it."
     import zlib
+
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
+    )
 
 
-@pytest.mark.parametrize("data, message", [
-    (b"", "empty file"),
-    (b"dear diary", "not an image, begins with b'dear dia'"),
-    (bomb(30000, 3000), f"decompression bomb? 30000 x 3000 pixels, the limit is {MAX_PIXELS}"),
-    (bomb(60000, 60000), f"decompression bomb? more than twice the limit of {MAX_PIXELS} pixels")])
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"", "empty file"),
+        (b"dear diary", "not an image, begins with b'dear dia'"),
+        (bomb(30000, 3000), f"decompression bomb? 30000 x 3000 pixels, the limit is {MAX_PIXELS}"),
+        (bomb(60000, 60000), f"decompression bomb? more than twice the limit of {MAX_PIXELS} pixels"),
+    ],
+)
 def test_files_that_are_no_images(data, message):
     assert reason(data) == message
 
@@ -69,11 +83,17 @@ def test_files_that_are_no_images(data, message):
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp", "gif", "tiff", "bmp"])
 def test_a_cut_file_is_broken_wherever_it_is_cut(format):
     data = png(RNG.integers(0, 256, (32, 32, 3), np.uint8), format)
-    for share in (.3, .6, .9): assert reason(data[:int(len(data) * share)]).startswith(("truncated or damaged (", "not an image")), (format, share)
+    for share in (0.3, 0.6, 0.9):
+        assert reason(data[: int(len(data) * share)]).startswith(("truncated or damaged (", "not an image")), (
+            format,
+            share,
+        )
 
 
-@pytest.mark.parametrize("path, message", [
-    ("gone.png", "can't be opened (No such file or directory)"), (".", "can't be opened (Is a directory)")])
+@pytest.mark.parametrize(
+    "path, message",
+    [("gone.png", "can't be opened (No such file or directory)"), (".", "can't be opened (Is a directory)")],
+)
 def test_files_that_cant_be_opened(tmp_path, path, message):
     assert reason(tmp_path / path) == message
 
@@ -84,8 +104,13 @@ def test_a_link_to_nothing_and_an_unreadable_file_are_broken_not_dropped(tmp_pat
     found = survey(open_source(tmp_path / "d"))
     assert found.broken == {1: "can't be opened (No such file or directory)"}
     from pathlib import Path
+
     real = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda p: (_ for _ in ()).throw(PermissionError(13, "Permission denied")) if p.name == "a.png" else real(p))
+    monkeypatch.setattr(
+        Path,
+        "read_bytes",
+        lambda p: (_ for _ in ()).throw(PermissionError(13, "Permission denied")) if p.name == "a.png" else real(p),
+    )
     assert survey(open_source(tmp_path / "d")).broken[0] == "can't be opened (Permission denied)"
 
 
@@ -93,26 +118,33 @@ MODES = {
     "16-bit": (Image.fromarray(np.array([[0, 65535], [257 * 7, 257 * 200]], np.uint16)), [[0, 255], [7, 200]]),
     "1 bit": (Image.new("1", (2, 2), 1), [[255, 255]] * 2),
     "LA, half": (Image.new("LA", (2, 2), (0, 128)), [[127, 127]] * 2),
-    "one pixel": (Image.new("L", (1, 1), 9), [[9]])}
+    "one pixel": (Image.new("L", (1, 1), 9), [[9]]),
+}
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_grey_modes(mode):
     im, want = MODES[mode]
-    f = io.BytesIO(); im.save(f, "png")
+    f = io.BytesIO()
+    im.save(f, "png")
     a = decode(f.getvalue())
     assert a.shape[2] == 1 and a[..., 0].tolist() == want
 
 
 def test_colour_modes():
-    clear = Image.new("RGBA", (1, 1), (0, 0, 0, 0)); half = Image.new("RGBA", (1, 1), (255, 0, 0, 128))
-    palette = Image.new("P", (1, 1), 0); palette.putpalette([10, 20, 30])
+    clear = Image.new("RGBA", (1, 1), (0, 0, 0, 0))
+    half = Image.new("RGBA", (1, 1), (255, 0, 0, 128))
+    palette = Image.new("P", (1, 1), 0)
+    palette.putpalette([10, 20, 30])
     for im, want in [(clear, [255, 255, 255]), (half, [255, 127, 127]), (palette, [10, 20, 30])]:
-        f = io.BytesIO(); im.save(f, "png")
+        f = io.BytesIO()
+        im.save(f, "png")
         assert decode(f.getvalue())[0, 0].tolist() == want
-    f = io.BytesIO(); palette.save(f, "png", transparency=0)
+    f = io.BytesIO()
+    palette.save(f, "png", transparency=0)
     assert decode(f.getvalue())[0, 0].tolist() == [255, 255, 255]
-    f = io.BytesIO(); Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(f, "jpeg")
+    f = io.BytesIO()
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(f, "jpeg")
     r, g, b = decode(f.getvalue())[4, 4]
     assert r > 200 and g < 60 and b < 60
 
@@ -122,25 +154,43 @@ def test_photographs_stand_upright(orientation, corner):
     "The dark corner of the stored picture is at `corner` (row, column) of the upright one."
     a = np.full((4, 8), 255, np.uint8)
     a[0, 0] = 0
-    exif = Image.Exif(); exif[0x0112] = orientation
+    exif = Image.Exif()
+    exif[0x0112] = orientation
     out = decode(png(a, "tiff", exif=exif))[..., 0]
     dark = tuple(int(v) for v in np.unravel_index(out.argmin(), out.shape))
     assert dark == corner and out.shape == ((4, 8) if orientation in (1, 3) else (8, 4))
 
 
 def test_deep_png_under_an_imagenet_name_is_read_by_content(tmp_path):
-    write(tmp_path / "train", {"n01/a.JPEG": png(), "n01/b.JPEG": png(np.zeros((5, 7), np.uint8)), "n02/c.JPEG": png(np.zeros((9, 9, 4), np.uint8) + 255)})
+    write(
+        tmp_path / "train",
+        {
+            "n01/a.JPEG": png(),
+            "n01/b.JPEG": png(np.zeros((5, 7), np.uint8)),
+            "n02/c.JPEG": png(np.zeros((9, 9, 4), np.uint8) + 255),
+        },
+    )
     write(tmp_path / "val", {"x.JPEG": png()})
     s = open_source(tmp_path)
-    assert s.classes == ["n01", "n02"] and [s.pixels(i, 4).shape for i in range(3)] == [(4, 4, 3), (4, 4, 1), (4, 4, 3)]
+    assert s.classes == ["n01", "n02"] and [s.pixels(i, 4).shape for i in range(3)] == [
+        (4, 4, 3),
+        (4, 4, 1),
+        (4, 4, 3),
+    ]
     assert s.notes == ["1 images outside of train lie in no class folder and are left out"]
 
 
 def test_empty_and_ambiguous_folders(tmp_path):
     endings = ".bmp, .gif, .jfif, .jpe, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp"
-    refuse(f"no images in {tmp_path}: expected files ending in {endings}, there or in one sub-folder a class", tmp_path)
+    refuse(
+        f"no images in {tmp_path}: expected files ending in {endings}, there or in one sub-folder a class", tmp_path
+    )
     write(tmp_path, {"a/1.png": png(), "2.png": png()})
-    refuse(f"{tmp_path} holds 1 images beside sub-folders with images: expected one or the other, or a labels.csv with a line name,class for each", tmp_path)
+    refuse(
+        f"{tmp_path} holds 1 images beside sub-folders with images: expected one or the other, or a labels.csv with "
+        "a line name,class for each",
+        tmp_path,
+    )
 
 
 def test_symlink_loop(tmp_path):
@@ -152,15 +202,19 @@ def test_symlink_loop(tmp_path):
     assert len(open_source(tmp_path / "d")) == 2
 
 
-@pytest.mark.parametrize("text, message", [
-    ('{"labels": [["a.png", 0], ["b.png", 1], ["c.png", 1]]}', "names 1 files that are not there: c.png"),
-    ('{"labels": [["a.png", 0]]}', "has no label for 1 images: b.png"),
-    ('{"labels": [["a.png", 0], ["a.png", 1], ["b.png", 1]]}', "names a.png twice"),
-    ('{"labels": [["a.png", "cat"], ["b.png", 1]]}', "gives a.png the label 'cat', expected an integer >= 0"),
-    ('{"labels": [["a.png", 0.5], ["b.png", 1]]}', "gives a.png the label 0.5, expected an integer >= 0"),
-    ('{"labels": [["a.png", true], ["b.png", 1]]}', "gives a.png the label True, expected an integer >= 0"),
-    ('{"labels": [["a.png", -1], ["b.png", 1]]}', "gives a.png the label -1, expected an integer >= 0"),
-    ('{"labels": [1, 2]}', ': expected {"labels": [[name, label], ...]} or {"labels": null}')])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"labels": [["a.png", 0], ["b.png", 1], ["c.png", 1]]}', "names 1 files that are not there: c.png"),
+        ('{"labels": [["a.png", 0]]}', "has no label for 1 images: b.png"),
+        ('{"labels": [["a.png", 0], ["a.png", 1], ["b.png", 1]]}', "names a.png twice"),
+        ('{"labels": [["a.png", "cat"], ["b.png", 1]]}', "gives a.png the label 'cat', expected an integer >= 0"),
+        ('{"labels": [["a.png", 0.5], ["b.png", 1]]}', "gives a.png the label 0.5, expected an integer >= 0"),
+        ('{"labels": [["a.png", true], ["b.png", 1]]}', "gives a.png the label True, expected an integer >= 0"),
+        ('{"labels": [["a.png", -1], ["b.png", 1]]}', "gives a.png the label -1, expected an integer >= 0"),
+        ('{"labels": [1, 2]}', ': expected {"labels": [[name, label], ...]} or {"labels": null}'),
+    ],
+)
 @pytest.mark.parametrize("container", ["folder", "zip"])
 def test_dataset_json(tmp_path, container, text, message):
     files = {"a.png": png(), "b.png": png(), "dataset.json": text.encode()}
@@ -169,18 +223,31 @@ def test_dataset_json(tmp_path, container, text, message):
 
 
 def test_zips_that_are_traps(tmp_path):
-    refuse(f"{tmp_path}/out.zip names a path outside of itself: '../b.png'", zipped(tmp_path / "out.zip", [("a.png", png()), ("../b.png", png())]))
-    refuse(f"{tmp_path}/abs.zip names a path outside of itself: '/etc/b.png'", zipped(tmp_path / "abs.zip", [("/etc/b.png", png())]))
-    with pytest.warns(UserWarning): zipped(tmp_path / "twins.zip", [("a.png", png()), ("a.png", png())])
+    refuse(
+        f"{tmp_path}/out.zip names a path outside of itself: '../b.png'",
+        zipped(tmp_path / "out.zip", [("a.png", png()), ("../b.png", png())]),
+    )
+    refuse(
+        f"{tmp_path}/abs.zip names a path outside of itself: '/etc/b.png'",
+        zipped(tmp_path / "abs.zip", [("/etc/b.png", png())]),
+    )
+    with pytest.warns(UserWarning):
+        zipped(tmp_path / "twins.zip", [("a.png", png()), ("a.png", png())])
     refuse(f"{tmp_path}/twins.zip holds 'a.png' twice", tmp_path / "twins.zip")
     zipped(tmp_path / "lzma.zip", [("a.png", png())], compression=zipfile.ZIP_LZMA)
-    refuse(f"{tmp_path}/lzma.zip can't be read as a zip: a.png is compressed by method 14, expected stored or deflate", tmp_path / "lzma.zip")
+    refuse(
+        f"{tmp_path}/lzma.zip can't be read as a zip: a.png is compressed by method 14, expected stored or deflate",
+        tmp_path / "lzma.zip",
+    )
     (tmp_path / "torn.zip").write_bytes(b"PK\3\4 torn")
     refuse(f"{tmp_path}/torn.zip can't be read as a zip: File is not a zip file", tmp_path / "torn.zip")
 
 
 def test_damage_in_a_zip_is_found_by_its_checksum(tmp_path):
-    for method, reason in ((zipfile.ZIP_STORED, "damaged in the zip (checksum)"), (zipfile.ZIP_DEFLATED, "damaged in the zip (")):
+    for method, reason in (
+        (zipfile.ZIP_STORED, "damaged in the zip (checksum)"),
+        (zipfile.ZIP_DEFLATED, "damaged in the zip ("),
+    ):
         path = zipped(tmp_path / f"{method}.zip", [("a.png", png()), ("b.png", png())], compression=method)
         data = bytearray(path.read_bytes())
         data[80] ^= 1
@@ -190,12 +257,17 @@ def test_damage_in_a_zip_is_found_by_its_checksum(tmp_path):
 
 
 def test_tars(tmp_path):
-    with tarfile.open(tmp_path / "d.tar", "w") as t: t.add(write(tmp_path / "d", {"a/1.png": png(), "b/2.png": png()}), ".")
+    with tarfile.open(tmp_path / "d.tar", "w") as t:
+        t.add(write(tmp_path / "d", {"a/1.png": png(), "b/2.png": png()}), ".")
     assert open_source(tmp_path / "d.tar").classes == ["a", "b"]
-    with tarfile.open(tmp_path / "d.tar.gz", "w:gz") as t: t.add(tmp_path / "d", ".")
-    refuse(f"{tmp_path}/d.tar.gz is a compressed tar and not CIFAR's for Python: unpack it and give the folder", tmp_path / "d.tar.gz")
+    with tarfile.open(tmp_path / "d.tar.gz", "w:gz") as t:
+        t.add(tmp_path / "d", ".")
+    refuse(
+        f"{tmp_path}/d.tar.gz is a compressed tar and not CIFAR's for Python: unpack it and give the folder",
+        tmp_path / "d.tar.gz",
+    )
     whole = (tmp_path / "d.tar").read_bytes()
-    (tmp_path / "cut.tar").write_bytes(whole[:512 * 3 + 20])
+    (tmp_path / "cut.tar").write_bytes(whole[: 512 * 3 + 20])
     refuse(f"{tmp_path}/cut.tar is cut off: the block of zeros that ends a tar is missing", tmp_path / "cut.tar")
 
 
@@ -203,12 +275,26 @@ def test_shards_with_contradictions(tmp_path):
     def shard(name, files):
         with tarfile.open(tmp_path / name, "w") as t:
             for n, data in files:
-                info = tarfile.TarInfo(n); info.size = len(data); t.addfile(info, io.BytesIO(data))
+                info = tarfile.TarInfo(n)
+                info.size = len(data)
+                t.addfile(info, io.BytesIO(data))
         return tmp_path / name
-    refuse(f"{tmp_path}: 1 of 2 images have no label", shard("a.tar", [("0.png", png()), ("0.cls", b"1"), ("1.png", png())]))
-    refuse(f"{tmp_path}/b.tar has 2 images under the key 0: seg.png, rgb.png; expected one", shard("b.tar", [("0.seg.png", png()), ("0.rgb.png", png()), ("0.cls", b"1")]))
-    refuse(f"{tmp_path}/c.tar names a path outside of itself: '../0.png'", shard("c.tar", [("../0.png", png()), ("../0.cls", b"1")]))
-    refuse(f"{tmp_path}/d.tar holds '0.png' twice", shard("d.tar", [("0.png", png()), ("0.png", png()), ("0.cls", b"1")]))
+
+    refuse(
+        f"{tmp_path}: 1 of 2 images have no label",
+        shard("a.tar", [("0.png", png()), ("0.cls", b"1"), ("1.png", png())]),
+    )
+    refuse(
+        f"{tmp_path}/b.tar has 2 images under the key 0: seg.png, rgb.png; expected one",
+        shard("b.tar", [("0.seg.png", png()), ("0.rgb.png", png()), ("0.cls", b"1")]),
+    )
+    refuse(
+        f"{tmp_path}/c.tar names a path outside of itself: '../0.cls'",
+        shard("c.tar", [("../0.png", png()), ("../0.cls", b"1")]),
+    )
+    refuse(
+        f"{tmp_path}/d.tar holds '0.png' twice", shard("d.tar", [("0.png", png()), ("0.png", png()), ("0.cls", b"1")])
+    )
     words = open_source(shard("e.tar", [("0.png", png()), ("0.cls", b"dog\n"), ("1.png", png()), ("1.cls", b"cat")]))
     assert words.classes == ["cat", "dog"] and words.labels.tolist() == [1, 0]
 
@@ -216,35 +302,55 @@ def test_shards_with_contradictions(tmp_path):
 @pytest.mark.parametrize("attack", ["os.system", "eval", "numpy.load"])
 def test_a_pickle_runs_nothing(tmp_path, attack):
     import builtins
+
     target = {"os.system": os.system, "eval": builtins.eval, "numpy.load": np.load}[attack]
+
     class Evil:
-        def __reduce__(self): return target, (f"touch {tmp_path}/owned" if attack == "os.system" else f"open('{tmp_path}/owned', 'w')",)
-    write(tmp_path / "cifar-10-batches-py", {"data_batch_1": pickle.dumps({b"data": Evil()}, protocol=2), "batches.meta": pickle.dumps({})})
-    with pytest.raises(ValueError, match=r"data_batch_1 can't be read: the pickle asks for .*, expected arrays only"): open_source(tmp_path / "cifar-10-batches-py")
+        def __reduce__(self):
+            return target, (f"touch {tmp_path}/owned" if attack == "os.system" else f"open('{tmp_path}/owned', 'w')",)
+
+    write(
+        tmp_path / "cifar-10-batches-py",
+        {"data_batch_1": pickle.dumps({b"data": Evil()}, protocol=2), "batches.meta": pickle.dumps({})},
+    )
+    with pytest.raises(ValueError, match=r"data_batch_1 can't be read: the pickle asks for .*, expected arrays only"):
+        open_source(tmp_path / "cifar-10-batches-py")
     assert not (tmp_path / "owned").exists()
 
 
 def test_idx_files(tmp_path):
     idx = lambda a: bytes([0, 0, 8, a.ndim]) + struct.pack(f">{a.ndim}I", *a.shape) + a.tobytes()
     x = RNG.integers(0, 256, (5, 3, 3), np.uint8)
-    with gzip.open(tmp_path / "train-images-idx3-ubyte.gz", "wb") as f: f.write(idx(x))
+    with gzip.open(tmp_path / "train-images-idx3-ubyte.gz", "wb") as f:
+        f.write(idx(x))
     assert open_source(tmp_path).labels is None and np.array_equal(open_source(tmp_path).images[..., 0], x)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(4, np.uint8)))
-    with gzip.open(tmp_path / "train-labels-idx1-ubyte.gz", "wb") as f: f.write(idx(np.zeros(4, np.uint8)))
+    with gzip.open(tmp_path / "train-labels-idx1-ubyte.gz", "wb") as f:
+        f.write(idx(np.zeros(4, np.uint8)))
     refuse(f"{tmp_path}/train-labels-idx1-ubyte.gz: expected 5 labels, got 4", tmp_path)
     whole = (tmp_path / "train-images-idx3-ubyte.gz").read_bytes()
     (tmp_path / "cut.gz").write_bytes(whole[:-12])
-    refuse(f"{tmp_path}/cut.gz can't be read as gz: Compressed file ended before the end-of-stream marker was reached", tmp_path / "cut.gz")
+    refuse(
+        f"{tmp_path}/cut.gz can't be read as gz: Compressed file ended before the end-of-stream marker was reached",
+        tmp_path / "cut.gz",
+    )
 
 
 def test_nothing_and_nonsense(tmp_path):
-    expected = "expected 'digits', a folder of images, a zip, an npz with arr_0, MNIST's idx or CIFAR's tar.gz, an LMDB, WebDataset shards, or torchvision:NAME"
+    expected = (
+        "expected 'digits', a folder of images, a zip, an npz with arr_0, MNIST's idx or CIFAR's tar.gz, an LMDB, "
+        "WebDataset shards, Parquet, hub:NAME or torchvision:NAME"
+    )
     refuse(f"no data at {tmp_path}/x: {expected}", tmp_path / "x", FileNotFoundError)
     (tmp_path / "a.png").write_bytes(png())
     refuse(f"can't read {tmp_path}/a.png, begins with {png()[:8]!r}: {expected}", tmp_path / "a.png")
     np.savez(tmp_path / "a.npz", PIXELS[None])
     (tmp_path / "l.csv").write_text("a,b\n")
-    refuse(f"a labels file goes with a folder, a zip or a tar of images, not with {tmp_path}/a.npz", tmp_path / "a.npz", labels=tmp_path / "l.csv")
+    refuse(
+        f"a labels file goes with a folder, a zip or a tar of images, not with {tmp_path}/a.npz",
+        tmp_path / "a.npz",
+        labels=tmp_path / "l.csv",
+    )
 
 
 def test_labels_file(tmp_path):
@@ -261,20 +367,31 @@ def test_labels_file(tmp_path):
 
 def test_broken_images_stop_before_training_unless_told(tmp_path, caplog):
     write(tmp_path / "d", {f"{i}.png": png() for i in range(20)} | {"3.png": b"", "7.png": b"text"})
-    with pytest.raises(ValueError) as e: load_splits(tmp_path / "d")
-    assert str(e.value) == ("2 of 20 images in d can't be read; repair or remove them, or leave them out with --skip-broken:\n"
-                            "  3.png: empty file\n  7.png: not an image, begins with b'text'")
+    with pytest.raises(ValueError) as e:
+        load_splits(tmp_path / "d")
+    assert str(e.value) == (
+        "2 of 20 images in d can't be read; repair or remove them, or leave them out with --skip-broken:\n"
+        "  3.png: empty file\n  7.png: not an image, begins with b'text'"
+    )
     splits = load_splits(tmp_path / "d", skip_broken=True)
-    assert len(splits["all"]) == 18 and "2 of 20 images in d can't be read and are left out:\n  3.png: empty file" in caplog.text
+    assert (
+        len(splits["all"]) == 18
+        and "2 of 20 images in d can't be read and are left out:\n  3.png: empty file" in caplog.text
+    )
     write(tmp_path / "e", {"a.png": b""})
-    with pytest.raises(ValueError, match="none of the 1 images in e can be read"): load_splits(tmp_path / "e", skip_broken=True)
+    with pytest.raises(ValueError, match="none of the 1 images in e can be read"):
+        load_splits(tmp_path / "e", skip_broken=True)
 
 
 def test_skipping_moves_no_image_across_the_split(tmp_path):
     write(tmp_path / "d", {f"{i:02}.png": png(np.full((2, 2), i, np.uint8)) for i in range(40)})
     before = load_splits(tmp_path / "d")["held_out"].images[:, 0, 0, 0].tolist()
     (tmp_path / "d" / "03.png").write_bytes(b"")
-    assert load_splits(tmp_path / "d", skip_broken=True)["held_out"].images[:, 0, 0, 0].tolist() == before == [9, 19, 29, 39]
+    assert (
+        load_splits(tmp_path / "d", skip_broken=True)["held_out"].images[:, 0, 0, 0].tolist()
+        == before
+        == [9, 19, 29, 39]
+    )
 
 
 def test_grey_among_colour_and_the_other_way(tmp_path):
@@ -282,16 +399,36 @@ def test_grey_among_colour_and_the_other_way(tmp_path):
     assert load_splits(tmp_path / "d")["all"].channels == 1 and survey(open_source(tmp_path / "d")).channels() == 1
     write(tmp_path / "d", {"9.png": png(np.full((2, 2, 3), [1, 2, 3], np.uint8))})
     both = load_splits(tmp_path / "d")["all"]
-    assert both.channels == 3 and both.images[4].unique().tolist() == [4] and both.images[5, :, 0, 0].tolist() == [1, 2, 3]
+    assert (
+        both.channels == 3
+        and both.images[4].unique().tolist() == [4]
+        and both.images[5, :, 0, 0].tolist() == [1, 2, 3]
+    )
 
 
 def test_a_survey_counts_everything(tmp_path):
-    write(tmp_path / "d", {"a/1.png": png(np.full((2, 4), 10, np.uint8)), "a/2.jpg": b"", "b/3.png": png(np.full((3, 3, 3), 250, np.uint8)), "b/notes.txt": b"x"})
+    write(
+        tmp_path / "d",
+        {
+            "a/1.png": png(np.full((2, 4), 10, np.uint8)),
+            "a/2.jpg": b"",
+            "b/3.png": png(np.full((3, 3, 3), 250, np.uint8)),
+            "b/notes.txt": b"x",
+        },
+    )
     facts = survey(open_source(tmp_path / "d")).facts()
-    assert facts["sizes"] == {"3 x 3": 1, "4 x 2": 1} and facts["modes"] == {"L": 1, "RGB": 1} and facts["classes"] == {"a": 1, "b": 1}
-    assert facts["broken"] == {"a/2.jpg": "empty file"} and facts["channels"] == 1 and facts["mean"] == [round((8 * 10 + 9 * 250) / 17, 3)]
+    assert (
+        facts["sizes"] == {"3 x 3": 1, "4 x 2": 1}
+        and facts["modes"] == {"L": 1, "RGB": 1}
+        and facts["classes"] == {"a": 1, "b": 1}
+    )
+    assert (
+        facts["broken"] == {"a/2.jpg": "empty file"}
+        and facts["channels"] == 1
+        and facts["mean"] == [round((8 * 10 + 9 * 250) / 17, 3)]
+    )
     assert "note       1 files are no images and are left alone: b/notes.txt" in report(facts)
-    assert contact_sheet(open_source(tmp_path / "d"), [1], columns=3, size=17).size[1] == 2 * 18
+    assert contact_sheet(open_source(tmp_path / "d"), [1], columns=3, size=17).size[1] == 2 * 17 + 1
 
 
 def test_the_fingerprint_is_of_the_content(tmp_path):
@@ -308,24 +445,35 @@ def test_adm_crop_is_halving_then_bicubic():
     scale = 16 / 22
     im = im.resize((round(35 * scale), 16), Image.Resampling.BICUBIC)
     left = (im.width - 16) // 2
-    assert np.array_equal(decode(a, 16), np.asarray(im)[:, left:left + 16])
+    assert np.array_equal(decode(a, 16), np.asarray(im)[:, left : left + 16])
 
 
 def test_a_dead_worker_is_an_error_and_not_a_hang():
-    def work(i): return os._exit(1) if i == 3 else i
-    with pytest.raises(OSError, match="a worker process died"): list(in_order(work, range(6), workers=1))
+    def work(i):
+        return os._exit(1) if i == 3 else i
+
+    with pytest.raises(OSError, match="a worker process died"):
+        list(in_order(work, range(6), workers=1))
 
 
 def test_shards_whose_json_is_a_caption_have_no_labels(tmp_path):
     "As img2dataset writes them."
     import webdataset
+
     with webdataset.ShardWriter(str(tmp_path / "%05d.tar"), maxcount=3, verbose=0) as w:
-        for i in range(7): w.write({"__key__": f"{i:09}", "png": png(), "txt": "a cat", "json": {"caption": "a cat", "url": "http://x"}})
+        for i in range(7):
+            w.write(
+                {"__key__": f"{i:09}", "png": png(), "txt": "a cat", "json": {"caption": "a cat", "url": "http://x"}}
+            )
     s = open_source(tmp_path)
     assert (len(s), s.labels, s.classes) == (7, None, [])
     with tarfile.open(tmp_path / "x.tar", "w") as t:
-        for n, data in (("0.png", png()), ("0.json", b"{")): info = tarfile.TarInfo(n); info.size = len(data); t.addfile(info, io.BytesIO(data))
-    with pytest.raises(ValueError, match=r"x.tar/0.json can't be read as JSON"): open_source(tmp_path)
+        for n, data in (("0.png", png()), ("0.json", b"{")):
+            info = tarfile.TarInfo(n)
+            info.size = len(data)
+            t.addfile(info, io.BytesIO(data))
+    with pytest.raises(ValueError, match=r"x.tar/0.json can't be read as JSON"):
+        open_source(tmp_path)
 
 
 def test_npz_with_too_few_names(tmp_path):
@@ -335,21 +483,36 @@ def test_npz_with_too_few_names(tmp_path):
 
 def test_two_classes_of_one_name_stay_two(tmp_path):
     "ImageNet has two cranes."
-    write(tmp_path, {"n02012849/a.png": png(), "n03126707/b.png": png(), "classes.txt": b"n02012849 crane\nn03126707 crane\n"})
+    write(
+        tmp_path,
+        {"n02012849/a.png": png(), "n03126707/b.png": png(), "classes.txt": b"n02012849 crane\nn03126707 crane\n"},
+    )
     s = open_source(tmp_path)
     assert s.classes == ["crane", "crane (2)"] and survey(s).facts()["classes"] == {"crane": 1, "crane (2)": 1}
 
 
-@pytest.mark.parametrize("name, message", [
-    ("VOCDetection", "torchvision's VOCDetection is not in .*VOCDetection\\('.*', download=True\\)\""), ("", "torchvision has no data set ''"), ("ImageFolder", None)])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("VOCDetection", "torchvision's VOCDetection is not in .*VOCDetection\\('.*', download=True\\)\""),
+        ("", "torchvision has no data set ''"),
+        ("ImageFolder", None),
+    ],
+)
 def test_torchvision_by_name(tmp_path, name, message):
     write(tmp_path, {"cat/a.png": png(), "dog/b.png": png()})
     if message:
-        with pytest.raises(ValueError, match=message): open_source(f"torchvision:{name}:{tmp_path}")
-    else: assert open_source(f"torchvision:{name}:{tmp_path}").classes == ["cat", "dog"]
+        with pytest.raises(ValueError, match=message):
+            open_source(f"torchvision:{name}:{tmp_path}")
+    else:
+        assert open_source(f"torchvision:{name}:{tmp_path}").classes == ["cat", "dog"]
 
 
 def test_an_uncompressed_npz_is_opened_without_a_warning(tmp_path, recwarn):
     np.savez(tmp_path / "a.npz", arr_0=np.zeros((20, 8, 8, 3), np.uint8), arr_1=np.arange(20) % 2)
     source = open_source(tmp_path / "a.npz")
-    assert source.labels.flags.writeable and len(load_splits(tmp_path / "a.npz")["train"]) and not [w for w in recwarn if "writable" in str(w.message)]
+    assert (
+        source.labels.flags.writeable
+        and len(load_splits(tmp_path / "a.npz")["train"])
+        and not [w for w in recwarn if "writable" in str(w.message)]
+    )

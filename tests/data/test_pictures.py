@@ -1,4 +1,5 @@
 """Names of classes: in the pictures of a run, in its checkpoints, in what ctm_nb_sample writes."""
+
 import json
 import zipfile
 
@@ -21,7 +22,19 @@ def run(tmp_path_factory):
     for i in range(60):
         (tmp / "pets" / ("cat", "кот")[i % 2]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(digits().images[i, 0].numpy()).save(tmp / "pets" / ("cat", "кот")[i % 2] / f"{i}.png")
-    ctm_nb_train(["--preset", "tiny", "--data", str(tmp / "pets"), "--runs", str(tmp / "runs"), "--set", "evaluate.n=0", "run.sample_every=1000"])
+    ctm_nb_train(
+        [
+            "--preset",
+            "tiny",
+            "--data",
+            str(tmp / "pets"),
+            "--runs",
+            str(tmp / "runs"),
+            "--set",
+            "evaluate.n=0",
+            "run.sample_every=1000",
+        ]
+    )
     return tmp / "runs" / "pets"
 
 
@@ -37,9 +50,13 @@ def written(monkeypatch):
 def test_the_grids_of_a_run_name_its_classes(run, written):
     from ctm_nb.training.config import make_config
     from ctm_nb.training.trainer import Trainer
+
     config = json.loads((run / "config.json").read_text())
-    t = Trainer(make_config("tiny", [f"data.source={config['data']['source']}", "evaluate.n=0", "run.sample_every=1000"]), run)
-    t.save_grid(6); t.save_picture(4)
+    t = Trainer(
+        make_config("tiny", [f"data.source={config['data']['source']}", "evaluate.n=0", "run.sample_every=1000"]), run
+    )
+    t.save_grid(6)
+    t.save_picture(4)
     assert written == [["cat", "кот"] * 3, ["cat", "кот"] * 2]
     assert Image.open(run / "samples" / "final.png").mode == "RGB"
 
@@ -51,18 +68,34 @@ def test_checkpoints_know_the_names(run):
 
 
 def test_samples_know_the_names(run, tmp_path, written):
-    for out in ("a.png", "a.zip"): ctm_nb_sample([str(run), "-n", "12", "--device", "cpu", "--out", str(tmp_path / out)])
+    for out in ("a.png", "a.zip"):
+        ctm_nb_sample([str(run), "-n", "12", "--device", "cpu", "--out", str(tmp_path / out)])
     assert written == [["cat", "кот"] * 2]
-    with zipfile.ZipFile(tmp_path / "a.zip") as z: assert json.loads(z.read("dataset.json"))["classes"] == ["cat", "кот"]
+    with zipfile.ZipFile(tmp_path / "a.zip") as z:
+        assert json.loads(z.read("dataset.json"))["classes"] == ["cat", "кот"]
     ctm_nb_sample([str(run), "-n", "12", "--device", "cpu", "--out", str(tmp_path / "b.png"), "--classes", "none"])
     assert len(written) == 1
 
 
-@pytest.mark.parametrize("names, columns, where", [(["a", "b"] * 6, 4, "over"), (["a"] * 6 + ["b"] * 6, 6, "beside"), (list("abcdefghijkl"), 5, "under"), (None, 5, ""), ([""] * 12, 5, "")])
+@pytest.mark.parametrize(
+    "names, columns, where",
+    [
+        (["a", "b"] * 6, 4, "over"),
+        (["a"] * 6 + ["b"] * 6, 6, "beside"),
+        (list("abcdefghijkl"), 5, "under"),
+        (None, 5, ""),
+        ([""] * 12, 5, ""),
+    ],
+)
 def test_where_names_go(names, columns, where, written):
     x = torch.zeros(12, 3, 16, 16, dtype=torch.uint8)
     plain, got = named_grid(x, columns), named_grid(x, columns, names)
     rows = -(-12 // columns)
     wider, higher = got.width - plain.width, got.height - plain.height
-    assert {"over": wider == 0 and higher > 10, "beside": wider > 5 and higher == 0, "under": wider == 0 and higher == 12 * rows, "": (wider, higher) == (0, 0)}[where]
+    assert {
+        "over": wider == 0 and higher > 10,
+        "beside": wider > 5 and higher == 0,
+        "under": wider == 0 and higher == 12 * rows,
+        "": (wider, higher) == (0, 0),
+    }[where]
     assert (np.asarray(got) < 128).sum() > (np.asarray(plain) < 128).sum() or not where  # there is ink

@@ -20,8 +20,8 @@ from ctm_nb.evaluation.features import ClassifierExtractor
 from ctm_nb.checkpoints.models import describe, load
 from ctm_nb.evaluation.metrics import FeatureStats, train_classifier
 from ctm_nb.networks.unet import DDPMpp, init_
-from ctm_nb.evaluation.reference import (Collected, Ranks, array_samples, build_reference, extract, joined, process_group,
-                                         read_reference)
+from ctm_nb.evaluation.reference import (Collected, Ranks, array_samples, build_reference, extract, joined,
+                                         process_group, read_reference)
 from ctm_nb.evaluation.search import beside, ledger_file, search_times, stored_times
 from ctm_nb.checkpoints.store import save_checkpoint
 from ctm_nb.method.trajectory import student_from
@@ -34,7 +34,8 @@ def run(tmp_path_factory):
     teacher = Denoiser(DDPMpp(8, 1, 10, model_channels=8, channel_mult=(1, 1), n_blocks=1, attention=()))
     init_(teacher.net.out_layers[1], 1.)
     models = {"teacher": teacher, "ctm": student_from(teacher)}
-    meta = {"models": {k: {"part": k, "description": describe(m, [str(c) for c in range(10)])} for k, m in models.items()}}
+    described = {k: {"part": k, "description": describe(m, list("0123456789"))} for k, m in models.items()}
+    meta = {"models": described}
     save_checkpoint(folder / "checkpoints", 1, {k: m.state_dict() for k, m in models.items()}, {}, meta)
     return folder
 
@@ -54,17 +55,23 @@ def free_port():
 def child(rank, world, port, f, args):
     "A process of a group; exits with 0 if f(*args) returns, with what SystemExit says, or with 1."
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
     code = 1
-    try: f(*args); code = 0
+    try:
+        f(*args)
+        code = 0
     except SystemExit as e: code = e.code or 0
-    finally: sys.stdout.flush(); os._exit(code)
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def as_group(f, *args, world=2):
     "Exit codes of f(*args) in forked processes that form a group."
     port = free_port()
-    both = [multiprocessing.get_context("fork").Process(target=child, args=(r, world, port, f, args)) for r in range(world)]
+    both = [multiprocessing.get_context("fork").Process(target=child, args=(r, world, port, f, args))
+            for r in range(world)]
     for p in both: p.start()
     for p in both: p.join(100)
     return [p.exitcode for p in both]
@@ -73,7 +80,8 @@ def as_group(f, *args, world=2):
 def command(*words): ctm_nb_evaluate([str(w) for w in words])
 
 
-def values(path): return {(r["metric"], json.dumps(r["sampler"], sort_keys=True)): r["value"] for r in json.loads(path.read_text())}
+def values(path):
+    return {(r["metric"], json.dumps(r["sampler"], sort_keys=True)): r["value"] for r in json.loads(path.read_text())}
 
 
 def merged_in_a_group(x):
@@ -81,20 +89,23 @@ def merged_in_a_group(x):
     with process_group() as ranks:
         part = ranks.share(len(x))
         mine = torch.from_numpy(x[part.start:part.stop])
-        got = Collected(len(mine), FeatureStats(x.shape[1]).update(mine) if len(mine) else None, None, mine, None, None, (1, 8, 8))
+        got = Collected(len(mine), FeatureStats(x.shape[1]).update(mine) if len(mine) else None, None, mine, None, None,
+                        (1, 8, 8))
         parts, whole = ranks.gather(got), FeatureStats(x.shape[1]).update(x)
         if ranks.rank: assert parts is None
         else:
             every = joined(parts)
             assert every.n == len(x) and torch.equal(every.points, torch.from_numpy(x))
-            assert (every.stats.mean - whole.mean).abs().max() < 1e-10 and (every.stats.cov - whole.cov).abs().max() < 1e-10
+            assert (every.stats.mean - whole.mean).abs().max() < 1e-10
+            assert (every.stats.cov - whole.cov).abs().max() < 1e-10
         assert ranks.send("word" if ranks.rank == 0 else None) == "word"
 
 
 def test_merged_statistics_are_those_of_one_pass():
     rng = np.random.default_rng(0)
     assert as_group(merged_in_a_group, rng.standard_normal((101, 5)) + 1e3) == [0, 0]
-    assert as_group(merged_in_a_group, rng.standard_normal((2, 5)), world=3) == [0, 0, 0]  # one of them has nothing to do
+    # one of them has nothing to do
+    assert as_group(merged_in_a_group, rng.standard_normal((2, 5)), world=3) == [0, 0, 0]
 
 
 def test_shares_cover_everything_once():
@@ -112,7 +123,8 @@ def test_joined_needs_images_that_differ(ref):
 
 
 def test_two_processes_score_as_one(run, ref, tmp_path, capfd):
-    words = (run, "--ref", ref, "--metrics", "fid,sfid,is,pr,acc", "--steps", "1,2", "--gamma", "0.5", "-n", 71, "--batch", 20, "--device", "cpu", "--out")
+    words = (run, "--ref", ref, "--metrics", "fid,sfid,is,pr,acc", "--steps", "1,2", "--gamma", "0.5", "-n", 71,
+             "--batch", 20, "--device", "cpu", "--out")
     command(*words, tmp_path / "one.json")
     capfd.readouterr()
     assert as_group(command, *words, tmp_path / "two.json") == [0, 0]
@@ -121,16 +133,23 @@ def test_two_processes_score_as_one(run, ref, tmp_path, capfd):
     assert capfd.readouterr().out.count("reference held out") == 1  # the first alone prints
     digits_npz = tmp_path / "real.npz"
     np.savez(digits_npz, arr_0=digits().images[:90].permute(0, 2, 3, 1).numpy())
-    command(digits_npz, "--ref", ref, "--out", tmp_path / "one.json"), as_group(command, digits_npz, "--ref", ref, "--out", tmp_path / "two.json")
+    words = digits_npz, "--ref", ref, "--out"
+    command(*words, tmp_path / "one.json")
+    as_group(command, *words, tmp_path / "two.json")
     one, two = values(tmp_path / "one.json"), values(tmp_path / "two.json")
-    assert one.keys() == two.keys() and all(two[k] == pytest.approx(v, rel=1e-6, abs=1e-6) for k, v in one.items() if k[1] == "null")
+    assert one.keys() == two.keys()
+    assert all(two[k] == pytest.approx(v, rel=1e-6, abs=1e-6) for k, v in one.items() if k[1] == "null")
 
 
 def test_torchrun_with_a_classifier_trained_by_the_first(run, tmp_path):
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ctm_nb.commands.evaluate", run, "--ref", "digits", "--steps", "1", "-n", "40", "--device", "cpu", "--out", tmp_path / "s.json"]
-    p = subprocess.run([str(w) for w in words], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
+             "ctm_nb.commands.evaluate", run, "--ref", "digits", "--steps", "1", "-n", "40", "--device", "cpu", "--out",
+             tmp_path / "s.json"]
+    p = subprocess.run([str(w) for w in words], capture_output=True, text=True,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert p.returncode == 0, p.stderr
-    assert p.stdout.count("frechet_distance") == 1 and {r["n_samples"] for r in json.loads((tmp_path / "s.json").read_text())} == {40}
+    assert p.stdout.count("frechet_distance") == 1
+    assert {r["n_samples"] for r in json.loads((tmp_path / "s.json").read_text())} == {40}
 
 
 def test_mistakes_end_every_process(run, ref):
@@ -140,39 +159,54 @@ def test_mistakes_end_every_process(run, ref):
 # --- search of times
 
 def test_search_is_stored_and_used(run, ref, tmp_path, capsys):
-    words = (run, "--ref", ref, "--search", "--steps", "2,3", "--tries", 5, "--search-n", 70, "-n", 75, "--metrics", "fid,pr", "--device", "cpu", "--out", tmp_path / "s.json")
+    words = (run, "--ref", ref, "--search", "--steps", "2,3", "--tries", 5, "--search-n", 70, "-n", 75, "--metrics",
+             "fid,pr", "--device", "cpu", "--out", tmp_path / "s.json")
     command(*words)
     said, stored = capsys.readouterr().out, json.loads((run / "times.json").read_text())
-    assert "best after so many scores, 3 steps: 1: " in said and set(stored) == {"2", "3"} and (run / "search" / "search.png").stat().st_size > 5000
+    assert "best after so many scores, 3 steps: 1: " in said and set(stored) == {"2", "3"}
+    assert (run / "search" / "search.png").stat().st_size > 5000
     for e in stored.values():
-        assert e["seed"] == 0 and e["n_samples"] == 75 and len(e["curve"]) == 5 and e["metric"] == "frechet_distance" and e["reference"]["name"] == "held out"
-        assert e["kept"] == ("found" if e["fresh"]["found"] < e["fresh"]["default"] else "default") and (e["times"] == e["searched"]["times"]) == (e["kept"] == "found")
+        assert e["seed"] == 0 and e["n_samples"] == 75 and len(e["curve"]) == 5 and e["metric"] == "frechet_distance"
+        assert e["reference"]["name"] == "held out"
+        assert e["kept"] == ("found" if e["fresh"]["found"] < e["fresh"]["default"] else "default")
+        assert (e["times"] == e["searched"]["times"]) == (e["kept"] == "found")
     rows = [r for r in json.loads((tmp_path / "s.json").read_text()) if r["metric"] == "frechet_distance"]
-    assert [("times" in r["sampler"], r["value"]) for r in rows] == [x for e in stored.values() for x in ((False, e["fresh"]["default"]), (True, e["fresh"]["found"]))]
+    both = [((False, e["fresh"]["default"]), (True, e["fresh"]["found"])) for e in stored.values()]
+    assert [("times" in r["sampler"], r["value"]) for r in rows] == [pair for e in both for pair in e]
     plan = make_recipe(load(run), run, 3, steps=2, times="auto")
-    assert plan["times"] == stored["2"]["times"] and plan["gamma"] == stored["2"]["gamma"] and stored_times(run, 3)["times"] == stored["3"]["times"]
+    assert plan["times"] == stored["2"]["times"] and plan["gamma"] == stored["2"]["gamma"]
+    assert stored_times(run, 3)["times"] == stored["3"]["times"]
     ledgers = {f: f.stat().st_mtime_ns for f in (run / "search").glob("*-steps-*.json")}
     assert as_group(command, *words[:-2]) == [0, 0]  # two processes find the ledgers complete
-    assert ledgers == {f: f.stat().st_mtime_ns for f in (run / "search").glob("*-steps-*.json")} and json.loads((run / "times.json").read_text()).keys() == stored.keys()
-    capsys.readouterr(); command(run, "--ref", ref, "--times", "auto", "--steps", "2", "-n", 75, "--metrics", "fid", "--device", "cpu", "--out", tmp_path / "t.json")
+    assert ledgers == {f: f.stat().st_mtime_ns for f in (run / "search").glob("*-steps-*.json")}
+    assert json.loads((run / "times.json").read_text()).keys() == stored.keys()
+    capsys.readouterr()
+    command(run, "--ref", ref, "--times", "auto", "--steps", "2", "-n", 75, "--metrics", "fid",
+                                 "--device", "cpu", "--out", tmp_path / "t.json")
     (auto,) = json.loads((tmp_path / "t.json").read_text())
-    assert auto["sampler"]["times"] == stored["2"]["times"] and auto["value"] == pytest.approx(min(stored["2"]["fresh"].values()), rel=1e-4)
+    assert auto["sampler"]["times"] == stored["2"]["times"]
+    assert auto["value"] == pytest.approx(min(stored["2"]["fresh"].values()), rel=1e-4)
 
 
 def test_killed_search_continues(run, ref, tmp_path):
-    words = [run, "--ref", ref, "--search", "--gamma", "0.2", "--tries", "12", "--search-n", "400", "-n", "40", "--metrics", "kid", "--device", "cpu"]
+    words = [run, "--ref", ref, "--search", "--gamma", "0.2", "--tries", "12", "--search-n", "400", "-n", "40",
+             "--metrics", "kid", "--device", "cpu"]
     code = "import sys; from ctm_nb.commands.evaluate import ctm_nb_evaluate; ctm_nb_evaluate(sys.argv[1:])"
     old = set((run / "search").glob("2-steps-*.json"))
-    p = subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    p = subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stderr=subprocess.DEVNULL,
+                         stdout=subprocess.DEVNULL)
     new = lambda: set((run / "search").glob("2-steps-*.json")) - old
-    while p.poll() is None and not (new() and len(json.loads(next(iter(new())).read_text())["tries"]) > 2): time.sleep(.01)
-    p.send_signal(signal.SIGKILL); p.wait()
+    while p.poll() is None and not (new() and len(json.loads(next(iter(new())).read_text())["tries"]) > 2):
+        time.sleep(.01)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
     (ledger,) = new()
     before = json.loads(ledger.read_text())["tries"]
     assert 2 < len(before) < 12
     command(*words)
     after = json.loads(ledger.read_text())
-    assert after["tries"][:len(before)] == before and len(after["tries"]) == 12 and all(t["gamma"] == .2 for t in after["tries"])
+    assert after["tries"][:len(before)] == before and len(after["tries"]) == 12
+    assert all(t["gamma"] == .2 for t in after["tries"])
     assert stored_times(run, 2)["metric"] == "kernel_distance" and stored_times(run, 2)["gamma"] == .2
 
 
@@ -194,11 +228,20 @@ def test_other_settings_are_other_ledgers(tmp_path):
     assert beside(tmp_path / "m.safetensors", "search").name == "m.safetensors.search"
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--search", "--steps", "1"], "--steps >= 2"), (["--search", "--gamma", "0,0.5"], "one --gamma"), (["--search", "--metrics", "pr"], "fid, sfid, kid, got 'pr'"), (["--search", "--tries", "1"], "--tries must be >= 2, got 1"),
-    (["--search", "--solver", "heun"], "got heun"), (["--search", "--which", "teacher"], "a teacher"), (["--search", "--search-n", "2"], "--search-n must be >= 6, got 2"), (["--times", "80,90"], "decreasing"), (["--times", "900,1"], "[0.002, 80]"),
-    (["--times", "x"], "got 'x'"), (["--times", "auto", "--steps", "9"], "times"), (["--seed", "-1"], "--seed must be >= 0, got -1"), (["--ref-size", "0"], "--ref-size must be >= 1, got 0"), (["--solver", "rk4"], "got 'rk4'"), (["--gamma", "nan"], "--gamma"),
-    (["--steps", "1.5"], "whole numbers"), (["-n", "2"], "-n must be >= 6")])
+@pytest.mark.parametrize("words, message", [(["--search", "--steps", "1"], "--steps >= 2"),
+                                            (["--search", "--gamma", "0,0.5"], "one --gamma"),
+                                            (["--search", "--metrics", "pr"], "fid, sfid, kid, got 'pr'"),
+                                            (["--search", "--tries", "1"], "--tries must be >= 2, got 1"),
+                                            (["--search", "--solver", "heun"], "got heun"),
+                                            (["--search", "--which", "teacher"], "a teacher"),
+                                            (["--search", "--search-n", "2"], "--search-n must be >= 6, got 2"),
+                                            (["--times", "80,90"], "decreasing"), (["--times", "900,1"], "[0.002, 80]"),
+                                            (["--times", "x"], "got 'x'"),
+                                            (["--times", "auto", "--steps", "9"], "times"),
+                                            (["--seed", "-1"], "--seed must be >= 0, got -1"),
+                                            (["--ref-size", "0"], "--ref-size must be >= 1, got 0"),
+                                            (["--solver", "rk4"], "got 'rk4'"), (["--gamma", "nan"], "--gamma"),
+                                            (["--steps", "1.5"], "whole numbers"), (["-n", "2"], "-n must be >= 6")])
 def test_mistakes_are_one_line(run, ref, capsys, words, message):
     with pytest.raises(SystemExit) as e: command(run, "--ref", ref, *words)
     out, err = capsys.readouterr()

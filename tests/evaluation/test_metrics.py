@@ -38,7 +38,8 @@ def scores_of(evaluator, x, y=None): return evaluator.score(evaluator.collect(im
 # --- golden
 
 def test_golden_frechet(golden):
-    assert frechet_distance(golden["ref_features"], golden["sample_features"]) == pytest.approx(float(golden["fid"]), rel=1e-6)
+    assert frechet_distance(golden["ref_features"], golden["sample_features"]) == pytest.approx(float(golden["fid"]),
+                                                                                                rel=1e-6)
 
 
 @pytest.mark.parametrize("convert", [lambda a: a, torch.from_numpy, lambda a: torch.from_numpy(a).float()])
@@ -59,9 +60,11 @@ def test_identical_sets_are_at_zero():
 
 
 def test_rank_deficient_wide():
-    a, b = cloud(20, 400), cloud(30, 400, seed=1)            # against the overlap of the centred data matrices, which needs no square root
+    # against the overlap of the centred data matrices, which needs no square root
+    a, b = cloud(20, 400), cloud(30, 400, seed=1)
     ca, cb = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
-    expect = ((a.mean(0) - b.mean(0)) ** 2).sum() + (ca ** 2).sum() + (cb ** 2).sum() - 2 * np.linalg.svd(ca @ cb.T, compute_uv=False).sum()
+    overlap = np.linalg.svd(ca @ cb.T, compute_uv=False).sum()
+    expect = ((a.mean(0) - b.mean(0)) ** 2).sum() + (ca ** 2).sum() + (cb ** 2).sum() - 2 * overlap
     assert frechet_distance(a, b) == pytest.approx(expect, rel=1e-9)
 
 
@@ -165,9 +168,12 @@ def test_bad_arguments_are_refused(scored):
     with pytest.raises(ValueError, match="a class for each of the 3"): class_accuracy(np.eye(3), [0, 1])
     with pytest.raises(ValueError, match="same features, got 3 and 2"): FeatureStats(3).merge(FeatureStats(2))
     with pytest.raises(ValueError, match="finite"): FeatureStats(6).update(NAN)
-    with pytest.raises(ValueError, match="without labels"): train_classifier(ImageData(splits["train"].images, None, [], "folder"))
-    with pytest.raises(ValueError, match="x must be finite"): scores_of(evaluator, torch.full((5, 1, 8, 8), float("nan")))
-    with pytest.raises(ValueError, match=r"images must be uint8 .* \(5, 8, 8\)"): scores_of(evaluator, torch.zeros(5, 8, 8))
+    with pytest.raises(ValueError, match="without labels"):
+        train_classifier(ImageData(splits["train"].images, None, [], "folder"))
+    with pytest.raises(ValueError, match="x must be finite"):
+        scores_of(evaluator, torch.full((5, 1, 8, 8), float("nan")))
+    with pytest.raises(ValueError, match=r"images must be uint8 .* \(5, 8, 8\)"):
+        scores_of(evaluator, torch.zeros(5, 8, 8))
     with pytest.raises(ValueError, match="constant"): scores_of(evaluator, torch.zeros(50, 1, 8, 8))
 
 

@@ -16,11 +16,13 @@ from ctm_nb.commands.evaluate import ctm_nb_evaluate
 from ctm_nb.data.images import digits
 from ctm_nb.evaluation.evaluate import (METRICS, Request, drawn_samples, extend_scores, is_checkpoint, sampler_settings,
                                         score, text_table)
-from ctm_nb.evaluation.features import ClassifierExtractor, InceptionExtractor, load_extractor, resize_clean, resize_tf1, spatial_features
+from ctm_nb.evaluation.features import (ClassifierExtractor, InceptionExtractor, load_extractor, resize_clean,
+                                        resize_tf1, spatial_features)
 from ctm_nb.evaluation.metrics import (FeatureStats, authenticity, bootstrap_frechet, density_coverage, distance_blocks,
                                        frechet_against_n, frechet_distance, frechet_gaussians, kernel_distance,
                                        polynomial_mmd, precision_recall, train_classifier)
-from ctm_nb.evaluation.reference import array_samples, as_pictures, build_reference, collect, data_samples, open_samples, read_reference
+from ctm_nb.evaluation.reference import (array_samples, as_pictures, build_reference, collect, data_samples,
+                                         open_samples, read_reference)
 
 rng = np.random.default_rng(0)
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
@@ -38,13 +40,15 @@ class StandIn(nn.Module):
     "The joints of inception-2015-12-05.pt, with random weights."
     def __init__(self, dim=2048):
         super().__init__()
-        self.layers = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 5, 8), mixed_6=Block(dim), pool2=nn.AdaptiveAvgPool2d(1)))
+        self.layers = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 5, 8), mixed_6=Block(dim),
+                                                pool2=nn.AdaptiveAvgPool2d(1)))
         self.output = nn.Linear(dim, 5)
 
     def forward(self, img: torch.Tensor, return_features: bool = False):
         theta = torch.eye(2, 3)
         theta[0, 2], theta[1, 2] = 1 / img.shape[3] - 1 / 299, 1 / img.shape[2] - 1 / 299
-        grid = nn.functional.affine_grid(theta[None].repeat(img.shape[0], 1, 1), [img.shape[0], 3, 299, 299], align_corners=False)
+        grid = nn.functional.affine_grid(theta[None].repeat(img.shape[0], 1, 1), [img.shape[0], 3, 299, 299],
+                                         align_corners=False)
         x = nn.functional.grid_sample(img.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
         f = self.layers((x - 128) / 128).flatten(1)
         return f if return_features else self.output(f)
@@ -98,7 +102,7 @@ def test_distances_are_exact_near_and_far():
 
 def test_ties_are_inside():
     grid = np.stack(np.meshgrid(np.arange(9.), np.arange(9.)), -1).reshape(-1, 2) * .1 + 7
-    assert precision_recall(grid, grid + [0, .1], k=1)[0] == 1                     # each sample a neighbour's distance away from data
+    assert precision_recall(grid, grid + [0, .1], k=1)[0] == 1  # each sample a neighbour's distance away from data
 
 
 def test_density_coverage_against_all_pairs():
@@ -120,11 +124,13 @@ def test_kernel_distance_by_hand_and_unbiased():
     x, y = torch.tensor(rng.standard_normal((6, 3))), torch.tensor(rng.standard_normal((4, 3)))
     k = lambda a, b: float((a @ b / 3 + 1) ** 3)
     own = lambda a: np.mean([k(a[i], a[j]) for i in range(len(a)) for j in range(len(a)) if i != j])
-    assert polynomial_mmd(x, y) == pytest.approx(own(x) + own(y) - 2 * np.mean([k(a, b) for a in x for b in y]), rel=1e-9)
+    assert polynomial_mmd(x, y) == pytest.approx(own(x) + own(y) - 2 * np.mean([k(a, b) for a in x for b in y]),
+                                                 rel=1e-9)
     a, b = rng.standard_normal((2, 800, 4))
     value, error = kernel_distance(a, b, 30, 100)
     assert abs(value) < 6 * error and kernel_distance(a, b + .5, 30, 100)[0] > 10 * error
-    assert kernel_distance(a, b, 5, 50, seed=1) == kernel_distance(a, b, 5, 50, seed=1) != kernel_distance(a, b, 5, 50, seed=2)
+    assert kernel_distance(a, b, 5, 50, seed=1) == kernel_distance(a, b, 5, 50, seed=1) != kernel_distance(a, b, 5, 50,
+                                                                                                           seed=2)
 
 
 def test_authenticity_sees_copies():
@@ -136,7 +142,8 @@ def test_bias_and_interval():
     exact, samples = FeatureStats(6).update(rng.standard_normal((20000, 6))), rng.standard_normal((1500, 6)) + 6 ** -.5
     sizes, values, limit = frechet_against_n(exact, samples, 5, 100, repeats=8)
     assert sizes[0] == 100 and sizes[-1] == 1500 and values[0] > values[-1] and abs(limit - 1) < .15
-    assert values[-1] == pytest.approx(frechet_gaussians(exact.mean, exact.cov, samples.mean(0), np.cov(samples.T)), rel=1e-9)
+    assert values[-1] == pytest.approx(frechet_gaussians(exact.mean, exact.cov, samples.mean(0), np.cov(samples.T)),
+                                       rel=1e-9)
     value, low, high = bootstrap_frechet(exact, samples, 20)
     wide = bootstrap_frechet(exact, samples[:150], 20)
     assert low < value < high and wide[2] - wide[1] > 1.7 * (high - low)
@@ -144,7 +151,8 @@ def test_bias_and_interval():
 
 
 def test_rank_deficient_covariances_are_warned_about():
-    with pytest.warns(RuntimeWarning, match="reference: 5 images span at most 4 of 8"): frechet_distance(rng.standard_normal((5, 8)), rng.standard_normal((30, 8)))
+    with pytest.warns(RuntimeWarning, match="reference: 5 images span at most 4 of 8"):
+        frechet_distance(rng.standard_normal((5, 8)), rng.standard_normal((30, 8)))
 
 
 # --- feature networks
@@ -157,7 +165,8 @@ def test_resizing_like_tensorflow_1_and_pil():
         (p, a), (q, b) = slow(i, 20), slow(j, 33)
         c, d, v, w = min(a + 1, 19), min(b + 1, 32), p - a, q - b
         f = x[0, 1].float()
-        assert got[0, 1, i, j] == pytest.approx(float((f[a, b] * (1 - w) + f[a, d] * w) * (1 - v) + (f[c, b] * (1 - w) + f[c, d] * w) * v), abs=1e-3)
+        assert got[0, 1, i, j] == pytest.approx(float((f[a, b] * (1 - w) + f[a, d] * w) * (1 - v)
+                                                      + (f[c, b] * (1 - w) + f[c, d] * w) * v), abs=1e-3)
     pil = np.asarray(Image.fromarray(x[0, 0].numpy().astype(np.float32)).resize((299, 299), Image.BICUBIC)).clip(0, 255)
     assert np.abs(resize_clean(x)[0, 0].numpy() - pil).max() < .05
 
@@ -168,8 +177,9 @@ def test_inception_by_both_ways(weights):
     a, b = load_extractor("inception", weights), load_extractor("cleanfid", weights)
     f = a(x)
     assert torch.allclose(f.pooled, a.net(x.expand(-1, 3, -1, -1), return_features=True), atol=1e-4)
-    assert f.spatial.shape[1] == 7 * 18 * 18 and a.features_id.split("-")[1] == b.features_id.split("-")[1] and a.features_id != b.features_id
-    logits = f.pooled @ a.net.output.weight.T                                     # the inception score's probabilities have no bias
+    assert f.spatial.shape[1] == 7 * 18 * 18 and a.features_id.split("-")[1] == b.features_id.split("-")[1]
+    assert a.features_id != b.features_id
+    logits = f.pooled @ a.net.output.weight.T  # the inception score's probabilities have no bias
     assert torch.allclose(f.probs, logits.double().softmax(1), atol=1e-6)
     direct = b.net(resize_clean(x).expand(-1, 3, -1, -1))
     assert torch.allclose(b(x).pooled, direct, atol=1e-4) and b(x).spatial is None
@@ -180,8 +190,10 @@ def test_spatial_features_go_by_rows_columns_channels():
     assert torch.equal(spatial_features(m), torch.from_numpy(m.numpy().transpose(0, 2, 3, 1)[..., :7].reshape(2, -1)))
 
 
-@pytest.mark.parametrize("name, message", [("inception", "Inception's weights are missing.*download https"), ("cleanfid", "weights are missing"),
-                                           ("timm:resnet10t", "put resnet10t.safetensors"), ("timm:nonesuch", "knows no network"), ("vgg", "must be train, inception")])
+@pytest.mark.parametrize("name, message", [("inception", "Inception's weights are missing.*download https"),
+                                           ("cleanfid", "weights are missing"),
+                                           ("timm:resnet10t", "put resnet10t.safetensors"),
+                                           ("timm:nonesuch", "knows no network"), ("vgg", "must be train, inception")])
 def test_missing_weights_are_said_at_once(tmp_path, name, message):
     if name.startswith("timm"): pytest.importorskip("timm")
     start = time.perf_counter()
@@ -190,8 +202,10 @@ def test_missing_weights_are_said_at_once(tmp_path, name, message):
 
 
 def test_missing_weights_offline(tmp_path, monkeypatch):
-    monkeypatch.setenv("CTM_NB_CACHE", str(tmp_path)); monkeypatch.setenv("CTM_NB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="Inception's weights are missing.*--weights FOLDER"): load_extractor("inception")
+    monkeypatch.setenv("CTM_NB_CACHE", str(tmp_path))
+    monkeypatch.setenv("CTM_NB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="Inception's weights are missing.*--weights FOLDER"):
+        load_extractor("inception")
 
 
 def test_another_network_in_inceptions_place_is_refused(tmp_path):
@@ -199,7 +213,8 @@ def test_another_network_in_inceptions_place_is_refused(tmp_path):
     with pytest.raises(ValueError, match="layers.mixed_6 and output"): load_extractor("inception", tmp_path)
     pytest.importorskip("cleanfid")
     torch.jit.script(StandIn(64)).save(tmp_path / "inception-2015-12-05.pt")
-    with pytest.raises(ValueError, match="cleanfid-.* must be Inception with 2048 features, but failed"): load_extractor("cleanfid", tmp_path)
+    with pytest.raises(ValueError, match="cleanfid-.* must be Inception with 2048 features, but failed"):
+        load_extractor("cleanfid", tmp_path)
     (tmp_path / "inception-2015-12-05.pt").write_bytes(b"no")
     with pytest.raises(ValueError, match="can't be read as TorchScript"): load_extractor("inception", tmp_path)
 
@@ -208,9 +223,11 @@ def test_torchscript_and_timm(tmp_path):
     torch.jit.script(nn.Conv2d(3, 9, 3)).save(tmp_path / "c.pt")
     f = load_extractor(str(tmp_path / "c.pt"))
     x = digits("held_out").images[:2]
-    assert torch.allclose(f(x).pooled, f.net(x.expand(-1, 3, -1, -1).float() / 127.5 - 1).mean((2, 3))) and f.features_id.startswith("torchscript:c-")
+    assert torch.allclose(f(x).pooled, f.net(x.expand(-1, 3, -1, -1).float() / 127.5 - 1).mean((2, 3)))
+    assert f.features_id.startswith("torchscript:c-")
     torch.jit.script(nn.Linear(2, 3)).save(tmp_path / "l.pt")
-    with pytest.raises(ValueError, match=r"torchscript:l-.* must take pictures \(2, 3, 8, 8\)"): load_extractor(str(tmp_path / "l.pt"))(x)
+    with pytest.raises(ValueError, match=r"torchscript:l-.* must take pictures \(2, 3, 8, 8\)"):
+        load_extractor(str(tmp_path / "l.pt"))(x)
     timm = pytest.importorskip("timm")
     net = timm.create_model("resnet10t", pretrained=False)
     torch.save(net.state_dict(), tmp_path / "resnet10t.pth")
@@ -225,7 +242,8 @@ def test_torchscript_and_timm(tmp_path):
 def test_collect_equals_one_pass(net):
     x = digits("held_out").images[:101]
     got, whole = collect(net, array_samples(x), batch_size=17), net(x).pooled
-    assert torch.allclose(got.points, whole, atol=1e-5) and np.abs(got.stats.cov.numpy() - np.cov(got.points.double().T)).max() < 1e-6
+    assert torch.allclose(got.points, whole, atol=1e-5)
+    assert np.abs(got.stats.cov.numpy() - np.cov(got.points.double().T)).max() < 1e-6
     again = FeatureStats(64)
     for part in got.points.split([1, 50, 50]): again.merge(FeatureStats(64).update(part))
     one = FeatureStats(64).update(got.points)
@@ -233,22 +251,26 @@ def test_collect_equals_one_pass(net):
 
 
 def test_bad_features_are_errors(net):
-    with pytest.raises(ValueError, match="constant: all 4 images"): collect(net, array_samples(digits().images[:1].expand(4, -1, -1, -1)))
+    with pytest.raises(ValueError, match="constant: all 4 images"):
+        collect(net, array_samples(digits().images[:1].expand(4, -1, -1, -1)))
     with pytest.raises(ValueError, match="too few images"): collect(net, array_samples(digits().images[:0]))
     bent = ClassifierExtractor(train_classifier(digits("train"), epochs=1, width=8))
     bent.net.norm.running_mean += float("nan")
     with pytest.raises(ValueError, match="finite"): collect(bent, array_samples(digits().images[:4]))
 
 
-@pytest.mark.parametrize("a, message", [(np.full((2, 4, 4, 1), 1.5), "values from 1.5 to 1.5"), (np.full((2, 4, 4, 1), -2.), "from -2"), (np.full((2, 4, 4, 1), np.nan), "nan"),
-                                        (np.zeros((2, 4, 4)), r"shape \(2, 4, 4\)"), (np.zeros((2, 4, 4, 1), int), "int64"), (np.zeros((0, 4, 4, 1)), "shape")])
+@pytest.mark.parametrize("a, message", [(np.full((2, 4, 4, 1), 1.5), "values from 1.5 to 1.5"),
+                                        (np.full((2, 4, 4, 1), -2.), "from -2"), (np.full((2, 4, 4, 1), np.nan), "nan"),
+                                        (np.zeros((2, 4, 4)), r"shape \(2, 4, 4\)"),
+                                        (np.zeros((2, 4, 4, 1), int), "int64"), (np.zeros((0, 4, 4, 1)), "shape")])
 def test_pictures_out_of_range(a, message):
     with pytest.raises(ValueError, match=message): as_pictures(a, "x")
 
 
 def test_pictures_in_three_ranges():
     a = rng.integers(0, 256, (3, 5, 5, 3)).astype(np.uint8)
-    for b in (a, (a / 255).astype(np.float32), a / 127.5 - 1): assert torch.equal(as_pictures(b), torch.from_numpy(a).permute(0, 3, 1, 2))
+    for b in (a, (a / 255).astype(np.float32), a / 127.5 - 1):
+        assert torch.equal(as_pictures(b), torch.from_numpy(a).permute(0, 3, 1, 2))
 
 
 def test_sample_sets_agree(tmp_path):
@@ -264,7 +286,8 @@ def test_sample_sets_agree(tmp_path):
     for name, labelled in (("a.npz", True), ("t", False), ("z.zip", True)):
         parts = list(open_samples(tmp_path / name).batches(batch_size=4))
         assert torch.equal(torch.cat([p for p, _ in parts]), x)
-        assert [y.tolist() for _, y in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]] if labelled else parts[0][1] is None
+        assert [y.tolist() for _, y in parts] == [[0, 1, 2, 3], [4, 5, 6, 7],
+                                                  [8, 9, 10]] if labelled else parts[0][1] is None
     Image.fromarray(np.zeros((7, 7, 3), np.uint8)).save(tmp_path / "t/00000/img00001.png")
     with pytest.raises(ValueError, match="one size.*img00001"): list(open_samples(tmp_path / "t").batches())
     (tmp_path / "t/00000/img00001.png").write_bytes(b"no")
@@ -274,7 +297,8 @@ def test_sample_sets_agree(tmp_path):
 def test_reference_survives_and_damage_is_seen(net, ref_file, tmp_path):
     r = read_reference(ref_file)
     built = build_reference(net, digits("held_out"))
-    assert torch.equal(r.cov, built.cov) and torch.equal(r.points, built.points) and r.sha256 == digits("held_out").sha256() and r.n == 445
+    assert torch.equal(r.cov, built.cov) and torch.equal(r.points, built.points)
+    assert r.sha256 == digits("held_out").sha256() and r.n == 445
     assert ClassifierExtractor(r.net).features_id == net.features_id == r.features
     with np.load(ref_file) as z: a = dict(z)
     np.savez(tmp_path / "bent.npz", **(a | {"cov": a["cov"] * 1.000001}))
@@ -292,17 +316,19 @@ def test_reference_of_images_that_stay_on_disk(net, tmp_path, monkeypatch):
         Image.fromarray(d.images[i, 0].numpy()).save(tmp_path / "d" / f"{int(d.labels[i])}" / f"{i}.png")
     here, there = (load_splits(tmp_path / "d", in_memory=k)["all"] for k in (True, False))
     a, b = build_reference(net, here, batch_size=25), build_reference(net, there, batch_size=25, max_points=40)
-    assert not hasattr(there, "images") and torch.allclose(a.cov, b.cov, atol=1e-4) and a.label_counts == b.label_counts and (a.n, len(a.points), len(b.points)) == (60, 60, 40)
+    assert not hasattr(there, "images") and torch.allclose(a.cov, b.cov, atol=1e-4) and a.label_counts == b.label_counts
+    assert (a.n, len(a.points), len(b.points)) == (60, 60, 40)
     x, y = next(data_samples(there).batches(range(7, 11)))
     assert torch.equal(x, here.images[7:11]) and torch.equal(y, here.labels[7:11])
 
 
 def test_foreign_references(tmp_path):
     e, x = InceptionExtractor(torch.jit.script(StandIn(40)), "inception-0"), digits("held_out").images[:30]
-    got = collect(e, array_samples(x).batches())
+    got = collect(e, array_samples(x))
     stats = dict(mu=got.stats.mean.numpy(), sigma=got.stats.cov.numpy())
     np.savez(tmp_path / "edm.npz", **stats)
-    np.savez(tmp_path / "adm.npz", **stats, mu_s=got.spatial.mean, sigma_s=got.spatial.cov, arr_0=x.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy())
+    np.savez(tmp_path / "adm.npz", **stats, mu_s=got.spatial.mean, sigma_s=got.spatial.cov,
+             arr_0=x.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy())
     edm, adm = read_reference(tmp_path / "edm.npz"), read_reference(tmp_path / "adm.npz")
     with pytest.warns(RuntimeWarning, match="samples: 30 images"): values = score(adm, got, e, ["fid", "pr"])
     assert values == {"fid": pytest.approx(0, abs=1e-5), "precision": 1, "recall": 1}
@@ -316,7 +342,8 @@ def test_foreign_references(tmp_path):
 # --- the command
 
 def test_help_imports_nothing_heavy():
-    code = "import sys, ctm_nb.commands.evaluate as c; c.evaluate_parser().format_help(); print([m for m in ('torch', 'numpy', 'matplotlib', 'PIL') if m in sys.modules])"
+    code = ("import sys, ctm_nb.commands.evaluate as c; c.evaluate_parser().format_help(); "
+            "print([m for m in ('torch', 'numpy', 'matplotlib', 'PIL') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -331,15 +358,19 @@ def test_scores_grow_and_replace(tmp_path):
 
 def test_samples_are_scored_and_recorded(npz, ref_file, tmp_path, capsys):
     d, out = digits("train"), tmp_path / "scores.json"
-    ctm_nb_evaluate([str(npz(n=300, y=d.labels[:300].numpy())), "--ref", str(ref_file), "--metrics", "fid,sfid,is,pr,dc,kid,acc", "--bootstrap", "3", "--out", str(out), "-n", "250"])
+    ctm_nb_evaluate([str(npz(n=300, y=d.labels[:300].numpy())), "--ref", str(ref_file), "--metrics",
+                     "fid,sfid,is,pr,dc,kid,acc", "--bootstrap", "3", "--out", str(out), "-n", "250"])
     rows = {r["metric"]: r for r in json.loads(out.read_text())}
     r = read_reference(ref_file)
     net = ClassifierExtractor(r.net)
     f, real = net(d.images[:250]).pooled, net(digits("held_out").images).pooled
     assert rows["frechet_distance"]["value"] == pytest.approx(frechet_distance(real, f), rel=1e-3)
-    assert (rows["precision"]["value"], rows["recall"]["value"]) == pytest.approx(precision_recall(r.points, f), abs=.01)
-    assert rows["class_accuracy"]["value"] > .8 and rows["precision"]["n_samples"] == 250 and rows["precision"]["features"] == r.features
-    assert rows["precision"]["reference"] == {"name": "held out", "sha256": digits("held_out").sha256(), "n": 445} and "interval" in rows["frechet_distance"]
+    assert (rows["precision"]["value"], rows["recall"]["value"]) == pytest.approx(precision_recall(r.points, f),
+                                                                                  abs=.01)
+    assert rows["class_accuracy"]["value"] > .8 and rows["precision"]["n_samples"] == 250
+    assert rows["precision"]["features"] == r.features
+    assert rows["precision"]["reference"] == {"name": "held out", "sha256": digits("held_out").sha256(), "n": 445}
+    assert "interval" in rows["frechet_distance"]
     assert "frechet_distance" in capsys.readouterr().out
 
 
@@ -347,7 +378,8 @@ def test_mistakes_are_one_line(npz, ref_file, weights, tmp_path, capsys):
     ref = ("--ref", ref_file)
     assert "40 are" not in fails(capsys, npz(), *ref, "-n", 50) and not list(tmp_path.glob("*.json"))
     assert "at least 6 are needed, got 3" in fails(capsys, npz(n=3), *ref)
-    assert "values from 0 to 9" in fails(capsys, npz(a=np.arange(10.)[:, None, None, None] * np.ones((10, 8, 8, 1))), *ref)
+    assert "values from 0 to 9" in fails(capsys, npz(a=np.arange(10.)[:, None, None, None] * np.ones((10, 8, 8, 1))),
+                                         *ref)
     assert "8 x 8 as in the reference" in fails(capsys, npz(a=np.zeros((9, 4, 4, 1), np.uint8)), *ref)
     assert "must be below 10" in fails(capsys, npz(y=np.full(40, 10)), *ref)
     assert "labels must be >= 0, got -1" in fails(capsys, npz(y=np.full(40, -1)), *ref)
@@ -358,7 +390,8 @@ def test_mistakes_are_one_line(npz, ref_file, weights, tmp_path, capsys):
     assert "no samples at" in fails(capsys, tmp_path / "none", *ref)
     assert "constant" in fails(capsys, npz(a=np.zeros((20, 8, 8, 1), np.uint8)), *ref)
     np.savez(tmp_path / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    assert "mean and covariance only" in fails(capsys, npz(), "--ref", tmp_path / "edm.npz", "--metrics", "pr", "--weights", weights)
+    assert "mean and covariance only" in fails(capsys, npz(), "--ref", tmp_path / "edm.npz", "--metrics", "pr",
+                                               "--weights", weights)
     assert "weights are missing" in fails(capsys, npz(), "--ref", tmp_path / "edm.npz", "--weights", tmp_path)
 
 

@@ -31,7 +31,8 @@ def save_run(folder, n_classes):
     teacher = Denoiser(DDPMpp(8, 1, n_classes, model_channels=8, channel_mult=(1, 1), n_blocks=1, attention=()))
     init_(teacher.net.out_layers[1], 1.)
     models = {"teacher": teacher, "ctm": student_from(teacher)}
-    meta = {"models": {k: {"part": k, "description": describe(m, [str(c) for c in range(n_classes)])} for k, m in models.items()}}
+    names = [str(c) for c in range(n_classes)]
+    meta = {"models": {k: {"part": k, "description": describe(m, names)} for k, m in models.items()}}
     save_checkpoint(folder / "checkpoints", 1, {k: m.state_dict() for k, m in models.items()}, {}, meta)
     (folder / "config.json").write_text(json.dumps({"data": {"source": "digits"}}))
     return folder
@@ -52,7 +53,8 @@ def ref(tmp_path_factory):
 
 
 def test_chosen_samples_are_those_chosen_by_hand(run, ref, tmp_path):
-    plan = draw_samples(run, tmp_path / "x.npz", 43, device="cpu", steps=2, gamma=.5, classes="3,7,1", seed=4, reject=2.5, classifier=str(ref), batch_size=9)
+    plan = draw_samples(run, tmp_path / "x.npz", 43, device="cpu", steps=2, gamma=.5, classes="3,7,1", seed=4,
+                        reject=2.5, classifier=str(ref), batch_size=9)
     net = read_reference(ref).net
     y = torch.tensor([3, 7, 1])[torch.arange(43) % 3]
     log_prob = lambda x: net(((x + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1).log_softmax(1)
@@ -60,19 +62,23 @@ def test_chosen_samples_are_those_chosen_by_hand(run, ref, tmp_path):
     drawn = sample(load(run), ids=ids, y=labels, steps=2, gamma=.5, seed=4)
     order = keep_best(y, labels, log_prob(drawn).gather(1, labels[:, None])[:, 0])
     x, numbers = drawn[order], ids[order]
-    with np.load(tmp_path / "x.npz") as z: images, labels, kept = z["arr_0"], z["arr_1"], json.loads(str(z["sampler"]))["kept"]
-    assert kept == numbers.tolist() and labels.tolist() == y.tolist() and len(images) == 43 and plan["draws"] == sum(int(np.ceil(2.5 * int((y == c).sum()))) for c in (1, 3, 7))
+    with np.load(tmp_path / "x.npz") as z:
+        images, labels, kept = z["arr_0"], z["arr_1"], json.loads(str(z["sampler"]))["kept"]
+    assert kept == numbers.tolist() and labels.tolist() == y.tolist() and len(images) == 43
+    assert plan["draws"] == sum(int(np.ceil(2.5 * int((y == c).sum()))) for c in (1, 3, 7))
     assert (np.abs(images[..., 0].astype(int) - ((x[:, 0] + 1) * 127.5).round().clamp(0, 255).numpy()) <= 1).all()
     plain = draw_samples(run, tmp_path / "y.npz", 43, device="cpu", steps=2, gamma=.5, classes="3,7,1", seed=4)
     with np.load(tmp_path / "y.npz") as z:
         same = [i for i in range(43) if kept[i] < 43]
-        assert same and (np.abs(images[same].astype(int) - z["arr_0"][np.array(kept)[same]]) <= 1).all()  # sample i is sample i
+        # sample i is sample i
+        assert same and (np.abs(images[same].astype(int) - z["arr_0"][np.array(kept)[same]]) <= 1).all()
         judged = lambda a: class_log_probs(net, torch.from_numpy(a), y).mean()
         assert judged(images) > judged(z["arr_0"]) and plain["evaluations"] == plan["evaluations"]
 
 
 def test_interrupted_while_choosing_continues(run, ref, tmp_path, monkeypatch):
-    words = [str(run), "-n", "40", "--which", "teacher", "--solver", "heun", "--steps", "3", "--device", "cpu", "--reject", "3", "--classifier", str(ref)]
+    words = [str(run), "-n", "40", "--which", "teacher", "--solver", "heun", "--steps", "3", "--device", "cpu",
+             "--reject", "3", "--classifier", str(ref)]
     out, parts, write = tmp_path / "x.zip", tmp_path / "x.zip.parts", draw.atomic_write
     def fourth_time_unlucky(path, data):
         if path.name == "part_000004.npz": raise KeyboardInterrupt
@@ -83,18 +89,24 @@ def test_interrupted_while_choosing_continues(run, ref, tmp_path, monkeypatch):
     monkeypatch.undo()
     kept = {f: f.stat().st_mtime_ns for f in parts.glob("part_*")}
     assert len(kept) == 4 and not out.exists() and (parts / "classifier.pt").exists()
-    with pytest.raises(SystemExit): ctm_nb_sample([w if w != "3" else "4" for w in words] + ["--out", str(out)])  # another ratio is another plan
+    # another ratio is another plan
+    with pytest.raises(SystemExit): ctm_nb_sample([w if w != "3" else "4" for w in words] + ["--out", str(out)])
     seen, publish = {}, draw.publish
-    monkeypatch.setattr(draw, "publish", lambda out, *a: seen.update({f: f.stat().st_mtime_ns for f in parts_of(out).glob("part_*")}) or publish(out, *a))
+    monkeypatch.setattr(draw, "publish", lambda out, *a: seen.update({f: f.stat().st_mtime_ns
+                                                                      for f in parts_of(out).glob("part_*")})
+                        or publish(out, *a))
     for rank in "10":  # two processes of torchrun, one after the other
-        monkeypatch.setenv("WORLD_SIZE", "2"); monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", rank)
         ctm_nb_sample([*words, "--out", str(out)])
     assert len(seen) == 15 and seen.items() >= kept.items()  # what was finished was not drawn again
-    monkeypatch.delenv("WORLD_SIZE"); monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("RANK")
     ctm_nb_sample([*words, "--out", str(tmp_path / "whole.zip"), "--batch-size", "7"])
     with zipfile.ZipFile(out) as a, zipfile.ZipFile(tmp_path / "whole.zip") as b:
         plans = [json.loads(z.read("sampler.json")) for z in (a, b)]
-        assert plans[0]["kept"] == plans[1]["kept"] and len(plans[0]["kept"]) == 40 == len([k for k in a.namelist() if k.endswith(".png")])
+        assert plans[0]["kept"] == plans[1]["kept"]
+        assert len(plans[0]["kept"]) == 40 == len([k for k in a.namelist() if k.endswith(".png")])
     stamp = out.stat().st_mtime_ns
     ctm_nb_sample([*words, "--out", str(out)])
     assert out.stat().st_mtime_ns == stamp and not parts.exists()  # complete: nothing is drawn, nothing trained
@@ -108,9 +120,12 @@ def test_classifier_is_trained_once_and_kept_with_the_parts(run, tmp_path, monke
     monkeypatch.setattr(draw, "draw_parts", stop)
     with pytest.raises(KeyboardInterrupt): draw_samples(run, tmp_path / "a.npz", 40, device="cpu", reject=2.)
     first = load_classifier(tmp_path / "a.npz.parts" / "classifier.pt").state_dict()
-    monkeypatch.undo(); monkeypatch.setattr(draw, "make_classifier", lambda *a: trained.append(2) or real(*a))
+    monkeypatch.undo()
+    monkeypatch.setattr(draw, "make_classifier", lambda *a: trained.append(2) or real(*a))
     seen, publish = {}, draw.publish
-    monkeypatch.setattr(draw, "publish", lambda out, *a: seen.update(load_classifier(parts_of(out) / "classifier.pt").state_dict()) or publish(out, *a))
+    monkeypatch.setattr(draw, "publish", lambda out,
+                        *a: seen.update(load_classifier(parts_of(out) / "classifier.pt").state_dict())
+                        or publish(out, *a))
     draw_samples(run, tmp_path / "a.npz", 40, device="cpu", reject=2.)
     assert trained == [1] and all(torch.equal(first[k], seen[k]) for k in first)
 
@@ -118,20 +133,29 @@ def test_classifier_is_trained_once_and_kept_with_the_parts(run, tmp_path, monke
 def test_an_unlabelled_model_gets_classes(unlabelled, ref, tmp_path):
     m = load(unlabelled)
     plan = make_recipe(m, unlabelled, 12, classes="4,2", classifier=str(ref), classifier_guidance=2., reject=2.)
-    assert plan["classes"] == [4, 2] and plan["class_names"] == [str(i) for i in range(10)] and plan["evaluations"] == 2 and plan["draws"] == 24
-    draw_samples(unlabelled, tmp_path / "t", 12, device="cpu", classes="4,2", classifier=str(ref), classifier_guidance=2., steps=3)
+    assert plan["classes"] == [4, 2] and plan["class_names"] == [str(i) for i in range(10)] and plan["evaluations"] == 2
+    assert plan["draws"] == 24
+    draw_samples(unlabelled, tmp_path / "t", 12, device="cpu", classes="4,2", classifier=str(ref),
+                 classifier_guidance=2., steps=3)
     assert {p.parent.name for p in (tmp_path / "t").rglob("*.png")} == {"4", "2"}
-    pushed, plain = (draw_samples(unlabelled, tmp_path / f"{k}.npz", 12, device="cpu", steps=3, **kw) for k, kw in (("a", dict(classes="4", classifier=str(ref), classifier_guidance=20.)), ("b", {})))
+    push = dict(classes="4", classifier=str(ref), classifier_guidance=20.)
+    draw_one = lambda name, **kw: draw_samples(unlabelled, tmp_path / name, 12, device="cpu", steps=3, **kw)
+    pushed, plain = draw_one("a.npz", **push), draw_one("b.npz")
     a, b = (np.load(tmp_path / f"{k}.npz")["arr_0"] for k in "ab")
     assert pushed["classes"] == [4] and plain["classes"] is None and (a != b).any()
     net, y = read_reference(ref).net, torch.full((12,), 4)
     assert class_log_probs(net, torch.from_numpy(a), y).mean() > class_log_probs(net, torch.from_numpy(b), y).mean()
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--reject", "0.9"], "reject must be >= 1 and finite, got reject=0.9"), (["--reject", "nan"], "got reject=nan"), (["--classifier-guidance", "-1"], "scale=-1"), (["--classifier", "digits"], "neither"),
-    (["--reject", "2", "--classes", "none"], "reject=2 needs a class for every sample"), (["--reject", "2", "--classifier", "no/such/folder"], "no/such/folder"), (["--reject", "2", "--classifier", "none.npz"], "none.npz"),
-    (["--guidance", "1", "--classifier-guidance", "1"], "can't be combined")])
+@pytest.mark.parametrize("words, message", [(["--reject", "0.9"], "reject must be >= 1 and finite, got reject=0.9"),
+                                            (["--reject", "nan"], "got reject=nan"),
+                                            (["--classifier-guidance", "-1"], "scale=-1"),
+                                            (["--classifier", "digits"], "neither"),
+                                            (["--reject", "2", "--classes", "none"],
+                                             "reject=2 needs a class for every sample"),
+                                            (["--reject", "2", "--classifier", "no/such/folder"], "no/such/folder"),
+                                            (["--reject", "2", "--classifier", "none.npz"], "none.npz"),
+                                            (["--guidance", "1", "--classifier-guidance", "1"], "can't be combined")])
 def test_mistakes_are_one_line_and_write_nothing(run, tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e: ctm_nb_sample([str(run), "--out", "o.npz", *words])
@@ -140,15 +164,20 @@ def test_mistakes_are_one_line_and_write_nothing(run, tmp_path, monkeypatch, cap
 
 
 def test_a_classifier_of_other_pictures_is_refused(run, unlabelled, tmp_path, ref):
-    with pytest.raises(ValueError, match="this one has none"): make_recipe(load(unlabelled), unlabelled, 3, reject=2., classifier=str(ref))
+    with pytest.raises(ValueError, match="this one has none"):
+        make_recipe(load(unlabelled), unlabelled, 3, reject=2., classifier=str(ref))
     four = ImageData(digits().images[:90] , digits().labels[:90] % 4, list("abcd"), "four")
-    other = build_reference(ClassifierExtractor(train_classifier(four, epochs=1, width=8)), four).save(tmp_path / "four.npz")
+    other = build_reference(ClassifierExtractor(train_classifier(four, epochs=1, width=8)),
+                            four).save(tmp_path / "four.npz")
     with pytest.raises(ValueError, match="10 classes, got one of 4"): classifier_source(other, run, load(run))
     np.savez(tmp_path / "edm.npz", mu=np.zeros(4), sigma=np.eye(4))
-    with pytest.raises(ValueError, match="holds no classifier"): make_recipe(load(run), run, 3, reject=2., classifier=str(tmp_path / "edm.npz"))
-    open_parts(tmp_path / "w.npz", with_parts(make_recipe(load(run), run, 80, reject=2., classifier=str(ref)), load(run)))
+    with pytest.raises(ValueError, match="holds no classifier"):
+        make_recipe(load(run), run, 3, reject=2., classifier=str(tmp_path / "edm.npz"))
+    open_parts(tmp_path / "w.npz", with_parts(make_recipe(load(run), run, 80, reject=2., classifier=str(ref)),
+                                              load(run)))
     again = dict(device="cpu", classifier=str(ref))
-    with pytest.raises(ValueError, match="reject: 2.0 -> 3.0"): draw_samples(run, tmp_path / "w.npz", 80, reject=3., **again)
+    with pytest.raises(ValueError, match="reject: 2.0 -> 3.0"):
+        draw_samples(run, tmp_path / "w.npz", 80, reject=3., **again)
     again["classifier"] = "digits"
     with pytest.raises(ValueError, match="classifier: "): draw_samples(run, tmp_path / "w.npz", 80, reject=2., **again)
 

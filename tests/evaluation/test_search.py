@@ -9,7 +9,8 @@ def test_search_finds_resumes_and_respects_its_budget(tmp_path):
     calls, goal = [], [80., 6., .7, .002]
     def score(times, gamma):
         calls.append(times)
-        assert all(a > b for a, b in zip(times, times[1:])) and times[0] == 80. and times[-1] == .002 and 0 <= gamma <= 1
+        assert all(a > b for a, b in zip(times, times[1:])) and times[0] == 80. and times[-1] == .002
+        assert 0 <= gamma <= 1
         return sum((np.log(a) - np.log(b)) ** 2 for a, b in zip(times, goal)) + (gamma - .5) ** 2
     search = lambda steps, budget, folder=None: search_times(score, steps, .002, 80., budget, folder=folder)
     found = search(3, 60)

@@ -60,7 +60,9 @@ def jupyter_lab(folder, home):
         for _ in range(240):
             if server.poll() is not None:
                 raise RuntimeError(f"JupyterLab ended:\n{(home/'lab.log').read_text()[-2000:]}")
-            try: urlopen(f"http://127.0.0.1:{port}/api", timeout=5).close(); break
+            try:
+                urlopen(f"http://127.0.0.1:{port}/api", timeout=5).close()
+                break
             except OSError: time.sleep(.5)
         else: raise RuntimeError(f"JupyterLab did not answer:\n{(home/'lab.log').read_text()[-2000:]}")
         yield f"http://127.0.0.1:{port}"

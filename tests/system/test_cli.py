@@ -8,19 +8,29 @@ import pytest
 
 def call(*words, cwd=None):
     code = "from ctm_nb.commands.train import ctm_nb_train; ctm_nb_train()"
-    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL
+    )
 
 
 def test_help_imports_nothing_heavy():
-    code = "import ctm_nb.commands.train, sys; print([m for m in ('torch', 'numpy', 'sklearn', 'matplotlib', 'PIL') if m in sys.modules])"
+    code = ("import ctm_nb.commands.train, sys; print([m for m in ('torch', 'numpy', 'sklearn', 'matplotlib', 'PIL') "
+            "if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
     r = call("--help")
     assert r.returncode == 0 and "--set" in r.stdout and "one-step" in r.stdout
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--set", "distil.lr=1"], "nearest is 'distill.lr'"), (["--preset", "digitz"], "digitz"), (["--data", "no/such/folder"], "no/such/folder"),
-    (["--set", "distill.K=99"], "distill.K"), (["--set", "evaluate.n=5"], "evaluate.n")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--set", "distil.lr=1"], "nearest is 'distill.lr'"),
+        (["--preset", "digitz"], "digitz"),
+        (["--data", "no/such/folder"], "no/such/folder"),
+        (["--set", "distill.K=99"], "distill.K"),
+        (["--set", "evaluate.n=5"], "evaluate.n"),
+    ],
+)
 def test_mistakes_are_one_line_and_write_nothing(tmp_path, words, message):
     r = call(*words, cwd=tmp_path)
     assert r.returncode == 2 and message in r.stderr and r.stderr.count("\n") == 1 and not r.stdout
@@ -28,13 +38,17 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, words, message):
 
 
 def test_a_reader_who_has_seen_enough(tmp_path):
-    code = "import os; r, w = os.pipe(); os.dup2(w, 1); os.close(w); os.close(r); from ctm_nb.commands.train import ctm_nb_train; ctm_nb_train()"
-    r = subprocess.run([sys.executable, "-c", code, "--preset", "tiny", "--dry-run"], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    code = ("import os; r, w = os.pipe(); os.dup2(w, 1); os.close(w); os.close(r); from ctm_nb.commands.train import "
+            "ctm_nb_train; ctm_nb_train()")
+    r = subprocess.run(
+        [sys.executable, "-c", code, "--preset", "tiny", "--dry-run"], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
     assert (r.returncode, r.stderr) == (141, "")
 
 
 def test_ctrl_c_while_watching_does_not_speak_of_the_run_as_stopped(tmp_path):
-    code = "import ctm_nb.training.report\ndef follow(run): raise KeyboardInterrupt\nctm_nb.training.report.follow = follow\nfrom ctm_nb.commands.train import ctm_nb_train; ctm_nb_train(['--watch', 'runs/x'])"
+    code = ("import ctm_nb.training.report\ndef follow(run): raise KeyboardInterrupt\nctm_nb.training.report.follow = "
+            "follow\nfrom ctm_nb.commands.train import ctm_nb_train; ctm_nb_train(['--watch', 'runs/x'])")
     r = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     assert (r.returncode, r.stderr) == (130, "ctm_nb_train: stopped watching; the run itself goes on\n")
 
@@ -48,7 +62,8 @@ def test_empty_folder_of_images(tmp_path):
 def test_dry_run_writes_nothing_and_says_everything(tmp_path):
     r = call("--dry-run", "--set", "distill.lr=1e-3", "run.seed=7", "--set", "teacher.batch=3", cwd=tmp_path)
     assert r.returncode == 0, r.stderr
-    for text in ("distill.lr=0.001", "run.seed=7", "teacher.batch=3", "1352 training images", "runs/digits"): assert text in r.stdout
+    for text in ("distill.lr=0.001", "run.seed=7", "teacher.batch=3", "1352 training images", "runs/digits"):
+        assert text in r.stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -58,8 +73,27 @@ def test_whole_run_scores_and_repeats(tmp_path):
     assert first.returncode == 0, first.stderr
     records = json.loads((tmp_path / "runs" / "tiny" / "scores.json").read_text())
     samplers = {json.dumps(r["sampler"]) for r in records}
-    assert len(samplers) == 4 and {r["metric"] for r in records} >= {"frechet_distance", "precision", "recall", "class_accuracy"}
-    for r in records: assert {"metric", "value", "n_samples", "reference", "features", "sampler", "seed", "checkpoint"} <= r.keys() and len(r["reference"]["sha256"]) == 64
+    assert len(samplers) == 4 and {r["metric"] for r in records} >= {
+        "frechet_distance",
+        "precision",
+        "recall",
+        "class_accuracy",
+    }
+    for r in records:
+        assert {
+            "metric",
+            "value",
+            "n_samples",
+            "reference",
+            "features",
+            "sampler",
+            "seed",
+            "checkpoint",
+        } <= r.keys() and len(r["reference"]["sha256"]) == 64
     stamp = (tmp_path / "runs" / "tiny" / "scores.json").stat().st_mtime_ns
     again = call(*words, cwd=tmp_path)
-    assert again.returncode == 0 and again.stdout == first.stdout and (tmp_path / "runs" / "tiny" / "scores.json").stat().st_mtime_ns == stamp
+    assert (
+        again.returncode == 0
+        and again.stdout == first.stdout
+        and (tmp_path / "runs" / "tiny" / "scores.json").stat().st_mtime_ns == stamp
+    )

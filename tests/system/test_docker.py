@@ -1,4 +1,5 @@
-"""The images without an engine: rules that a linter would apply, and the steps of the CPU image done in a folder of its own, as far as they go without network and root."""
+"""The images without an engine: rules that a linter would apply, and the steps of the CPU image done in a folder of
+its own, as far as they go without network and root."""
 import ast
 import os
 import re
@@ -19,7 +20,22 @@ parser.read(ROOT/"settings.ini", encoding="utf-8")
 CFG = parser["DEFAULT"]
 SCRIPTS = dict(s.split("=") for s in CFG["console_scripts"].split())
 FILES = sorted((ROOT/"docker").glob("*Dockerfile*"))
-KNOWN = {"FROM", "ARG", "ENV", "WORKDIR", "COPY", "RUN", "USER", "VOLUME", "ENTRYPOINT", "CMD", "EXPOSE", "LABEL", "SHELL", "STOPSIGNAL"}
+KNOWN = {
+    "FROM",
+    "ARG",
+    "ENV",
+    "WORKDIR",
+    "COPY",
+    "RUN",
+    "USER",
+    "VOLUME",
+    "ENTRYPOINT",
+    "CMD",
+    "EXPOSE",
+    "LABEL",
+    "SHELL",
+    "STOPSIGNAL",
+}
 COMMANDS = {"pip", "apt-get", "useradd", "mkdir", "chown", "rm", "python"}
 
 
@@ -62,9 +78,11 @@ def complaints(text):
         if kind in ("ENTRYPOINT", "CMD"): say(not arg.startswith("["), f"{kind} must be a JSON list (DL3025)")
         if kind == "COPY":
             words = [a for a in shlex.split(arg) if not a.startswith("--")][:-1]
-            if source := re.search(r"--from=(\S+)", arg): say(source[1] not in list(parts)[:-1], f"COPY from an unknown stage {source[1]} (DL3022)")
+            if source := re.search(r"--from=(\S+)", arg):
+                say(source[1] not in list(parts)[:-1], f"COPY from an unknown stage {source[1]} (DL3022)")
             else:
-                for w in words: say(not (ROOT/w).exists() or not kept(w), f"COPY {w}: not there, or kept out by .dockerignore")
+                for w in words:
+                    say(not (ROOT / w).exists() or not kept(w), f"COPY {w}: not there, or kept out by .dockerignore")
         if kind != "RUN": continue
         say(subprocess.run(["sh", "-n", "-c", arg]).returncode, f"not a shell command: {arg}")
         for c in commands(arg):
@@ -73,8 +91,14 @@ def complaints(text):
                 say("--constraint" not in c, "pip install without versions (DL3013)")
                 say("PIP_NO_CACHE_DIR=1" not in env, "pip keeps a cache (DL3042)")
             if c[:2] == ["apt-get", "install"]:
-                say("-y" not in c or "--no-install-recommends" not in c, "apt-get install wants -y --no-install-recommends (DL3014, DL3015)")
-                say("apt-get update" not in arg or "rm -rf /var/lib/apt/lists" not in arg, "apt-get update, install and clean in one step (DL3009)")
+                say(
+                    "-y" not in c or "--no-install-recommends" not in c,
+                    "apt-get install wants -y --no-install-recommends (DL3014, DL3015)",
+                )
+                say(
+                    "apt-get update" not in arg or "rm -rf /var/lib/apt/lists" not in arg,
+                    "apt-get update, install and clean in one step (DL3009)",
+                )
     users = [a for k, a in last if k == "USER"]
     say(not users or users[-1] in ("root", "0"), "the container runs as root (DL3002)")
     say(sum(k == "ENTRYPOINT" for k, _ in last) != 1, "one ENTRYPOINT (DL4004)")
@@ -90,26 +114,54 @@ def test_lint(file):
     steps = instructions(text)
     assert ast.literal_eval(dict(steps)["ENTRYPOINT"])[0] in SCRIPTS
     minimum = {re.split(r"[<>=]", r)[0]: r for r in CFG["requirements"].split()}
-    for name in ("torch", "torchvision"): assert any(f'"{minimum[name]}"' in arg for kind, arg in steps if kind == "RUN"), f"{minimum[name]} expected"
+    for name in ("torch", "torchvision"):
+        assert any(f'"{minimum[name]}"' in arg for kind, arg in steps if kind == "RUN"), f"{minimum[name]} expected"
 
 
-@pytest.mark.parametrize("old, new, complaint", [
-    (r"@sha256:\w+", "", "digest"), (r"python:[\w.-]+@", "python@", "tag"), ("USER ctm\n", "", "root"), ("USER ctm\n", "USER ctm\nUSER root\n", "root"), ("COPY settings.ini", "ADD settings.ini", "ADD"),
-    ("COPY ctm_nb ctm_nb", "COPY tests tests", "kept out"), ("COPY ctm_nb ctm_nb", "COPY nothing x", "not there"), ("--constraint /src/constraints.txt ", "", "versions"), ("PIP_NO_CACHE_DIR=1 ", "", "cache"),
-    (r'ENTRYPOINT \["ctm_nb_train"\]', "ENTRYPOINT ctm_nb_train", "JSON"), ("WORKDIR /src", "WORKDIR src", "absolute"), ("--from=build", "--from=biuld", "stage"), ("RUN useradd", "RUN curl x | sh && useradd", "curl"),
-    ("VOLUME.*", "", "volumes"), ("RUN useradd", "RUN apt-get install vim && useradd", "DL3015")])
+@pytest.mark.parametrize(
+    "old, new, complaint",
+    [
+        (r"@sha256:\w+", "", "digest"),
+        (r"python:[\w.-]+@", "python@", "tag"),
+        ("USER ctm\n", "", "root"),
+        ("USER ctm\n", "USER ctm\nUSER root\n", "root"),
+        ("COPY settings.ini", "ADD settings.ini", "ADD"),
+        ("COPY ctm_nb ctm_nb", "COPY tests tests", "kept out"),
+        ("COPY ctm_nb ctm_nb", "COPY nothing x", "not there"),
+        ("--constraint /src/constraints.txt ", "", "versions"),
+        ("PIP_NO_CACHE_DIR=1 ", "", "cache"),
+        (r'ENTRYPOINT \["ctm_nb_train"\]', "ENTRYPOINT ctm_nb_train", "JSON"),
+        ("WORKDIR /src", "WORKDIR src", "absolute"),
+        ("--from=build", "--from=biuld", "stage"),
+        ("RUN useradd", "RUN curl x | sh && useradd", "curl"),
+        ("VOLUME.*", "", "volumes"),
+        ("RUN useradd", "RUN apt-get install vim && useradd", "DL3015"),
+    ],
+)
 def test_the_rules_can_fail(old, new, complaint):
     text = re.sub(old, new, (ROOT/"docker"/"cpu.Dockerfile").read_text())
     assert any(complaint in c for c in complaints(text)), complaints(text)
 
 
 def test_constraints_are_versions_that_exist_here():
-    "Each pinned version is the one that is installed where the tests run, or at least satisfies what settings.ini asks for."
+    """Each pinned version is the one that is installed where the tests run, or at least satisfies what settings.ini
+    asks for."""
     from packaging.requirements import Requirement
-    pinned = dict(line.split("==") for line in (ROOT/"docker"/"constraints.txt").read_text().splitlines() if not line.startswith("#"))
-    asked = {r.name: r for key in ("requirements", "dev_requirements", "optional_requirements") for r in map(Requirement, CFG[key].split())}
-    for name, version in pinned.items(): assert name in asked and asked[name].specifier.contains(version), f"{name}=={version} is not {asked.get(name)}"
-    for r in map(Requirement, (CFG["requirements"] + " " + CFG["optional_requirements"]).split()): assert r.name in pinned or r.name in ("torch", "torchvision"), f"{r.name} has no version"
+
+    pinned = dict(
+        line.split("==")
+        for line in (ROOT / "docker" / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    )
+    asked = {
+        r.name: r
+        for key in ("requirements", "dev_requirements", "optional_requirements")
+        for r in map(Requirement, CFG[key].split())
+    }
+    for name, version in pinned.items():
+        assert name in asked and asked[name].specifier.contains(version), f"{name}=={version} is not {asked.get(name)}"
+    for r in map(Requirement, (CFG["requirements"] + " " + CFG["optional_requirements"]).split()):
+        assert r.name in pinned or r.name in ("torch", "torchvision"), f"{r.name} has no version"
 
 
 def test_compose():
@@ -140,19 +192,26 @@ def satisfied(words):
 
 
 def test_the_steps_of_the_cpu_image_end_in_a_working_command(tmp_path):
-    "WORKDIR, COPY and RUN for real below a folder; packages come from this environment instead of an index, users and owners are left out."
+    """WORKDIR, COPY and RUN for real below a folder; packages come from this environment instead of an index, users
+    and owners are left out."""
     done, where = [], {}
     place = lambda path, base="/": tmp_path/(path if path.startswith("/") else f"{base}/{path}").lstrip("/")
     for kind, arg in instructions((ROOT/"docker"/"cpu.Dockerfile").read_text()):
         if kind == "FROM": workdir, where = "/", {}
-        if kind == "WORKDIR": workdir = arg; place(arg).mkdir(parents=True, exist_ok=True)
+        if kind == "WORKDIR":
+            workdir = arg
+            place(arg).mkdir(parents=True, exist_ok=True)
         if kind == "ENV": where |= dict(w.split("=", 1) for w in shlex.split(arg))
-        if kind == "COPY" and "--from" not in arg:  # both stages share the folder, so nothing is to be copied between them
+        if (
+            kind == "COPY" and "--from" not in arg
+        ):  # both stages share the folder, so nothing is to be copied between them
             *sources, target = [w for w in shlex.split(arg) if not w.startswith("--")]
             for s in sources:
                 to = place(target, workdir)/(Path(s).name if target.endswith("/") else "")
                 to.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copytree(ROOT/s, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "runs", "results")) if (ROOT/s).is_dir() else shutil.copy(ROOT/s, to)
+                shutil.copytree(
+                    ROOT / s, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "runs", "results")
+                ) if (ROOT / s).is_dir() else shutil.copy(ROOT / s, to)
         for c in commands(arg) if kind == "RUN" else []:
             if c[:3] == ["python", "-m", "venv"]:
                 subprocess.run([sys.executable, "-m", "venv", place(c[3])], check=True)
@@ -160,7 +219,20 @@ def test_the_steps_of_the_cpu_image_end_in_a_working_command(tmp_path):
                 (site/"here.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
             elif c[:2] == ["pip", "install"] and c[-1] == ".":
                 env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-                subprocess.run([place("/ctm/env/bin/pip"), "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "."], cwd=place(workdir), check=True, env=env)
+                subprocess.run(
+                    [
+                        place("/ctm/env/bin/pip"),
+                        "install",
+                        "--quiet",
+                        "--no-index",
+                        "--no-deps",
+                        "--no-build-isolation",
+                        ".",
+                    ],
+                    cwd=place(workdir),
+                    check=True,
+                    env=env,
+                )
             elif c[:2] == ["pip", "install"]: assert satisfied(c)
             elif c[0] == "mkdir":
                 for p in c[2:]: place(p).mkdir(parents=True, exist_ok=True)
@@ -169,10 +241,17 @@ def test_the_steps_of_the_cpu_image_end_in_a_working_command(tmp_path):
         if kind == "ENTRYPOINT": entry = ast.literal_eval(arg)
     env = {"PATH": f"{place('/ctm/env/bin')}:/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     assert where["PATH"].startswith("/ctm/env/bin:") and done.count("pip") == 3
-    call = lambda *words: subprocess.run([place("/ctm/env/bin")/words[0], *words[1:]], cwd=place(workdir), env=env, capture_output=True, text=True)
+    call = lambda *words: subprocess.run(
+        [place("/ctm/env/bin") / words[0], *words[1:]], cwd=place(workdir), env=env, capture_output=True, text=True
+    )
     assert call(*entry, "--version").stdout == f"ctm_nb {CFG['version']}\n"
     which = call("python", "-c", "import ctm_nb; print(ctm_nb.__file__)").stdout
     assert which.startswith(str(place("/ctm/env"))), "the installed package, not the checkout"
     plan = call(*entry, "--dry-run")
     assert plan.returncode == 0 and "1352 training images" in plan.stdout, plan.stderr
-    assert (place("/ctm/nbs")/"index.ipynb").exists() and sorted(p.name for p in place("/ctm").iterdir()) == ["data", "env", "nbs", "runs"]
+    assert (place("/ctm/nbs") / "index.ipynb").exists() and sorted(p.name for p in place("/ctm").iterdir()) == [
+        "data",
+        "env",
+        "nbs",
+        "runs",
+    ]

@@ -1,4 +1,5 @@
-"""Modules of 0.1: every old path either goes on working for a release or says where its contents are; importing a room imports nothing else."""
+"""Modules of 0.1: every old path either goes on working for a release or says where its contents are; importing a room
+imports nothing else."""
 import importlib
 import subprocess
 import sys
@@ -12,7 +13,8 @@ ROOMS = ("data", "networks", "training", "evaluation", "commands")
 
 @pytest.mark.parametrize("old", [m for m in MOVED if m not in (*WORKING, *ROOMS)])
 def test_an_old_path_names_the_new_one(old):
-    with pytest.raises(ImportError, match=f"ctm_nb.{old} is now ctm_nb.{MOVED[old]}$"): importlib.import_module(f"ctm_nb.{old}")
+    with pytest.raises(ImportError, match=f"ctm_nb.{old} is now ctm_nb.{MOVED[old]}$"):
+        importlib.import_module(f"ctm_nb.{old}")
     importlib.import_module(f"ctm_nb.{MOVED[old]}")
 
 
@@ -24,21 +26,36 @@ def test_an_old_path_that_left_the_package_says_where_its_code_went(old):
 @pytest.mark.parametrize("old", WORKING)
 def test_three_modules_go_on_working(old, monkeypatch):
     monkeypatch.delitem(sys.modules, f"ctm_nb.{old}", raising=False)
-    with pytest.warns(DeprecationWarning, match=f"ctm_nb.{old} is now"): module = importlib.import_module(f"ctm_nb.{old}")
+    with pytest.warns(DeprecationWarning, match=f"ctm_nb.{old} is now"):
+        module = importlib.import_module(f"ctm_nb.{old}")
     assert module is importlib.import_module(f"ctm_nb.{MOVED[old]}")
 
 
-@pytest.mark.parametrize("room, name", [("data", "to_uint8"), ("networks", "build_network"), ("training", "Trainer"), ("evaluation", "score"), ("commands", "scripts")])
+@pytest.mark.parametrize(
+    "room, name",
+    [
+        ("data", "to_uint8"),
+        ("networks", "build_network"),
+        ("training", "Trainer"),
+        ("evaluation", "score"),
+        ("commands", "scripts"),
+    ],
+)
 def test_five_rooms_hand_on_the_names_of_the_module_they_are_called_after(room, name):
-    with pytest.warns(DeprecationWarning, match=f"ctm_nb.{room}.{name} is now"): value = getattr(importlib.import_module(f"ctm_nb.{room}"), name)
+    with pytest.warns(DeprecationWarning, match=f"ctm_nb.{room}.{name} is now"):
+        value = getattr(importlib.import_module(f"ctm_nb.{room}"), name)
     assert value is getattr(importlib.import_module(f"ctm_nb.{MOVED[room]}"), name)
     with pytest.raises(AttributeError, match="nothing"): importlib.import_module(f"ctm_nb.{room}").nothing
 
 
 @pytest.mark.parametrize("room", ["ctm_nb", "ctm_nb.method", "ctm_nb.data", "ctm_nb.networks", "ctm_nb.commands"])
 def test_a_room_imports_nothing_else(room):
-    code = f"import sys, {room}; print([m for m in sys.modules if m.startswith('ctm_nb.') and m not in ('ctm_nb._moved', {room!r})], 'torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[] False"
+    code = (f"import sys, {room}; print([m for m in sys.modules if m.startswith('ctm_nb.') and m not in "
+            f"('ctm_nb._moved', {room!r})], 'torch' in sys.modules)")
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "[] False"
+    )
 
 
 def test_load_and_sample_are_offered_by_the_package_and_by_their_rooms():

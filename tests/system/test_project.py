@@ -21,8 +21,14 @@ SCRIPTS = dict(s.split("=") for s in CFG["console_scripts"].split())
 
 def tracked():
     "Files of the project: what git knows or would add, else everything outside hidden folders."
-    done = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True)
-    names = done.stdout.split("\0")[:-1] if done.returncode == 0 else [p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*")]
+    done = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True
+    )
+    names = (
+        done.stdout.split("\0")[:-1]
+        if done.returncode == 0
+        else [p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*")]
+    )
     return [ROOT/n for n in names if (ROOT/n).is_file() and not n.startswith((".venv/", ".git/", "runs/"))]
 
 
@@ -34,34 +40,60 @@ def test_one_version():
 
 def test_setup_translates_settings():
     "What setup.py hands to setuptools, caught by a stand-in for `setup`."
-    code = "import setuptools, json; setuptools.setup = lambda **kw: print(json.dumps(kw)); exec(open('setup.py').read(), {'__file__': 'setup.py'})"
+    code = ("import setuptools, json; setuptools.setup = lambda **kw: print(json.dumps(kw)); "
+            "exec(open('setup.py').read(), {'__file__': 'setup.py'})")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     import json
     kw = json.loads(done.stdout)
     assert (kw["name"], kw["version"]) == (CFG["lib_name"], CFG["version"])
-    assert kw["install_requires"] == CFG["requirements"].split() and kw["extras_require"]["dev"] == CFG["dev_requirements"].split() + CFG["optional_requirements"].split()
-    assert kw["python_requires"] == ">=" + CFG["min_python"] and {CFG["lib_path"], "ctm_nb.method", "ctm_nb.training"} <= set(kw["packages"])
+    assert (
+        kw["install_requires"] == CFG["requirements"].split()
+        and kw["extras_require"]["dev"] == CFG["dev_requirements"].split() + CFG["optional_requirements"].split()
+    )
+    assert kw["python_requires"] == ">=" + CFG["min_python"] and {
+        CFG["lib_path"],
+        "ctm_nb.method",
+        "ctm_nb.training",
+    } <= set(kw["packages"])
     assert kw["entry_points"]["console_scripts"] == CFG["console_scripts"].split()
 
 
 def test_requirements_cover_the_imports():
-    "Each module of ours imports the standard library, ourselves and declared requirements, nothing else; optional ones only inside functions."
-    names = {k: {re.split(r"[<>=!~\[]", r)[0] for r in CFG[k].split()} for k in ("requirements", "optional_requirements")}
-    allowed = {dict(pillow="PIL").get(n, n).replace("scikit-learn", "sklearn") for n in names["requirements"]} | set(sys.stdlib_module_names) | {CFG["lib_path"]}
-    optional = {n.replace("clean-fid", "cleanfid") for n in names["optional_requirements"]} | {"IPython"}  # comes with ipywidgets
+    """Each module of ours imports the standard library, ourselves and declared requirements, nothing else; optional
+    ones only inside functions."""
+    names = {
+        k: {re.split(r"[<>=!~\[]", r)[0] for r in CFG[k].split()} for k in ("requirements", "optional_requirements")
+    }
+    allowed = (
+        {dict(pillow="PIL").get(n, n).replace("scikit-learn", "sklearn") for n in names["requirements"]}
+        | set(sys.stdlib_module_names)
+        | {CFG["lib_path"]}
+    )
+    optional = {n.replace("clean-fid", "cleanfid") for n in names["optional_requirements"]} | {
+        "IPython"
+    }  # comes with ipywidgets
     for path in (ROOT/CFG["lib_path"]).rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
-            found = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            found = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom) and not node.level
+                else []
+            )
             here = allowed if node in tree.body else allowed | optional
-            for name in found: assert name.split(".")[0] in here, f"{path.name} imports {name}, which settings.ini does not require"
+            for name in found:
+                assert name.split(".")[0] in here, f"{path.name} imports {name}, which settings.ini does not require"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_commands_resolve(script):
     module, _, function = SCRIPTS[script].partition(":")
     assert callable(getattr(importlib.import_module(module), function))
-    assert shutil.which(script, path=os.path.dirname(sys.executable)), f"{script} is not installed beside {sys.executable}"
+    assert shutil.which(script, path=os.path.dirname(sys.executable)), (
+        f"{script} is not installed beside {sys.executable}"
+    )
 
 
 def test_no_path_of_a_machine():
@@ -81,5 +113,10 @@ def test_ci_can_be_run():
 def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
     "A script beside the clone finds the package, and not the clone's folder (see `options` in setup.py)."
     (tmp_path / "ctm_nb").mkdir()
-    r = subprocess.run([sys.executable, "-c", "from ctm_nb import __version__; print(__version__)"], capture_output=True, text=True, cwd=tmp_path)
+    r = subprocess.run(
+        [sys.executable, "-c", "from ctm_nb import __version__; print(__version__)"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert r.returncode == 0 and r.stdout.strip(), r.stderr

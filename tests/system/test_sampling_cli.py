@@ -24,7 +24,8 @@ from ctm_nb.checkpoints.store import save_checkpoint
 from ctm_nb.method.trajectory import student_from
 
 CODE = "from ctm_nb.commands.sample import ctm_nb_sample; ctm_nb_sample()"
-WORDS = ["-n", "78", "--which", "teacher", "--solver", "heun", "--steps", "8", "--classes", "dog,cat", "--device", "cpu"]
+WORDS = ["-n", "78", "--which", "teacher", "--solver", "heun", "--steps", "8", "--classes", "dog,cat", "--device",
+         "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,8 @@ def images_of(path):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import ctm_nb.commands.sample as c, sys; c.sample_parser().format_help(); print([m for m in ('torch', 'numpy', 'PIL', 'tqdm') if m in sys.modules])"
+    code = ("import ctm_nb.commands.sample as c, sys; c.sample_parser().format_help(); "
+            "print([m for m in ('torch', 'numpy', 'PIL', 'tqdm') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -54,11 +56,13 @@ def test_killed_command_continues_with_two_processes(run, tmp_path, monkeypatch,
     out, parts = tmp_path / "x.zip", tmp_path / "x.zip.parts"
     p = subprocess.Popen([sys.executable, "-c", CODE, str(run), *WORDS, "--out", str(out)], stderr=subprocess.DEVNULL)
     while p.poll() is None and not list(parts.glob("part_*")): time.sleep(.005)
-    p.send_signal(signal.SIGKILL); p.wait()
+    p.send_signal(signal.SIGKILL)
+    p.wait()
     kept = {f: f.stat().st_mtime_ns for f in parts.glob("part_*")}
     assert 0 < len(kept) < 10 and not out.exists()
     seen, publish = {}, draw.publish
-    monkeypatch.setattr(draw, "publish", lambda *a: seen.update({f: f.stat().st_mtime_ns for f in parts.glob("part_*")}) or publish(*a))
+    monkeypatch.setattr(draw, "publish", lambda *a: seen.update({f: f.stat().st_mtime_ns for f in parts.glob("part_*")})
+                        or publish(*a))
     ctm_nb_sample([str(run), *WORDS, "--out", str(out), "--processes", "2", "--batch-size", "3"])
     assert len(seen) == 10 and seen.items() >= kept.items()  # what was finished was not drawn again
     assert not parts.exists() and not list(tmp_path.glob(".tmp*")) and "78 samples" in capsys.readouterr().out
@@ -72,25 +76,29 @@ def test_killed_command_continues_with_two_processes(run, tmp_path, monkeypatch,
 
 def test_torchrun_is_killed_and_continued(run, tmp_path):
     out, parts = tmp_path / "x.npz", tmp_path / "x.npz.parts"
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ctm_nb", "sample", str(run), *WORDS, "--out", str(out)]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ctm_nb",
+             "sample", str(run), *WORDS, "--out", str(out)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     p = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, start_new_session=True)
     while p.poll() is None and not list(parts.glob("part_*")): time.sleep(.005)
-    os.killpg(p.pid, signal.SIGKILL); p.wait()
+    os.killpg(p.pid, signal.SIGKILL)
+    p.wait()
     left = len(list(parts.glob("part_*")))
     assert 0 < left < 10 and not out.exists()
     p = subprocess.run(words, capture_output=True, text=True, env=env)
     assert p.returncode == 0 and p.stdout.count("78 samples") == 1 and not parts.exists(), p.stderr
     ctm_nb_sample([str(run), *WORDS, "--out", str(tmp_path / "y.npz"), "--batch-size", "7"])
     with np.load(out) as a, np.load(tmp_path / "y.npz") as b:
-        assert a["arr_0"].shape == (78, 8, 8, 3) and (np.abs(a["arr_0"].astype(int) - b["arr_0"]) <= 1).all() and (a["arr_1"] == b["arr_1"]).all()
+        assert a["arr_0"].shape == (78, 8, 8, 3) and (np.abs(a["arr_0"].astype(int) - b["arr_0"]) <= 1).all()
+        assert (a["arr_1"] == b["arr_1"]).all()
 
 
 def test_ranks_of_torchrun_share_the_work(run, tmp_path, monkeypatch):
     m = load(run)
     plan = with_parts(make_recipe(m, run, 40, gamma=.2, times="80,1"), m)
     folder = open_parts(tmp_path / "z", plan)
-    monkeypatch.setenv("WORLD_SIZE", "2"); monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
     draw_samples(run, tmp_path / "z", 40, device="cpu", gamma=.2, times="80,1")
     assert missing_parts(folder, plan) == [0, 2, 4]
     monkeypatch.setenv("RANK", "0")
@@ -99,10 +107,16 @@ def test_ranks_of_torchrun_share_the_work(run, tmp_path, monkeypatch):
     assert len(list((tmp_path / "z").rglob("*.png"))) == 40
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--gamma", "1.1"], "gamma=1.1"), (["--times", "3,5"], "decreasing"), (["--times", "90,5"], "80"), (["--classes", "dgo"], "nearest is 'dog'"), (["--classes", "3"], "0..2"),
-    (["--times", "auto", "--steps", "7"], "no times are stored"), (["--out", "x.tar"], "x.tar"), (["--device", "cuda:77"], "cuda:77"), (["-n", "0"], "-n"), (["--batch-size", "none"], "'none'"), (["--seed", "-4"], "seed=-4"),
-    (["--processes", "0"], "processes=0"), (["--guidance", "-2"], "scale=-2"), (["--churn", "a", "--solver", "edm"], "'a'"), (["--out", "no/such/x.zip"], "no folder")])
+@pytest.mark.parametrize("words, message", [(["--gamma", "1.1"], "gamma=1.1"), (["--times", "3,5"], "decreasing"),
+                                            (["--times", "90,5"], "80"), (["--classes", "dgo"], "nearest is 'dog'"),
+                                            (["--classes", "3"], "0..2"),
+                                            (["--times", "auto", "--steps", "7"], "no times are stored"),
+                                            (["--out", "x.tar"], "x.tar"), (["--device", "cuda:77"], "cuda:77"),
+                                            (["-n", "0"], "-n"), (["--batch-size", "none"], "'none'"),
+                                            (["--seed", "-4"], "seed=-4"), (["--processes", "0"], "processes=0"),
+                                            (["--guidance", "-2"], "scale=-2"),
+                                            (["--churn", "a", "--solver", "edm"], "'a'"),
+                                            (["--out", "no/such/x.zip"], "no folder")])
 def test_mistakes_are_one_line_and_write_nothing(run, tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e: ctm_nb_sample([str(run), "--out", "o.npz", *words])
@@ -111,15 +125,18 @@ def test_mistakes_are_one_line_and_write_nothing(run, tmp_path, monkeypatch, cap
 
 
 def test_times_auto_takes_what_is_stored(run, tmp_path):
-    store_times(run, {"steps": 2, "times": [80., 1.5, .002], "gamma": .4, "score": 1., "score_default": 2., "curve": [1.]})
+    store_times(run, {"steps": 2, "times": [80., 1.5, .002], "gamma": .4, "score": 1., "score_default": 2.,
+                      "curve": [1.]})
     plan = make_recipe(load(run), run, 3, times="auto")
     assert (plan["times"], plan["gamma"]) == ([80., 1.5, .002], .4)
-    assert make_recipe(load(run), run, 3, times="auto", gamma=0.)["gamma"] == 0. and make_recipe(load(run), run / "checkpoints" / "step_00000001", 3, steps=2, times="auto")["gamma"] == .4
+    assert make_recipe(load(run), run, 3, times="auto", gamma=0.)["gamma"] == 0.
+    assert make_recipe(load(run), run / "checkpoints" / "step_00000001", 3, steps=2, times="auto")["gamma"] == .4
     with pytest.raises(ValueError, match="no times"): make_recipe(load(run), tmp_path, 3, times="auto")
 
 
 def test_nothing_is_overwritten_unasked(run, tmp_path):
-    (tmp_path / "mine").mkdir(); (tmp_path / "mine" / "a.txt").write_text("precious")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.txt").write_text("precious")
     with pytest.raises(FileExistsError, match="mine"): draw_samples(run, tmp_path / "mine", 3, device="cpu")
     assert (tmp_path / "mine" / "a.txt").exists() and len(list(tmp_path.iterdir())) == 1
     draw_samples(run, tmp_path / "mine", 3, device="cpu", overwrite=True)
@@ -131,7 +148,8 @@ def test_nothing_is_overwritten_unasked(run, tmp_path):
 def test_other_samples_do_not_continue_a_plan(run, tmp_path):
     m = load(run)
     open_parts(tmp_path / "w.npz", with_parts(make_recipe(m, run, 80, seed=1), m))
-    with pytest.raises(ValueError, match="seed: 1 -> 2"): draw_samples(run, tmp_path / "w.npz", 80, device="cpu", seed=2)
+    with pytest.raises(ValueError, match="seed: 1 -> 2"):
+        draw_samples(run, tmp_path / "w.npz", 80, device="cpu", seed=2)
     with pytest.raises(ValueError, match="weights"):
         draw_samples(run, tmp_path / "w.npz", 80, device="cpu", seed=1, which="teacher", solver="euler")
 
@@ -142,8 +160,10 @@ def test_batches_back_off_when_memory_is_full():
         return ids
     b = Drawer(f, 64)
     assert b(torch.arange(23)).tolist() == list(range(23)) and 2 <= b.size <= 5
-    with pytest.raises(RuntimeError, match="a bug"): Drawer(lambda ids: (_ for _ in ()).throw(RuntimeError("a bug")), 4)(torch.arange(3))
-    with pytest.raises(torch.OutOfMemoryError): Drawer(lambda ids: (_ for _ in ()).throw(torch.OutOfMemoryError("full")), 4)(torch.arange(3))
+    with pytest.raises(RuntimeError, match="a bug"):
+        Drawer(lambda ids: (_ for _ in ()).throw(RuntimeError("a bug")), 4)(torch.arange(3))
+    with pytest.raises(torch.OutOfMemoryError):
+        Drawer(lambda ids: (_ for _ in ()).throw(torch.OutOfMemoryError("full")), 4)(torch.arange(3))
 
 
 def test_not_finite_output_is_named(run, tmp_path, monkeypatch):
@@ -152,5 +172,6 @@ def test_not_finite_output_is_named(run, tmp_path, monkeypatch):
         m.net.out_layers[1].bias.data.fill_(float("nan"))
         return m
     monkeypatch.setattr(draw, "load", broken)
-    with pytest.raises(FloatingPointError, match="nan in sample 0"): draw_samples(run, tmp_path / "n.npz", 3, device="cpu")
+    with pytest.raises(FloatingPointError, match="nan in sample 0"):
+        draw_samples(run, tmp_path / "n.npz", 3, device="cpu")
     assert not (tmp_path / "n.npz").exists()

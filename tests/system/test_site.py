@@ -1,4 +1,5 @@
-"""The builder of the documentation site: its parts on small inputs, and a site of two notebooks where Sphinx is installed (`make docs` installs it)."""
+"""The builder of the documentation site: its parts on small inputs, and a site of two notebooks where Sphinx is
+installed (`make docs` installs it)."""
 import importlib.util
 import json
 import re
@@ -64,11 +65,25 @@ def modules(tmp_path):
 
 def test_definitions_are_read_with_their_comments(modules):
     jump, ctm, solvers = modules["method.teacher"].definitions  # in the order of the file
-    assert [(p.name, p.hint, p.default, p.text) for p in jump.parameters] == [("x", "Tensor", "", "(B, ...) data at t, `x_t`"), ("t", "float | Tensor", "1.0", "start | end"), ("y", "int", "None", "")]
+    assert [(p.name, p.hint, p.default, p.text) for p in jump.parameters] == [
+        ("x", "Tensor", "", "(B, ...) data at t, `x_t`"),
+        ("t", "float | Tensor", "1.0", "start | end"),
+        ("y", "int", "None", ""),
+    ]
     assert jump.returns == ("Tensor", "(B, ...)") and jump.doc == "From t to s.\n\nRaises ValueError."
-    assert (jump.notebook, jump.cell, solvers.kind, solvers.doc) == ("1_method/02_teacher", "bbbb2222", "data", "evaluations a step")
-    assert [m.name for m in ctm.members] == ["CTM.forward", "CTM.G"] and ctm.members[1].full == "ctm_nb.method.teacher.CTM.G"
-    assert modules["method.teacher"].imports == {"expand": "method.flow"} and modules["method.teacher"].notebook == "1_method/02_teacher"
+    assert (jump.notebook, jump.cell, solvers.kind, solvers.doc) == (
+        "1_method/02_teacher",
+        "bbbb2222",
+        "data",
+        "evaluations a step",
+    )
+    assert [m.name for m in ctm.members] == ["CTM.forward", "CTM.G"] and ctm.members[
+        1
+    ].full == "ctm_nb.method.teacher.CTM.G"
+    assert (
+        modules["method.teacher"].imports == {"expand": "method.flow"}
+        and modules["method.teacher"].notebook == "1_method/02_teacher"
+    )
 
 
 def test_equation_table(modules):
@@ -76,8 +91,18 @@ def test_equation_table(modules):
     assert {k: [(d.name, note) for d, note in v] for k, v in rows.items()} == {
         ("CTM", "decomposition of G"): [("jump", "with x0 = g")], ("CTM", "gamma-sampling"): [("CTM.G", "when s = t")],
         ("EDM", "Eq. 5"): [("jump", "")], ("EDM", "Alg. 2"): [("CTM.G", "")], ("EDM", "Table 5"): [("CTM.G", "")]}
-    text = pages.equations_page(modules, {("CTM", "decomposition of G"): "G = x"}, {"1_method/02_teacher": "The teacher"}, pages.shown_names(modules))
-    assert "$$ G = x $$" in text and "{py:obj}`method.teacher.CTM.G <ctm_nb.method.teacher.CTM.G>` in {ref}`The teacher <cell-1-method-02-teacher-dddd4444>`" in text
+    text = pages.equations_page(
+        modules,
+        {("CTM", "decomposition of G"): "G = x"},
+        {"1_method/02_teacher": "The teacher"},
+        pages.shown_names(modules),
+    )
+    assert (
+        "$$ G = x $$" in text
+        and "{py:obj}`method.teacher.CTM.G <ctm_nb.method.teacher.CTM.G>` in {ref}`The teacher "
+            "<cell-1-method-02-teacher-dddd4444>`"
+        in text
+    )
 
 
 def test_every_reference_of_the_package_is_understood():
@@ -85,19 +110,34 @@ def test_every_reference_of_the_package_is_understood():
     modules = source.read_package(ROOT/"ctm_nb")
     rows = pages.equation_rows(modules)
     assert {"CTM", "EDM"} <= {p for p, _ in rows} and len(rows) >= 20
-    said = {m for p in (ROOT/"ctm_nb").rglob("[!_]*.py") for m in re.findall(r"# (?:CTM: |EDM (?:Eq|Alg|Table)[. ]*)[\w-]+", p.read_text())}
+    said = {
+        m
+        for p in (ROOT / "ctm_nb").rglob("[!_]*.py")
+        for m in re.findall(r"# (?:CTM: |EDM (?:Eq|Alg|Table)[. ]*)[\w-]+", p.read_text())
+    }
     known = {f"# {p}{': ' if p == 'CTM' else ' '}{item}" for p, item in rows}
     assert not (lost := {s for s in said if not any(k.startswith(s) for k in known)}), lost
 
 
 def test_module_page(modules):
-    text = pages.module_page(modules["method.teacher"], "https://host/repo", "main", {"1_method/02_teacher": "The teacher"})
-    assert "| `t` | `float \\| Tensor` | `1.0` | start \\| end |" in text and "{py:function} jump(x, t=1.0, y=None)" in text
-    assert "{py:method} G(x)" in text and f"https://host/repo/blob/main/ctm_nb/method/teacher.py#L{MODULE[:MODULE.index('def jump')].count(chr(10)) + 1}-L" in text and "SOLVERS = {'euler': 1}" in text
+    text = pages.module_page(
+        modules["method.teacher"], "https://host/repo", "main", {"1_method/02_teacher": "The teacher"}
+    )
+    assert (
+        "| `t` | `float \\| Tensor` | `1.0` | start \\| end |" in text
+        and "{py:function} jump(x, t=1.0, y=None)" in text
+    )
+    line = MODULE[: MODULE.index("def jump")].count("\n") + 1
+    assert (
+        "{py:method} G(x)" in text
+        and f"https://host/repo/blob/main/ctm_nb/method/teacher.py#L{line}-L" in text
+        and "SOLVERS = {'euler': 1}" in text
+    )
 
 
 def test_symbols():
-    table = "| symbol | code | meaning, shape |\n|---|---|---|\n| $x_t$ | `x` | a point, `(B, \\|C\\|)` |\n| - | `k` | a choice |\n\nText."
+    table = ("| symbol | code | meaning, shape |\n|---|---|---|\n| $x_t$ | `x` | a point, `(B, \\|C\\|)` |\n| - | `k` "
+             "| a choice |\n\nText.")
     rows = list(notebooks.symbols([new_markdown_cell("# T"), new_markdown_cell(table)]))
     assert rows == [("$x_t$", "`x`", "a point, `(B, |C|)`"), ("-", "`k`", "a choice")]
     text = pages.symbols_page({"04": rows, "05": rows[:1]}, {"04": "Four", "05": "Five"})
@@ -110,17 +150,31 @@ def test_every_notebook_with_code_has_symbols_a_title_and_a_part():
         assert notebooks.title_of(cells) and notebooks.part_of(f"{p.parent.name}/{p.stem}"), p.name
 
 
-def picture(source="plt.plot(x)"): return new_code_cell(source, outputs=[new_output("display_data", {"image/png": "iVBORw0KGgo="})])
+def picture(source="plt.plot(x)"):
+    return new_code_cell(source, outputs=[new_output("display_data", {"image/png": "iVBORw0KGgo="})])
 
 
-@pytest.mark.parametrize("before, code, after, caption, alt", [
-    ("Why.", "plt.plot(x)", "At $s \\to 0$ the *curve* is `flat`. More.\n\nNext.", "At $s \\to 0$ the *curve* is `flat`. More.", "At s to 0 the curve is flat."),
-    ("Why.", "ax.set_title('Two curves')", "## Next", "Two curves", "Two curves"), ("Why.", "ax.set_title('Two curves')", "A sentence.", "A sentence.", "A sentence."),
-    ("Why this is drawn. And more.", "plt.plot(x)", "## Next", "Why this is drawn.", "Why this is drawn."),
-    ("Why.", "plt.plot(x)", "| a | b |\n|---|---|", "Why.", "Why.")])
+@pytest.mark.parametrize(
+    "before, code, after, caption, alt",
+    [
+        (
+            "Why.",
+            "plt.plot(x)",
+            "At $s \\to 0$ the *curve* is `flat`. More.\n\nNext.",
+            "At $s \\to 0$ the *curve* is `flat`. More.",
+            "At s to 0 the curve is flat.",
+        ),
+        ("Why.", "ax.set_title('Two curves')", "## Next", "Two curves", "Two curves"),
+        ("Why.", "ax.set_title('Two curves')", "A sentence.", "A sentence.", "A sentence."),
+        ("Why this is drawn. And more.", "plt.plot(x)", "## Next", "Why this is drawn.", "Why this is drawn."),
+        ("Why.", "plt.plot(x)", "| a | b |\n|---|---|", "Why.", "Why."),
+    ],
+)
 def test_captions(before, code, after, caption, alt):
     cells, faults = notebooks.captioned([new_markdown_cell(before), picture(code), new_markdown_cell(after)])
-    assert not faults and cells[1].metadata.mystnb.figure.caption == caption and cells[1].metadata.mystnb.image.alt == alt
+    assert (
+        not faults and cells[1].metadata.mystnb.figure.caption == caption and cells[1].metadata.mystnb.image.alt == alt
+    )
     assert ("At $s" in after) == (cells[-1].get("source") == "Next.")
 
 
@@ -131,16 +185,31 @@ def test_a_caption_belongs_to_a_picture_alone():
     mixed.metadata["tags"] = ["export"]
     cells, faults = notebooks.captioned([new_markdown_cell("Why."), mixed, new_markdown_cell("A curve. More.")])
     text, drawn = cells[1:]
-    assert not faults and "mystnb" not in text.metadata and text.outputs[0].data == {"text/plain": "3.2"} and text.metadata.tags == ["export"]
-    assert drawn.metadata.mystnb.figure.caption == "A curve. More." and drawn.metadata.tags == ["remove-input"] and len(drawn.outputs) == 1 and text.id != drawn.id
+    assert (
+        not faults
+        and "mystnb" not in text.metadata
+        and text.outputs[0].data == {"text/plain": "3.2"}
+        and text.metadata.tags == ["export"]
+    )
+    assert (
+        drawn.metadata.mystnb.figure.caption == "A curve. More."
+        and drawn.metadata.tags == ["remove-input"]
+        and len(drawn.outputs) == 1
+        and text.id != drawn.id
+    )
 
 
 def test_a_widget_without_its_state_is_shown_as_its_picture():
     view = "application/vnd.jupyter.widget-view+json"
     data = [{view: {"model_id": m}, "text/plain": "x", "image/png": "iVBORw0KGgo="} for m in ("there", "gone")]
-    nb = nbformat.v4.new_notebook(cells=[new_code_cell("w", outputs=[new_output("display_data", d) for d in data])],
-                                  metadata={"widgets": {"application/vnd.jupyter.widget-state+json": {"state": {"there": {}}}}})
-    assert [view in o.data for o in notebooks.without_widgets(nb).cells[0].outputs] == [True, False] and notebooks.is_picture(nb.cells[0].outputs[1])
+    nb = nbformat.v4.new_notebook(
+        cells=[new_code_cell("w", outputs=[new_output("display_data", d) for d in data])],
+        metadata={"widgets": {"application/vnd.jupyter.widget-state+json": {"state": {"there": {}}}}},
+    )
+    assert [view in o.data for o in notebooks.without_widgets(nb).cells[0].outputs] == [
+        True,
+        False,
+    ] and notebooks.is_picture(nb.cells[0].outputs[1])
 
 
 def test_a_picture_without_words_is_a_fault():
@@ -153,7 +222,11 @@ def test_every_picture_of_the_project_has_words():
         cells, faults = notebooks.captioned(nbformat.read(p, as_version=4).cells)
         assert not faults, (p.name, faults)
         for c in cells:
-            if any(map(notebooks.is_picture, c.get("outputs", []))): assert 8 <= len(c.metadata.mystnb.image.alt) <= 250 and "$" not in c.metadata.mystnb.image.alt, (p.name, c.id)
+            if any(map(notebooks.is_picture, c.get("outputs", []))):
+                assert 8 <= len(c.metadata.mystnb.image.alt) <= 250 and "$" not in c.metadata.mystnb.image.alt, (
+                    p.name,
+                    c.id,
+                )
 
 
 def test_links(tmp_path):
@@ -162,17 +235,26 @@ def test_links(tmp_path):
         (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path/name).touch()
     f = notebooks.Files(tmp_path, ["1_method/02_teacher", "3_data/01_decode"], "https://host/repo", "main")
-    text = "![x](../results/a.png) [e](../3_data/01_decode.ipynb#a) [n](02_teacher.ipynb) [l](../../LICENSE) [w](https://w.org) [h](#here)\n\n```python\n[n](no.png)\n```"
-    seen = "![x](../results/a.png) [e](../3_data/01_decode.ipynb#a) [n](02_teacher.ipynb) [l](https://host/repo/blob/main/LICENSE) [w](https://w.org) [h](#here)"
+    text = ("![x](../results/a.png) [e](../3_data/01_decode.ipynb#a) [n](02_teacher.ipynb) [l](../../LICENSE) "
+            "[w](https://w.org) [h](#here)\n\n```python\n[n](no.png)\n```")
+    seen = ("![x](../results/a.png) [e](../3_data/01_decode.ipynb#a) [n](02_teacher.ipynb) "
+            "[l](https://host/repo/blob/main/LICENSE) [w](https://w.org) [h](#here)")
     assert f.relink(text, "nbs/1_method").startswith(seen) and f.pictures == {"results/a.png"}
-    assert f.relink("[e](1_method/02_teacher.ipynb#a) ![x](results/a.png)", to="notebooks/") == "[e](notebooks/1_method/02_teacher.ipynb#a) ![x](notebooks/results/a.png)"
+    assert (
+        f.relink("[e](1_method/02_teacher.ipynb#a) ![x](results/a.png)", to="notebooks/")
+        == "[e](notebooks/1_method/02_teacher.ipynb#a) ![x](notebooks/results/a.png)"
+    )
     with pytest.raises(ValueError, match="no nbs/gone.png"): f.relink("[g](gone.png)")
 
 
 def test_names_become_links(modules):
     find = pages.finder(modules, pages.shown_names(modules), "1_method/02_teacher")
     text = notebooks.linked_names("## `jump`\nThe `jump` and `jump`, `CTM.G`, `other`.\n\n```python\n`jump`\n```", find)
-    assert text == "## `jump`\nThe {py:obj}`jump <ctm_nb.method.teacher.jump>` and `jump`, {py:obj}`CTM.G <ctm_nb.method.teacher.CTM.G>`, `other`.\n\n```python\n`jump`\n```"
+    assert (
+        text
+        == "## `jump`\nThe {py:obj}`jump <ctm_nb.method.teacher.jump>` and `jump`, {py:obj}`CTM.G "
+           "<ctm_nb.method.teacher.CTM.G>`, `other`.\n\n```python\n`jump`\n```"
+    )
 
 
 def test_parts_and_order():
@@ -192,28 +274,55 @@ def test_the_index_names_every_notebook_in_the_order_of_its_chapter():
 
 
 def test_tags_of_equations():
-    assert notebooks.named("4, EDM Eq. 5") == [("EDM", "Eq. 5")] and notebooks.named("DPM-Solver++, 3M") == [("DPM-Solver++", "3M")] and notebooks.named("7") == []
-    assert notebooks.named("CTM: decomposition of G, definition of g") == [("CTM", "decomposition of G"), ("CTM", "definition of g")]
+    assert (
+        notebooks.named("4, EDM Eq. 5") == [("EDM", "Eq. 5")]
+        and notebooks.named("DPM-Solver++, 3M") == [("DPM-Solver++", "3M")]
+        and notebooks.named("7") == []
+    )
+    assert notebooks.named("CTM: decomposition of G, definition of g") == [
+        ("CTM", "decomposition of G"),
+        ("CTM", "definition of g"),
+    ]
     cells = [new_markdown_cell("$$ a = b. \\tag{CTM: the map} $$\n\n$$ c \\tag{2} $$")]
     assert notebooks.equations(cells) == {("CTM", "the map"): "a = b"}
     text = notebooks.displays(cells[0].source, lambda p, n: "equation-ctm-the-map-g" if n == "the map" else None)
-    assert "$$ a = b. $$\n\n{ref}`(CTM: the map) <equation-ctm-the-map-g>`" in text and "$$ c $$\n\n(2)" in text and "tag{" not in text
+    assert (
+        "$$ a = b. $$\n\n{ref}`(CTM: the map) <equation-ctm-the-map-g>`" in text
+        and "$$ c $$\n\n(2)" in text
+        and "tag{" not in text
+    )
     code = "```python\n$$ a \\tag{1} $$\n```\nIn $$ a \\tag{1} $$ a line."
     assert notebooks.displays(code) == code
 
 
-@pytest.mark.parametrize("math, parts", [
-    (r"a = b, \qquad c", ["a = b,", "c"]), (r"\{a \qquad b\}", [r"\{a", r"b\}"]), (r"\text{a \qquad b}", [r"\text{a \qquad b}"]),
-    (r"\begin{aligned} a \qquad b \end{aligned}", [r"\begin{aligned} a \qquad b \end{aligned}"]), (r"\left( a \qquad b \right)", [r"\left( a \qquad b \right)"]), (r"x \leftarrow a, \qquad y", [r"x \leftarrow a,", "y"])])
+@pytest.mark.parametrize(
+    "math, parts",
+    [
+        (r"a = b, \qquad c", ["a = b,", "c"]),
+        (r"\{a \qquad b\}", [r"\{a", r"b\}"]),
+        (r"\text{a \qquad b}", [r"\text{a \qquad b}"]),
+        (r"\begin{aligned} a \qquad b \end{aligned}", [r"\begin{aligned} a \qquad b \end{aligned}"]),
+        (r"\left( a \qquad b \right)", [r"\left( a \qquad b \right)"]),
+        (r"x \leftarrow a, \qquad y", [r"x \leftarrow a,", "y"]),
+    ],
+)
 def test_formulas_side_by_side(math, parts):
     assert notebooks.pieces(math) == parts
     text = notebooks.displays(f"$$ {math} $$")
     assert all(f"$$ {p} $$" in text for p in parts) and ("side-by-side" in text) == (len(parts) > 1)
 
 
-@pytest.mark.parametrize("body, fault", [
-    ('<a href="b.html#there">x</a><img src="p.png" alt="a picture">', ""), ('<a href="gone.html">x</a>', "no such page"), ('<a href="b.html#nowhere">x</a>', "no such place"),
-    ('<img src="p.png">', "no alternative text"), ('<script src="https://cdn.org/x.js"></script>', "from elsewhere"), ('<img src="q.png" alt="x">', "is missing")])
+@pytest.mark.parametrize(
+    "body, fault",
+    [
+        ('<a href="b.html#there">x</a><img src="p.png" alt="a picture">', ""),
+        ('<a href="gone.html">x</a>', "no such page"),
+        ('<a href="b.html#nowhere">x</a>', "no such place"),
+        ('<img src="p.png">', "no alternative text"),
+        ('<script src="https://cdn.org/x.js"></script>', "from elsewhere"),
+        ('<img src="q.png" alt="x">', "is missing"),
+    ],
+)
 def test_pages_are_checked(tmp_path, body, fault):
     (tmp_path/"a.html").write_text(f'<html><body>{body}<a href="https://w.org">w</a></body></html>')
     (tmp_path/"b.html").write_text('<html><body id="there"></body></html>')
@@ -230,10 +339,15 @@ def test_style_sheets_load_nothing(tmp_path):
 
 def test_archives_are_checked_and_named_when_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(vendor.NotFetched, match=r"(?s)npm is not installed.*npm pack mathjax@3\.2\.2.*npm pack @jupyter-widgets/html-manager@"): vendor.vendor(tmp_path/"static", tmp_path/"cache")
+    with pytest.raises(
+        vendor.NotFetched,
+        match=r"(?s)npm is not installed.*npm pack mathjax@3\.2\.2.*npm pack @jupyter-widgets/html-manager@",
+    ):
+        vendor.vendor(tmp_path / "static", tmp_path / "cache")
     (tmp_path/"cache").mkdir()
     (tmp_path/"cache"/"mathjax-3.2.2.tgz").write_bytes(b"something else")
-    with pytest.raises(vendor.NotFetched, match="not what was expected"): vendor.vendor(tmp_path/"static", tmp_path/"cache", {"mathjax": vendor.PACKAGES["mathjax"]})
+    with pytest.raises(vendor.NotFetched, match="not what was expected"):
+        vendor.vendor(tmp_path / "static", tmp_path / "cache", {"mathjax": vendor.PACKAGES["mathjax"]})
     assert not (tmp_path/"cache"/"mathjax-3.2.2.tgz").exists()
 
 
@@ -241,31 +355,78 @@ def test_one_pin_of_nbdev():
     from configparser import ConfigParser
     parser = ConfigParser(delimiters=["="])
     parser.read(ROOT/"settings.ini", encoding="utf-8")
-    pins = [re.findall(r"(?:nbdev|execnb|fastcore)[<>=]\S+", parser["DEFAULT"][k]) for k in ("dev_requirements", "docs_requirements")]
+    pins = [
+        re.findall(r"(?:nbdev|execnb|fastcore)[<>=]\S+", parser["DEFAULT"][k])
+        for k in ("dev_requirements", "docs_requirements")
+    ]
     pins[0] += re.findall(r"fastcore\S+", parser["DEFAULT"]["requirements"])
     assert sorted(pins[0]) == sorted(pins[1]) and len(pins[0]) == 3
 
 
-@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("sphinx", "myst_nb", "furo"))), reason="Sphinx comes with `make docs`")
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("sphinx", "myst_nb", "furo"))), reason="Sphinx comes with `make docs`"
+)
 def test_a_site_of_two_notebooks(tmp_path):
-    "Everything but the archives from npm, whose place small files take: pages, links, captions, formulas, sources, widgets' states."
+    """Everything but the archives from npm, whose place small files take: pages, links, captions, formulas, sources,
+    widgets' states."""
     spec = importlib.util.spec_from_file_location("site_build", ROOT/"docs"/"build.py")
     spec.loader.exec_module(build := importlib.util.module_from_spec(spec))
     static, out, work = tmp_path/"static", tmp_path/"out", tmp_path/"work"/"site"
-    for name in ("mathjax/tex-chtml-full.js", "widgets/embed.js"): (static/name).parent.mkdir(parents=True), (static/name).touch()
+    for name in ("mathjax/tex-chtml-full.js", "widgets/embed.js"):
+        (static / name).parent.mkdir(parents=True), (static / name).touch()
     assert build.prepare(work, ["1_method/02_solvers", "1_method/04_trajectory"]) == []
     nb = nbformat.read(work/"notebooks"/"1_method"/"04_trajectory.ipynb", as_version=4)
-    model = {"model_name": "IntSliderModel", "model_module": "@jupyter-widgets/controls", "model_module_version": "2.0.0", "state": {}}
-    nb.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {"abc": model}, "version_major": 2, "version_minor": 0}}
-    nb.cells.append(new_code_cell("slider", outputs=[new_output("display_data", {"application/vnd.jupyter.widget-view+json": {"model_id": "abc", "version_major": 2, "version_minor": 0}})]))
+    model = {
+        "model_name": "IntSliderModel",
+        "model_module": "@jupyter-widgets/controls",
+        "model_module_version": "2.0.0",
+        "state": {},
+    }
+    nb.metadata["widgets"] = {
+        "application/vnd.jupyter.widget-state+json": {"state": {"abc": model}, "version_major": 2, "version_minor": 0}
+    }
+    nb.cells.append(
+        new_code_cell(
+            "slider",
+            outputs=[
+                new_output(
+                    "display_data",
+                    {
+                        "application/vnd.jupyter.widget-view+json": {
+                            "model_id": "abc",
+                            "version_major": 2,
+                            "version_minor": 0,
+                        }
+                    },
+                )
+            ],
+        )
+    )
     nbformat.write(nb, work/"notebooks"/"1_method"/"04_trajectory.ipynb")
     assert build.sphinx(work, out, static) == 0
     faults, _ = check.check(out)
     assert faults == []
     page = (out/"notebooks"/"1_method"/"04_trajectory.html").read_text()
-    assert page.count("<figcaption>") >= 2 and "tag_export" in page and "../../_static/mathjax/tex-chtml-full.js" in page and "default_exp" not in page
-    assert page.count('class="tagged docutils container"') >= 2 and 'href="../../equations.html#equation-ctm-decomposition-of-g"' in page and "tag{" not in page
+    assert (
+        page.count("<figcaption>") >= 2
+        and "tag_export" in page
+        and "../../_static/mathjax/tex-chtml-full.js" in page
+        and "default_exp" not in page
+    )
+    assert (
+        page.count('class="tagged docutils container"') >= 2
+        and 'href="../../equations.html#equation-ctm-decomposition-of-g"' in page
+        and "tag{" not in page
+    )
     assert "../../_static/widgets/embed.js" in page and '"model_id": "abc"' in page
-    assert 'href="../../api/method.solvers.html#ctm_nb.method.solvers.jump"' in page and "ctm_nb.method.trajectory.CTM.G" in (out/"api"/"method.trajectory.html").read_text()
-    assert (out/"_modules"/"ctm_nb"/"method"/"solvers.html").exists() and (out/"search.html").exists() and "prev-page" in page and "next-page" in page
+    assert (
+        'href="../../api/method.solvers.html#ctm_nb.method.solvers.jump"' in page
+        and "ctm_nb.method.trajectory.CTM.G" in (out / "api" / "method.trajectory.html").read_text()
+    )
+    assert (
+        (out / "_modules" / "ctm_nb" / "method" / "solvers.html").exists()
+        and (out / "search.html").exists()
+        and "prev-page" in page
+        and "next-page" in page
+    )
     assert json.loads((out/"searchindex.js").read_text().removeprefix("Search.setIndex(").removesuffix(")"))["docnames"]
