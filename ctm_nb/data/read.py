@@ -6,14 +6,13 @@
 __all__ = ['MAX_PIXELS', 'ENCODINGS', 'CROPS', 'SUFFIXES', 'HELPERS', 'MAX_CLASSES', 'SPLITS', 'MAX_ENTRY', 'PLAIN',
            'CIFAR', 'NO_IMAGES', 'EXPECTED', 'BrokenImage', 'open_image', 'standardise', 'crop_center', 'crop_box',
            'as_image', 'is_grey', 'one_mode', 'decode', 'in_order', 'cores', 'workers_for', 'chunks', 'shared_array',
-           'write_atomically', 'Source', 'held_out_of', 'check_square', 'side_of', 'complain', 'is_image_name',
-           'is_hidden', 'readable', 'few', 'walk', 'distinct', 'class_names', 'folder_classes', 'labels_by_name',
-           'read_json', 'edm_labels', 'as_text', 'labels_of_words', 'csv_labels', 'named_classes', 'arrange',
-           'FolderSource', 'open_folder', 'zip_entries', 'tar_entries', 'read_entry', 'PackSource', 'inside',
-           'open_pack', 'ArraySource', 'numbered', 'open_npz', 'read_idx', 'open_idx', 'ArraysOnly', 'unpickle_arrays',
-           'open_cifar', 'optional', 'LMDBSource', 'lmdb_reader', 'open_lmdb', 'shard_label', 'shard_examples',
-           'open_shards', 'LibrarySource', 'of_parts', 'open_torchvision', 'Rows', 'open_table', 'folder_kind',
-           'file_kind', 'open_digits', 'open_source']
+           'Source', 'held_out_of', 'check_square', 'side_of', 'complain', 'is_image_name', 'is_hidden', 'readable',
+           'few', 'walk', 'distinct', 'class_names', 'folder_classes', 'labels_by_name', 'read_json', 'edm_labels',
+           'as_text', 'labels_of_words', 'csv_labels', 'named_classes', 'arrange', 'FolderSource', 'open_folder',
+           'zip_entries', 'tar_entries', 'read_entry', 'PackSource', 'inside', 'open_pack', 'ArraySource', 'numbered',
+           'open_npz', 'read_idx', 'open_idx', 'ArraysOnly', 'unpickle_arrays', 'open_cifar', 'optional', 'LMDBSource',
+           'lmdb_reader', 'open_lmdb', 'shard_label', 'shard_examples', 'open_shards', 'LibrarySource', 'of_parts',
+           'open_torchvision', 'Rows', 'open_table', 'folder_kind', 'file_kind', 'open_digits', 'open_source']
 
 # %% ../../nbs/3_data/02_read.ipynb #18fbe850
 import csv, difflib, gzip, hashlib, importlib, inspect, io, json, math, mmap, os, pickle, re, struct, tarfile, warnings
@@ -189,20 +188,6 @@ def shared_array(shape:tuple)->np.ndarray:
     "Bytes in memory that worker processes started later write into, and this one reads."
     n = math.prod(shape)
     return np.frombuffer(mmap.mmap(-1, max(n, 1)), np.uint8, n).reshape(shape)
-
-# %% ../../nbs/3_data/02_read.ipynb #93c8e6a0
-def write_atomically(path:Path, write):
-    "Make or replace a file, by a function of the open file, so that it is complete or not there."
-    temp = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with open(temp, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temp, path)
-    except BaseException:
-        temp.unlink(missing_ok=True)
-        raise
 
 # %% ../../nbs/3_data/02_read.ipynb #afcad3df
 @dataclass(repr=False, eq=False)
