@@ -1,11 +1,14 @@
 """Time of each score, features given: 50,000 samples of 2048 features against 10,000 reference points.
 
-    python benchmarks/metrics.py                                   the full size (minutes to tens of minutes on two cores; nothing else should run)
+    python benchmarks/metrics.py
+        the full size (minutes to tens of minutes on two cores; nothing else should run)
     python benchmarks/metrics.py --n 5000 --reference 1000          a smaller one
 
-Features are random with a decaying spectrum, which costs the same as real ones. Each size writes its own JSON under nbs/results/metrics/, after each score, with the
-load of the machine at start and end, so that a measurement on a busy machine can be told from one on an idle machine.
+Features are random with a decaying spectrum, which costs the same as real ones. Each size writes its own JSON under
+nbs/results/metrics/, after each score, with the load of the machine at start and end, so that a measurement on a
+busy machine can be told from one on an idle machine.
 """
+
 import argparse
 import json
 import os
@@ -24,13 +27,14 @@ RESULTS = Path(__file__).resolve().parents[1] / "nbs" / "results" / "metrics"
 
 def features(n, d, seed):
     "Random features of variance 1/k in direction k, float32."
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) * torch.arange(1., d + 1)**-.5
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) * torch.arange(1.0, d + 1) ** -0.5
 
 
 def statistics(f, batch=500):
     "Mean and covariance as the evaluation gathers them, a batch at a time."
     stats = FeatureStats(f.shape[1])
-    for b in f.split(batch): stats.update(b)
+    for b in f.split(batch):
+        stats.update(b)
     return stats
 
 
@@ -46,18 +50,34 @@ def main():
     load, seconds = os.getloadavg()[0], {}
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{a.n}x{a.reference}x{a.dim}_{a.device}.json"
-    conditions = {"samples": a.n, "reference": a.reference, "features": a.dim, "device": a.device, "threads": a.threads, "cores": os.cpu_count(),
-                  "processor": platform.processor() or platform.machine(), "torch": torch.__version__, "numpy": np.__version__}
+    conditions = {
+        "samples": a.n,
+        "reference": a.reference,
+        "features": a.dim,
+        "device": a.device,
+        "threads": a.threads,
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
     samples, reference = features(a.n, a.dim, 0), features(a.reference, a.dim, 1)
     r = statistics(reference)
 
     def timed(name, call):
         start = time.perf_counter()
         out = call()
-        if a.device != "cpu": torch.cuda.synchronize()
+        if a.device != "cpu":
+            torch.cuda.synchronize()
         seconds[name] = round(time.perf_counter() - start, 2)
         print(f"{name:34} {seconds[name]:9.2f} s", flush=True)
-        path.write_text(json.dumps({**conditions, "load_average": [round(load, 1), round(os.getloadavg()[0], 1)], "seconds": seconds}, indent=1) + "\n")
+        path.write_text(
+            json.dumps(
+                {**conditions, "load_average": [round(load, 1), round(os.getloadavg()[0], 1)], "seconds": seconds},
+                indent=1,
+            )
+            + "\n"
+        )
         return out
 
     s = timed("mean and covariance", lambda: statistics(samples))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'HOSTS', 'FILES', 'DRIVE_FOLDER', 'CATALOGUE', 'HINTS', 'PublicFile', 'is_public_name',
-           'nearest_name', 'cache_folder', 'DownloadError', 'offline_mode', 'fetch', 'catalogue_table']
+           'nearest_name', 'DownloadError', 'offline_mode', 'fetch', 'catalogue_table']
 
-# %% ../../nbs/4_checkpoints/04_catalogue.ipynb #5181c809
+# %% ../../nbs/4_checkpoints/04_catalogue.ipynb #4b7de9c4
 import difflib
 import hashlib
 import logging
@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import platformdirs
 from filelock import FileLock, Timeout
 
 from .. import __version__
+from ..data.files import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -130,12 +130,6 @@ def nearest_name(
 ) -> str | None: # None if nothing is close
     "The name in the catalogue that resembles `text` most."
     return next(iter(difflib.get_close_matches(str(text).lower(), CATALOGUE, 1)), None)
-
-# %% ../../nbs/4_checkpoints/04_catalogue.ipynb #975c467b
-def cache_folder() -> Path: # absolute; it need not exist
-    "`CTM_NB_CACHE`, else `ctm_nb` in the user's cache folder (`~/.cache`, or as `XDG_CACHE_HOME` says)."
-    own = os.environ.get("CTM_NB_CACHE")
-    return Path(own or platformdirs.user_cache_path("ctm_nb")).expanduser().absolute()
 
 # %% ../../nbs/4_checkpoints/04_catalogue.ipynb #7e89db58
 def _target(text, mirror):

@@ -6,7 +6,7 @@
 __all__ = ['log', 'KINDS', 'WRAPPERS', 'PRECONDITIONERS', 'describe', 'rebuild', 'find_checkpoint', 'infer_network',
            'from_state', 'from_edm', 'foreign_state', 'save_model', 'load']
 
-# %% ../../nbs/4_checkpoints/05_models.ipynb #a2441459
+# %% ../../nbs/4_checkpoints/05_models.ipynb #d9838aa1
 import io
 import json
 import logging
@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from .catalogue import CATALOGUE, fetch, is_public_name, nearest_name
-from .foreign import EdmNetwork, ForeignFileError, read_edm_pickle, read_safetensors, read_torch, sniff
-from .store import CheckpointError, atomic_write, latest_checkpoint, load_checkpoint
+from .foreign import (
+    EdmNetwork, ForeignFileError, read_edm_pickle, read_safetensors, read_torch, sniff)
+from .store import CheckpointError, latest_checkpoint, load_checkpoint
+from ..data.files import atomic_write
 from ..method.teacher import Denoiser
 from ..method.trajectory import CTM
 from ..networks.blocks import Resample

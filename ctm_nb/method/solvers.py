@@ -103,7 +103,7 @@ def solver_name(
 ) -> str:  # a key of SOLVERS, or one of `also`
     "The present name of a solver; raises ValueError for an unknown one."
     name = OLD_NAMES.get(name, name)
-    known = (*also, *SOLVERS)
+    known = dict.fromkeys((*also, *SOLVERS))
     if name not in known: raise ValueError(f"solver must be one of {', '.join(known)}, got {name!r}")
     return name
 
