@@ -68,7 +68,8 @@ def test_half_precision_does_not_overflow(dtype):
 
 
 BAD = [("l3", {}, "l2, pseudo_huber, features, got 'l3'"), ("l2", {"c": 1}, "no option 'c'"),
-       ("features", {}, "needs a teacher of pictures, got None"), ("pseudo_huber", {"levels": (1,)}, "no option 'levels'")]
+       ("features", {}, "needs a teacher of pictures, got None"),
+       ("pseudo_huber", {"levels": (1,)}, "no option 'levels'")]
 
 
 @pytest.mark.parametrize("name, options, message", BAD)

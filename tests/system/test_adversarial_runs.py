@@ -1,5 +1,4 @@
-"""Runs with feature networks: what is missing is said before any work, several networks train and resume, a student of
-another run."""
+"""Runs with feature networks: missing weights are said before any work, several networks train and resume."""
 import os
 import subprocess
 import sys
@@ -18,13 +17,9 @@ ROOT, LITE = Path(__file__).resolve().parents[2], "tf_efficientnet_lite0"
 def command(*words, cwd):
     "The command as a process, where no cache has any weights."
     line = [sys.executable, "-m", "ctm_nb.commands.train", "--preset", "tiny", "--stage", "all", "--set", *words]
-    env = {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "TORCH_HOME": str(cwd / "torch"),
-        "HF_HOME": str(cwd / "hf"),
-    }
-    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}, timeout=300)
+    caches = {"TORCH_HOME": str(cwd / "torch"), "HF_HOME": str(cwd / "hf")}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **caches}
+    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=env, timeout=300)
 
 
 @pytest.mark.parametrize("words, message", [
@@ -40,8 +35,7 @@ def test_the_command_misses_weights_before_any_work(tmp_path, words, message):
 
 
 def test_several_feature_networks_at_once_train_and_resume(tmp_path):
-    """The teacher beside a classifier whose weights lie in a folder; optimizer and state of the discriminator come
-    back exactly."""
+    "The teacher beside a classifier whose weights lie in a folder; the discriminator's state comes back exactly."
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     torch.save(timm.create_model(LITE, pretrained=False).state_dict(), tmp_path / f"{LITE}-0.pth")
@@ -55,12 +49,7 @@ def test_several_feature_networks_at_once_train_and_resume(tmp_path):
         return t
     a, b = until("straight", [7]), until("broken", [4, 6, 7])
     D = a.parts["discriminator"]
-    assert [len(p.channels) for p in D.projections] == [
-        2,
-        2,
-        2,
-        4,
-    ]  # three levels of the teacher, four of the classifier
+    assert [len(p.channels) for p in D.projections] == [2, 2, 2, 4]  # three of the teacher, one of timm
     saved = load_checkpoint(tmp_path / "broken" / "checkpoints" / "step_00000007")
     optimizer = saved.state["optimizers"]["discriminator"]
     assert len(optimizer["state"]) == len(list(D.parameters())) and optimizer["param_groups"][0]["betas"] == (.5, .9)
