@@ -19,9 +19,10 @@ from fastcore.basics import patch
 from PIL import Image
 from tqdm import tqdm
 
+from .files import write_atomically
 from .images import image_grid, label_rows, split_mask
 from .read import (CROPS, BrokenImage, Source, as_image, check_square, chunks, complain, crop_box, decode,
-    held_out_of, in_order, is_grey, one_mode, open_image, readable, side_of, standardise, workers_for, write_atomically)
+    held_out_of, in_order, is_grey, one_mode, open_image, readable, side_of, standardise, workers_for)
 
 # %% ../../nbs/3_data/05_convert.ipynb #389c5ef3
 def fingerprint(

@@ -6,14 +6,13 @@
 __all__ = ['MAX_PIXELS', 'ENCODINGS', 'CROPS', 'SUFFIXES', 'HELPERS', 'MAX_CLASSES', 'SPLITS', 'MAX_ENTRY', 'PLAIN',
            'CIFAR', 'NO_IMAGES', 'EXPECTED', 'BrokenImage', 'open_image', 'standardise', 'crop_center', 'crop_box',
            'as_image', 'is_grey', 'one_mode', 'decode', 'in_order', 'cores', 'workers_for', 'chunks', 'shared_array',
-           'write_atomically', 'Source', 'held_out_of', 'check_square', 'side_of', 'complain', 'is_image_name',
-           'is_hidden', 'readable', 'few', 'walk', 'distinct', 'class_names', 'folder_classes', 'labels_by_name',
-           'read_json', 'edm_labels', 'as_text', 'labels_of_words', 'csv_labels', 'named_classes', 'arrange',
-           'FolderSource', 'open_folder', 'zip_entries', 'tar_entries', 'read_entry', 'PackSource', 'inside',
-           'open_pack', 'ArraySource', 'numbered', 'open_npz', 'read_idx', 'open_idx', 'ArraysOnly', 'unpickle_arrays',
-           'open_cifar', 'open_cifar_folder', 'open_cifar_tar', 'optional', 'LMDBSource', 'lmdb_reader', 'open_lmdb',
-           'shard_label', 'shard_examples', 'open_shards', 'LibrarySource', 'of_parts', 'open_torchvision', 'Rows',
-           'open_table', 'folder_kind', 'file_kind', 'open_digits', 'open_source']
+           'Source', 'held_out_of', 'check_square', 'side_of', 'complain', 'is_image_name', 'is_hidden', 'readable',
+           'few', 'walk', 'distinct', 'class_names', 'folder_classes', 'labels_by_name', 'read_json', 'edm_labels',
+           'as_text', 'labels_of_words', 'csv_labels', 'named_classes', 'arrange', 'FolderSource', 'open_folder',
+           'zip_entries', 'tar_entries', 'read_entry', 'PackSource', 'inside', 'open_pack', 'ArraySource', 'numbered',
+           'open_npz', 'read_idx', 'open_idx', 'ArraysOnly', 'unpickle_arrays', 'open_cifar', 'optional', 'LMDBSource',
+           'lmdb_reader', 'open_lmdb', 'shard_label', 'shard_examples', 'open_shards', 'LibrarySource', 'of_parts',
+           'open_torchvision', 'Rows', 'open_table', 'folder_kind', 'file_kind', 'open_digits', 'open_source']
 
 # %% ../../nbs/3_data/02_read.ipynb #18fbe850
 import csv, difflib, gzip, hashlib, importlib, inspect, io, json, math, mmap, os, pickle, re, struct, tarfile, warnings
@@ -189,20 +188,6 @@ def shared_array(shape:tuple)->np.ndarray:
     "Bytes in memory that worker processes started later write into, and this one reads."
     n = math.prod(shape)
     return np.frombuffer(mmap.mmap(-1, max(n, 1)), np.uint8, n).reshape(shape)
-
-# %% ../../nbs/3_data/02_read.ipynb #93c8e6a0
-def write_atomically(path:Path, write):
-    "Make or replace a file, by a function of the open file, so that it is complete or not there."
-    temp = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with open(temp, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temp, path)
-    except BaseException:
-        temp.unlink(missing_ok=True)
-        raise
 
 # %% ../../nbs/3_data/02_read.ipynb #afcad3df
 @dataclass(repr=False, eq=False)
@@ -582,9 +567,9 @@ class PackSource(Source):
 def inside(names:list, where):
     "`ValueError` for a path that leads outside of an archive, and for one that is there twice (names are sorted)."
     for n, before in zip(names, [None, *names]):
-        if n == before: raise ValueError(f"{where} holds {readable(n)!r} twice")
+        if n == before: raise ValueError(f"{where} holds '{readable(n)}' twice")
         if n.startswith("/") or "\\" in n or ".." in n.split("/") or n[1:2] == ":":
-            raise ValueError(f"{where} names a path outside of itself: {readable(n)!r}")
+            raise ValueError(f"{where} names a path outside of itself: '{readable(n)}'")
 
 def open_pack(
     path:Path, # a zip or an uncompressed tar of image files, or an EDM data set in one
@@ -623,6 +608,7 @@ def open_npz(
     "Images of an npz; `ValueError` if it holds something else."
     try:
         with np.load(path) as z: a, y, classes = (z[k] if k in z else None for k in ("arr_0", "arr_1", "classes"))
+        if any(isinstance(v, bytes) for v in (a, y, classes)): raise ValueError("a member is no array")
     except Exception as e: raise ValueError(f"{path} can't be read as npz: {e}") from None  # numpy raises anything
     if a is None or a.dtype != np.uint8 or a.ndim != 4 or a.shape[3] not in (1, 3) or not a.size:
         got = "no arr_0" if a is None else f"{a.dtype} {a.shape}"
@@ -680,6 +666,7 @@ class _Stub:
     def __init__(self, *args): self.args, self.state = args, None
     def __setstate__(self, state): self.state = state
     def array(self):
+        if not isinstance(self.state, tuple): raise ValueError("an array without content")
         _, shape, kind, fortran, raw = self.state
         if kind.args[0] not in ("u1", b"u1"): raise ValueError(f"an array of {kind.args[0]!r}, expected bytes (u1)")
         return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
@@ -696,6 +683,7 @@ def unpickle_arrays(data:bytes, where)->dict: # with str keys
     "Content of a pickle of a dictionary; `ValueError` if it is or asks for anything else."
     try:
         found = ArraysOnly(io.BytesIO(data), encoding="bytes").load()
+        if not isinstance(found, dict): raise ValueError(f"expected a dictionary, got a {type(found).__name__}")
         plain = {k: v.array() if isinstance(v, _Stub) else v for k, v in found.items()}
     except Exception as e: raise ValueError(f"{where} can't be read: {e}") from None  # a damaged pickle raises anything
     return {k.decode("latin-1") if isinstance(k, bytes) else k: v for k, v in plain.items()}
@@ -703,12 +691,23 @@ def unpickle_arrays(data:bytes, where)->dict: # with str keys
 # %% ../../nbs/3_data/02_read.ipynb #4f07fb03
 CIFAR = re.compile(r"(^|/)(data_batch_\d|test_batch|batches\.meta|train|test|meta)$")
 
+def _cifar_files(path):
+    "The content of the batches and the meta file by base name, of a folder or of the archive offered for download."
+    if path.is_dir(): return {p.name: p.read_bytes() for p in path.iterdir() if CIFAR.search(p.name)}
+    try:
+        with tarfile.open(path) as t:
+            members = [e for e in t if e.isreg() and CIFAR.search(e.name) and e.size < MAX_ENTRY]
+            files = {os.path.basename(e.name): t.extractfile(e).read() for e in members}
+    except (tarfile.ReadError, EOFError, zlib.error, OSError) as e:
+        raise ValueError(f"{path} can't be read as a tar: {e}") from None
+    if files: return files
+    raise ValueError(f"{path} is a compressed tar and not CIFAR's for Python: unpack it and give the folder")
+
 def open_cifar(
-    files:dict, # base name -> bytes, of the batches and the meta file
-    where, # folder or archive, for messages
-    name:str, # of the data set
+    where:Path, # folder with the unpacked files, or cifar-10-python.tar.gz
 )->ArraySource:
-    "CIFAR-10 or CIFAR-100 from the content of their Python files."
+    "CIFAR-10 or CIFAR-100 for Python; `ValueError` for any other compressed tar."
+    files, name = _cifar_files(where), where.resolve().name.split(".")[0]
     ten = "data_batch_1" in files
     key, batches = "labels" if ten else "fine_labels", sorted(n for n in files if "meta" not in n)
     x, y = [], []
@@ -728,36 +727,10 @@ def open_cifar(
     held = np.repeat([n.startswith("test") for n in batches], [len(a) for a in x])
     kind = f"CIFAR-{len(classes)} for Python"
     source = ArraySource(name, kind, numbered("data", len(y)), np.array(y, np.int64), classes)
+    source.files = [where/n for n in files] if where.is_dir() else [where]
     source.images = np.concatenate(x).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (N, 32, 32, 3)
     if held.any(): source.held_out = held
     if ten and len(batches) < 6: source.notes.append(f"{6 - len(batches)} of CIFAR-10's six batches are not there")
-    return source
-
-def open_cifar_folder(
-    path:Path, # with the unpacked files
-)->ArraySource:
-    "CIFAR as it is unpacked."
-    files = [p for p in path.iterdir() if CIFAR.search(p.name)]
-    source = open_cifar({p.name: p.read_bytes() for p in files}, path, path.resolve().name)
-    source.files = files
-    return source
-
-def open_cifar_tar(
-    path:Path, # cifar-10-python.tar.gz
-)->ArraySource:
-    "CIFAR in the archive as it is offered for download; `ValueError` for any other compressed tar."
-    files = {}
-    try:
-        with tarfile.open(path) as t:
-            for e in t:
-                if e.isreg() and CIFAR.search(e.name) and e.size < MAX_ENTRY:
-                    files[os.path.basename(e.name)] = t.extractfile(e).read()
-    except (tarfile.ReadError, EOFError, zlib.error, OSError) as e:
-        raise ValueError(f"{path} can't be read as a tar: {e}") from None
-    if not files:
-        raise ValueError(f"{path} is a compressed tar and not CIFAR's for Python: unpack it and give the folder")
-    source = open_cifar(files, path, path.name.split(".")[0])
-    source.files = [path]
     return source
 
 # %% ../../nbs/3_data/02_read.ipynb #71258889
@@ -972,7 +945,7 @@ def folder_kind(
     idx = {n.removesuffix(".gz") for n in names if "images" in n and re.search(r"idx3-ubyte(\.gz)?$", n)}
     if idx: return open_idx, [path/n if n in names else path/f"{n}.gz" for n in sorted(idx)]  # one of both forms
     if "data_batch_1" in names or {"train", "test", "meta"} <= names and (path/"train").is_file():
-        return open_cifar_folder, path
+        return open_cifar, path
     if shards := sorted(path/n for n in names if n.endswith(".tar")): return open_shards, shards
     for below in ("raw", "cifar-10-batches-py", "cifar-100-python"):
         if below in names and names <= {below, "processed"}: return folder_kind(path/below)
@@ -996,7 +969,7 @@ def file_kind(
     if head[:4] == b"PAR1": return (lambda p: open_table(str(p), "parquet")), path
     if head[:6] == b"ARROW1": return (lambda p: open_table(str(p), "arrow")), path
     if unpacked[257:262] == b"ustar" and unpacked is not head or head[:6] == b"\xfd7zXZ\0" or head[:3] == b"BZh":
-        return open_cifar_tar, path
+        return open_cifar, path
     if head[257:262] == b"ustar":
         partners = any({"cls", "json"} & set(e) and len(e) > 1 for _, e in shard_examples(path))
         return (open_shards, [path]) if partners else (open_pack, path)

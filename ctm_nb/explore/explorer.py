@@ -200,7 +200,7 @@ def scene(self: Plane,
     for level in (t, s): axs[1].axvline(math.log(level), color=GOOD, lw=.8, ls="--")
     mine, true = self.draw_samples(axs[2], gamma, steps, seed)
     return scene_of(fig, f"The jump from t = {t:.3g} to s = {s:.3g} ends {gap:.3f} from the exact place (median). "
-                    f"{steps} jumps with gamma = {gamma:g}: mean log-density of samples {mine:.2f}, of data {true:.2f}.")
+                    f"{steps} jumps with gamma = {gamma:g}: log-density of the samples {mine:.2f}, of data {true:.2f}.")
 
 # %% ../../nbs/8_explore/01_explorer.ipynb #4b0624e7
 class Row(NamedTuple):

@@ -86,9 +86,7 @@ class DistillConfig(OptimConfig):
     k_power: float = 1.  # the interval has length k with probability proportional to k**k_power
     solver: str = "heun"  # that takes the teacher from t to u
     max_evals: int | None = None  # at most so many teacher evaluations an interval; None: the full grid
-    spacing: str = "grid"  # of these evaluations: even in the grid's index
     label_dropout: float = 0.  # share of the batch without label, for classifier-free guidance of the student
-    pairs: int = 1  # jumps learned from each interval
     matching: str = "soft"  # where u lies: "soft" (t >= u >= s), "local" (the next grid point) or "global" (u = s)
     compare_at: str = "end"  # estimate and target are compared at sigma_min, through the EMA ("end"), or at "s"
     distance: str = "l2"  # a key of distances.DISTANCES
@@ -343,8 +341,6 @@ RULES = [
     ("distill.K", (lambda v, c: 1 <= v < c.distill.N, lambda c: f"in 1..distill.N-1 = 1..{c.distill.N - 1}")),
     ("distill.max_evals", (lambda v, c: v is None or v >= 1, "none or at least 1")),
     ("distill.solver", one_of(*SOLVERS)),
-    ("distill.spacing", one_of("grid")),
-    ("distill.pairs", (lambda v, c: v == 1, "1")),
     ("distill.matching", one_of(*MATCHING)),
     ("distill.compare_at", one_of("end", "s")),
     ("distill.distance", one_of(*DISTANCES, "lpips")),

@@ -1,4 +1,4 @@
-"""Two processes, several parts, a killed process, another number of processes: the same training."""
+"""Two processes, several micro-batches, a killed process, another number of processes: the same training."""
 import json
 import os
 import signal
@@ -9,37 +9,34 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import ENV, compute_alike
 
-from ctm_nb.training.config import make_config
-from ctm_nb.training.trainer import Engine
-from ctm_nb.training.runtime import autocast
 from ctm_nb.checkpoints.store import load_checkpoint
+from ctm_nb.training.config import make_config
+from ctm_nb.training.runtime import autocast
+from ctm_nb.training.stages import take
 from ctm_nb.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)}
+PATHS = [str(ROOT), str(ROOT / "tests" / "training"), os.environ.get("PYTHONPATH")]
+ENV = {**ENV, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(p for p in PATHS if p)}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-SHORT = ["teacher.steps=3", "teacher.batch=12", "teacher.label_dropout=.3", "distill.steps=3", "distill.batch=12", "distill.label_dropout=.3", "gan.steps=6", "gan.batch=12", "gan.r1=.1", "evaluate.n=0",
-         "teacher.optimizer=radam", "distill.optimizer=radam", "gan.optimizer=radam", "network.augment_dim=9", "teacher.augment=.12",
-         "teacher.lr=.05", "distill.lr=.02", "gan.lr=.02"]  # RAdam's first steps are plain momentum: differences of rounding stay what they are, where Adam would make steps of them
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+# RAdam's first steps are plain momentum: differences of rounding stay what they are; Adam would make steps of them
+SHORT = ["teacher.steps=3", "teacher.batch=12", "teacher.label_dropout=.3", "teacher.optimizer=radam", "teacher.lr=.05",
+         "distill.steps=3", "distill.batch=12", "distill.label_dropout=.3", "distill.optimizer=radam", "distill.lr=.02",
+         "gan.steps=6", "gan.batch=12", "gan.r1=.1", "gan.optimizer=radam", "gan.lr=.02", "evaluate.n=0",
+         "network.augment_dim=9", "teacher.augment=.12"]
 
 
 def follow(words, folder, spoil=None):
     "Every number of every step, and the networks at the end of every stage."
-    engine, log, ends = Engine(make_config("tiny", words), folder), [], {}
-    engine.begin(engine.stage, {})
-    spoil and spoil(engine)
-    while engine.step < engine.total:
-        log.append({k: float(v) for k, v in engine.train_step().items() if k != "stage"})
-        if engine.step in engine.ends.values(): ends[engine.now.name] = {p: {k: v.clone() for k, v in m.state_dict().items()} for p, m in engine.parts.items()}
+    trainer, log, ends = Trainer(make_config("tiny", words), folder), [], {}
+    if spoil: spoil(trainer)
+    while trainer.step < trainer.total:
+        log.append({k: float(v) for k, v in trainer.train_step().items() if k != "stage"})
+        if trainer.step not in trainer.ends.values(): continue
+        networks = trainer.parts.items()
+        ends[trainer.now.name] = {p: {k: v.clone() for k, v in m.state_dict().items()} for p, m in networks}
     return log, ends
 
 
@@ -51,31 +48,35 @@ def assert_close(a, b, at=1e-6, weights=1e-6):
         for k in x: assert abs(x[k] - y[k]) <= at * max(1, abs(x[k])), (n, k, x[k], y[k])
     for stage in ends_a:
         for part in ends_a[stage]:
-            for k, v in ends_a[stage][part].items(): assert float((v - ends_b[stage][part][k]).abs().max()) <= weights * max(1, float(v.abs().max())), (stage, part, k)
+            for k, v in ends_a[stage][part].items():
+                apart = float((v - ends_b[stage][part][k]).abs().max())
+                assert apart <= weights * max(1, float(v.abs().max())), (stage, part, k)
 
 
 WORKER = """
 import sys, torch
-sys.path.insert(0, sys.argv[1])
-from test_processes import *
+from runs import compute_alike
+from test_processes import SHORT, follow
 from ctm_nb.training.runtime import join, leave
 here, found = join("cpu"), {}
-torch.set_num_threads(1)
-for name, more in (("at_once", []), ("in_parts", ["run.micro_batch=4"])): found[name] = follow([*SHORT, *more], sys.argv[2])
-torch.save(found, f"{sys.argv[2]}/{here.rank}.pt")
+compute_alike()
+for name, more in (("whole", []), ("micro-batches", ["run.micro_batch=4"])):
+    found[name] = follow([*SHORT, *more], f"{sys.argv[1]}/{name}")
+torch.save(found, f"{sys.argv[1]}/{here.rank}.pt")
 leave()
 """
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    torch.set_num_threads(1)
+    compute_alike()
     return follow(SHORT, tmp_path_factory.mktemp("alone"))
 
 
 def test_two_processes_are_one_in_every_stage(alone, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    done = subprocess.run([*TORCHRUN, tmp_path / "worker.py", ROOT / "tests" / "training", tmp_path], env=ENV, capture_output=True, text=True, timeout=300)
+    words = [*TORCHRUN, tmp_path / "worker.py", tmp_path]
+    done = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
     for name in first:
@@ -86,101 +87,103 @@ def test_two_processes_are_one_in_every_stage(alone, tmp_path):
 def test_the_weights_have_moved(alone):
     "What agrees above must be worth agreeing on."
     played = [n for n in alone[0] if "lambda_gan" in n]
-    assert played and all(.01 < n["lambda_gan"] < 10 and 0 < n["lambda_dsm"] < 1e4 for n in played)  # a clamp would agree whatever the norms are
+    unclamped = lambda n: .01 < n["lambda_gan"] < 10 and 0 < n["lambda_dsm"] < 1e4  # a clamp would agree anyway
+    assert played and all(map(unclamped, played))
     _, ends = alone
     far = lambda a, b: float(torch.cat([(v - b[k]).flatten() for k, v in a.items()]).norm())
-    assert far(ends["ctm_dsm"]["model"], ends["ctm_dsm_gan"]["model"]) > .03 and far(ends["ctm_dsm"]["model"], ends["ctm_dsm"]["target"]) > .003
+    before, after = ends["ctm_dsm"], ends["ctm_dsm_gan"]
+    assert far(before["model"], after["model"]) > .03 and far(before["model"], before["target"]) > .003
 
 
-@pytest.mark.parametrize("micro", [5])
-def test_parts_are_the_whole_in_every_stage(alone, tmp_path, micro):
-    assert_close(alone, follow([*SHORT, f"run.micro_batch={micro}"], tmp_path))
+def test_micro_batches_are_the_whole_in_every_stage(alone, tmp_path):
+    assert_close(alone, follow([*SHORT, "run.micro_batch=5"], tmp_path))
 
 
-def test_parts_of_a_stage_without_denoising_and_with_stretches_of_all_lengths(tmp_path):
-    "In global matching the solver's steps depend on the longest stretch of the whole batch."
-    words = ["teacher.steps=1", "distill.steps=3", "distill.dsm=false", "distill.matching=global", "distill.max_evals=none", "distill.optimizer=radam", "evaluate.n=0"]
-    assert_close(follow(words, tmp_path), follow([*words, "run.micro_batch=7"], tmp_path))
+def test_micro_batches_of_a_stage_without_denoising_and_with_intervals_of_all_lengths(tmp_path):
+    "In global matching the solver's steps depend on the longest interval of the whole batch."
+    words = ["teacher.steps=1", "distill.steps=3", "distill.dsm=false", "distill.matching=global",
+             "distill.max_evals=none", "distill.optimizer=radam", "evaluate.n=0"]
+    assert_close(follow(words, tmp_path / "a"), follow([*words, "run.micro_batch=7"], tmp_path / "b"))
+
+
+def compare(whole, part, where):
+    "Rows 3 to 7 of the whole, and what a micro-batch of these rows was given."
+    if torch.is_tensor(whole):
+        at = 1e-5 if where.endswith("x_u") else 0
+        torch.testing.assert_close(whole[3:8], part, atol=at, rtol=at)
+    elif isinstance(whole, dict):
+        for k in whole: compare(whole[k], part[k], f"{where}.{k}")
+    elif isinstance(whole, list):
+        for u, v in zip(whole, part, strict=True): compare(u, v, where)
+    else: assert whole == part, where
 
 
 def test_numbers_of_an_image_do_not_depend_on_the_others(tmp_path):
-    "What a part is given is what the whole would give it: every draw of every kind of step, and the teacher's answer."
-    engine = Engine(make_config("tiny", SHORT), tmp_path)
-    engine.begin("teacher", {})
+    "A micro-batch is given what the whole would give it: every draw of every kind of step, and the teacher's solution."
+    t = Trainer(make_config("tiny", SHORT), tmp_path)
     for stage, step in (("teacher", 0), ("ctm_dsm", 3), ("ctm_dsm_gan", 6), ("ctm_dsm_gan", 7)):
-        if engine.now.name != stage: engine.step = step; engine.begin(stage, engine.parts)
-        from ctm_nb.training.stages import take
-        whole, part = engine.example_of(step), engine.example_of(step, take(engine.material_of(step), slice(3, 8)))
-        def compare(a, b, where):
-            if torch.is_tensor(a): torch.testing.assert_close(a[3:8], b, atol=1e-5, rtol=1e-5) if where.endswith("x_u") else torch.testing.assert_close(a[3:8], b, atol=0, rtol=0)
-            elif isinstance(a, dict): [compare(a[k], b[k], f"{where}.{k}") for k in a]
-            elif isinstance(a, list): [compare(u, v, where) for u, v in zip(a, b, strict=True)]
-            else: assert a == b, where
-        compare(whole, part, stage)
+        if t.now.name != stage: t.begin(stage, t.parts)
+        compare(t.example_of(step), t.example_of(step, take(t.material_of(step), slice(3, 8))), stage)
 
 
-def test_teacher_and_averages_hold_no_gradients_and_no_optimizer(tmp_path):
-    engine = Engine(make_config("tiny", SHORT), tmp_path)
-    engine.begin("teacher", {})
-    while engine.step < engine.total:
-        engine.train_step()
-        learns = {id(p) for k in ("model", "discriminator") if k in engine.parts for p in engine.parts[k].parameters()}
-        held = {id(p) for o in engine.now.optimizers.values() for g in o.param_groups for p in g["params"]} | {id(p) for o in engine.now.optimizers.values() for p in o.state}
-        assert held <= learns
-        for name, m in engine.parts.items():
-            if name in ("model", "discriminator"): continue
-            assert not any(p.requires_grad or p.grad is not None for p in m.parameters()), (engine.now.name, name)
+def test_teacher_and_emas_hold_no_gradients_and_no_optimizer(tmp_path):
+    t, learners = Trainer(make_config("tiny", SHORT), tmp_path), ("model", "discriminator")
+    while t.step < t.total:
+        t.train_step()
+        learns = {id(p) for k in learners if k in t.parts for p in t.parts[k].parameters()}
+        for o in t.now.optimizers.values():
+            assert {id(p) for g in o.param_groups for p in g["params"]} | {id(p) for p in o.state} <= learns
+        for name, m in t.parts.items():
+            if name in learners: continue
+            assert not any(p.requires_grad or p.grad is not None for p in m.parameters()), (t.now.name, name)
 
 
 # ---- memory
 
-def greedy(engine, most, seen=None):
+def greedy(trainer, most, seen=None):
     "A device on which more than `most` images at a time do not fit."
-    def limited(stage, name):
-        real = getattr(type(stage), name)
-        def f(*args):
-            e = next(a for a in args if isinstance(a, dict))
-            seen is not None and seen.append(len(e["x0"]))
+    def limit(stage):
+        real = stage.losses
+        def losses(e, n):
+            if seen is not None: seen.append(len(e["x0"]))
             if len(e["x0"]) > most: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            return real(stage, *args)
-        setattr(stage, name, f)
-    begin = engine.begin
+            return real(e, n)
+        stage.losses = losses
+    begin = trainer.begin
     def begin_and_limit(stage, parts):
         begin(stage, parts)
-        limited(engine.now, "losses")
-    engine.begin = begin_and_limit
-    limited(engine.now, "losses")
+        limit(trainer.now)
+    trainer.begin = begin_and_limit
+    limit(trainer.now)
 
 
 def test_out_of_memory_takes_fewer_at_a_time_and_changes_nothing_else(alone, tmp_path, caplog):
     seen = []
-    assert_close(alone, follow(SHORT, tmp_path, lambda e: greedy(e, 4, seen)))
+    assert_close(alone, follow(SHORT, tmp_path, lambda t: greedy(t, 4, seen)))
     assert {12, 6, 3} <= set(seen) and sum("images at a time" in r.message for r in caplog.records) == 2 * 3
 
 
-@pytest.mark.parametrize("words, most, message", [(["run.micro_batch=6"], 4, "--micro-batch 3"), ([], 0, "smaller network")])
+@pytest.mark.parametrize("words, most, message",
+                         [(["run.micro_batch=6"], 4, "--micro-batch 3"), ([], 0, "smaller network")])
 def test_out_of_memory_ends_with_advice(tmp_path, words, most, message):
-    engine = Engine(make_config("tiny", [*SHORT, *words]), tmp_path)
-    engine.begin("teacher", {})
-    greedy(engine, most)
-    before = {k: v.clone() for k, v in engine.parts["model"].state_dict().items()}
-    with pytest.raises(MemoryError, match=message): engine.train_step()
-    assert all(torch.equal(v, before[k]) for k, v in engine.parts["model"].state_dict().items()) and engine.step == 0
+    t = Trainer(make_config("tiny", [*SHORT, *words]), tmp_path)
+    greedy(t, most)
+    before = {k: v.clone() for k, v in t.parts["model"].state_dict().items()}
+    with pytest.raises(MemoryError, match=message): t.train_step()
+    assert all(torch.equal(v, before[k]) for k, v in t.parts["model"].state_dict().items()) and t.step == 0
 
 
 def test_rehearsal_finds_what_fits_and_leaves_no_trace(tmp_path):
-    engine = Engine(make_config("tiny", SHORT), tmp_path)
-    engine.begin("teacher", {})
-    for _ in range(6): engine.train_step()
-    engine.begin("ctm_dsm_gan", engine.parts)
-    before = {p: {k: v.clone() for k, v in m.state_dict().items()} for p, m in engine.parts.items()}
-    seen = []
-    greedy(engine, 5, seen)
-    engine.wait = False  # as on a GPU
-    assert engine.choose_micro() == 3 and {12, 6, 3} <= set(seen)
-    for p, m in engine.parts.items():
+    t, seen = Trainer(make_config("tiny", SHORT), tmp_path), []
+    for _ in range(6): t.train_step()
+    t.begin("ctm_dsm_gan", t.parts)
+    before = {p: {k: v.clone() for k, v in m.state_dict().items()} for p, m in t.parts.items()}
+    greedy(t, 5, seen)
+    t.wait = False  # as on a GPU
+    assert t.choose_micro() == 3 and {12, 6, 3} <= set(seen)
+    for p, m in t.parts.items():
         for k, v in m.state_dict().items(): assert torch.equal(v, before[p][k]), (p, k)
-    assert all(p.grad is None for p in engine.parts["model"].parameters())
+    assert all(p.grad is None for p in t.parts["model"].parameters())
 
 
 # ---- precision and guards
@@ -190,7 +193,8 @@ def test_a_processor_without_bf16_is_named(tmp_path, monkeypatch, caplog, has):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
     for p in ("fp32", "bf16"): Trainer(make_config("tiny", [*SHORT, f"run.precision={p}"]), tmp_path / p)
     said = [r.getMessage() for r in caplog.records if "no instructions" in r.getMessage()]
-    assert said == ([] if has else ["run.precision=bf16: this processor has no instructions for it; run.precision=fp32 will be many times faster"])
+    assert said == ([] if has else ["run.precision=bf16: this processor has no instructions for it; run.precision=fp32 "
+                                    "will be many times faster"])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -204,89 +208,106 @@ def test_half_precision_learns_and_resumes(tmp_path, precision):
         return t, torch.cat([v.flatten() for v in t.parts["model"].state_dict().values()])
     (t, a), (_, b) = weights("straight", [12]), weights("broken", [5, 12])
     assert torch.equal(a, b) and a.isfinite().all() and a.dtype == torch.float32
-    if precision == "fp16": assert float(t.scaler.scale) >= 2. ** 10 and load_checkpoint(tmp_path / "broken" / "checkpoints" / "step_00000012").state["scaler"]["good_steps"] > 0
+    if precision != "fp16": return
+    saved = load_checkpoint(tmp_path / "broken" / "checkpoints" / "step_00000012").state["scaler"]
+    assert float(t.state.scaler.scale) >= 2. ** 10 and saved["good_steps"] > 0
 
 
 def test_half_precision_does_not_depend_on_what_another_thread_does_meanwhile(tmp_path):
-    "torch keeps rounded weights for all threads and drops them whenever one leaves autocast; here that happens before every look of the student."
+    "torch keeps rounded weights for all threads and drops them when one leaves autocast: here, before a forward pass."
     from threading import Thread
     def enter_and_leave():
         with autocast("bf16", torch.device("cpu")): pass
-    def disturb(engine):
-        begin = engine.begin
+    def hook(*_):
+        thread = Thread(target=enter_and_leave)
+        thread.start()
+        thread.join()
+    def disturb(trainer):
+        begin = trainer.begin
         def begin_disturbed(stage, parts):
             begin(stage, parts)
-            def hook(*_): (t := Thread(target=enter_and_leave)).start(); t.join()
-            engine.parts["model"].net.register_forward_pre_hook(hook)
-        engine.begin = begin_disturbed
-    words = [*SHORT, "run.micro_batch=5", "run.precision=bf16"]  # in parts, the student looks twice
-    assert_close(follow(words, tmp_path), follow(words, tmp_path, disturb), at=0, weights=0)
+            trainer.parts["model"].net.register_forward_pre_hook(hook)
+        trainer.begin = begin_disturbed
+    words = [*SHORT, "run.micro_batch=5", "run.precision=bf16"]  # several forward passes of the student a step
+    assert_close(follow(words, tmp_path / "a"), follow(words, tmp_path / "b", disturb), at=0, weights=0)
 
 
 def test_an_overflow_halves_the_factor_and_leaves_the_step_out(tmp_path):
-    engine = Engine(make_config("tiny", [*SHORT, "run.precision=fp16"]), tmp_path)
-    engine.begin("teacher", {})
-    engine.scaler.scale.fill_(2. ** 40)
-    before = {k: v.clone() for k, v in engine.parts["model"].state_dict().items()}
-    engine.train_step()
-    assert float(engine.scaler.scale) == 2. ** 39 and engine.step == 1
-    assert all(torch.equal(v, before[k]) for k, v in engine.parts["model"].state_dict().items())
+    t = Trainer(make_config("tiny", [*SHORT, "run.precision=fp16"]), tmp_path)
+    t.state.scaler.scale.fill_(2. ** 40)
+    before = {k: v.clone() for k, v in t.parts["model"].state_dict().items()}
+    t.train_step()
+    assert float(t.state.scaler.scale) == 2. ** 39 and t.step == 1
+    assert all(torch.equal(v, before[k]) for k, v in t.parts["model"].state_dict().items())
+
+
+def with_optimizer(name):
+    "SHORT with another optimizer and the preset's learning rates."
+    return [w.replace("radam", name) for w in SHORT if ".lr" not in w]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "radam"])
 def test_running_ahead_computes_the_same(tmp_path, optimizer):
-    "What a GPU does, on a CPU: nobody waits for the judgement. The same to the bit."
-    words = [w.replace("radam", optimizer) for w in SHORT if ".lr" not in w]
-    def ahead(engine): engine.wait = False
-    assert_close(follow(words, tmp_path), follow(words, tmp_path, ahead), at=0, weights=0)
+    "What a GPU does, on a CPU: the program does not wait for the guard. The same to the bit."
+    def ahead(trainer): trainer.wait = False
+    words = with_optimizer(optimizer)
+    assert_close(follow(words, tmp_path / "a"), follow(words, tmp_path / "b", ahead), at=0, weights=0)
+
+
+def stopped_at(step, words, folder, wait):
+    "Where a run stands after a step of nothing but NaN: step, updates of the EMAs, weights and optimizers."
+    t = Trainer(make_config("tiny", [*words, "run.log_every=1000"]), folder)
+    good = t.material_of
+    t.wait, t.material_of = wait, lambda n: {**(m := good(n)), "x0": m["x0"] * (float("nan") if n == step else 1)}
+    with pytest.raises(FloatingPointError, match=f"step {step} "):
+        for _ in range(t.total): t.train_step()
+    numbers = {(k, n): v for k, m in t.parts.items() for n, v in m.named_parameters()}
+    for k, o in t.now.optimizers.items():
+        numbers |= {(k, i, n): v for i, s in o.state_dict()["state"].items() for n, v in s.items()}
+    return t.step, {k: e.n_updates for k, e in t.now.emas.items()}, numbers
 
 
 @pytest.mark.parametrize("step", [4, 9])
 @pytest.mark.parametrize("optimizer", ["adamw", "radam"])
 def test_running_ahead_stops_at_the_same(tmp_path, optimizer, step):
-    "Weights, averages and optimizers are those before the broken step, however many steps were tried after it."
-    words = [w.replace("radam", optimizer) for w in SHORT if ".lr" not in w]
-    def stopped(wait):
-        engine = Engine(make_config("tiny", [*words, "run.log_every=1000"]), tmp_path)
-        good = engine.material_of
-        engine.wait, engine.material_of = wait, lambda n: {**(m := good(n)), "x0": m["x0"] * (float("nan") if n == step else 1)}
-        engine.begin("teacher", {})
-        with pytest.raises(FloatingPointError, match=f"step {step} "): [engine.train_step() for _ in range(engine.total)]
-        numbers = {(k, n): v for k, m in engine.parts.items() for n, v in m.named_parameters()}
-        for k, o in engine.now.optimizers.items(): numbers |= {(k, i, n): v for i, s in o.state_dict()["state"].items() for n, v in s.items()}
-        return engine.step, {k: e.n_updates for k, e in engine.now.emas.items()}, numbers
-    (*place, a), (*same, b) = stopped(True), stopped(False)
+    "Weights, EMAs and optimizers are those before the broken step, however many steps were tried after it."
+    words = with_optimizer(optimizer)
+    *place, a = stopped_at(step, words, tmp_path / "a", True)
+    *same, b = stopped_at(step, words, tmp_path / "b", False)
     assert place == same and place[0] == step and len(a) > 100 and a.keys() == b.keys()
     for k in a: assert torch.equal(a[k], b[k]), k
 
 
 def test_a_clipped_gradient_is_no_longer_than_asked(tmp_path):
-    engine = Engine(make_config("tiny", [*SHORT, "teacher.clip=.01", "teacher.optimizer=radam"]), tmp_path)
-    engine.begin("teacher", {})
-    numbers = engine.train_step()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.parts["model"].parameters() if p.grad is not None])
+    t = Trainer(make_config("tiny", [*SHORT, "teacher.clip=.01", "teacher.optimizer=radam"]), tmp_path)
+    numbers = t.train_step()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in t.parts["model"].parameters() if p.grad is not None])
     assert numbers["grad_norm"] > .011 and abs(float(norm) - .01) < 1e-4
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_at_the_start(tmp_path, monkeypatch):
-    import ctm_nb.training.trainer as engine
+    import ctm_nb.training.trainer as training
     from ctm_nb.training.runtime import Here
-    monkeypatch.setattr(engine, "join", lambda device: Here(1, 5))
-    with pytest.raises(ValueError, match="12 can't be shared evenly by 5"): Engine(make_config("tiny", SHORT), tmp_path)
+    monkeypatch.setattr(training, "join", lambda device: Here(1, 5))
+    with pytest.raises(ValueError, match="12 can't be shared evenly by 5"):
+        Trainer(make_config("tiny", SHORT), tmp_path / "r")
 
 
 # ---- the command
 
-TRAIN = [*TORCHRUN, "-m", "ctm_nb.commands.train", "--preset", "tiny", "--stage", "all", "--set", *SHORT, "run.save_every=1", "run.log_every=1", "run.sample_every=100"]
+TRAIN = [*TORCHRUN, "-m", "ctm_nb.commands.train", "--preset", "tiny", "--stage", "all", "--set", *SHORT,
+         "run.save_every=1", "run.log_every=1", "run.sample_every=100"]
 
 
 def test_a_killed_process_ends_the_others_and_any_number_continues(alone, tmp_path):
-    "SIGKILL to one of two processes; one process goes on for a step, then the same command to the end, then all are compared."
+    "SIGKILL to one of two processes; one process goes on for a step, then the same command to the end: all agree."
     (tmp_path / "r").mkdir()
-    p = subprocess.Popen([*TRAIN, "--runs", tmp_path, "--name", "r"], env=ENV, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    words, quiet = [*TRAIN, "--runs", tmp_path, "--name", "r"], dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    p = subprocess.Popen(words, env=ENV, cwd=tmp_path, text=True, **quiet)
     (tmp_path / "r").rmdir()
     checkpoints, deadline = tmp_path / "r" / "checkpoints", time.monotonic() + 200
-    while not list(checkpoints.glob("step_*")) and time.monotonic() < deadline and p.poll() is None: time.sleep(.02)
+    while not list(checkpoints.glob("step_*")) and time.monotonic() < deadline and p.poll() is None:
+        time.sleep(.02)
     children = Path(f"/proc/{p.pid}/task/{p.pid}/children").read_text().split()
     assert len(children) == 2, p.stderr.read()
     os.kill(int(children[1]), signal.SIGKILL)
@@ -295,10 +316,12 @@ def test_a_killed_process_ends_the_others_and_any_number_continues(alone, tmp_pa
     t = Trainer(make_config("tiny", [*SHORT, "run.save_every=1", "run.log_every=1"]), tmp_path / "r")
     assert 0 < t.step < t.total
     t.train_step(), t.log_window(), t.save()
-    subprocess.run([*TRAIN, "--runs", tmp_path, "--name", "r"], env=ENV, cwd=tmp_path, check=True, capture_output=True, timeout=200)
+    subprocess.run(words, env=ENV, cwd=tmp_path, check=True, capture_output=True, timeout=200)
     c = load_checkpoint(checkpoints / "step_00000012")
     for part, state in alone[1]["ctm_dsm_gan"].items():
-        for k, v in state.items(): assert float((v - c.models[part][k]).abs().max()) <= 1e-6 * max(1, float(v.abs().max())), (part, k)
+        for k, v in state.items():
+            apart = float((v - c.models[part][k]).abs().max())
+            assert apart <= 1e-6 * max(1, float(v.abs().max())), (part, k)
     lines = [json.loads(l) for l in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert [l["step"] for l in lines] == list(range(1, 13))
     for l, numbers in zip(lines, alone[0]):
@@ -325,8 +348,9 @@ except SystemExit as e: open(f"{sys.argv[1]}-{t.here.rank}", "w").write(f"{e.cod
 def test_a_signal_to_one_of_two_stops_both_after_the_same_step(tmp_path):
     "However seldom the run logs."
     (tmp_path / "told.py").write_text(TOLD)
-    words = ["teacher.steps=100000", "evaluate.n=0", "run.log_every=1000", "run.save_every=1000", "run.sample_every=100000"]
-    done = subprocess.run([*TORCHRUN, tmp_path / "told.py", tmp_path / "r", *words], env=ENV, capture_output=True, text=True, timeout=200)
+    seldom = ["run.log_every=1000", "run.save_every=1000", "run.sample_every=100000"]
+    words = [*TORCHRUN, tmp_path / "told.py", tmp_path / "r", "teacher.steps=100000", "evaluate.n=0", *seldom]
+    done = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=200)
     assert [(tmp_path / f"r-{r}").read_text() for r in range(2)] == ["75 6"] * 2, done.stderr[-2000:]
     assert load_checkpoint(tmp_path / "r" / "checkpoints" / "step_00000006").step == 6
 
@@ -338,20 +362,21 @@ def test_the_report_of_a_broken_distillation_step_names_image_and_times(tmp_path
     good, e = t.material_of, t.example_of(4)
     def spoiled(step):
         m = good(step)
-        if step == 4: m["x0"] = m["x0"].clone(); m["x0"][3, 0, 2, 2] = float("nan")
+        if step == 4: m["x0"][3, 0, 2, 2] = float("nan")
         return m
-    t.ahead = {}
+    t.ahead.forget()
     if broken == "image": t.material_of = spoiled
     else: next(t.parts["model"].parameters()).data.view(-1)[0] = float("nan")
     before = {k: v.clone() for k, v in t.parts["target"].state_dict().items()}
     with pytest.raises(FloatingPointError, match="loss_ctm.*step 4"): t.train_step()
+    assert all(torch.equal(v, before[k]) for k, v in t.parts["target"].state_dict().items())
     said = json.loads((tmp_path / "r" / "nonfinite-step_00000004.json").read_text())
-    assert (said["step"], said["stage"], said["learns"], said["numbers"]["loss_ctm"]) == (4, "ctm_dsm", "model", "nan")
-    assert bool(said["weights_not_finite"]) == (broken == "weight") and all(torch.equal(v, before[k]) for k, v in t.parts["target"].state_dict().items())
-    rows = said["images_that_break_alone"]
-    assert [r["row"] for r in rows] == ([3] if broken == "image" else list(range(12)))
+    assert (said["step"], said["stage"], said["learns"]) == (4, "ctm_dsm", "model")
+    assert said["numbers"]["loss_ctm"] == "nan" and bool(said["weights_not_finite"]) == (broken == "weight")
+    found = said["images_that_break_alone"]
+    assert [r["row"] for r in found] == ([3] if broken == "image" else list(range(12)))
     ids = t.batches.indices((4 - t.begun_at) * 12).tolist()
-    for r in rows:
+    for r in found:
         assert r["image"] == ids[r["row"]] and r["loss_ctm"] == "nan" and {"y", "sigma"} <= r.keys()
         for k in "tus": assert r[k] == pytest.approx(float(e[k][r["row"]]))
 
@@ -364,7 +389,9 @@ def test_a_jump_of_a_loss_or_of_an_average_is_warned_about(tmp_path, caplog, wha
     t.save()
     assert "jumped" not in caplog.text
     t = Trainer(config, tmp_path / "r")  # the past is in the log
-    if what == "loss": good = t.material_of; t.material_of = lambda step: {**(m := good(step)), "x0": m["x0"] * 50}
+    if what == "loss":
+        good = t.material_of
+        t.material_of = lambda step: {**(m := good(step)), "x0": m["x0"] * 50}
     else:
         for p in t.parts["model"].parameters(): p.data *= 2
     t.train_step(), t.log_window()
@@ -380,35 +407,39 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("optimizer", ["adamw", "radam"])
 def test_gpu_nobody_waits_within_a_step(tmp_path, optimizer):
     "Between two looks, whatever makes the program wait for the device raises."
-    engine = Engine(make_config("tiny", [w.replace("radam", optimizer) for w in SHORT] + ["teacher.steps=8", "distill.steps=8", "gan.steps=16", "run.log_every=1000", "run.device=cuda"]), tmp_path)
-    engine.begin("teacher", {})
+    longer = ["teacher.steps=8", "distill.steps=8", "gan.steps=16", "run.log_every=1000", "run.device=cuda"]
+    t = Trainer(make_config("tiny", [w.replace("radam", optimizer) for w in SHORT] + longer), tmp_path)
     for _ in range(3):
-        for _ in range(3): engine.train_step()  # cuDNN tries its kernels
+        for _ in range(3): t.train_step()  # cuDNN tries its kernels
         torch.cuda.set_sync_debug_mode("error")
-        try: [engine.train_step() for _ in range(4)]
+        try:
+            for _ in range(4): t.train_step()
         finally: torch.cuda.set_sync_debug_mode("default")
-        while engine.step < engine.ends[engine.now.name]: engine.train_step()
-        engine.look()
-        assert all(isinstance(v, (int, float, str)) for w in engine.window for v in w.values())
-        if engine.step < engine.total: engine.begin(engine.stage, engine.parts)
+        while t.step < t.ends[t.now.name]: t.train_step()
+        t.look()
+        assert all(isinstance(v, (int, float, str)) for w in t.state.window for v in w.values())
+        if t.step < t.total: t.begin(t.stage, t.parts)
 
 
 @gpu
-@pytest.mark.parametrize("words", [["run.precision=fp32"], ["run.precision=bf16"], ["run.precision=fp16"], ["run.precision=bf16", "run.micro_batch=5"], ["run.compile=true"]])
+@pytest.mark.parametrize("words", ["run.precision=fp32", "run.precision=bf16", "run.precision=fp16",
+                                   "run.precision=bf16 run.micro_batch=5", "run.compile=true"])
 def test_gpu_learns_in_every_precision(tmp_path, words):
-    log, ends = follow(["teacher.steps=30", "distill.steps=6", "gan.steps=6", "gan.batch=16", "evaluate.n=0", *words], tmp_path)
-    assert log[29]["loss_edm"] < log[0]["loss_edm"] and all(v.isfinite().all() for part in ends["ctm_dsm_gan"].values() for v in part.values())
+    short = ["teacher.steps=30", "distill.steps=6", "gan.steps=6", "gan.batch=16", "evaluate.n=0"]
+    log, ends = follow([*short, *words.split()], tmp_path)
+    assert log[29]["loss_edm"] < log[0]["loss_edm"]
+    assert all(v.isfinite().all() for part in ends["ctm_dsm_gan"].values() for v in part.values())
 
 
 @gpu
 def test_gpu_stops_before_a_broken_step(tmp_path):
-    engine = Engine(make_config("tiny", ["run.log_every=5"]), tmp_path)
-    engine.begin("teacher", {})
-    good = engine.material_of
+    t = Trainer(make_config("tiny", ["run.log_every=5"]), tmp_path)
+    good = t.material_of
     def spoiled(step):
         m = good(step)
         if step == 6: m["x0"] = torch.full_like(m["x0"], float("nan"))
         return m
-    engine.material_of = spoiled
-    with pytest.raises(FloatingPointError, match="step 6"): [engine.train_step() for _ in range(10)]
-    assert engine.step == 6 and all(v.isfinite().all() for m in engine.parts.values() for v in m.state_dict().values())
+    t.material_of = spoiled
+    with pytest.raises(FloatingPointError, match="step 6"):
+        for _ in range(10): t.train_step()
+    assert t.step == 6 and all(v.isfinite().all() for m in t.parts.values() for v in m.state_dict().values())

@@ -1,36 +1,28 @@
-"""Killed, told to stop, out of disk, damaged, moved to other settings: a run ends as it would have ended, or says in one line why not."""
+"""Killed, told to stop, out of disk, damaged, other settings: a run ends as it would have ended, or says why not."""
 import json
-import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from runs import COMMAND, ENV, assert_same, compute_alike, newest
 
 import ctm_nb.training.trainer as training
+from ctm_nb.checkpoints.store import CheckpointError
 from ctm_nb.training.config import make_config
-from ctm_nb.training.trainer import SAFE
-from ctm_nb.checkpoints.store import CheckpointError, load_checkpoint
-from ctm_nb.training.trainer import Trainer
+from ctm_nb.training.trainer import SAFE, Trainer, changes
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ["teacher.steps=8", "distill.steps=6", "teacher.batch=8", "distill.batch=8", "run.save_every=4", "run.log_every=3", "run.sample_every=100", "evaluate.n=0"]
-COMMAND = [sys.executable, "-c", "from ctm_nb.commands.train import ctm_nb_train; ctm_nb_train()", "--preset", "tiny"]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True)
-def as_the_command_computes():
-    "The processes below run with one thread and flush denormal numbers; so must this one."
-    n = torch.get_num_threads()
-    torch.set_num_threads(1), torch.set_flush_denormal(True)
-    yield
-    torch.set_num_threads(n), torch.set_flush_denormal(False)
+TINY = ["teacher.steps=8", "distill.steps=6", "teacher.batch=8", "distill.batch=8", "run.save_every=4",
+        "run.log_every=3", "run.sample_every=100", "evaluate.n=0"]
 
 
 def start(folder, *more, previous=False): return Trainer(make_config("tiny", [*TINY, *more]), folder, previous)
@@ -45,53 +37,42 @@ def walk(trainer, step):
     return trainer
 
 
-def newest(folder): return load_checkpoint(sorted((folder / "checkpoints").glob("step_*"))[-1])
-
-
-def assert_same(a, b):
-    "Weights and optimizers of the newest checkpoints, bit for bit."
-    a, b = newest(a), newest(b)
-    assert a.step == b.step and a.models.keys() == b.models.keys()
-    for part in a.models:
-        for k, v in a.models[part].items(): assert torch.equal(v, b.models[part][k]), (part, k)
-    for who in a.state["optimizers"]:
-        for k, v in a.state["optimizers"][who]["state"].items():
-            for name, t in v.items(): assert torch.equal(torch.as_tensor(t), torch.as_tensor(b.state["optimizers"][who]["state"][k][name])), (who, k, name)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     "The undisturbed run, 14 steps, saved after 8 and 14."
-    n = torch.get_num_threads()
-    torch.set_num_threads(1), torch.set_flush_denormal(True)
+    compute_alike()
     folder = tmp_path_factory.mktemp("runs") / "whole"
     walk(walk(start(folder), 8), 14)
-    torch.set_num_threads(n), torch.set_flush_denormal(False)
     return folder
 
 
 # ---- killed
 
 def test_killed_at_twenty_random_moments_not_a_bit_differs():
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "crash.py", "--kills", "20", "--seed", "1", "--out", "-"], capture_output=True, text=True, env=ENV, cwd=ROOT)
+    words = [sys.executable, ROOT / "benchmarks" / "crash.py", "--kills", "20", "--seed", "1", "--out", "-"]
+    done = subprocess.run(words, capture_output=True, text=True, env=ENV, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     record = json.loads(done.stdout)
-    assert record["mismatches"] == 0 and record["kills"] == 20 and set(record["by kind"]) == {"time", "disk", "write"} and record["runs to their end"] >= 1
+    assert (record["mismatches"], record["kills"], set(record["by kind"])) == (0, 20, {"time", "disk", "write"})
+    assert record["runs to their end"] >= 1
 
 
 # ---- told to stop
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 75), ("SIGINT", 130)])
 def test_a_signal_finishes_the_step_saves_and_says_so(tmp_path, name, code):
-    words = [*COMMAND, "--runs", tmp_path, "--name", "r", "--set", *TINY, "teacher.steps=100000", "run.save_every=100000", "run.log_every=1"]
+    endless = ["teacher.steps=100000", "run.save_every=100000", "run.log_every=1"]
+    words = [*COMMAND, "--runs", tmp_path, "--name", "r", "--set", *TINY, *endless]
     p = subprocess.Popen(words, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     log, waited = tmp_path / "r" / "metrics.jsonl", time.monotonic()
-    while not (log.exists() and log.stat().st_size) and time.monotonic() - waited < 200 and p.poll() is None: time.sleep(.05)
+    while not (log.exists() and log.stat().st_size) and time.monotonic() - waited < 200 and p.poll() is None:
+        time.sleep(.05)
     p.send_signal(getattr(signal, name))
     err = p.communicate(timeout=200)[1]
     assert p.returncode == code, err
     step = newest(tmp_path / "r").step
-    assert 0 < step < 100000 and f"{name}: step {step} is saved; the same command continues" in err and "Traceback" not in err
+    assert 0 < step < 100000 and "Traceback" not in err
+    assert f"{name}: step {step} is saved; the same command continues" in err
     assert (tmp_path / "r" / "report.html").exists()
     again = Trainer(make_config("tiny", [*TINY, "teacher.steps=100000"]), tmp_path / "r")
     assert again.step == step and len(again.log.read()) == step
@@ -107,7 +88,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(whole, tmp_path):
     done = subprocess.run(words, env=ENV, capture_output=True, text=True, preexec_fn=small)
     line = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
-    assert "File too large while step 12 was being saved; the checkpoints before it are whole" in line and ".safetensors" in line
+    assert "File too large while step 12 was being saved; the checkpoints before it are whole" in line
+    assert ".safetensors" in line
     assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == ["step_00000008"]
     walk(start(tmp_path / "r"), 14)  # room again
     assert_same(tmp_path / "r", whole)
@@ -121,10 +103,12 @@ def test_damage_is_named_and_the_previous_one_used_only_if_asked(whole, tmp_path
     data = bytearray(part.read_bytes())
     data[-3] ^= 1
     part.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"step_00000014/model.safetensors: expected sha256 .* --from-previous"): start(tmp_path / "d")
+    with pytest.raises(CheckpointError, match=r"step_00000014/model.safetensors: expected sha256 .* --from-previous"):
+        start(tmp_path / "d")
     again = start(tmp_path / "d", previous=True)
     assert again.step == 8 and any("damaged, passed over" in r.message for r in caplog.records)
-    assert sorted(p.name for p in (tmp_path / "d" / "checkpoints").iterdir()) == ["damaged-step_00000014", "step_00000008"]
+    left = sorted(p.name for p in (tmp_path / "d" / "checkpoints").iterdir())
+    assert left == ["damaged-step_00000014", "step_00000008"]
     walk(again, 14)
     assert_same(tmp_path / "d", whole)
 
@@ -134,9 +118,11 @@ def test_a_missing_part_is_named_and_nothing_starts_over(whole, tmp_path, name):
     shutil.copytree(whole, tmp_path / "l")
     for p in (tmp_path / "l" / "checkpoints").glob("step_*"): (p / name).unlink(missing_ok=True)
     log = (tmp_path / "l" / "metrics.jsonl").read_text()
-    with pytest.raises(CheckpointError, match=f"step_00000014/{name}: expected a readable file"): start(tmp_path / "l")
+    with pytest.raises(CheckpointError, match=f"step_00000014/{name}: expected a readable file"):
+        start(tmp_path / "l")
     if name != "ctm.safetensors":  # the teacher's checkpoint has no such part
-        with pytest.raises(CheckpointError, match="no checkpoint that can be read: step_00000014, step_00000008"): start(tmp_path / "l", previous=True)
+        with pytest.raises(CheckpointError, match="no checkpoint that can be read: step_00000014, step_00000008"):
+            start(tmp_path / "l", previous=True)
     assert (tmp_path / "l" / "metrics.jsonl").read_text() == log
 
 
@@ -149,7 +135,7 @@ def test_scores_without_checkpoints_are_not_trained_over(tmp_path):
 
 # ---- other settings
 
-SAFE_CASES = [  # words of the first part, steps made with it, words of the second: the whole with the second from the start must be equal
+SAFE_CASES = [  # words of the first part, its steps, words of the second: must equal the second from the start
     ((), 6, ("teacher.steps=11",)),                          # longer, while the teacher is in training
     (("teacher.steps=11",), 6, ("teacher.steps=8",)),        # shorter, not below what is done
     ((), 8, ("teacher.steps=11",)),                          # longer, at its end
@@ -161,7 +147,8 @@ SAFE_CASES = [  # words of the first part, steps made with it, words of the seco
 ]
 
 
-@pytest.mark.parametrize("before, step, after", SAFE_CASES, ids=lambda v: " ".join(v) if isinstance(v, tuple) else str(v))
+@pytest.mark.parametrize("before, step, after", SAFE_CASES,
+                         ids=lambda v: " ".join(v) if isinstance(v, tuple) else str(v))
 def test_a_safe_change_ends_as_if_it_had_been_there_from_the_start(tmp_path, before, step, after):
     walk(start(tmp_path / "a", *before), step)
     changed = start(tmp_path / "a", *after)
@@ -169,22 +156,27 @@ def test_a_safe_change_ends_as_if_it_had_been_there_from_the_start(tmp_path, bef
     straight = start(tmp_path / "b", *after)
     walk(changed, changed.total), walk(straight, straight.total)
     assert_same(tmp_path / "a", tmp_path / "b")
-    assert newest(tmp_path / "a").meta["changes"] == changed.changes and newest(tmp_path / "b").meta["changes"] == []
-    assert json.loads((tmp_path / "a" / "config.json").read_text()) == newest(tmp_path / "b").meta["config"]
+    a, b = newest(tmp_path / "a").meta, newest(tmp_path / "b").meta
+    assert a["changes"] == changed.changes and b["changes"] == []
+    assert json.loads((tmp_path / "a" / "config.json").read_text()) == b["config"]
 
 
-@pytest.mark.parametrize("step, word", [(6, "teacher.lr=.1"), (6, "teacher.steps=5"), (6, "network.model_channels=16"), (6, "run.seed=1"), (6, "data.flip=true"), (6, "teacher.decay=linear"),
-    (11, "teacher.steps=9"), (11, "distill.lr=.1"), (11, "distill.steps=2"), (11, "distill.K=3")])
+@pytest.mark.parametrize("step, word", [
+    (6, "teacher.lr=.1"), (6, "teacher.steps=5"), (6, "network.model_channels=16"), (6, "run.seed=1"),
+    (6, "data.flip=true"), (6, "teacher.decay=linear"), (11, "teacher.steps=9"), (11, "distill.lr=.1"),
+    (11, "distill.steps=2"), (11, "distill.K=3")])
 def test_an_unsafe_change_is_refused_by_name_and_changes_nothing(tmp_path, step, word):
     walk(start(tmp_path / "a"), step)
     config = (tmp_path / "a" / "config.json").read_text()
-    with pytest.raises(ValueError, match=word.split("=")[0].replace(".", r"\.") + ": .* -> "): start(tmp_path / "a", word)
+    with pytest.raises(ValueError, match=word.split("=")[0].replace(".", r"\.") + ": .* -> "):
+        start(tmp_path / "a", word)
     assert (tmp_path / "a" / "config.json").read_text() == config and start(tmp_path / "a").step == step
 
 
 def test_steps_of_a_decaying_rate_are_refused(tmp_path):
     walk(start(tmp_path / "a", "teacher.decay=cosine"), 6)
-    with pytest.raises(ValueError, match="teacher.steps: 8 -> 12.*decay is constant"): start(tmp_path / "a", "teacher.decay=cosine", "teacher.steps=12")
+    with pytest.raises(ValueError, match="teacher.steps: 8 -> 12.*decay is constant"):
+        start(tmp_path / "a", "teacher.decay=cosine", "teacher.steps=12")
 
 
 def test_every_row_of_the_table_is_tried():
@@ -193,12 +185,11 @@ def test_every_row_of_the_table_is_tried():
 
 
 def test_pictures_that_moved_are_the_same_pictures(tmp_path):
-    from PIL import Image
-    import numpy as np
     rng = np.random.default_rng(0)
     for i in range(20):
         (tmp_path / "p" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(tmp_path / "p" / "ab"[i % 2] / f"{i}.png")
+        picture = Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8))
+        picture.save(tmp_path / "p" / "ab"[i % 2] / f"{i}.png")
     walk(start(tmp_path / "r", f"data.source={tmp_path / 'p'}"), 3)
     (tmp_path / "p").rename(tmp_path / "q")
     assert start(tmp_path / "r", f"data.source={tmp_path / 'q'}").step == 3
@@ -208,27 +199,53 @@ def test_pictures_that_moved_are_the_same_pictures(tmp_path):
 
 def test_the_precision_stays_and_its_word_may_change(tmp_path):
     walk(start(tmp_path / "a"), 3)
-    with pytest.raises(ValueError, match="was trained in fp32, and run.precision=bf16 means bf16 here; --set run.precision=fp32 continues it"): start(tmp_path / "a", "run.precision=bf16")
+    message = "was trained in fp32, and run.precision=bf16 means bf16 here; --set run.precision=fp32 continues it"
+    with pytest.raises(ValueError, match=message): start(tmp_path / "a", "run.precision=bf16")
     assert start(tmp_path / "a", "run.precision=fp32").step == 3
     from ctm_nb.commands.train import place
     said = [place(make_config("tiny", [*TINY, f"run.precision={p}"]), tmp_path / "a") for p in ("bf16", "fp32")]
-    assert said[0].startswith("refused") and "trained in fp32" in said[0] and said[1].startswith("continues the run there from step 3")
+    assert said[0].startswith("refused") and "trained in fp32" in said[0]
+    assert said[1].startswith("continues the run there from step 3")
 
 
 def test_a_setting_that_a_new_version_adds_counts_as_its_default():
-    from dataclasses import asdict
-    from ctm_nb.training.trainer import changes
     new, old = (asdict(make_config("tiny", TINY)) for _ in range(2))
-    del old["data"]["use_labels"], old["distill"]["pairs"]
+    del old["data"]["use_labels"], old["distill"]["label_dropout"]
     assert changes(old, new, 20) == ([], [])
-    assert changes(old, {**new, "data": {**new["data"], "use_labels": False}}, 20)[1] == ["data.use_labels: True -> False"]
+    labels = {**new, "data": {**new["data"], "use_labels": False}}
+    assert changes(old, labels, 20)[1] == ["data.use_labels: True -> False"]
+
+
+def test_a_run_of_the_version_before_goes_on_unless_its_settings_are_gone(tmp_path):
+    "As its config.json and checkpoint.json have them: settings that are no longer there, a solver's former name."
+    walk(start(tmp_path / "a"), 11)
+    new = asdict(make_config("tiny", TINY))
+    def older(**values): return {**new, "distill": {**new["distill"], "solver": "dpm", **values}}
+    assert new["distill"]["solver"] == "dpmpp_2m" and not {"pairs", "spacing"} & new["distill"].keys()
+    assert changes(older(pairs=1, spacing="grid"), new, 11) == ([], [])
+    for gone in (dict(pairs=4), dict(spacing="curved")):
+        key, value = next(iter(gone.items()))
+        assert changes(older(**gone), new, 11)[1][0].startswith(f"distill.{key}: {value} -> this version no longer has")
+    config = tmp_path / "a" / "config.json"
+    config.write_text(json.dumps(older(pairs=1, spacing="grid")))
+    assert start(tmp_path / "a").step == 11 and "pairs" not in json.loads(config.read_text())["distill"]
+
+
+def test_a_state_that_lacks_something_is_refused(tmp_path):
+    t = walk(start(tmp_path / "a"), 11)
+    for what, find in (("state", lambda c: c.state), ("networks", lambda c: c.models),
+                       ("optimizers", lambda c: c.state["optimizers"]), ("emas", lambda c: c.state["emas"])):
+        c = newest(tmp_path / "a")
+        find(c).popitem()
+        with pytest.raises(CheckpointError, match=f"step_00000011: expected the {what}"): t.state.load(c)
 
 
 def test_other_libraries_are_remembered(tmp_path, monkeypatch):
     walk(start(tmp_path / "a"), 3)
     monkeypatch.setattr(training, "versions", lambda: {"torch": "99.0"})
     t = walk(start(tmp_path / "a"), 4)
-    assert t.changes == [{"step": 3, "what": [f"torch: {torch.__version__} -> 99.0"]}] == newest(tmp_path / "a").meta["changes"]
+    expected = [{"step": 3, "what": [f"torch: {torch.__version__} -> 99.0"]}]
+    assert t.changes == expected == newest(tmp_path / "a").meta["changes"]
 
 
 # ---- what a user's own code draws

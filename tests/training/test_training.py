@@ -1,75 +1,70 @@
-"""A run is cut into pieces, refused, starved of labels; its numbers must not notice, or it must say so. (How it is killed: test_resume.)"""
+"""A run is cut into pieces, refused, starved of labels; its numbers must not notice, or it must say so.
+
+(How it is killed: test_resume.)"""
 import json
-import os
 import re
 import subprocess
-import sys
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import COMMAND, ENV, assert_same, newest
 
-from ctm_nb.training.report import markdown_table, score_table
 from ctm_nb.checkpoints.models import load
-from ctm_nb.method.sampling import sample
-from ctm_nb.training.costs import memory
-from ctm_nb.training.stages import step_generator
-from ctm_nb.training.trainer import changes
 from ctm_nb.checkpoints.store import load_checkpoint
+from ctm_nb.method.sampling import sample
 from ctm_nb.training.config import PRESETS, Config, make_config, set_value
-from ctm_nb.training.trainer import Trainer
-from dataclasses import asdict
+from ctm_nb.training.costs import memory
+from ctm_nb.training.report import markdown_table, score_table
+from ctm_nb.training.trainer import Trainer, changes
 
-TINY = ["teacher.steps=12", "distill.steps=9", "gan.steps=9", "gan.batch=16", "run.save_every=4", "run.log_every=3", "run.sample_every=100", "evaluate.n=0"]
-COMMAND = [sys.executable, "-c", "from ctm_nb.commands.train import ctm_nb_train; ctm_nb_train()", "--preset", "tiny", "--stage", "all", "--set", *TINY]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True)
-def as_the_command_computes():
-    "The processes below run with one thread and flush denormal numbers; so must this one."
-    n = torch.get_num_threads()
-    torch.set_num_threads(1); torch.set_flush_denormal(True)
-    yield
-    torch.set_num_threads(n); torch.set_flush_denormal(False)
+TINY = ["teacher.steps=12", "distill.steps=9", "gan.steps=9", "gan.batch=16", "run.save_every=4", "run.log_every=3",
+        "run.sample_every=100", "evaluate.n=0"]
+CLOCKS = ("seconds", "images_per_sec", "peak_memory_mb")
 
 
-def final_state(folder):
-    c = load_checkpoint(folder / "checkpoints" / "step_00000030")
+def logged(folder):
+    "The lines of the log without the clocks."
     lines = [json.loads(l) for l in (folder / "metrics.jsonl").read_text().splitlines()]
-    clock = ("seconds", "images_per_sec", "peak_memory_mb")
-    return c, [{k: v for k, v in l.items() if k not in clock} for l in lines]
+    return [{k: v for k, v in l.items() if k not in CLOCKS} for l in lines]
 
 
-def assert_same(a, b):
-    (a, log_a), (b, log_b) = final_state(a), final_state(b)
-    assert log_a == log_b
-    assert a.models.keys() == b.models.keys()
-    for part in a.models:
-        for k, v in a.models[part].items(): assert torch.equal(v, b.models[part][k]), (part, k)
-    assert a.state["optimizers"].keys() == b.state["optimizers"].keys() == {"model", "discriminator"}
-    for who in a.state["optimizers"]:
-        for k, v in a.state["optimizers"][who]["state"].items():
-            for name, t in v.items(): assert torch.equal(torch.as_tensor(t), torch.as_tensor(b.state["optimizers"][who]["state"][k][name])), (who, k, name)
+def assert_same_run(a, b):
+    assert_same(a, b)
+    assert newest(a).state["optimizers"].keys() == {"model", "discriminator"} and logged(a) == logged(b)
+
+
+def pictures(folder, n, classes=("",), shape=(8, 8)):
+    "Random pictures in files, in a folder for each class."
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        path = folder / classes[i % len(classes)] / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, shape, np.uint8)).save(path)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    subprocess.run([*COMMAND, "--runs", folder, "--name", "a"], check=True, env=ENV, capture_output=True)
+    words = [*COMMAND, "--stage", "all", "--set", *TINY, "--runs", folder, "--name", "a"]
+    subprocess.run(words, check=True, env=ENV, capture_output=True)
     return folder / "a"
 
 
 def test_the_log_says_what_was_promised(undisturbed):
-    _, lines = final_state(undisturbed)
-    assert [(l["stage"], l["step"]) for l in lines] == [("teacher", n) for n in (3, 6, 9, 12)] + [("ctm_dsm", n) for n in (15, 18, 21)] + [("ctm_dsm_gan", n) for n in (24, 27, 30)]
+    lines, ends = logged(undisturbed), {"teacher": 12, "ctm_dsm": 21, "ctm_dsm_gan": 30}
+    stage_of = lambda n: next(stage for stage, end in ends.items() if n <= end)
+    assert [(l["stage"], l["step"]) for l in lines] == [(stage_of(n), n) for n in range(3, 31, 3)]
     assert {"loss_edm", "lr", "grad_norm", "images"} <= lines[0].keys()
     assert {"loss_ctm", "loss_dsm", "lambda_dsm", "teacher_evals", "lr", "grad_norm"} <= lines[6].keys()
-    assert {"loss_ctm", "loss_dsm", "loss_gan", "loss_d", "lambda_dsm", "lambda_gan", "grad_norm", "grad_norm_d"} <= lines[-1].keys()
+    losses, weights = {f"loss_{k}" for k in ("ctm", "dsm", "gan", "d")}, {"lambda_dsm", "lambda_gan"}
+    assert losses | weights | {"grad_norm", "grad_norm_d"} <= lines[-1].keys()
     full = json.loads((undisturbed / "metrics.jsonl").read_text().splitlines()[0])
-    assert all(full[k] > 0 for k in ("images_per_sec", "peak_memory_mb", "seconds"))
+    assert all(full[k] > 0 for k in CLOCKS)
 
 
 def test_resume_inside_a_log_window_and_a_stage(undisturbed, tmp_path):
@@ -80,29 +75,31 @@ def test_resume_inside_a_log_window_and_a_stage(undisturbed, tmp_path):
             trainer.train_step()
             if trainer.step % 3 == 0: trainer.log_window()
         trainer.save()
-    assert_same(undisturbed, tmp_path / "c")
+    assert_same_run(undisturbed, tmp_path / "c")
 
 
 def test_another_configuration_is_refused_by_name(undisturbed):
-    with pytest.raises(ValueError, match=r"distill\.lr: 0\.0004 -> 0\.1"): Trainer(make_config("tiny", [*TINY, "distill.lr=.1"]), undisturbed)
+    with pytest.raises(ValueError, match=r"distill\.lr: 0\.0004 -> 0\.1"):
+        Trainer(make_config("tiny", [*TINY, "distill.lr=.1"]), undisturbed)
     Trainer(make_config("tiny", [*TINY, "run.keep=7"]), undisturbed)  # harmless
 
 
 def test_what_only_the_network_finds_claims_no_folder(tmp_path):
-    with pytest.raises(ValueError, match="divisible"): Trainer(make_config("tiny", [*TINY, "network.channel_mult=1,1,1,1,1"]), tmp_path / "m")
+    with pytest.raises(ValueError, match="divisible"):
+        Trainer(make_config("tiny", [*TINY, "network.channel_mult=1,1,1,1,1"]), tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
 
 def test_classes_of_the_samples_follow_the_data(tmp_path, monkeypatch):
     "Images sorted by class, more of them than samples: every class must still be drawn."
-    import ctm_nb.training.trainer as training
-    seen = {}
-    monkeypatch.setattr(training, "sample", lambda m, n, y, **kw: seen.update(y=y) or torch.zeros(n, 1, 8, 8) + torch.rand(n, 1, 1, 1))
-    t = Trainer(make_config("tiny", [*TINY, "evaluate.n=100"]), tmp_path / "n")
+    import ctm_nb.evaluation.evaluate as evaluation
+    seen, real = [], evaluation.sample
+    monkeypatch.setattr(evaluation, "sample", lambda m, *a, y, **kw: seen.append(y) or real(m, *a, y=y, **kw))
+    t = Trainer(make_config("tiny", [*TINY, "evaluate.n=100", "evaluate.teacher_steps=1"]), tmp_path / "n")
     order = t.data.labels.argsort()
     t.data.labels, t.data.images = t.data.labels[order], t.data.images[order]
     t.evaluate()
-    counts = torch.bincount(seen["y"], minlength=10)
+    counts = torch.bincount(torch.cat(seen), minlength=10)
     assert counts.min() >= 9 and counts.max() <= 11
 
 
@@ -116,8 +113,9 @@ def test_nan_stops_before_the_update(tmp_path):
     trainer = Trainer(make_config("tiny", TINY), tmp_path / "e")
     trainer.train_step()
     before = {k: v.clone() for k, v in trainer.parts["model"].state_dict().items()}
-    good = trainer.example_of
-    trainer.example_of = lambda step: {**good(step), "x0": torch.tensor(float("nan")).expand(32, 1, 8, 8)}
+    good = trainer.material_of
+    trainer.material_of = lambda step: {**good(step), "x0": torch.full((32, 1, 8, 8), float("nan"))}
+    trainer.ahead.forget()
     with pytest.raises(FloatingPointError, match="loss_edm.*step 1"): trainer.train_step()
     for k, v in trainer.parts["model"].state_dict().items(): assert torch.equal(v, before[k])
     assert trainer.step == 1 and trainer.now.emas["teacher"].n_updates == 1
@@ -125,12 +123,7 @@ def test_nan_stops_before_the_update(tmp_path):
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_own_folder_of_colour_images(tmp_path, labelled):
-    images = tmp_path / "pictures"
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        path = images / ("ab"[i % 2] if labelled else "") / f"{i:03}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(path)
+    images = pictures(tmp_path / "pictures", 40, "ab" if labelled else ("",), (8, 8, 3))
     config = make_config("tiny", [f"data.source={images}", "teacher.steps=3", "distill.steps=3", "evaluate.n=10"])
     assert bool(Trainer(config, tmp_path / "run").run()) == labelled
     m = load(tmp_path / "run")
@@ -159,15 +152,20 @@ def test_bad_assignments(assignment, message):
     with pytest.raises(ValueError, match=re.escape(message)): set_value(Config(), assignment)
 
 
-@pytest.mark.parametrize("assignment", ["teacher.steps=0", "teacher.batch=0", "teacher.lr=nan", "distill.ema=1", "distill.K=0", "distill.N=1", "distill.init=zero",
-    "distill.max_evals=0", "network.dropout=1", "network.channel_mult=", "network.sigma_data=0", "evaluate.batch=0", "evaluate.steps=0", "run.device=tpux", "run.seed=-1", "teacher.beta2=2", "network.sigma_min=0", "network.model_channels=7", "run.keep=0", "evaluate.n=-1", "distill.optimizer=sgd"])
+@pytest.mark.parametrize("assignment", [
+    "teacher.steps=0", "teacher.batch=0", "teacher.lr=nan", "distill.ema=1", "distill.K=0", "distill.N=1",
+    "distill.init=zero", "distill.max_evals=0", "network.dropout=1", "network.channel_mult=", "network.sigma_data=0",
+    "evaluate.batch=0", "evaluate.steps=0", "run.device=tpux", "run.seed=-1", "teacher.beta2=2",
+    "network.sigma_min=0", "network.model_channels=7", "run.keep=0", "evaluate.n=-1", "distill.optimizer=sgd"])
 def test_impossible_values_name_their_key(assignment):
     with pytest.raises(ValueError, match=re.escape(assignment.split("=")[0])): make_config("digits", [assignment])
 
 
 def test_table_is_made_of_the_records():
     record = lambda metric, value, **s: {"metric": metric, "value": value, "sampler": s or None}
-    rows = score_table([record("frechet_distance", 1.), record("frechet_distance", 2.25, solver="ctm", steps=1), record("precision", .5, solver="ctm", steps=1)])
+    one = dict(solver="ctm", steps=1)
+    records = [("frechet_distance", 1., {}), ("frechet_distance", 2.25, one), ("precision", .5, one)]
+    rows = score_table([record(metric, value, **sampler) for metric, value, sampler in records])
     assert markdown_table(rows, ("frechet_distance", "precision")).splitlines()[-1] == "| CTM, 1 step | 2.25 | 0.500 |"
 
 
@@ -176,7 +174,7 @@ def test_stage_by_stage_is_the_whole(undisturbed, tmp_path):
         t = Trainer(make_config("tiny", TINY), tmp_path / "s")
         t.run(stage)
         assert t.step == (12, 21, 30)[i] and set(t.parts) >= {"model", "teacher"}
-    assert_same(undisturbed, tmp_path / "s")
+    assert_same_run(undisturbed, tmp_path / "s")
 
 
 def test_the_adversarial_stage_starts_from_the_average(tmp_path):
@@ -202,21 +200,25 @@ def test_further_averages_are_kept_resumed_and_loaded(tmp_path):
     assert averages == {"ctm", "ctm-0.2", "ctm-0.9999"}
     for k in averages: assert all(torch.equal(v, b.models[k][n]) for n, v in a.models[k].items()), k
     by_rate = [load(tmp_path / "a", which=k) for k in ("ctm-0.2", "ctm", "ctm-0.9999")]
-    far = [sum(float((p - q).square().sum()) for p, q in zip(m.parameters(), straight.parts["model"].parameters())) for m in by_rate]
+    weights = lambda m: torch.cat([p.detach().flatten() for p in m.parameters()])
+    far = [float((weights(m) - weights(straight.parts["model"])).norm()) for m in by_rate]
     assert 0 < far[0] < far[1] < far[2]  # the longer the memory, the farther behind
-    with pytest.raises(ValueError, match="holds no 'ctm-0.3' model: it describes .*'ctm-0.2'"): load(tmp_path / "a", which="ctm-0.3")
+    with pytest.raises(ValueError, match="holds no 'ctm-0.3' model: it describes .*'ctm-0.2'"):
+        load(tmp_path / "a", which="ctm-0.3")
     with pytest.raises(ValueError, match="which must be one of"): load(tmp_path / "a", which="cmt")
-    without = memory(make_config("tiny", ["distill.steps=15"]), straight.data)["ctm_dsm"]
-    weights = sum(p.numel() for p in straight.parts["teacher"].parameters())
-    assert memory(make_config("tiny", ["distill.steps=15", "distill.emas=.2,.9999"]), straight.data)["ctm_dsm"] - without == 2 * 4 * weights
+    needs = lambda *words: memory(make_config("tiny", ["distill.steps=15", *words]), straight.data)["ctm_dsm"]
+    two_more = 2 * 4 * sum(p.numel() for p in straight.parts["teacher"].parameters())
+    assert needs("distill.emas=.2,.9999") - needs() == two_more
 
 
 def test_compiled_networks_learn_the_same(tmp_path, monkeypatch, caplog):
     "And see batches of one size only: whatever the times of a batch, no code is made after each kind of step was seen."
     from torch._dynamo.utils import counters
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # everything but the compiler's code
+    everything_but_code = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", everything_but_code)
     words = [*TINY, "teacher.steps=2", "distill.steps=6", "gan.steps=0"]
-    plain, compiled = (Trainer(make_config("tiny", [*words, f"run.compile={c}"]), tmp_path / c) for c in ("false", "true"))
+    start = lambda c: Trainer(make_config("tiny", [*words, f"run.compile={c}"]), tmp_path / c)
+    plain, compiled = start("false"), start("true")
     for n in range(8):
         a, b = plain.train_step(), compiled.train_step()
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
@@ -227,39 +229,38 @@ def test_compiled_networks_learn_the_same(tmp_path, monkeypatch, caplog):
 
 def test_a_given_teacher_is_distilled_and_a_given_student_sharpened(undisturbed, tmp_path):
     from ctm_nb.checkpoints.models import save_model
-    files = {which: save_model(load(undisturbed, which=which), tmp_path / f"{which}.pt") for which in ("teacher", "ctm")}
+    models = {which: load(undisturbed, which=which) for which in ("teacher", "ctm")}
+    files = {which: save_model(m, tmp_path / f"{which}.pt") for which, m in models.items()}
     given = [*TINY, "run.save_every=1", f"teacher.source={files['teacher']}"]
     t = Trainer(make_config("tiny", given), tmp_path / "t")
     assert (t.stage, t.total) == ("ctm_dsm", 18)
     t.train_step(), t.save()
-    for k, v in load(undisturbed, which="teacher").state_dict().items(): assert torch.equal(v, t.parts["teacher"].state_dict()[k])
+    for k, v in models["teacher"].state_dict().items(): assert torch.equal(v, t.parts["teacher"].state_dict()[k])
     files["teacher"].rename(tmp_path / "away.pt")  # a run that has begun no longer needs the file
     again = Trainer(make_config("tiny", given), tmp_path / "t")
     assert again.step == 1 and again.train_step()["stage"] == "ctm_dsm"
     (tmp_path / "away.pt").rename(files["teacher"])
     t = Trainer(make_config("tiny", [*given, f"distill.source={files['ctm']}"]), tmp_path / "g")
-    assert (t.stage, t.total) == ("ctm_dsm_gan", 9) and torch.equal(t.parts["model"].net.last_layer, load(undisturbed).net.last_layer)
+    assert (t.stage, t.total) == ("ctm_dsm_gan", 9)
+    assert torch.equal(t.parts["model"].net.last_layer, load(undisturbed).net.last_layer)
     assert [t.train_step()["stage"] for _ in range(2)] == ["ctm_dsm_gan"] * 2
-    with pytest.raises(ValueError, match="not a CTM"): Trainer(make_config("tiny", [*given, f"distill.source={files['teacher']}"]), tmp_path / "h")
-    with pytest.raises(ValueError, match="given when distill.source is"): make_config("tiny", [*TINY, "distill.source=x"])
+    with pytest.raises(ValueError, match="not a CTM"):
+        Trainer(make_config("tiny", [*given, f"distill.source={files['teacher']}"]), tmp_path / "h")
+    with pytest.raises(ValueError, match="given when distill.source is"):
+        make_config("tiny", [*TINY, "distill.source=x"])
 
 
 def test_a_teacher_of_other_pictures_is_refused(undisturbed, tmp_path):
-    rng = np.random.default_rng(0)
-    for i in range(20):
-        (tmp_path / "c" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(tmp_path / "c" / "ab"[i % 2] / f"{i}.png")
-    start = lambda *more: Trainer(make_config("tiny", [*TINY, f"data.source={tmp_path / 'c'}", f"teacher.source={undisturbed}", *more]), tmp_path / "x")
+    words = [*TINY, f"data.source={pictures(tmp_path / 'c', 20, 'ab')}", f"teacher.source={undisturbed}"]
+    start = lambda *more: Trainer(make_config("tiny", [*words, *more]), tmp_path / "x")
     with pytest.raises(ValueError, match="knows 10 classes, the data have 2"): start()
     with pytest.raises(ValueError, match="data.image_size=8 would resize them"): start("data.image_size=16")
     assert not (tmp_path / "x").exists()
 
 
 def test_unlabelled_pictures_through_all_stages(tmp_path):
-    rng = np.random.default_rng(0)
-    (tmp_path / "p").mkdir()
-    for i in range(24): Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(tmp_path / "p" / f"{i}.png")
-    t = Trainer(make_config("tiny", [*TINY, f"data.source={tmp_path / 'p'}", "teacher.steps=2", "distill.steps=2", "gan.steps=4"]), tmp_path / "r")
+    words = [f"data.source={pictures(tmp_path / 'p', 24)}", "teacher.steps=2", "distill.steps=2", "gan.steps=4"]
+    t = Trainer(make_config("tiny", [*TINY, *words]), tmp_path / "r")
     assert t.run() == [] and t.step == 8 and torch.isfinite(t.parts["ctm"].net.last_layer).all()
 
 
@@ -267,29 +268,39 @@ def test_labels_can_be_ignored(tmp_path, caplog):
     "The same images are held out, nothing of the classes is left, and the plan says so."
     from ctm_nb.commands.train import plan
     from ctm_nb.training.trainer import open_images
-    with_labels, without = (make_config("tiny", [*TINY, "teacher.steps=2", f"data.use_labels={v}"]) for v in ("true", "false"))
+    words = lambda v: [*TINY, "teacher.steps=2", f"data.use_labels={v}"]
+    with_labels, without = (make_config("tiny", words(v)) for v in ("true", "false"))
     a, b = open_images(with_labels), open_images(without)
-    for split in ("train", "held_out"): assert torch.equal(a[split].images, b[split].images) and b[split].labels is None and b[split].classes == []
+    for split in ("train", "held_out"):
+        assert torch.equal(a[split].images, b[split].images)
+        assert b[split].labels is None and b[split].classes == []
     assert "labels not used (data.use_labels=false)" in plan(without, tmp_path / "r")
     t = Trainer(without, tmp_path / "r")
     t.train_step()
     assert t.parts["teacher"].n_classes == 0 and Trainer(with_labels, tmp_path / "s").parts["teacher"].n_classes == 10
-    assert (make_config("cifar10", ["data.source=x"]).data.use_labels, make_config("cifar10-cond", ["data.source=x"]).data.use_labels) == (False, True)
-    with pytest.raises(ValueError, match="data.labels must be empty where data.use_labels is false"): make_config("tiny", ["data.labels=f", "data.use_labels=false"])
+    used = {p: make_config(p, ["data.source=x"]).data.use_labels for p in ("cifar10", "cifar10-cond")}
+    assert used == {"cifar10": False, "cifar10-cond": True}
+    with pytest.raises(ValueError, match="data.labels must be empty where data.use_labels is false"):
+        make_config("tiny", ["data.labels=f", "data.use_labels=false"])
 
 
 def test_plan_and_progress_speak_of_what_this_command_does(tmp_path, caplog):
     from ctm_nb.commands.train import plan
     config = make_config("tiny", TINY)
     said = {s: plan(config, tmp_path / "r", stage=s) for s in ("teacher", "ctm_dsm", "all")}
-    assert "adversary 9 steps" in said["all"] and "adversary none (--stage ctm_dsm ends before it; --stage all adds 9 steps)" in said["ctm_dsm"]
-    assert "student   none (--stage teacher ends before it)" in said["teacher"] and "student   9 steps" in said["ctm_dsm"]
+    assert "adversary 9 steps" in said["all"]
+    assert "adversary none (--stage ctm_dsm ends before it; --stage all adds 9 steps)" in said["ctm_dsm"]
+    assert "student   none (--stage teacher ends before it)" in said["teacher"]
+    assert "student   9 steps" in said["ctm_dsm"]
     memory = {s: next(l for l in text.splitlines() if l.startswith("memory")) for s, text in said.items()}
     assert [m.count("GiB") for m in memory.values()] == [1, 2, 3]
     with caplog.at_level("INFO"): Trainer(config, tmp_path / "r").run("teacher")
     assert "step 12 of 12," in caplog.text and "of 30" not in caplog.text
 
 
-def test_a_student_practises_without_labels_only_if_its_teacher_did():
-    with pytest.raises(ValueError, match="distill.label_dropout must be 0 for a teacher that has seen no image without its label"): make_config("tiny", ["distill.label_dropout=.1"])
-    make_config("tiny", ["distill.label_dropout=.1", "teacher.label_dropout=.1"]), make_config("tiny", ["distill.label_dropout=.1", "teacher.source=x"])
+def test_a_student_is_trained_without_labels_only_if_its_teacher_was():
+    dropped = "distill.label_dropout=.1"
+    message = "distill.label_dropout must be 0 for a teacher that has seen no image without its label"
+    with pytest.raises(ValueError, match=message): make_config("tiny", [dropped])
+    make_config("tiny", [dropped, "teacher.label_dropout=.1"])
+    make_config("tiny", [dropped, "teacher.source=x"])
