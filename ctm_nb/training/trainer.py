@@ -131,7 +131,8 @@ def removed(
     old: dict, new: dict,  # configurations as dicts
 ) -> list:  # sentences
     "Settings of an older version whose effect is no longer there."
-    gone = [(s, k, v) for s in old if s not in ("run", "evaluate") for k, v in old[s].items() if k not in new.get(s, {})]
+    sections = [s for s in old if s not in ("run", "evaluate")]
+    gone = [(s, k, v) for s in sections for k, v in old[s].items() if k not in new.get(s, {})]
     return [f"{s}.{k}: {v} -> this version no longer has the setting, and does what {REMOVED.get(f'{s}.{k}')} did"
             for s, k, v in gone if REMOVED.get(f"{s}.{k}") != v]
 
@@ -162,7 +163,8 @@ def check_changes(
     hints, before, length = set(), SAFE[3], SAFE[4]
     for section, key in (c.split(":")[0].split(".") for c in refused):
         if section not in STAGES.values(): continue
-        hints.add(f"{section}.steps may change {length.when}" if key == "steps" else f"{section}.* may change {before.when}")
+        what, rule = ("steps", length) if key == "steps" else ("*", before)
+        hints.add(f"{section}.{what} may change {rule.when}")
     raise ValueError("; ".join([f"{what} holds a run of another configuration ({'; '.join(refused)})", *sorted(hints),
                                 "choose another name or remove the folder"]))
 
@@ -411,7 +413,7 @@ def resume(self: Trainer,
     copy = lambda k: {n: v.clone() for n, v in c.models[k].items()}
     models = {k: about["description"] for k, about in c.meta["models"].items() if k in KINDS}
     self.state.step = c.step
-    self.begin(c.state["stage"], {k: rebuild(d, copy(k)) for k, d in models.items()})  # a stage may use its teacher at once
+    self.begin(c.state["stage"], {k: rebuild(d, copy(k)) for k, d in models.items()})
     self.state.load(c)
     if self.here.main:
         self.log.rewind(c.state["log_lines"])
@@ -731,8 +733,8 @@ def stopped(self: Trainer,
     write_nonfinite(path, {"step": step, "stage": now.name, "learns": part, "lr": lr, "numbers": numbers,
                            "images_that_break_alone": self.suspects(step), "weights_not_finite": weights[:20]})
     bad = [k for k, v in numbers.items() if not isinstance(v, str) and not math.isfinite(v)]
-    raise FloatingPointError(f"{', '.join(bad)} not finite at step {step} ({now.name}, lr {lr:.2g}): stopped before the "
-                             "update; the last checkpoint is good. "
+    raise FloatingPointError(f"{', '.join(bad)} not finite at step {step} ({now.name}, lr {lr:.2g}): stopped before "
+                             "the update; the last checkpoint is good. "
                              f"A lower {STAGES[now.name]}.lr may help; {path} tells more")
 
 # %% ../../nbs/6_training/08_trainer.ipynb #3b13d7cd
@@ -881,7 +883,8 @@ def until(self: Trainer,
     stage: str,  # a key of config.STAGES, or "all"
 ) -> int:  # step of the run
     "Where a stage ends; raises ValueError for a stage that this run hasn't got."
-    if stage not in (*STAGES, "all"): raise ValueError(f"stage must be one of {', '.join(STAGES)} or all, got {stage!r}")
+    if stage not in (*STAGES, "all"):
+        raise ValueError(f"stage must be one of {', '.join(STAGES)} or all, got {stage!r}")
     if stage == "all": return self.total
     if stage in self.plan: return self.plan[stage].end
     raise ValueError(f"stage {stage} has no steps in this configuration; --set {STAGES[stage]}.steps=N gives it some")
