@@ -163,8 +163,8 @@ def check_changes(
     hints, before, length = set(), SAFE[3], SAFE[4]
     for section, key in (c.split(":")[0].split(".") for c in refused):
         if section not in STAGES.values(): continue
-        what, rule = ("steps", length) if key == "steps" else ("*", before)
-        hints.add(f"{section}.{what} may change {rule.when}")
+        keys, rule = ("steps", length) if key == "steps" else ("*", before)
+        hints.add(f"{section}.{keys} may change {rule.when}")
     raise ValueError("; ".join([f"{what} holds a run of another configuration ({'; '.join(refused)})", *sorted(hints),
                                 "choose another name or remove the folder"]))
 
