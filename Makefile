@@ -22,8 +22,10 @@ test: $(VENV)/.dev ## install, then check, nbtest and pytest
 browser: $(VENV)/.browser ## the explorer in a real browser, after installing one (apt as root, else the driver's own)
 	CTM_BROWSER=1 $(BIN)/python -m pytest tests/system/test_browser.py
 
-check: $(VENV)/.dev ## would export, clean or readme change a file? do the rooms keep to their floors?
+check: $(VENV)/.dev ## would export change a file? style, the floors of the rooms, the package in figures
 	$(BIN)/python .ci/check.py
+	$(BIN)/ruff check ctm_nb tests benchmarks docs .ci setup.py
+	$(BIN)/ruff check --isolated --line-length 120 --select E501,E702 nbs
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python .ci/house.py
 
@@ -43,8 +45,7 @@ readme: $(VENV)/.dev ## make README.md from nbs/index.ipynb
 docs: $(VENV)/.docs ## build the documentation site in _docs and check it (see CONTRIBUTING.md)
 	$(BIN)/python docs/build.py
 
-lint: $(VENV)/.lint ## ruff and types (see pyproject.toml)
-	$(BIN)/ruff check ctm_nb tests benchmarks docs .ci setup.py
+lint: $(VENV)/.lint ## types (see pyproject.toml); style is a part of `make check`
 	$(BIN)/python .ci/typecheck.py
 
 clean: ## remove the environment and caches; runs/ stays

@@ -1,4 +1,5 @@
-"""Where the contents of 0.1's flat modules are: three of them and the names of five rooms go on working for one release, the others say where to look."""
+"""Where the contents of 0.1's flat modules are: three of them and the names of five rooms go on working for one
+release, the others say where to look."""
 import importlib
 import importlib.abc
 import importlib.util

@@ -314,7 +314,8 @@ def redraw(self: Explorer):
     "Show what the controls ask for; a value out of range is reported below them."
     begin, problem = time.perf_counter(), ""
     try:
-        for self.scene in self.draw(self, **{k: c.value for k, c in self.controls.items()}):
+        for scene in self.draw(self, **{k: c.value for k, c in self.controls.items()}):
+            self.scene = scene
             self.picture.value = picture_html(self.scene, self.what)
             self.ms.append(1000 * (time.perf_counter() - begin))
     except ValueError as e: problem = f'<span role="alert" style="color: #c2245a">{html.escape(str(e))}</span>'

@@ -10,7 +10,6 @@ __all__ = ['DISTANCES', 'at_least_float32', 'l2', 'pseudo_huber', 'unit', 'featu
 import inspect
 from functools import partial
 
-import torch
 from torch import Tensor
 
 # %% ../../nbs/1_method/05_distances.ipynb #d9479fb0

@@ -294,7 +294,10 @@ def scores(
     best = {m: (min if any(w in m for w in LOW) else max)(v) for m, v in drawn.items() if len(v) > 1}
     cell = lambda k, v, m: (f"{v[m]:.3f}" if m in v else "", bool(k[0]) and m in best and v.get(m) == best[m])
     step = lambda k: k[0].removeprefix("step_").lstrip("0")
-    table = [dict(sampler=k[1], step=step(k), n=number(k[2]), cells=[cell(k, v, m) for m in metrics]) for k, v in rows.items()]
+    table = [
+        dict(sampler=k[1], step=step(k), n=number(k[2]), cells=[cell(k, v, m) for m in metrics])
+        for k, v in rows.items()
+    ]
     against = lambda r: (r.get("reference") or {}).get("name", "?")
     about = sorted({f"{r['features']} against {against(r)}" for r in records if r.get("features")})
     return dict(metrics=metrics, rows=table, about="; ".join(about))

@@ -45,7 +45,7 @@ def test_five_rooms_hand_on_the_names_of_the_module_they_are_called_after(room, 
     with pytest.warns(DeprecationWarning, match=f"ctm_nb.{room}.{name} is now"):
         value = getattr(importlib.import_module(f"ctm_nb.{room}"), name)
     assert value is getattr(importlib.import_module(f"ctm_nb.{MOVED[room]}"), name)
-    with pytest.raises(AttributeError, match="nothing"): importlib.import_module(f"ctm_nb.{room}").nothing
+    with pytest.raises(AttributeError, match="nothing"): _ = importlib.import_module(f"ctm_nb.{room}").nothing
 
 
 @pytest.mark.parametrize("room", ["ctm_nb", "ctm_nb.method", "ctm_nb.data", "ctm_nb.networks", "ctm_nb.commands"])

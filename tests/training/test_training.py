@@ -79,7 +79,9 @@ def test_resume_inside_a_log_window_and_a_stage(undisturbed, tmp_path):
 
 
 def test_another_configuration_is_refused_by_name(undisturbed):
-    with pytest.raises(ValueError, match=r"runs.*/a holds a run of another configuration \(distill\.lr: 0\.0004 -> 0\.1"):
+    with pytest.raises(
+        ValueError, match=r"runs.*/a holds a run of another configuration \(distill\.lr: 0\.0004 -> 0\.1"
+    ):
         Trainer(make_config("tiny", [*TINY, "distill.lr=.1"]), undisturbed)
     Trainer(make_config("tiny", [*TINY, "run.keep=7"]), undisturbed)  # harmless
 
