@@ -1,5 +1,6 @@
 """Pages that nobody writes: the reference from the code's comments, the tables of symbols and equations from notebooks
 and code."""
+import ast
 import re
 from collections import defaultdict
 
@@ -85,7 +86,9 @@ def definition(d, host, branch, titles, depth=5):
     "A definition as a directive: what it is for, parameters, result, members."
     body = [md(d.doc).replace("\n\n", "\n\n")] if d.doc else []
     types, defaults = any(p.hint for p in d.parameters), any(p.default for p in d.parameters)
-    if d.kind == "data": body.append(f"```python\n{d.name} = {shortened(d.value)}\n```")
+    if d.kind == "data":
+        shown = f"{d.name} = {shortened(d.value)}"
+        body.append(f"```{'python' if is_python(shown) else 'text'}\n{shown}\n```")
     elif any(p.hint or p.text for p in d.parameters):
         columns = [
             ("parameter", lambda p: code(p.name)),
@@ -103,6 +106,13 @@ def definition(d, host, branch, titles, depth=5):
     bases = [f"Extends {', '.join(code(b) for b in d.bases)}."] if d.bases else []
     fence = ":" * (depth + 3)
     return f"{fence}{{{kind.get(d.kind, 'py:class')}}} {head}\n\n" + "\n\n".join(bases + body) + f"\n{fence}"
+
+
+def is_python(text):
+    "Can it be read as code? A value that was cut inside of a string can't."
+    try: ast.parse(text)
+    except SyntaxError: return False
+    return True
 
 
 def shortened(value, width=110, lines=6):
