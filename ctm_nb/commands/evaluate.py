@@ -122,13 +122,14 @@ def way_flags(
     add(
         "--times",
         metavar="T,T,...",
-        help="decreasing stops, e.g. 80,0.5; the end is added; auto: those that a search stored for each of --steps",
+        help="decreasing timesteps, e.g. 80,0.5; the end is added; auto: those that a search stored for each of "
+             "--steps",
     )
     add("--solver", metavar="S,S", help="ctm, heun, euler, dpmpp_2m, dpmpp_3m, edm (default: ctm, for a teacher heun)")
     add(
         "--which",
         metavar="MODEL",
-        help="which model of a run: ctm, teacher, or a further average, ctm-0.9999 (default: the student)",
+        help="which model of a run: ctm, teacher, or another EMA, ctm-0.9999 (default: the student)",
     )
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #c8cfb48e
@@ -205,7 +206,9 @@ def check_search(
 ):
     "`ValueError` names what a search can't do."
     if min(steps) < 2:
-        raise ValueError(f"--search needs --steps >= 2 (one jump has no stop that could be moved), got {min(steps)}")
+        raise ValueError(
+            f"--search needs --steps >= 2 (one jump has no timestep that could be moved), got {min(steps)}"
+        )
     if len(gammas or [0.]) > 1: raise ValueError(f"--search takes one --gamma, or none to search it too, got {a.gamma}")
     if a.times or a.solver not in (None, "ctm"):
         raise ValueError(f"--search finds times of jumps: leave out --times and --solver, got {a.times or a.solver}")

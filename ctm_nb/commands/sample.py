@@ -38,7 +38,8 @@ def sample_parser() -> argparse.ArgumentParser:
     add(
         "--times",
         metavar="T,T,...",
-        help="decreasing stops, e.g. 80,0.5; the end is added; auto: those that a search stored beside the checkpoint",
+        help="decreasing timesteps, e.g. 80,0.5; the end is added; auto: those that a search stored beside the "
+             "checkpoint",
     )
     add(
         "--solver",
@@ -80,7 +81,7 @@ def sample_parser() -> argparse.ArgumentParser:
     add(
         "--which",
         metavar="MODEL",
-        help="which model of a run: ctm, teacher, or a further average, ctm-0.9999 (default: the student if there is "
+        help="which model of a run: ctm, teacher, or another EMA, ctm-0.9999 (default: the student if there is "
              "one)",
     )
     add(

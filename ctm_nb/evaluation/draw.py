@@ -179,7 +179,7 @@ def timesteps_of(
     gamma: float | None = None,  # share of fresh noise; None: 0, or what goes with stored times
     times: str | None = None,  # see `times_list`; "auto": those stored beside the checkpoint; None: the grid
 ) -> tuple:  # timesteps (n+1,), gamma
-    "Where the sampler stops, and with how much noise; `ValueError` if times and steps contradict each other."
+    "The sampler's timesteps, and with how much noise; `ValueError` if times and steps contradict each other."
     if times == "auto":
         found = stored_times(checkpoint, steps)
         return found["times"], found["gamma"] if gamma is None else gamma
@@ -400,7 +400,9 @@ def out_of_memory(
     error: BaseException,  # what was raised
 ) -> bool:
     "Did a device, or the computer, run out of memory?"
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    said = isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #1c5a6815
 class Drawer:
