@@ -13,6 +13,8 @@ WITHOUT_COMMAND = {"spacings"}  # functions that others use
 def test_a_benchmark_says_what_it_measures(path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
     monkeypatch.syspath_prepend(str(FOLDER))
-    if path.stem in WITHOUT_COMMAND: return runpy.run_path(str(path), run_name="__main__")
+    if path.stem in WITHOUT_COMMAND:
+        runpy.run_path(str(path), run_name="__main__")
+        return
     with pytest.raises(SystemExit) as e: runpy.run_path(str(path), run_name="__main__")
     assert e.value.code == 0 and "usage:" in capsys.readouterr().out
