@@ -317,7 +317,7 @@ def test_the_penalty_falls_on_turns_of_the_discriminator(start, head_start, monk
     for n in range(start, 80):
         if stage.turn(n) == "discriminator": stage.losses(nothing, n)
     assert sum(charged) >= (80 - start - head_start) // 16
-    kinds = {stage.turn(n): stage.r1(n) for n in stage.kinds()}  # what is tried for memory: both turns, with the penalty
+    kinds = {stage.turn(n): stage.r1(n) for n in stage.kinds()}  # tried for memory: both turns, with the penalty
     assert set(kinds) == {"discriminator", "ctm_dsm_gan"} and kinds["discriminator"] > 0
 
 
