@@ -19,17 +19,12 @@ from .train import one_line_errors
 def evaluate_parser() -> argparse.ArgumentParser:
     "The flags of `ctm_nb_evaluate`."
     p = argparse.ArgumentParser(
-        "ctm_nb_evaluate",
-        description="Score samples, or the samples that a checkpoint draws, against a reference.",
+        "ctm_nb_evaluate", description="Score samples, or the samples that a checkpoint draws, against a reference.",
         epilog="Scores are comparable only with the same reference, features and number of samples; all three are "
-               "recorded. "
-        "Several processes share the work: torchrun --nproc_per_node 2 --no-python ctm_nb_evaluate ...",
+        "recorded. Several processes share the work: torchrun --nproc_per_node 2 --no-python ctm_nb_evaluate ...",
     )
-    p.add_argument(
-        "what",
-        metavar="SAMPLES|CKPT",
-        help="samples: an npz with arr_0, a folder or zip of images; or a run, a checkpoint, a public name",
-    )
+    p.add_argument("what", metavar="SAMPLES|CKPT",
+        help="samples: an npz with arr_0, a folder or zip of images; or a run, a checkpoint, a public name")
     for title, flags in (
         ("compared with", side_flags),
         ("scores", score_flags),
@@ -38,12 +33,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
     ):
         flags(p.add_argument_group(title).add_argument)
     p.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
-    p.add_argument(
-        "--out",
-        type=Path,
-        metavar="JSON",
-        help="add the records to this file; several ways also give a picture beside it",
-    )
+    p.add_argument("--out", type=Path, metavar="JSON",
+        help="add the records to this file; several ways also give a picture beside it")
     p.add_argument("--dry-run", action="store_true", help="say what would be done")
     p.add_argument("--version", action="version", version=f"ctm_nb {__version__}")
     return p
@@ -53,28 +44,15 @@ def side_flags(
     add,  # add_argument of a parser
 ):
     "The flags that name reference and features."
-    add(
-        "--ref",
-        required=True,
-        help="a reference .npz (ours, EDM's, ADM's), a public name of one, or a data set (digits, a folder, ...)",
-    )
-    add(
-        "--features",
-        help="train, inception, cleanfid, timm:NAME or a TorchScript file (default: the reference's; for a data set: "
-             "train)",
-    )
+    add("--ref", required=True,
+        help="a reference .npz (ours, EDM's, ADM's), a public name of one, or a data set (digits, a folder, ...)")
+    add("--features", help="train, inception, cleanfid, timm:NAME or a TorchScript file (default: the reference's; "
+        "for a data set: train)")
     add("--weights", metavar="FOLDER", help="where the weights of inception, cleanfid or timm lie (default: the cache)")
-    add(
-        "--ref-split",
-        choices=("train", "held_out", "all"),
-        help="part of a data set that is the reference (default: held_out for --features train, else all)",
-    )
-    add(
-        "--ref-size",
-        type=int,
-        metavar="PIXELS",
-        help="crop and resize a data set to this side (default: as its images are)",
-    )
+    add("--ref-split", choices=("train", "held_out", "all"),
+        help="part of a data set that is the reference (default: held_out for --features train, else all)")
+    add("--ref-size", type=int, metavar="PIXELS",
+        help="crop and resize a data set to this side (default: as its images are)")
     add("--save-ref", type=Path, metavar="NPZ", help="keep the reference, with its feature classifier if it has one")
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #c872b5c0
@@ -82,27 +60,14 @@ def score_flags(
     add,  # add_argument of a parser
 ):
     "The flags that say what is computed."
-    add(
-        "--metrics",
-        metavar="M,M",
-        help="of fid, sfid, is, pr, dc, kid, acc, fidinf, auth (default: fid, and pr and acc where possible); of a "
-             "checkpoint also bpd, elbo",
-    )
+    add("--metrics", metavar="M,M", help="of fid, sfid, is, pr, dc, kid, acc, fidinf, auth (default: fid, and pr and "
+        "acc where possible); of a checkpoint also bpd, elbo")
     add("-n", type=int, metavar="N", help="samples to score (default: all there are; of a checkpoint 50000)")
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="of the samples that a checkpoint draws and of --features train (default: 0)",
-    )
+    add("--seed", type=int, default=0,
+        help="of the samples that a checkpoint draws and of --features train (default: 0)")
     add("--batch", type=int, default=500, metavar="B", help="images at a time (default: 500)")
-    add(
-        "--bootstrap",
-        type=int,
-        default=0,
-        metavar="N",
-        help="resamples for a 95 %% interval of the Frechet distance (default: 0, none)",
-    )
+    add("--bootstrap", type=int, default=0, metavar="N",
+        help="resamples for a 95 %% interval of the Frechet distance (default: 0, none)")
     add("--tol", type=float, default=1e-4, help="of bpd: largest error of a step of the solver (default: 1e-4)")
     add("--probes", type=int, default=1, metavar="K", help="of bpd: random vectors an image (default: 1)")
     add("--levels", type=int, default=64, metavar="L", help="of elbo: noise levels an image (default: 64)")
@@ -113,43 +78,23 @@ def way_flags(
 ):
     "The flags that say how a model is drawn from; every combination is a row."
     add("--steps", metavar="N,N", help="a checkpoint's steps (default: 1,2; of a search 2)")
-    add(
-        "--gamma",
-        metavar="G,G",
-        help="a CTM's shares of fresh noise in [0, 1] (default: 0, or what was found with --times auto; a search "
-             "finds it)",
-    )
-    add(
-        "--times",
-        metavar="T,T,...",
-        help="decreasing timesteps, e.g. 80,0.5; the end is added; auto: those that a search stored for each of "
-             "--steps",
-    )
+    add("--gamma", metavar="G,G", help="a CTM's shares of fresh noise in [0, 1] (default: 0, or what was found with "
+        "--times auto; a search finds it)")
+    add("--times", metavar="T,T,...", help="decreasing timesteps, e.g. 80,0.5; the end is added; auto: those that a "
+        "search stored for each of --steps")
     add("--solver", metavar="S,S", help="ctm, heun, euler, dpmpp_2m, dpmpp_3m, edm (default: ctm, for a teacher heun)")
-    add(
-        "--which",
-        metavar="MODEL",
-        help="which model of a run: ctm, teacher, or another EMA, ctm-0.9999 (default: the student)",
-    )
+    add("--which", metavar="MODEL",
+        help="which model of a run: ctm, teacher, or another EMA, ctm-0.9999 (default: the student)")
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #c8cfb48e
 def search_flags(
     add,  # add_argument of a parser
 ):
     "The flags of a search."
-    add(
-        "--search",
-        action="store_true",
-        help="search good times for each of --steps, score them with fresh noise, and store them for --times auto; "
-             "the same command continues",
-    )
-    add(
-        "--tries",
-        type=int,
-        default=40,
-        metavar="N",
-        help="scores that a search may compute for each number of steps (default: 40)",
-    )
+    add("--search", action="store_true", help="search good times for each of --steps, score them with fresh noise, "
+        "and store them for --times auto; the same command continues")
+    add("--tries", type=int, default=40, metavar="N",
+        help="scores that a search may compute for each number of steps (default: 40)")
     add("--search-n", type=int, metavar="N", help="samples in each score of a search (default: -n, but at most 5000)")
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #aea4c19c

@@ -18,78 +18,35 @@ from .train import one_line_errors
 def sample_parser() -> argparse.ArgumentParser:
     "The flags of `ctm_nb_sample`."
     p = argparse.ArgumentParser(
-        "ctm_nb_sample",
-        description="Draw samples from a checkpoint. The same command run again continues where it was interrupted; "
-                    "sample i depends only on "
-        "the seed and on i, whatever the batch size, the devices or their number.",
-    )
+        "ctm_nb_sample", description="Draw samples from a checkpoint. The same command run again continues where it was "
+        "interrupted; sample i depends only on the seed and on i, whatever the batch size, the devices or their number.")
     add = p.add_argument
     add("checkpoint", metavar="CKPT", help="a run, a checkpoint, or whatever else ctm_nb.checkpoints.models.load reads")
     add("-n", type=int, default=16, help="number of samples (default: 16)")
-    add(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="OUT",
-        help="NAME.zip (EDM's form), NAME.npz (ADM's), NAME.png (one grid), or a folder; never overwritten unasked",
-    )
+    add("--out", type=Path, required=True, metavar="OUT",
+        help="NAME.zip (EDM's form), NAME.npz (ADM's), NAME.png (one grid), or a folder; never overwritten unasked")
     add("--steps", type=int, help="jumps, or steps of the solver (default: 1 jump, 18 steps)")
     add("--gamma", type=float, help="share of fresh noise in [0, 1] (default: 0, or what was found with --times auto)")
-    add(
-        "--times",
-        metavar="T,T,...",
-        help="decreasing timesteps, e.g. 80,0.5; the end is added; auto: those that a search stored beside the "
-             "checkpoint",
-    )
-    add(
-        "--solver",
-        help="ctm (jumps), euler, heun, dpmpp_2m, dpmpp_3m, or edm (Heun with noise) (default: ctm; heun for a "
-             "teacher)",
-    )
+    add("--times", metavar="T,T,...", help="decreasing timesteps, e.g. 80,0.5; the end is added; auto: those that a "
+        "search stored beside the checkpoint")
+    add("--solver", help="ctm (jumps), euler, heun, dpmpp_2m, dpmpp_3m, or edm (Heun with noise) (default: ctm; heun "
+        "for a teacher)")
     add("--churn", metavar="S,...", help="S_churn[,S_min,S_max,S_noise] of the solver edm (default: 40,0.05,50,1.003)")
-    add(
-        "--classes",
-        default="all",
-        metavar="CLASSES",
-        help="names or indices, e.g. cat,dog or 0,1; all: every class in turn; none: without label (default: all)",
-    )
-    add(
-        "--guidance",
-        type=float,
-        metavar="W",
-        help="scale of classifier-free guidance, for models trained with labels dropped; doubles the evaluations",
-    )
-    add(
-        "--classifier-guidance",
-        type=float,
-        metavar="W",
-        help="scale of the push by a classifier, for any model, labelled or not; doubles the evaluations",
-    )
-    add(
-        "--reject",
-        type=float,
-        metavar="RATIO",
-        help="draw RATIO times as many, keep those of each class that the classifier likes best",
-    )
-    add(
-        "--classifier",
-        metavar="WHICH",
-        help="for these two: a reference of ctm_nb_evaluate --save-ref, a data set to train one on, or train: the "
-             "run's data (default: train)",
-    )
+    add("--classes", default="all", metavar="CLASSES",
+        help="names or indices, e.g. cat,dog or 0,1; all: every class in turn; none: without label (default: all)")
+    add("--guidance", type=float, metavar="W",
+        help="scale of classifier-free guidance, for models trained with labels dropped; doubles the evaluations")
+    add("--classifier-guidance", type=float, metavar="W",
+        help="scale of the push by a classifier, for any model, labelled or not; doubles the evaluations")
+    add("--reject", type=float, metavar="RATIO",
+        help="draw RATIO times as many, keep those of each class that the classifier likes best")
+    add("--classifier", metavar="WHICH", help="for these two: a reference of ctm_nb_evaluate --save-ref, a data set "
+        "to train one on, or train: the run's data (default: train)")
     add("--seed", type=int, default=0, help="of the noise (default: 0)")
-    add(
-        "--which",
-        metavar="MODEL",
-        help="which model of a run: ctm, teacher, or another EMA, ctm-0.9999 (default: the student if there is "
-             "one)",
-    )
-    add(
-        "--batch-size",
-        default="auto",
-        metavar="B",
-        help="samples at a time; auto: as many as memory allows (default: auto)",
-    )
+    add("--which", metavar="MODEL",
+        help="which model of a run: ctm, teacher, or another EMA, ctm-0.9999 (default: the student if there is one)")
+    add("--batch-size", default="auto", metavar="B",
+        help="samples at a time; auto: as many as memory allows (default: auto)")
     add("--device", default="auto", help="cpu, cuda, cuda:1; auto: all GPUs, else the CPU (default: auto)")
     add("--processes", type=int, metavar="P", help="how many (default: one for each GPU); torchrun works too")
     add("--overwrite", action="store_true", help="replace OUT")

@@ -175,8 +175,8 @@ def train_parser() -> argparse.ArgumentParser:
     add("--skip-broken", action="store_true",
         help="leave out images that can't be read, instead of stopping before training")
     add("--stage", choices=("teacher", "ctm_dsm", "ctm_dsm_gan", "all"),
-        help="train to the end of this stage; ctm_dsm_gan and all include an adversary "
-        "(default: ctm_dsm, or ctm_dsm_gan with --student)")
+        help="train to the end of this stage; ctm_dsm_gan and all include an adversary (default: ctm_dsm, or "
+        "ctm_dsm_gan with --student)")
     add("--teacher", metavar="PATH", help="distil this teacher instead of training one: a run, an EDM .pkl, "
         "an OpenAI .pt, or a public name (ctm_nb_convert --list)")
     add("--student", metavar="PATH", help="start the adversarial stage from this CTM instead of distilling one")
