@@ -18,8 +18,8 @@ from .train import one_line_errors
 def sample_parser() -> argparse.ArgumentParser:
     "The flags of `ctm_nb_sample`."
     p = argparse.ArgumentParser(
-        "ctm_nb_sample", description="Draw samples from a checkpoint. The same command run again continues where it was "
-        "interrupted; sample i depends only on the seed and on i, whatever the batch size, the devices or their number.")
+        "ctm_nb_sample", description="Draw samples from a checkpoint. The same command run again continues where it "
+        "was interrupted; sample i depends only on the seed and on i, whatever the batch size or the devices.")
     add = p.add_argument
     add("checkpoint", metavar="CKPT", help="a run, a checkpoint, or whatever else ctm_nb.checkpoints.models.load reads")
     add("-n", type=int, default=16, help="number of samples (default: 16)")
