@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_distill import GEN, example, models, relative, rows, teacher_jump
 
-from ctm_nb.method.balance import BalancedGradients, adaptive_weight, average, balance
+from ctm_nb.method.balance import BalancedGradients, adaptive_weight, average, average_gradients, balance  # noqa: F401
 from ctm_nb.method.distances import l2, make_distance, pseudo_huber
 from ctm_nb.method.distill import dsm_loss, step_losses
 from ctm_nb.method.teacher import Denoiser
