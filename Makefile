@@ -6,7 +6,7 @@ SETUP := settings.ini setup.py pyproject.toml
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser check nbtest pytest export readme docs lint clean
+.PHONY: help demo test browser check nbtest pytest export readme docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -22,10 +22,11 @@ test: $(VENV)/.dev ## install, then check, nbtest and pytest
 browser: $(VENV)/.browser ## the explorer in a real browser, after installing one (apt as root, else the driver's own)
 	CTM_BROWSER=1 $(BIN)/python -m pytest tests/system/test_browser.py
 
-check: $(VENV)/.dev ## would export change a file? style, the floors of the rooms, the package in figures
+check: $(VENV)/.dev ## would export change a file? style, types, the floors of the rooms, figures
 	$(BIN)/python .ci/check.py
 	$(BIN)/ruff check ctm_nb tests benchmarks docs .ci setup.py
 	$(BIN)/ruff check --isolated --line-length 120 --select E501,E702 nbs
+	$(BIN)/python .ci/typecheck.py
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python .ci/house.py
 
@@ -44,9 +45,6 @@ readme: $(VENV)/.dev ## make README.md from nbs/index.ipynb
 
 docs: $(VENV)/.docs ## build the documentation site in _docs and check it (see CONTRIBUTING.md)
 	$(BIN)/python docs/build.py
-
-lint: $(VENV)/.lint ## types (see pyproject.toml); style is a part of `make check`
-	$(BIN)/python .ci/typecheck.py
 
 clean: ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) _proc _docs build dist *.egg-info .pytest_cache
@@ -70,10 +68,6 @@ endef
 
 $(VENV)/.docs: settings.ini | $(BIN)/python
 	$(call install_listed,docs_requirements)
-	@touch $@
-
-$(VENV)/.lint: settings.ini | $(BIN)/python
-	$(call install_listed,lint_requirements)
 	@touch $@
 
 # A browser that is there will do; else Debian's and Ubuntu's by apt where we may, else the one that comes with the driver.

@@ -32,7 +32,6 @@ setup(
         "all": cfg["optional_requirements"].split(),
         "dev": cfg["dev_requirements"].split() + cfg["optional_requirements"].split(),
         "docs": cfg["docs_requirements"].split(),
-        "lint": cfg["lint_requirements"].split(),
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

@@ -32,32 +32,15 @@ from pathlib import Path
 import torch
 
 OUT = Path(__file__).resolve().parents[1] / "nbs" / "results" / "speed"
+SIDE_64 = dict(
+    image_size=64, model_channels=32, channel_mult=(1, 2, 3, 4), n_blocks=3, attention=(32, 16, 8), channels_per_head=16
+)
 NETWORKS = {
     "ddpmpp 32, 32 x 32": ("ddpmpp", dict(image_size=32, model_channels=32)),
     "ddpmpp 64, 32 x 32": ("ddpmpp", dict(image_size=32, model_channels=64)),
     "ncsnpp 32, 32 x 32": ("ncsnpp", dict(image_size=32, model_channels=32)),
-    "adm 32, 64 x 64": (
-        "adm",
-        dict(
-            image_size=64,
-            model_channels=32,
-            channel_mult=(1, 2, 3, 4),
-            n_blocks=3,
-            attention=(32, 16, 8),
-            channels_per_head=16,
-        ),
-    ),
-    "openai 32, 64 x 64": (
-        "openai",
-        dict(
-            image_size=64,
-            model_channels=32,
-            channel_mult=(1, 2, 3, 4),
-            n_blocks=3,
-            attention=(32, 16, 8),
-            channels_per_head=16,
-        ),
-    ),
+    "adm 32, 64 x 64": ("adm", SIDE_64),
+    "openai 32, 64 x 64": ("openai", SIDE_64),
 }
 RECIPES = {
     "published": ["distill.solver=heun", "distill.max_evals=none", "distill.distance=l2"],

@@ -315,7 +315,7 @@ def prune_checkpoints(
 def random_state() -> dict: # plain tensors and numbers, fit for `save_checkpoint`
     "Where the global random generators of Python, NumPy and torch stand."
     _, keys, pos, has_gauss, cached = np.random.get_state()
-    keys = torch.from_numpy(keys.astype(np.int64))
+    keys = torch.from_numpy(np.asarray(keys, np.int64))
     return dict(
         python=random.getstate(), torch=torch.get_rng_state(),
         numpy=dict(keys=keys, pos=int(pos), has_gauss=int(has_gauss), cached=float(cached)),

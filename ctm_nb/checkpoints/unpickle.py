@@ -12,6 +12,7 @@ __all__ = ['MAX_STEPS', 'MAX_TEXT', 'SLACK', 'ARGUMENTS', 'OPCODES', 'ACTIONS', 
 import math
 import pickle
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -169,8 +170,9 @@ def _does(*names):
     return enter
 
 # %% ../../nbs/4_checkpoints/02_unpickle.ipynb #c30f18c5
-_CONSTANTS = {"NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_DICT": dict, "EMPTY_LIST": list,
-              "EMPTY_TUPLE": tuple, "EMPTY_SET": list}  # a set is a list: adding to a set hashes, and nobody needs sets
+_CONSTANTS: dict[str, Callable] = {
+    "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple,
+    "EMPTY_SET": list}  # a set is a list: adding to a set hashes, and nobody needs sets
 
 # %% ../../nbs/4_checkpoints/02_unpickle.ipynb #90921c63
 @_does(*_CONSTANTS)

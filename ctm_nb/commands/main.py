@@ -53,7 +53,7 @@ def with_files(
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for sub in action.choices.values(): with_files(sub)
-        elif not action.choices and action.nargs != 0: action.complete = shtab.FILE
+        elif not action.choices and action.nargs != 0: action.complete = shtab.FILE  # type: ignore[attr-defined]
     return parser
 
 # %% ../../nbs/7_commands/06_main.ipynb #8944dc09

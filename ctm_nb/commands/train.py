@@ -99,8 +99,8 @@ def device_of(
     config,  # config.Config
 ) -> str:
     "Where a run would be carried out."
-    import torch
-    return ("cuda" if torch.cuda.is_available() else "cpu") if config.run.device == "auto" else config.run.device
+    from ctm_nb.training.runtime import pick_device
+    return str(pick_device(config.run.device))
 
 # %% ../../nbs/7_commands/01_train.ipynb #e2c66e88
 def place(
@@ -269,13 +269,12 @@ def automatic(
     assignments: list,  # "section.key=value", data.source among them
 ) -> tuple:  # name of a preset, words, reasons
     "What `--preset auto` means for the data at hand: see `presets.choose`."
-    import torch
     from ctm_nb.training.presets import choose
+    from ctm_nb.training.runtime import pick_device
     given = dict(a.partition("=")[::2] for a in assignments)
     if not given.get("data.source"): raise ValueError("--preset auto needs --data PATH")
-    size, device = given.get("data.image_size", "none"), given.get("run.device", "auto")
-    gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
-    return choose(given["data.source"], gpu, int(size) if size.isdigit() else None)
+    size, device = given.get("data.image_size", "none"), pick_device(given.get("run.device", "auto"))
+    return choose(given["data.source"], device.type == "cuda", int(size) if size.isdigit() else None)
 
 # %% ../../nbs/7_commands/01_train.ipynb #429eb680
 def _flat(config):

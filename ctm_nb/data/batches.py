@@ -60,7 +60,7 @@ def decode_all(
             broken.update(some)
             grey = grey and all_grey
             bar.update(done)
-    if keep and grey: out = out[:, :1].copy()
+    if out is not None and grey: out = out[:, :1].copy()
     return out, broken, 1 if grey else 3
 
 # %% ../../nbs/3_data/04_batches.ipynb #7c6f70b8
@@ -332,7 +332,7 @@ def decoding(self:Batches,
     ring = shared_array((slots, share, self.data.channels, side, side))
     def work(task):
         k, i, idx = task
-        ring[k, i:i + len(idx)] = self.data.decode(idx)
+        ring[k, i:i + len(idx)] = self.data.decode(idx)  # type: ignore[attr-defined]  # of a `StreamData`
     def tasks():
         for k, p in enumerate(count(position, self.batch_size)):
             idx = twin.indices(p).numpy()

@@ -281,7 +281,7 @@ def blobs(self:Conversion,
     def encode(k):
         with np.load(self.part(k)) as z: pixels = [one_mode(a, grey) for a in z["pixels"]]
         return [np.ascontiguousarray(a).tobytes() if self.format == "npz" else png(a, level) for a in pixels]
-    for part in in_order(encode, range(len(self.tasks)), self.workers): yield from part
+    for part in in_order(encode, range(len(self.tasks)), self.workers or 0): yield from part
 
 # %% ../../nbs/3_data/05_convert.ipynb #deafe0b4
 def edm_name(
@@ -454,5 +454,5 @@ def convert(
         todo = [k for k in range(len(job.tasks)) if not job.is_done(k)]
         with tqdm(total=len(positions), desc=f"reading {source.name}", unit=" images", delay=2, disable=None) as bar:
             bar.update(len(positions) - sum(len(job.tasks[k]) for k in todo))
-            for n in in_order(job.make_part, todo, job.workers): bar.update(n)
+            for n in in_order(job.make_part, todo, job.workers or 0): bar.update(n)
         return job.finish()

@@ -25,10 +25,13 @@ class Images(Protocol):
     name: str  # for messages and records
     labels: torch.Tensor | None  # (N,) int64 in [0, n_classes)
     classes: list  # names of the classes in order; empty without labels
-    n_classes: int  # number of classes; 0 without labels
-    channels: int  # C, 1 or 3
-    image_size: int  # H, side of every image
     in_memory: bool  # False: every `take` decodes
+    @property
+    def n_classes(self) -> int: ...  # 0 without labels
+    @property
+    def channels(self) -> int: ...  # C, 1 or 3
+    @property
+    def image_size(self) -> int: ...  # H, side of every image
     def __len__(self) -> int: ...
     def take(self, idx) -> torch.Tensor: ...  # (B, C, H, W) uint8
     def x0(self, idx) -> torch.Tensor: ...  # (B, C, H, W) float32 in [-1, 1]

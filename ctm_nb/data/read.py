@@ -697,7 +697,7 @@ def _cifar_files(path):
     try:
         with tarfile.open(path) as t:
             members = [e for e in t if e.isreg() and CIFAR.search(e.name) and e.size < MAX_ENTRY]
-            files = {os.path.basename(e.name): t.extractfile(e).read() for e in members}
+            files = {os.path.basename(e.name): (t.extractfile(e) or io.BytesIO()).read() for e in members}
     except (tarfile.ReadError, EOFError, zlib.error, OSError) as e:
         raise ValueError(f"{path} can't be read as a tar: {e}") from None
     if files: return files
@@ -982,7 +982,7 @@ EXPECTED = ("'digits', a folder of images, a zip, an npz with arr_0, MNIST's idx
 def open_digits()->ArraySource:
     "The embedded digits, a quarter of each class held out."
     d = digits("all")
-    y = d.labels.numpy()
+    y = np.asarray(d.labels)
     return ArraySource("digits", "embedded", numbered("digits", len(d)), y, d.classes, held_out_mask(y, 4),
                        images=d.images.permute(0, 2, 3, 1).numpy())
 

@@ -6,15 +6,17 @@
 __all__ = ['log', 'WRITERS', 'OTHER_FILES', 'FEW', 'write_npz', 'write_zip', 'write_tree', 'write_grid', 'writer_of',
            'read_recipe', 'refuse_existing', 'publish', 'class_list', 'times_list', 'timesteps_of', 'churn_of',
            'run_config', 'data_of', 'classifier_source', 'make_classifier', 'guided_model', 'class_log_probs',
-           'warn_unlabelled', 'make_recipe', 'labels_of', 'wanted', 'out_of_memory', 'Drawer', 'drawer_of', 'draw_part',
-           'assemble', 'find_devices', 'local_device', 'weights_hash', 'with_parts', 'open_parts', 'all_parts',
-           'missing_parts', 'save_classifier', 'load_classifier', 'draw_parts', 'draw_on_many', 'draw_many',
-           'is_complete', 'draw_samples', 'draw_few']
+           'warn_unlabelled', 'make_recipe', 'labels_of', 'wanted', 'out_of_memory', 'free_memory', 'Drawer',
+           'drawer_of', 'draw_part', 'assemble', 'find_devices', 'local_device', 'weights_hash', 'with_parts',
+           'open_parts', 'all_parts', 'missing_parts', 'save_classifier', 'load_classifier', 'draw_parts',
+           'draw_on_many', 'draw_many', 'is_complete', 'draw_samples', 'draw_few']
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #df8c91dc
+import gc
 import difflib, hashlib, io, json, logging, math, os, shutil, sys, time, uuid, warnings, zipfile
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from ..data.batches import load_data
 from ..method.guidance import candidates, guide, guide_free, keep_best, on_denoised
 from ..method.sampling import Churn, check_request, default_times, evaluations, sample
 from ..method.solvers import solver_name
+from ..method.teacher import Model
 from ..method.trajectory import is_ctm
 from ..checkpoints.models import find_checkpoint, load
 from ..checkpoints.store import atomic_write
@@ -142,7 +145,7 @@ def publish(
 def class_list(
     spec: str,  # "all", "none" (no label) or names and indices, separated by commas
     n_classes: int,  # of the model
-    names: list = (),  # of its classes, if it knows them
+    names: list | tuple = (),  # of its classes, if it knows them
 ) -> list | None:  # class indices; None for a model without classes
     "Classes by name or index; ValueError with the nearest name for an unknown one."
     if not n_classes and spec in ("all", "none"): return None
@@ -172,7 +175,7 @@ def times_list(
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #504c33e4
 def timesteps_of(
-    m,  # a model
+    m: Model,  # a model
     checkpoint: str,  # where it came from
     solver: str,  # "ctm" or one of the solvers
     steps: int | None = None,  # jumps or solver steps; None: 1 for jumps, 18 for solvers
@@ -231,7 +234,7 @@ def data_of(
 def classifier_source(
     source: str,  # "train", a data set, or a reference .npz with a classifier
     checkpoint: str | Path,  # whose data "train" means
-    m,  # the model: data_shape, n_classes
+    m: Model,  # the model: data_shape, n_classes
 ) -> dict:  # fit for JSON: reference and features, or data, sha256 and seed; n_classes, shape
     "Which classifier a word means; ValueError or FileNotFoundError if there is none, or none for this model."
     about = _from_reference(source) if str(source).endswith(".npz") else _from_data(source, checkpoint)
@@ -266,6 +269,7 @@ def make_classifier(
     progress: bool = False,  # show a bar
 ) -> FeatureClassifier:  # on the CPU, without gradients of its weights
     "Read or train the classifier."
+    net: Any
     if "reference" in about: net = read_reference(about["reference"]).net
     else:
         data = load_data(split="train", **about["data"])
@@ -274,7 +278,7 @@ def make_classifier(
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #8e37ccdf
 def guided_model(
-    m,  # a teacher or a student
+    m: Model,  # a teacher or a student
     guidance: float | None,  # scale of classifier-free guidance; None: without
     classifier_guidance: float | None,  # scale of a classifier's push; None: without
     n_classes: int | None = None,  # of the classifier
@@ -286,6 +290,7 @@ def guided_model(
                          "leave one out")
     if guidance is not None: return guide_free(m, guidance)
     if classifier_guidance is None: return m
+    if n_classes is None: raise ValueError("classifier guidance needs the number of the classifier's classes, got None")
     return guide(m, on_denoised(m, lambda x0: net(x0).log_softmax(1)), n_classes, classifier_guidance)
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #c073dfc9
@@ -305,7 +310,7 @@ def class_log_probs(
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #74073b65
 def warn_unlabelled(
-    m,  # a model
+    m: Model,  # a model
     checkpoint: str | Path,  # where it came from
 ):
     "Warn where guidance would lean on predictions without label that the model was never trained to make."
@@ -320,7 +325,7 @@ def warn_unlabelled(
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #f999b7cc
 def make_recipe(
-    m,  # the model
+    m: Model,  # the model
     checkpoint: str,  # where it came from
     n: int,  # number of samples, >= 1
     steps: int | None = None,  # jumps or solver steps; None: 1 for jumps, 18 for solvers
@@ -404,6 +409,11 @@ def out_of_memory(
     said = isinstance(error, RuntimeError) and any(w in str(error) for w in words)
     return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
+def free_memory():
+    "Give back what is no longer used."
+    gc.collect()
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
+
 # %% ../../nbs/5_evaluation/05_draw.ipynb #1c5a6815
 class Drawer:
     "A function of sample numbers, called with as many at a time as memory allows."
@@ -436,12 +446,12 @@ def __call__(self: Drawer, ids: torch.Tensor, done=lambda n: None) -> torch.Tens
 def shrink(self: Drawer, n: int):
     "Halve the batch, of which n samples at most were asked for."
     self.size = max(1, min(self.size, n) // 2)
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    free_memory()
     log.warning("out of memory, going on with batches of %d", self.size)
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #1dbbd3a6
 def drawer_of(
-    m,  # the model of the recipe
+    m: Model,  # the model of the recipe
     recipe: dict,  # from `make_recipe`
     net=None,  # the classifier of the recipe, if it has one
     batch_size: int | None = None,  # samples at a time; None: 256, or what memory allows
@@ -525,7 +535,7 @@ def weights_hash(
 # %% ../../nbs/5_evaluation/05_draw.ipynb #4df23168
 def with_parts(
     recipe: dict,  # from `make_recipe`
-    m,  # its model
+    m: Model,  # its model
     size: int | None = None,  # samples in a part; None: a sixteenth of them, 8 to 256
 ) -> dict:
     "A recipe that is worked off in parts."
@@ -576,7 +586,7 @@ def load_classifier(path: Path, device: str = "cpu") -> FeatureClassifier:  # wi
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #79f6760d
 def draw_parts(
-    m,  # the model of the recipe
+    m: torch.nn.Module,  # the model of the recipe
     recipe: dict,  # from `with_parts`
     folder: Path,  # of the parts
     rank: int = 0,  # which process this is
@@ -625,7 +635,7 @@ def draw_on_many(
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #36dcddea
 def draw_many(
-    m,  # the model
+    m: Model,  # the model
     recipe: dict,  # from `make_recipe`
     out: Path,  # the final file or folder
     checkpoint: str,  # see `load`
@@ -647,7 +657,8 @@ def draw_many(
         else: draw_parts(m, recipe, folder, rank, world, batch_size, bar.update)
         while rank == 0 and missing_parts(folder, recipe): time.sleep(.2)  # the other ranks of torchrun
     if rank > 0: return
-    publish(out, *assemble(recipe, [np.load(f) for f in all_parts(folder, recipe)]), overwrite)
+    images, labels, about = assemble(recipe, [np.load(f) for f in all_parts(folder, recipe)])
+    publish(out, images, labels, about, overwrite)
     shutil.rmtree(folder)
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #b782465d
@@ -703,7 +714,7 @@ def draw_samples(
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #d3f216e9
 def draw_few(
-    m,  # the model
+    m: torch.nn.Module,  # the model
     recipe: dict,  # from `make_recipe`
     out: Path,  # the final file or folder
     batch_size: int | None = None,  # samples at a time; None: what memory allows
@@ -714,4 +725,5 @@ def draw_few(
     if recipe["classifier"]: net = make_classifier(recipe["classifier"], str(device), sys.stderr.isatty()).to(device)
     with tqdm(total=recipe["draws"], desc="samples") as bar:
         part = draw_part(drawer_of(m, recipe, net, batch_size), recipe, net, done=bar.update)
-    publish(out, *assemble(recipe, [part]), overwrite)
+    images, labels, about = assemble(recipe, [part])
+    publish(out, images, labels, about, overwrite)

@@ -15,17 +15,18 @@ import hashlib, json, sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from fastcore.basics import patch
-from torch import nn
 
 from ..data.batches import load_data
 from ..data.images import to_uint8
 from ..method.flow import rho_grid
 from ..method.sampling import check_request, sample
 from ..method.solvers import SOLVERS, solver_name
+from ..method.teacher import Model
 from ..method.trajectory import is_ctm
 from ..checkpoints.catalogue import CATALOGUE, fetch, is_public_name
 from ..checkpoints.models import find_checkpoint, load
@@ -237,7 +238,7 @@ def labels_like(
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #263d3be7
 def drawn_samples(
-    m,  # a model
+    m: Model,  # a model
     n: int,  # number of samples
     sampler: dict,  # for `sample`: solver, steps, gamma, times
     label_counts: list | None = None,  # see `labels_like`
@@ -302,7 +303,7 @@ def is_checkpoint(
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #43ad5fe8
 def sampler_settings(
     r: Request,  # solver, steps, gammas, times; what
-    m,  # a model
+    m: Model,  # a model
 ) -> list:  # of dicts for `sample`: solver, steps, gamma, and times if they are not the default
     "Every combination that was asked for; `ValueError` names one that this model can't use."
     found = []
@@ -330,7 +331,7 @@ class Subject:
     name: str                           # for records: the samples' file, or the very checkpoint
     shape: tuple                        # (C, H, W)
     samples: SampleSet | None = None    # finished samples, or
-    model: nn.Module | None = None      # a model,
+    model: Any = None                   # a model,
     settings: list = field(default_factory=list)  # and how it is drawn from
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #d127402c
@@ -693,7 +694,7 @@ def floor(self: Evaluator,
     "The training images, scored like samples, and how well the classifier reads the held-out ones."
     if self.reference.net is None: return []
     held_out = splits["held_out"]
-    got = collect(self.extractor, data_samples(held_out), self.device, self.batch, keep=False)
+    got: Any = collect(self.extractor, data_samples(held_out), self.device, self.batch, keep=False)  # one process
     accuracy = {"classifier_accuracy": class_accuracy(got.probs / got.probs.sum(1, keepdim=True), held_out.labels)}
     return [*records(accuracy, self.reference, self.extractor.features_id, got.n),
             *self.records(data_samples(splits["train"]))]

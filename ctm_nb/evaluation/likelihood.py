@@ -10,6 +10,7 @@ __all__ = ['PIXEL', 'LIKELIHOODS', 'fresh_noise', 'trace_probes', 'denoise_with_
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #6ee3dea2
 import math
+from typing import Any
 
 import torch
 from scipy.integrate import RK45
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..method.flow import noise
 from ..method.sampling import check_labels
-from ..method.teacher import edm_loss
+from ..method.teacher import Model, edm_loss
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #00090ef4
 def fresh_noise(shape, seed, ids, draw=0):  # (B, *shape) float32, standard normal, on the CPU
@@ -39,7 +40,7 @@ def trace_probes(
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #502a873b
 def denoise_with_trace(
-    m,  # a model: m.D(x, t, y)
+    m: Model,  # a model: m.D(x, t, y)
     x: Tensor,  # (B, ...) noisy data
     t: Tensor,  # (B,) noise levels
     y: Tensor | None,  # (B,) class indices
@@ -55,7 +56,7 @@ def denoise_with_trace(
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #9f31cb0e
 def unit_slope(
-    m,  # a model: m.D(x, t, y), m.sigma_data
+    m: Model,  # a model: m.D(x, t, y), m.sigma_data
     y: Tensor | None,  # (B,) class indices
     probes: Tensor,  # (K, B, ...) from `trace_probes`
     ids,  # (B,) numbers of the images, for messages
@@ -123,7 +124,7 @@ def integrate_rows(
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #9407e73e
 def check_points(
-    m,  # a model: data_shape, n_classes
+    m: Model,  # a model: data_shape, n_classes
     x: Tensor,  # (B, *data_shape)
     y,  # None, or (B,) class indices, -1 for no label
     ids,  # None, or (B,) numbers of the images
@@ -138,14 +139,14 @@ def check_points(
     ids = list(range(len(x)) if ids is None else map(int, ids))
     if len(ids) != len(x): raise ValueError(f"ids must be {len(x)} numbers, one for each image, got {len(ids)}")
     w = next(m.parameters(), None) if isinstance(m, torch.nn.Module) else None
-    device, dtype = ("cpu", torch.float64) if w is None else (w.device, w.dtype)
-    y = None if y is None else check_labels(y, len(x), m.n_classes).to(device)
-    return x.to(device, dtype), y, ids
+    device, dtype = (torch.device("cpu"), torch.float64) if w is None else (w.device, w.dtype)
+    labels = None if y is None else check_labels(y, len(x), m.n_classes)
+    return x.to(device, dtype), None if labels is None else labels.to(device), ids
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #adff0aa9
 @torch.no_grad()
 def ode_log_density(
-    m,  # a model: D(x, t, y), data_shape, n_classes, sigma_min, sigma_max, sigma_data
+    m: Model,  # a model: D(x, t, y), data_shape, n_classes, sigma_min, sigma_max, sigma_data
     x: Tensor,  # (B, *data_shape) data
     y=None,  # (B,) class indices, -1 or None for no label
     tol: float = 1e-4,  # largest error of a step, in standard deviations of z and in nats per dimension
@@ -192,7 +193,7 @@ def check_images(
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #6214ed83
 def ode_bits(
-    m,  # a model, as in `ode_log_density`
+    m: Model,  # a model, as in `ode_log_density`
     x: Tensor,  # (B, *data_shape) images in [-1, 1], of 256 levels
     y=None,  # (B,) class indices, -1 or None for no label
     tol: float = 1e-4,  # as in `ode_log_density`
@@ -209,7 +210,7 @@ def ode_bits(
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #da2c98c4
 def elbo_times(
-    m,  # a model: sigma_min, sigma_max, sigma_data
+    m: Model,  # a model: sigma_min, sigma_max, sigma_data
     u: Tensor,  # (...) float64 in [0, 1]
 ) -> tuple[Tensor, float]:  # noise levels, shaped like u; and Z, the range of ln(t / sigma)
     "Noise levels for which EDM's loss, times Z, is the integral of the bound."
@@ -220,7 +221,7 @@ def elbo_times(
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #feea4574
 @torch.no_grad()
 def diffusion_loss(
-    m,  # a model: D(x, t, y), sigma_min, sigma_max, sigma_data
+    m: Model,  # a model: D(x, t, y), sigma_min, sigma_max, sigma_data
     x: Tensor,  # (B, ...) data, on the model's device
     y: Tensor | None,  # (B,) class indices
     levels: int,  # noise levels an image, >= 1
@@ -240,7 +241,7 @@ def diffusion_loss(
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #9b541b29
 def prior_loss(
-    m,  # a model: sigma_max, sigma_data
+    m: Model,  # a model: sigma_max, sigma_data
     x: Tensor,  # (B, ...) data
 ) -> Tensor:  # (B,) nats, float64
     "What is left of the data at sigma_max, where the model starts without knowing them."
@@ -250,7 +251,7 @@ def prior_loss(
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #14892a77
 def elbo_log_density(
-    m,  # a model, as in `ode_log_density`
+    m: Model,  # a model, as in `ode_log_density`
     x: Tensor,  # (B, *data_shape) data
     y=None,  # (B,) class indices, -1 or None for no label
     levels: int = 64,  # noise levels a point, each an evaluation of the model
@@ -264,7 +265,7 @@ def elbo_log_density(
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #5a2973cf
 def reconstruction_loss(
-    m,  # a model: sigma_min
+    m: Model,  # a model: sigma_min
     x: Tensor,  # (B, ...) images of 256 levels in [-1, 1]
     seed: int,  # of the noise
     ids,  # (B,) numbers of the images
@@ -279,7 +280,7 @@ def reconstruction_loss(
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #111b1dea
 def elbo_bits(
-    m,  # a model, as in `ode_log_density`
+    m: Model,  # a model, as in `ode_log_density`
     x: Tensor,  # (B, *data_shape) images in [-1, 1], of 256 levels
     y=None,  # (B,) class indices, -1 or None for no label
     levels: int = 64,  # noise levels an image, each an evaluation of the model
@@ -304,7 +305,7 @@ def split_words(
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #6dcfa60f
 def check_fit(
-    m,  # a model
+    m: Model,  # a model
     data,  # the images, see `Images`
 ):
     "Raise ValueError naming what keeps this model from scoring these images."
@@ -317,7 +318,7 @@ def check_fit(
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #61ecd5f1
 def likelihood_records(
-    m,  # a model
+    m: Model,  # a model
     data,  # the images, see `Images`
     words: list,  # of LIKELIHOODS
     checkpoint: str | None = None,  # for the records
@@ -333,7 +334,7 @@ def likelihood_records(
     check_fit(m, data)
     n, rows = min(n or len(data), len(data)), []
     ode, bound = {"tol": tol, "probes": probes}, {"levels": levels}
-    methods = {"bpd": (ode_bits, ode, {"solver": "RK45", "tolerance": tol, "probes": probes}),
+    methods: dict[str, Any] = {"bpd": (ode_bits, ode, {"solver": "RK45", "tolerance": tol, "probes": probes}),
                "elbo": (elbo_bits, bound, bound)}
     reference = {"name": data.name, "sha256": data.sha256(), "n": len(data)}
     common = {"n_samples": n, "reference": reference, "features": None, "sampler": None, "seed": seed,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from ..data.images import ImageData
+from ..data.images import Images
 
 # %% ../../nbs/5_evaluation/01_metrics.ipynb #bcf587d0
 def as_features(
@@ -296,7 +296,7 @@ def jitter(
 @torch.no_grad()
 def calibrate(
     net:FeatureClassifier, # changed in place
-    data:ImageData, # real images
+    data:Images, # real images
     batch_size:int=500, # images at a time
 )->FeatureClassifier: # `net`, in evaluation mode
     "Set the normalisation so that each feature has mean 0 and variance 1 on `data`."
@@ -311,7 +311,7 @@ def calibrate(
 
 # %% ../../nbs/5_evaluation/01_metrics.ipynb #0ac12dfa
 def train_classifier(
-    data:ImageData, # real, labelled training images
+    data:Images, # real, labelled training images
     seed:int=0, # of weights, order and jitter
     epochs:int=6, # passes over the data
     batch_size:int=64, # images a step

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 import numpy as np, torch
 import torch.distributed as dist
 from fastcore.basics import patch
@@ -223,8 +224,8 @@ def extract(
             if y is not None: labels.append(y)
             n += len(x)
             bar.update(len(x))
-    points, probs, labels = (torch.cat(parts) if parts else None for parts in (points, probs, labels))
-    return Collected(n, stats, spatial, points, probs, labels, shape)
+    whole = lambda parts: torch.cat(parts) if parts else None
+    return Collected(n, stats, spatial, whole(points), whole(probs), whole(labels), shape)
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #38122308
 def _updated(stats, f):
@@ -276,7 +277,7 @@ def collect(
     mask = keep if isinstance(keep, bool) else keep[part.start:part.stop]
     mine = extract(extractor, samples.batches(part, batch_size), device, total, mask)
     parts = ranks.gather(mine)
-    return parts and joined(parts, extractor.features_id)
+    return joined(parts, extractor.features_id) if parts else None
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #0cd7fba2
 @dataclass
@@ -450,5 +451,7 @@ def get_points(self:Reference,
     if self.points is None and self.images is None:
         raise ValueError(f"reference {self.name} holds mean and covariance only: precision, recall, density, coverage "
                          "and kernel distance need images; give the data set, or an ADM reference with arr_0")
-    if self.points is None: self.points = collect(extractor, array_samples(self.images), device, 100).points
+    if self.points is None:
+        found: Any = collect(extractor, array_samples(self.images), device, 100)  # one process
+        self.points = found.points
     return self.points

@@ -181,10 +181,10 @@ def step_losses(
     skip: bool = True,  # `MovingRows`
 ) -> dict:  # name -> scalar; "ctm" first, then "gan" and "dsm"
     "CTM, DSM and, with an adversary, GAN; the student's jump is made once.  # CTM: total loss"
-    movers = [MovingRows(m) if skip else m for m in (student, target)]
-    estimate, goal = ctm_pair(*movers, x_t, x_u, t, u, s, y, compare_at)
+    mover, carrier = (MovingRows(m) if skip else m for m in (student, target))
+    estimate, goal = ctm_pair(mover, carrier, x_t, x_u, t, u, s, y, compare_at)
     losses = {"ctm": distance(estimate, goal).mean()}
     if adversary:
-        losses["gan"] = adversary(estimate if compare_at == "end" else to_end(movers[1], estimate, s, y)).mean()
+        losses["gan"] = adversary(estimate if compare_at == "end" else to_end(carrier, estimate, s, y)).mean()
     if dsm: losses["dsm"] = dsm_loss(student, x0, sigma, eps, y, student.sigma_data).mean()
     return losses

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .flow import expand
 from .solvers import jump
+from .teacher import Model
 from .trajectory import is_ctm
 
 # %% ../../nbs/1_method/10_guidance.ipynb #1c6d529e
@@ -70,7 +71,7 @@ def check_scale(scale: float):
     if not 0 <= scale < math.inf: raise ValueError(f"scale must be >= 0 and finite, got scale={scale}")
 
 def guide(
-    m,  # a teacher or a student, with labels or without
+    m: Model,  # a teacher or a student, with labels or without
     log_prob,  # log_prob(x, t) -> (B, K) log-probabilities of the classes of noisy data
     n_classes: int,  # K
     scale: float = 1.,  # w >= 0; 1 is Bayes' rule for an unlabelled model
@@ -85,7 +86,7 @@ def guide(
 
 # %% ../../nbs/1_method/10_guidance.ipynb #25301a33
 def on_denoised(
-    m,  # a teacher or a student; D must be differentiable
+    m: Model,  # a teacher or a student; D must be differentiable
     log_prob,  # log_prob(x0) -> (B, K) log-probabilities of the classes of clean data
 ):  # log_prob(x, t) for `guide`
     "A classifier of noisy data, made of one of clean data and the model's x_0-prediction."
@@ -93,7 +94,7 @@ def on_denoised(
 
 # %% ../../nbs/1_method/10_guidance.ipynb #521dfc20
 def guide_free(
-    m,  # a labelled teacher or student, trained with some labels dropped
+    m: Model,  # a labelled teacher or student, trained with some labels dropped
     scale: float = 1.,  # w >= 0; 1 is the labelled model itself
 ) -> Guided:
     """Classifier-free guidance: from the prediction without label towards, and past, the one with it.

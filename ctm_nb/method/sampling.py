@@ -8,6 +8,7 @@ __all__ = ['SAMPLERS', 'landing_time', 'gamma_sample', 'Churn', 'edm_sample', 'o
 
 # %% ../../nbs/1_method/09_sampling.ipynb #7ec6b409
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from .flow import noise, rho_grid
 from .solvers import SOLVERS, heun_step, nfe, solve, solver_name
+from .teacher import Model
 from .trajectory import is_ctm
 
 # %% ../../nbs/1_method/09_sampling.ipynb #828a77ba
@@ -64,7 +66,7 @@ class Churn:
 
 # %% ../../nbs/1_method/09_sampling.ipynb #6c71b89f
 def edm_sample(
-    m,  # a model: m.D(x, t, y)
+    m: Model,  # a model: m.D(x, t, y)
     x: Tensor,  # (B, ...) data at times[0]
     times: Tensor,  # (n+1,) decreasing; the last may be 0
     y: Tensor | None,  # (B,) class indices
@@ -88,11 +90,12 @@ def ode_sample(m, x, times, y, draw=None, callback=None, solver="heun"):  # as a
     "Integrate the probability-flow ODE with the model's denoiser."
     return solve(m.D, x, times, y, solver, callback)
 
-SAMPLERS = {"ctm": gamma_sample, **{k: partial(ode_sample, solver=k) for k in SOLVERS}, "edm": edm_sample}
+SAMPLERS: dict[str, Callable] = {
+    "ctm": gamma_sample, **{k: partial(ode_sample, solver=k) for k in SOLVERS}, "edm": edm_sample}
 
 # %% ../../nbs/1_method/09_sampling.ipynb #bc9bccf5
 def default_times(
-    m,  # a model: sigma_min, sigma_max
+    m: Model,  # a model: sigma_min, sigma_max
     steps: int,  # number of steps, >= 1
     solver: str,  # "ctm", or a solver that ends at 0
 ) -> Tensor:  # (steps+1,) float64
@@ -116,12 +119,12 @@ def check_counts(
 ):
     "Raise ValueError naming the first value that is no whole number >= 1."
     for name, value in counts.items():
-        good = isinstance(value, Integral) and value >= 1
+        good = isinstance(value, Integral) and int(value) >= 1
         if value is not None and not good: raise ValueError(f"{name} must be a whole number >= 1, got {name}={value!r}")
 
 # %% ../../nbs/1_method/09_sampling.ipynb #bbc63357
 def check_request(
-    m,  # a model
+    m: Model,  # a model
     n: int,  # number of samples
     steps: int,  # number of steps
     gamma: float,  # share of fresh noise
@@ -175,7 +178,7 @@ def _given(noise_fn, i, shape):
 
 # %% ../../nbs/1_method/09_sampling.ipynb #0248f98f
 def check_finite(
-    m,  # the model that drew them
+    m: Model,  # the model that drew them
     x: Tensor,  # (B, ...) samples
     ids: Tensor,  # (B,) their numbers
 ):
@@ -190,7 +193,7 @@ def check_finite(
 # %% ../../nbs/1_method/09_sampling.ipynb #da3b80f4
 @torch.no_grad()
 def sample(
-    m,  # a model: D(x, t, y) or G(x, t, s, y), data_shape, n_classes, sigma_min, sigma_max
+    m: Model,  # a model: D(x, t, y) or G(x, t, s, y), data_shape, n_classes, sigma_min, sigma_max
     n: int = 16,  # number of samples
     steps: int = 1,  # evaluations of G, or solver steps; ignored when `times` are given
     gamma: float = 0.,  # share of fresh noise in [0, 1]; only for "ctm"
@@ -208,7 +211,8 @@ def sample(
 
     Raises ValueError for arguments out of range and FloatingPointError if the model's output is not finite."""
     check_counts(n=n, steps=steps, batch_size=batch_size)
-    solver, own = solver_name(solver, tuple(SAMPLERS)), {"ctm": dict(gamma=gamma), "edm": dict(churn=churn or Churn())}
+    solver = solver_name(solver, tuple(SAMPLERS))
+    own: dict[str, dict] = {"ctm": {"gamma": gamma}, "edm": {"churn": churn or Churn()}}
     ids = torch.arange(n) if ids is None else torch.as_tensor(ids, dtype=torch.int64)
     times = default_times(m, steps, solver) if times is None else torch.as_tensor(times, dtype=torch.float64).cpu()
     check_request(m, len(ids), steps, gamma, solver, times)

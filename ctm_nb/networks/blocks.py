@@ -100,7 +100,7 @@ class ResampleConv(Resample):
         if not self.conv_first: return F.conv2d(super().forward(x), self.weight, self.bias, padding=self.pad)
         border = self.resample_filter.shape[-1] // 2 - 1  # what the filter needs beyond the picture's edge
         h = F.conv2d(x, self.weight, self.bias, padding=self.pad + border)
-        return resample(h, self.resample_filter, self.how, pad=0)
+        return resample(h, self.resample_filter, self.how or "", pad=0)
 
 # %% ../../nbs/2_networks/01_blocks.ipynb #f99960ee
 def pixel_attention(

@@ -275,7 +275,7 @@ def openai_places(
     net: OpenAIUNet,  # a network
 ) -> dict:  # our block -> (their list, number in it of the block, of its attention)
     "Where OpenAI's U-Net keeps each block; a block that doubles the picture closes the level below it."
-    places = {f"enc.{name}": (f"input_blocks.{n}", 0, 1) for n, name in enumerate(net.enc)}
+    places: dict[str, tuple] = {f"enc.{name}": (f"input_blocks.{n}", 0, 1) for n, name in enumerate(net.enc)}
     n, above_attention = -1, False
     for name, block in net.dec.items():
         if name.endswith("_in0"): places[f"dec.{name}"] = "middle_block", 0, 1

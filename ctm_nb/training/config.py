@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'PRESETS', 'OPTIMIZERS', 'AT_LEAST_1', 'AT_LEAST_10', 'NOT_NEGATIVE', 'ABOVE_0', 'POSITIVE',
-           'FRACTION', 'COUNTS', 'RULES', 'QUOTED', 'DataConfig', 'NetworkConfig', 'OptimConfig', 'TeacherConfig',
-           'DistillConfig', 'GanConfig', 'EvaluateConfig', 'RunConfig', 'Config', 'Span', 'schedule', 'stage_at',
-           'stage_steps', 'parse_value', 'set_value', 'make_config', 'one_of', 'optimisation_rules', 'check_config']
+           'FRACTION', 'COUNTS', 'DATA_RULES', 'NETWORK_RULES', 'TEACHER_RULES', 'DISTILL_RULES', 'GAN_RULES',
+           'EVALUATE_RULES', 'RUN_RULES', 'STAGE_RULES', 'RULES', 'QUOTED', 'DataConfig', 'NetworkConfig',
+           'OptimConfig', 'TeacherConfig', 'DistillConfig', 'GanConfig', 'EvaluateConfig', 'RunConfig', 'Config',
+           'Span', 'schedule', 'stage_at', 'stage_steps', 'parse_value', 'set_value', 'make_config', 'one_of',
+           'optimisation_rules', 'check_config']
 
 # %% ../../nbs/6_training/02_config.ipynb #67deb94a
 import difflib
@@ -309,18 +311,22 @@ def optimisation_rules(
     }
     return [(f"{section}.{key}", rule) for key, rule in rules.items()]
 
-# %% ../../nbs/6_training/02_config.ipynb #c0f19002
+# %% ../../nbs/6_training/02_config.ipynb #9449352b
 def _available(device):
     "Is this a device of the machine?"
     try: torch.empty(0, device=device)
     except (RuntimeError, AssertionError): return False
     return True
 
-RULES = [
-    *(rule for section in STAGES.values() for rule in optimisation_rules(section)),
+# %% ../../nbs/6_training/02_config.ipynb #ddd1fd77
+DATA_RULES = [
     ("data.source", (lambda v, c: v, 'the path of the images (--data PATH), or "digits"')),
     ("data.labels", (lambda v, c: c.data.use_labels or not v, "empty where data.use_labels is false")),
     ("data.crop", one_of(*CROPS)),
+]
+
+# %% ../../nbs/6_training/02_config.ipynb #56913b48
+NETWORK_RULES = [
     ("network.family", one_of(*FAMILIES)),
     ("network.model_channels", (lambda v, c: v >= 8 and v % 8 == 0, "a multiple of 8")),
     ("network.channel_mult", COUNTS),
@@ -331,12 +337,18 @@ RULES = [
     ("network.dropout", FRACTION),
     ("network.sigma_data", POSITIVE),
     ("network.sigma_min", (lambda v, c: 0 < v < c.network.sigma_max, "between 0 and network.sigma_max")),
-    (
-        "teacher.source",
-        (lambda v, c: v or not c.distill.source, "given when distill.source is (an adversarial stage needs both)"),
-    ),
+]
+
+# %% ../../nbs/6_training/02_config.ipynb #e5831784
+TEACHER_RULES = [
+    ("teacher.source", (lambda v, c: v or not c.distill.source,
+                        "given when distill.source is (an adversarial stage needs both)")),
     ("teacher.augment", FRACTION),
     ("teacher.label_dropout", FRACTION),
+]
+
+# %% ../../nbs/6_training/02_config.ipynb #a5c43fed
+DISTILL_RULES = [
     ("distill.N", (lambda v, c: v >= 2, "at least 2")),
     ("distill.K", (lambda v, c: 1 <= v < c.distill.N, lambda c: f"in 1..distill.N-1 = 1..{c.distill.N - 1}")),
     ("distill.max_evals", (lambda v, c: v is None or v >= 1, "none or at least 1")),
@@ -347,22 +359,17 @@ RULES = [
     ("distill.init", one_of("teacher", "random")),
     ("distill.target_ema", FRACTION),
     ("distill.label_dropout", FRACTION),
-    (
-        "distill.label_dropout",
-        (
-            lambda v, c: not v or c.teacher.label_dropout or c.teacher.source,
-            "0 for a teacher that has seen no image without its label (teacher.label_dropout=0)",
-        ),
-    ),
+    ("distill.label_dropout", (lambda v, c: not v or c.teacher.label_dropout or c.teacher.source,
+                               "0 for a teacher that has seen no image without its label (teacher.label_dropout=0)")),
+]
+
+# %% ../../nbs/6_training/02_config.ipynb #a1c29868
+GAN_RULES = [
     ("gan.steps", (lambda v, c: sum(stage_steps(c).values()), "at least 1 where nothing else is to be trained")),
-    (
-        "gan.K",
-        (lambda v, c: v is None or 1 <= v < c.distill.N, lambda c: f"none or in 1..distill.N-1 = 1..{c.distill.N - 1}"),
-    ),
-    (
-        "gan.features",
-        (lambda v, c: all(f.strip() for f in v.split(",")), '"teacher", names of timm networks, or both with commas'),
-    ),
+    ("gan.K", (lambda v, c: v is None or 1 <= v < c.distill.N,
+               lambda c: f"none or in 1..distill.N-1 = 1..{c.distill.N - 1}")),
+    ("gan.features", (lambda v, c: all(f.strip() for f in v.split(",")),
+                      '"teacher", names of timm networks, or both with commas')),
     ("gan.levels", (lambda v, c: len(v) > 0 and min(v) > 0, "one or more noise levels above 0")),
     ("gan.loss", one_of(*GAN_LOSSES)),
     ("gan.low", (lambda v, c: 0 <= v <= c.gan.high, "between 0 and gan.high")),
@@ -370,22 +377,33 @@ RULES = [
     ("gan.d_betas", (lambda v, c: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")),
     *((f"gan.{key}", NOT_NEGATIVE) for key in ("r1", "strength", "start", "head_start")),
     *((f"gan.{key}", ABOVE_0) for key in ("width", "d_lr")),
+]
+
+# %% ../../nbs/6_training/02_config.ipynb #b250a04f
+EVALUATE_RULES = [
     ("evaluate.n", (lambda v, c: v == 0 or v >= 10, "0 (no scores) or at least 10")),
     ("evaluate.steps", COUNTS),
     ("evaluate.teacher_steps", AT_LEAST_1),
     ("evaluate.batch", AT_LEAST_1),
     ("evaluate.features", (lambda v, c: v, "train, inception, cleanfid, timm:NAME or a TorchScript file")),
+]
+
+# %% ../../nbs/6_training/02_config.ipynb #4650a5ec
+RUN_RULES = [
     ("run.seed", NOT_NEGATIVE),
-    (
-        "run.device",
-        (lambda v, c: v == "auto" or _available(v), "auto or a device of this machine (cpu, cuda, cuda:1, ...)"),
-    ),
+    ("run.device", (lambda v, c: v == "auto" or _available(v),
+                    "auto or a device of this machine (cpu, cuda, cuda:1, ...)")),
     ("run.precision", one_of("auto", "fp32", "bf16", "fp16")),
     ("run.micro_batch", (lambda v, c: v == "auto" or (v.isdecimal() and int(v) > 0), "auto or a number of images")),
     *((f"run.{key}", AT_LEAST_1) for key in ("save_every", "log_every", "sample_every", "keep")),
     *((f"run.{key}", NOT_NEGATIVE) for key in ("score_every", "keep_best")),
     ("run.score_n", AT_LEAST_10),
 ]
+
+# %% ../../nbs/6_training/02_config.ipynb #ba44f8f9
+STAGE_RULES = [rule for section in STAGES.values() for rule in optimisation_rules(section)]
+RULES = [*STAGE_RULES, *DATA_RULES, *NETWORK_RULES, *TEACHER_RULES, *DISTILL_RULES, *GAN_RULES,
+         *EVALUATE_RULES, *RUN_RULES]
 
 # %% ../../nbs/6_training/02_config.ipynb #c0f19003
 QUOTED = ("data.source", "data.labels", "teacher.source", "gan.features", "evaluate.features", "run.micro_batch")

@@ -13,7 +13,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from .config import STAGES, Config, schedule
-from ..data.images import ImageData
+from ..data.images import ImageData, Images
 from ..method.solvers import SOLVERS, solver_name
 from .report import NAMES, duration
 from .runtime import autocast, choose_precision
@@ -34,7 +34,7 @@ def empty_data(
 # %% ../../nbs/6_training/09_costs.ipynb #8db0c1b5
 def saved_bytes(
     config: Config,  # of a run
-    data: ImageData,  # whose shape and classes the network gets
+    data: Images,  # whose shape and classes the network gets
 ) -> tuple:  # bytes for one image in float32, parameters
     "What a forward pass keeps for the backward pass, counted on a network without weights."
     with torch.device("meta"):
@@ -53,7 +53,7 @@ PASSES = {"teacher": 1, "ctm_dsm": 3, "ctm_dsm_gan": 3}  # forward passes held f
 
 def memory(
     config: Config,  # of a run
-    data: ImageData,  # its images, or `empty_data`
+    data: Images,  # its images, or `empty_data`
     micro_batch: int | None = None,  # images at a time on one device; None: the batch of each stage
     half: bool = False,  # activations in 16 bits (bf16 autocast), and a 16-bit copy of the weights in use
 ) -> dict:  # stage -> bytes; only stages that have steps
@@ -102,7 +102,7 @@ def seconds(
 # %% ../../nbs/6_training/09_costs.ipynb #3c7c722b
 def measure(
     config: Config,  # of a run
-    data: ImageData,  # its images
+    data: Images,  # its images
     device: str = "cpu",  # where
     batch: int | None = None,  # images a step; None: the stage's, but at most 64 on a GPU and 8 on a CPU
     steps: int = 2,  # timed, after one that is not
@@ -134,7 +134,7 @@ def _now(device):
 # %% ../../nbs/6_training/09_costs.ipynb #c8756eaf
 def estimate(
     config: Config,  # of a run
-    data: ImageData,  # its images
+    data: Images,  # its images
     images_per_sec: float | None = None,  # of one device in the first stage; None: no times
 ) -> list[str]:
     "Memory and time as lines of a plan."

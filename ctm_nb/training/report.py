@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from fastcore.basics import patch
 
@@ -42,8 +43,8 @@ def read_lines(
 # %% ../../nbs/6_training/07_report.ipynb #616feed1
 def read_json(
     path: Path,  # it need not exist, or hold JSON
-    empty: dict | list,  # what stands for nothing
-) -> dict | list:  # of the kind of `empty`
+    empty: Any,  # what stands for nothing: {} or []
+) -> Any:  # of the kind of `empty`
     "The content of a JSON file of the expected kind."
     try: found = json.loads(path.read_text())
     except (OSError, ValueError): return empty
@@ -69,7 +70,7 @@ def read_run(
     folder = Path(folder)
     config = read_json(folder / "config.json", {})
     if not config: raise ValueError(f"{folder} must be the folder of a run, it has no config.json")
-    step = lambda p: int(re.search(r"step_(\d+)", p.name)[1])
+    step = lambda p: int(re.sub(r"\D*(\d+).*", r"\1", p.name))
     numbered = lambda pattern: sorted((step(p), p) for p in folder.glob(pattern))
     manifests = [read_json(p / "checkpoint.json", {}) for _, p in numbered("checkpoints/step_[0-9]*")]
     records = [r for r in read_json(folder / "scores.json", []) if isinstance(r, dict) and "metric" in r]
@@ -349,8 +350,8 @@ def page(
 ) -> str:  # HTML
     "The report of a run, from the template `report.html` beside this module."
     import jinja2
-    template = (resources.files("ctm_nb.training") / "report.html").read_text(encoding="utf-8")
-    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(template)
+    text = (resources.files("ctm_nb.training") / "report.html").read_text(encoding="utf-8")
+    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(text)
     p, (sections, changes) = progress(h), settings(h)
     state = "finished" if p["finished"] else \
         f"step {p['step']:,}, in the stage of the {NAMES.get(p['stage'], p['stage'])}, which ends at step {p['end']:,}"

@@ -5,12 +5,10 @@
 # %% auto #0
 __all__ = ['log', 'EXIT_CODES', 'FORMATS', 'launched', 'pick_device', 'Here', 'join', 'leave', 'main_only',
            'first_on_its_machine', 'agree_on_least', 'share_weights', 'check_equal', 'Signals', 'choose_precision',
-           'unpacks', 'autocast', 'Scaler', 'prepare', 'compile_networks', 'out_of_memory', 'free_memory', 'largest',
-           'ballast', 'memory_advice', 'Guard', 'only_if', 'step_if', 'follow_if', 'culprits', 'write_nonfinite',
-           'jumps', 'gap']
+           'unpacks', 'autocast', 'Scaler', 'prepare', 'compile_networks', 'largest', 'ballast', 'memory_advice',
+           'Guard', 'only_if', 'step_if', 'follow_if', 'culprits', 'write_nonfinite', 'jumps', 'gap']
 
 # %% ../../nbs/6_training/03_runtime.ipynb #af006914
-import gc
 import json
 import logging
 import os
@@ -29,6 +27,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..checkpoints.store import EMA, atomic_write
+from ..evaluation.draw import free_memory, out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -317,21 +316,6 @@ def compile_networks(
         )
         return False
     return True
-
-# %% ../../nbs/6_training/03_runtime.ipynb #4eb4e17c
-def out_of_memory(
-    e: BaseException,  # what was raised
-) -> bool:
-    "Does it say that memory ran out?"
-    words = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(e, RuntimeError) and any(w in str(e) for w in words)
-    )
-
-def free_memory():
-    "Give back what is no longer used."
-    gc.collect()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 # %% ../../nbs/6_training/03_runtime.ipynb #8e22cb01
 def largest(

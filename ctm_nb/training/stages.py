@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checkpoints.models import load
 from ..checkpoints.store import EMA
-from ..data.images import ImageData
+from ..data.images import Images
 from ..evaluation.features import LPIPSDistance, TimmFeatures, backbone_file, find_weights
 from ..method.adversary import Discriminator, TeacherFeatures, discriminator_loss, gan_loss_g, gan_turn, lazy
 from ..method.balance import BalancedGradients
@@ -79,12 +79,12 @@ class Stage:
     "Networks, EMAs and optimizers of one stage, and what a step of it minimises."
     name = ""  # a key of STAGES
     works_ahead = False  # is `example` worth preparing in advance?
-    evaluates = ("model",)  # networks that a step evaluates, worth compiling
+    evaluates: tuple[str, ...] = ("model",)  # networks that a step evaluates, worth compiling
     augment = 0.  # probability of each of EDM's transformations of the images
 
     def __init__(self,
         config: Config,  # of the run
-        data: ImageData,  # training images
+        data: Images,  # training images
         device: torch.device,  # of the networks
         parts: dict | None = None,  # networks of the stage before, by name
     ):
@@ -155,7 +155,7 @@ def gradients(self: Stage,
 # %% ../../nbs/6_training/05_stages.ipynb #38896ab4
 def make_network(
     config: Config,  # of the run
-    data: ImageData,  # whose size, channels and classes it gets
+    data: Images,  # whose size, channels and classes it gets
 ) -> torch.nn.Module:  # without s-branch, fresh weights
     "The raw network that a configuration means for some data."
     n = config.network
@@ -209,7 +209,7 @@ def losses(self: TeacherStage, e: dict, n: int) -> dict:  # name -> scalar
 # %% ../../nbs/6_training/05_stages.ipynb #8670360e
 def given(
     config: Config,  # of the run
-    data: ImageData,  # training images
+    data: Images,  # training images
     which: str,  # "teacher" or "ctm"
 ) -> Denoiser | CTM:
     "The model that the configuration names as the result of a stage; raises ValueError if it doesn't fit the data."
@@ -277,11 +277,14 @@ def example(self: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: 
 
 # %% ../../nbs/6_training/05_stages.ipynb #b9add374
 @patch
-def losses(self: DistillStage, e: dict, n: int, adversary=None) -> dict:  # name -> scalar
+def of_student(self: DistillStage, e: dict, adversary=None) -> dict:  # name -> scalar
     "Soft matching and denoising, and what an adversary adds.  # CTM: training step"
     d, inputs = self.config.distill, {k: v for k, v in e.items() if k not in ("teacher_evals", "looks")}
     return step_losses(self.parts["model"], self.parts["target"], **inputs, distance=self.distance,
                        compare_at=d.compare_at, dsm=d.dsm, adversary=adversary, skip=not self.config.run.compile)
+
+@patch
+def losses(self: DistillStage, e: dict, n: int) -> dict: return self.of_student(e)
 
 # %% ../../nbs/6_training/05_stages.ipynb #874d4111
 def make_discriminator(
@@ -363,13 +366,13 @@ def example(self: GanStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int,
 def losses(self: GanStage, e: dict, n: int) -> dict:  # name -> scalar
     "One turn of the game.  # CTM: total loss"
     turn, loss, discriminator = self.turn(n), self.optim.loss, self.parts["discriminator"]
-    if turn == "ctm_dsm": return DistillStage.losses(self, e, n)
+    if turn == "ctm_dsm": return self.of_student(e)
     if turn == "ctm_dsm_gan":
         adversary = partial(gan_loss_g, discriminator, y=e["y"], numbers=e["looks"], loss=loss)
-        return DistillStage.losses(self, e, n, adversary)
-    networks, inputs = (self.parts["model"], self.parts["target"], discriminator), ("x_t", "t", "s", "x0", "y")
-    options = dict(numbers=e["looks"], r1=self.r1(n), loss=loss)
-    return {"d": discriminator_loss(*networks, **{k: e[k] for k in inputs}, **options)}
+        return self.of_student(e, adversary)
+    student, target = self.parts["model"], self.parts["target"]
+    return {"d": discriminator_loss(student, target, discriminator, e["x_t"], e["t"], e["s"], e["x0"], e["y"],
+                                    numbers=e["looks"], r1=self.r1(n), loss=loss)}
 
 # %% ../../nbs/6_training/05_stages.ipynb #a264ec23
 def check_weights(

@@ -288,7 +288,7 @@ def check_evaluator(
 @dataclass
 class RunState:
     "Everything that a run depends on besides its configuration and its images."
-    stage: Stage | None = None  # the one in memory: networks, EMAs, optimizers
+    stage: Any = None  # the Stage in memory: networks, EMAs, optimizers; None before the first begins
     scaler: Scaler | None = None  # of the loss, with fp16
     step: int = 0  # optimizer steps done, all stages together
     seconds: float = 0.  # that they took
@@ -315,7 +315,8 @@ class Trainer:
         with first_on_its_machine(self.here): self.splits = open_images(config)
         self.data = self.splits["train"]
         self.data_sha256, self.changes, self.past, self.goal = self.data.sha256(), [], [], self.total
-        self.log, self.writer, self.evaluator = MetricsLog(self.folder / "metrics.jsonl"), None, None
+        self.log, self.writer = MetricsLog(self.folder / "metrics.jsonl"), None
+        self.evaluator: Any = None  # made when first needed
         self.warn()
         self.restore(previous)
 
