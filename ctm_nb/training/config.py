@@ -269,7 +269,7 @@ def make_config(
     return config
 
 # %% ../../nbs/6_training/02_config.ipynb #97e5a3c4
-OPTIMIZERS = ("radam", "adamw")  # see optimizers.py
+OPTIMIZERS = ("radam", "adamw", "muon")  # see optimizers.py
 
 # %% ../../nbs/6_training/02_config.ipynb #c0f19000
 # What a value must be: (value, configuration) -> is it possible?, and what was expected.
