@@ -1,6 +1,6 @@
 """Make the emoji that the package ships (ctm_nb/data/emoji.zip) from the pictures of Noto Emoji.
 
-    npm pack emoji-datasource-google@16.0.0    # img/google/64: 64 x 64, named by code points; emoji.json has the categories
+    npm pack emoji-datasource-google@16.0.0    # img/google/64, named by code points; emoji.json has categories
     python benchmarks/emoji.py FOLDER [OUT]
 
 FOLDER holds a sub-folder for each category, in it NAME__VARIANT.png. Pictures are put on white, brought to 32 x 32 and
@@ -42,7 +42,8 @@ def main(folder: Path, out: Path):
                 split = "test" if f.stem.split("__")[0] in held_out else "train"
                 z.writestr(zipfile.ZipInfo(f"{split}/{category.name}/{f.stem}.webp"), picture(f))
                 counts[split] += 1
-    print(f"{out}: {counts['train']} training and {counts['test']} held-out pictures, {out.stat().st_size / 2**20:.1f} MiB")
+    size = out.stat().st_size / 2**20
+    print(f"{out}: {counts['train']} training and {counts['test']} held-out pictures, {size:.1f} MiB")
 
 
 if __name__ == "__main__":
