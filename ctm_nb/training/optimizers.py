@@ -129,7 +129,7 @@ def make_optimizer(
     name: str,  # a key of OPTIMIZERS
     model: torch.nn.Module,  # on its device; all its parameters are optimized
     lr: float,  # learning rate; of the matrices with "muon"
-    betas: tuple = (.9, .999),  # memories of the gradient and of its square, each in [0, 1); of AdamW's part with "muon"
+    betas: tuple = (.9, .999),  # memories of the gradient and of its square, each in [0, 1); AdamW's with "muon"
     last_layer: Tensor | None = None,  # weights of the output layer, which "muon" leaves to AdamW
 ) -> torch.optim.Optimizer:
     "An optimizer by its name, without weight decay."

@@ -10,7 +10,10 @@ from ctm_nb.training.runtime import step_if
 MUON = ["teacher.optimizer=muon", "distill.optimizer=muon", "teacher.lr=.02", "distill.lr=.02"]
 
 
-@pytest.mark.parametrize("words, stops", [(MUON, (5, 11)), ([*MUON, "teacher.warmup=6", "teacher.decay=cosine"], (3, 8))])
+DECAYING = [*MUON, "teacher.warmup=6", "teacher.decay=cosine"]
+
+
+@pytest.mark.parametrize("words, stops", [(MUON, (5, 11)), (DECAYING, (3, 8))])
 def test_interrupted_and_not_end_alike(tmp_path, words, stops):
     walk(start(tmp_path / "whole", *words), 14)
     for step in (*stops, 14): walk(start(tmp_path / "parts", *words), step)
