@@ -29,7 +29,7 @@ AT_LEAST_1 = (lambda v: v >= 1, "at least 1")  # is a value possible?, and what 
 NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "at least 0")
 POSITIVE = (lambda v: 0 < v < math.inf, "a positive number")
 FRACTION = (lambda v: 0 <= v < 1, "in [0, 1)")
-OPTIMIZERS = ("radam", "adamw")  # see optimizers.py
+OPTIMIZERS = ("radam", "adamw", "muon")  # see optimizers.py
 
 def one_of(*names: str) -> tuple: return lambda v: v in names, f"one of {', '.join(names)}"
 def need(default, rule: tuple) -> Any: return field(default=default, metadata={"rule": rule})
