@@ -28,7 +28,7 @@ import torch
 from fastcore.basics import patch
 from safetensors.torch import load as tensors_of, save as bytes_of
 
-from ..data.files import atomic_write, fsync_folder, naming, temp_name, write_synced
+from ..data.files import atomic_write, discard, fsync_folder, naming, publish, temp_name, write_synced
 
 log = logging.getLogger(__name__)
 
@@ -149,29 +149,12 @@ def _write_parts(temp, step, models, state, meta):
     write_synced(temp/"checkpoint.json", lambda f: f.write(_seal(manifest)))
     fsync_folder(temp)
 
-# %% ../../nbs/4_checkpoints/01_store.ipynb #d4130990
-def _discard(path):
-    "Take a folder out of sight with one rename, then delete it."
-    trash = temp_name(path)
-    os.rename(path, trash)
-    fsync_folder(path.parent)
-    shutil.rmtree(trash)
-
-# %% ../../nbs/4_checkpoints/01_store.ipynb #da8ddf54
-def _publish(temp, target):
-    "Give the finished folder `temp` its final name; what had that name steps aside until the disk has the new one."
-    aside = target.with_name(f".old-{target.name}")
-    if target.exists(): os.rename(target, aside)
-    os.rename(temp, target)
-    fsync_folder(target.parent)
-    if aside.exists(): _discard(aside)
-
 # %% ../../nbs/4_checkpoints/01_store.ipynb #301fe2ad
 def _settle(folder):
     "Finish a replacement that a crash interrupted: drop a superseded copy, restore one without successor."
     for aside in folder.glob(".old-step_*"):
         target = aside.with_name(aside.name.removeprefix(".old-"))
-        if target.exists(): _discard(aside)
+        if target.exists(): discard(aside)
         else: os.rename(aside, target)
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #f63cb36d
@@ -199,7 +182,7 @@ def save_checkpoint(
     temp = temp_name(target)
     try:
         _write_parts(temp, step, models, state, meta)
-        _publish(temp, target)
+        publish(temp, target)
     except OSError as e:
         why = f"{e.strerror} while step {step} was being saved; the checkpoints before it are whole"
         raise OSError(e.errno, why, str(e.filename or temp)) from e
@@ -308,7 +291,7 @@ def prune_checkpoints(
         else: p.unlink()
     old = [p for p in step_folders(folder) if _is_complete(p)][keep:]
     doomed = [p for p in old if int(p.name.rpartition("_")[2]) not in besides]
-    for p in doomed: _discard(p)
+    for p in doomed: discard(p)
     return doomed
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #4150e802

@@ -184,14 +184,15 @@ def request_of(
     if a.n is not None and a.n < 6 and (metrics or not likelihoods):
         raise ValueError(f"-n must be >= 6 (density needs 5 neighbours), got {a.n}")
     if a.search: check_search(a, steps, gammas, metrics or [])
-    from ctm_nb.evaluation.draw import local_device
     from ctm_nb.evaluation.evaluate import Request
+    from ctm_nb.evaluation.reference import pick_device
 
     same = (
         "what ref features weights ref_split ref_size save_ref n seed batch bootstrap which solver times search tries "
         "search_n tol probes levels"
     ).split()
-    return Request(metrics=metrics, likelihoods=likelihoods, steps=steps, gammas=gammas, device=local_device(a.device),
+    device = str(pick_device(a.device or "auto"))
+    return Request(metrics=metrics, likelihoods=likelihoods, steps=steps, gammas=gammas, device=device,
                    **{k: getattr(a, k) for k in same})
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #2afbddcf
