@@ -108,7 +108,8 @@ def warp(
     at = (torch.arange(m, dtype=x.dtype, device=x.device) - (m - 1) / 2) / (2 * n)  # of the fine output grid, in widths
     rows, columns = torch.meshgrid(at, at, indexing="ij")
     points = torch.stack([columns, rows, torch.ones_like(rows)], -1).reshape(1, -1, 3)  # (1, m m, 3) as x, y, 1
-    source = (points @ torch.from_numpy(inverse).to(x, non_blocking=True).transpose(1, 2))[..., :2]  # (B, m m, 2) in widths of the image
+    back = torch.from_numpy(inverse).to(x, non_blocking=True)
+    source = (points @ back.transpose(1, 2))[..., :2]  # (B, m m, 2) in widths of the image
     grid = source.reshape(len(x), m, m, 2) * 2 * n / (up.shape[2] / 2)
     fine = F.grid_sample(up, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     return D @ fine @ D.T
