@@ -41,6 +41,7 @@ from ..data.images import ImageData, named_grid, to_uint8
 from ..evaluation.evaluate import drawn_samples, extend_scores, run_evaluator
 from ..evaluation.features import load_extractor
 from ..method.balance import alone
+from ..method.distill import MATCHING
 from ..method.sampling import sample
 from ..method.solvers import OLD_NAMES
 from .config import STAGES, Config, schedule, stage_at
@@ -98,7 +99,10 @@ def length_may_change(
     "May the stage in training get another length?"
     span = stage_at(c.old, max(c.step, 0))
     constant = c.old[c.section]["decay"] == c.new[c.section]["decay"] == "constant"
-    return STAGES[span.stage] == c.section and constant and c.new[c.section]["steps"] >= c.step - span.first
+    planned = c.section == "distill" and (value_of(c.old, "distill", "phases") or
+                                          value_of(c.old, "distill", "matching") not in MATCHING)
+    free = STAGES[span.stage] == c.section and constant and not planned
+    return free and c.new[c.section]["steps"] >= c.step - span.first
 
 # %% ../../nbs/6_training/08_trainer.ipynb #d1b91dc7
 class Rule(NamedTuple):
@@ -117,7 +121,8 @@ SAFE = [
     Rule("teacher.*, distill.*, gan.*", "until a stage that uses them begins", "nothing has been computed with them",
          lambda c: c.section in STAGES.values() and not in_use(c.section, c.old, c.step)),
     Rule("steps of teacher, distill or gan",
-         "while their stage is the one in training and its decay is constant, not below the steps done",
+         "while their stage is the one in training and its decay is constant, not below the steps done; not with "
+         "distill.phases, trajectories or eulerian",
          "the steps so far would have been the same",
          lambda c: c.section in STAGES.values() and c.key == "steps" and length_may_change(c)),
     Rule("run.precision", "where it means the precision that the checkpoint was trained in",
@@ -536,15 +541,13 @@ class Ahead:
         self.made = {}
 
 # %% ../../nbs/6_training/08_trainer.ipynb #b79003e3
-@patch(as_prop=True)
-def halves(self: Trainer) -> bool:
-    "Do teacher and student divide the cores between them?"
-    return self.now.works_ahead and self.device.type == "cpu"
-
 @patch
-def use_cores(self: Trainer):
-    "Let this thread have the cores that are its own in a step."
-    torch.set_num_threads(max(1, self.threads // 2) if self.halves else self.threads)
+def use_cores(self: Trainer,
+    step: int,  # of the run, within the present stage
+):
+    "Let this thread have the cores that are its own in a step; where a teacher is at work too, that is half of them."
+    halved = self.device.type == "cpu" and self.now.works_ahead(step - self.begun_at)
+    torch.set_num_threads(max(1, self.threads // 2) if halved else self.threads)
 
 # %% ../../nbs/6_training/08_trainer.ipynb #57f076bb
 @patch
@@ -553,7 +556,7 @@ def prepare_step(self: Trainer,
 ):  # its examples; on a GPU the material, and the event after which it is there
     "What can be made of a step ahead of time."
     if self.device.type != "cuda":
-        self.use_cores()
+        self.use_cores(step)
         material = self.material_of(step)
         return [self.example_of(step, take(material, r)) for r in self.rows]
     aside = torch.cuda.Stream(self.device)
@@ -745,7 +748,7 @@ def train_step(self: Trainer) -> dict:  # numbers of this step
     "One step of whichever stage it is."
     if self.stage != self.now.name: self.begin(self.stage, self.parts)
     s, started = self.state, time.perf_counter()
-    self.use_cores()
+    self.use_cores(s.step)
     try: numbers = {"stage": self.stage, **self.update(self.gradient())}
     finally: torch.set_num_threads(self.threads)
     s.step += 1
