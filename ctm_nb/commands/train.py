@@ -130,10 +130,10 @@ def up_to(
 ):  # config.Config
     "The configuration without what comes after a stage; raises ValueError for a stage that it hasn't got."
     from copy import deepcopy
-    from ctm_nb.training.config import STAGES, stage_steps
+    from ctm_nb.training.config import STAGES, schedule
     only, names = deepcopy(config), list(STAGES)
     if stage == "all": return only
-    if not stage_steps(config)[stage]:
+    if stage not in schedule(config):
         some = f"--set {STAGES[stage]}.steps=N gives it some"
         raise ValueError(f"stage {stage} has no steps in this configuration; {some}")
     for later in names[names.index(stage) + 1:]: getattr(only, STAGES[later]).steps = 0
