@@ -94,11 +94,10 @@ def scores_of(model, data, evaluator, n, seed, ways):
 
 def finish(config, folder, parts):
     "An adversarial stage from a given student to its end; the trainer, and the means of the last logged numbers."
-    from ctm_nb.training.config import stage_steps
     from ctm_nb.training.trainer import Trainer
 
     t = Trainer(config, folder)
-    t.step = t.total - stage_steps(config)["ctm_dsm_gan"]
+    t.state.step = t.plan["ctm_dsm_gan"].first
     t.begin("ctm_dsm_gan", parts)
     rows = []
     while t.step < t.total:

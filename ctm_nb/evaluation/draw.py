@@ -281,7 +281,7 @@ def guided_model(
     m: Model,  # a teacher or a student
     guidance: float | None,  # scale of classifier-free guidance; None: without
     classifier_guidance: float | None,  # scale of a classifier's push; None: without
-    n_classes: int | None = None,  # of the classifier
+    n_classes: int = 0,  # of the classifier, see `net`
     net=None,  # the classifier; may be missing until the model is used
 ):  # the model that is sampled from
     "The model with its guidance; ValueError for scales below 0, or for both kinds at once."
@@ -290,7 +290,6 @@ def guided_model(
                          "leave one out")
     if guidance is not None: return guide_free(m, guidance)
     if classifier_guidance is None: return m
-    if n_classes is None: raise ValueError("classifier guidance needs the number of the classifier's classes, got None")
     return guide(m, on_denoised(m, lambda x0: net(x0).log_softmax(1)), n_classes, classifier_guidance)
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #c073dfc9
@@ -348,7 +347,7 @@ def make_recipe(
     check_request(m, n, 1 if steps is None else steps, gamma, solver, torch.tensor(t, dtype=torch.float64))
     if churn and solver != "edm": raise ValueError(f'churn is for solver "edm", got solver={solver!r}')
     about = _check_guidance(m, checkpoint, guidance, classifier, classifier_guidance, reject)
-    guided = guided_model(m, guidance, classifier_guidance, about and about["n_classes"])
+    guided = guided_model(m, guidance, classifier_guidance, about["n_classes"] if about else 0)
     names = [str(c) for c in getattr(m, "classes", None) or range(guided.n_classes)]
     recipe = {**_origin(checkpoint), "n": n, "solver": solver, "times": t, "gamma": gamma, "seed": seed,
               "classes": class_list(classes, guided.n_classes, names), "class_names": names,
@@ -457,7 +456,7 @@ def drawer_of(
     batch_size: int | None = None,  # samples at a time; None: 256, or what memory allows
 ) -> Drawer:  # ids -> (B, H, W, C) uint8
     "Draws the pictures of any sample numbers of a recipe."
-    guided = guided_model(m, recipe["guidance"], recipe["classifier_guidance"], net and net.n_classes, net)
+    guided = guided_model(m, recipe["guidance"], recipe["classifier_guidance"], net.n_classes if net else 0, net)
     settings = {k: recipe[k] for k in ("gamma", "solver", "times", "seed")}
     churn = Churn(**recipe["churn"]) if recipe["churn"] else None
     def draw(ids):

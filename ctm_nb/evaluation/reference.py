@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Collected', 'FORMAT', 'FACTS', 'as_pictures', 'SampleSet', 'array_samples', 'data_samples', 'open_samples',
-           'Ranks', 'process_group', 'extract', 'joined', 'collect', 'Reference', 'kept_points', 'build_reference',
-           'reference_of', 'is_reference_file', 'read_reference']
+           'launched', 'pick_device', 'Ranks', 'process_group', 'extract', 'joined', 'collect', 'Reference',
+           'kept_points', 'build_reference', 'reference_of', 'is_reference_file', 'read_reference']
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #bf81d788
 import hashlib, json, os, zipfile
@@ -149,14 +149,41 @@ def _npz_samples(path):
     if y.min() < 0: raise ValueError(f"{path.name}: labels must be >= 0, got {y.min()}")
     return array_samples(x, torch.from_numpy(y.astype(np.int64)), path.name)
 
+# %% ../../nbs/5_evaluation/03_reference.ipynb #dde36f63
+def launched(
+    env=os.environ,  # the environment
+) -> tuple[int, int, int]:  # rank, world, local_rank
+    "What a launcher such as torchrun says about this process."
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(env): return 0, 1, 0
+    return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+
+# %% ../../nbs/5_evaluation/03_reference.ipynb #9e92795f
+def pick_device(
+    name: str = "auto",  # "auto": a GPU if there is one; "cpu", "cuda", "cuda:1", ...
+    gpus: int | None = None,  # on this machine; None: count them
+) -> torch.device:
+    "The device of this process; ValueError for one that is not here."
+    (_, world, local_rank), gpus = launched(), torch.cuda.device_count() if gpus is None else gpus
+    if name == "auto": name = "cuda" if gpus else "cpu"
+    try: device = torch.device(name)
+    except RuntimeError: raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type != "cuda": return device
+    if world > 1 and device.index is not None:
+        raise ValueError(f"device must be auto, cpu or cuda for several processes, got {name}")
+    number = local_rank if device.index is None else device.index
+    if number >= gpus:
+        raise ValueError(f"device {name} of process {local_rank}: there are {gpus} GPUs here; start at most as many "
+                         "processes with torchrun --nproc_per_node")
+    return torch.device("cuda", number)
+
 # %% ../../nbs/5_evaluation/03_reference.ipynb #6b1dc13c
 @dataclass(frozen=True)
 class Ranks:
-    "This process among those that work on one evaluation; by default it is alone."
+    "This process among those that work together; by default it is alone."
     rank: int = 0   # number of this process
     world: int = 1  # how many there are
 
-    def share(self, n): return range(n * self.rank // self.world, n * (self.rank + 1) // self.world)
+    def part_of(self, n): return range(n * self.rank // self.world, n * (self.rank + 1) // self.world)
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #9afd70e6
 @patch
@@ -186,7 +213,7 @@ def process_group(
     hours:float=48., # how long one may wait for another
 ): # yields `Ranks`
     "The processes of `torchrun` as a group, for the length of a block; OSError if one is lost on the way."
-    ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    ranks = Ranks(*launched()[:2])
     if ranks.world == 1 or dist.is_initialized():
         yield ranks
         return
@@ -272,7 +299,7 @@ def collect(
     ranks:Ranks=Ranks(), # the processes that share the work
 )->Collected|None: # in the first process; None in the others
     "Everything that scores need of a set of pictures, in one pass."
-    part = ranks.share(n or samples.n)
+    part = ranks.part_of(n or samples.n)
     total = len(part) if progress and ranks.rank == 0 else None
     mask = keep if isinstance(keep, bool) else keep[part.start:part.stop]
     mine = extract(extractor, samples.batches(part, batch_size), device, total, mask)

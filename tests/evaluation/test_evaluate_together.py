@@ -87,7 +87,7 @@ def values(path):
 def merged_in_a_group(x):
     "Statistics of shares of x equal those of one pass to 1e-10."
     with process_group() as ranks:
-        part = ranks.share(len(x))
+        part = ranks.part_of(len(x))
         mine = torch.from_numpy(x[part.start:part.stop])
         got = Collected(len(mine), FeatureStats(x.shape[1]).update(mine) if len(mine) else None, None, mine, None, None,
                         (1, 8, 8))
@@ -110,7 +110,7 @@ def test_merged_statistics_are_those_of_one_pass():
 
 def test_shares_cover_everything_once():
     for n, world in ((10, 3), (2, 5), (7, 7), (1000, 6)):
-        parts = [list(Ranks(r, world).share(n)) for r in range(world)]
+        parts = [list(Ranks(r, world).part_of(n)) for r in range(world)]
         assert sum(parts, []) == list(range(n)) and max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
