@@ -32,17 +32,6 @@ def convert_parser() -> Parser:
     add("--overwrite", action="store_true", help="replace OUT if it is there")
     return p
 
-# %% ../../nbs/7_commands/05_convert.ipynb #eef1e211
-def _run_config(source):
-    "The configuration of the run that a checkpoint of ours belongs to; None for others' files."
-    from ctm_nb.checkpoints.foreign import read_safetensors, sniff
-    from ctm_nb.checkpoints.models import find_checkpoint
-    from ctm_nb.checkpoints.store import load_checkpoint
-    kind = sniff(source) if Path(source).exists() else None
-    if kind in ("run", "checkpoint"): return load_checkpoint(find_checkpoint(source), parts=[]).meta.get("config")
-    header = read_safetensors(source)[1] if kind == "safetensors" else {}
-    return json.loads(header["ctm_nb"])["config"] if "ctm_nb" in header else None
-
 # %% ../../nbs/7_commands/05_convert.ipynb #862abd87
 def _architecture(words):
     "What is said about a state dict; raises ValueError for an unknown key."
@@ -71,6 +60,7 @@ def ctm_nb_convert(
             if to.exists() and not a.overwrite: raise FileExistsError(f"{to} exists; --overwrite replaces it")
         given = _architecture(a.set)
         from ctm_nb.checkpoints.models import load, save_model
+        from ctm_nb.evaluation.draw import run_config
         m = load(a.source, which=a.which, **given)
         print(m.about)
-        if to: print(f"written: {save_model(m, to, _run_config(a.source), a.overwrite)}")
+        if to: print(f"written: {save_model(m, to, run_config(a.source), a.overwrite)}")

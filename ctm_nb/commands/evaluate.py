@@ -64,9 +64,9 @@ def request_of(
     a: argparse.Namespace,  # flags
 ):  # evaluation.evaluate.Request
     "The flags as a request; `ValueError` names what makes no sense together."
-    from ctm_nb.evaluation.draw import local_device
     from ctm_nb.evaluation.evaluate import LOWER, Request, check_metrics
     from ctm_nb.evaluation.likelihood import split_words
+    from ctm_nb.evaluation.reference import pick_device
     likelihoods, rest = split_words(a.metrics)
     metrics = check_metrics([w.strip() for w in rest.split(",")]) if rest else None
     steps, first = a.steps or ([2] if a.search else [1, 2]), (metrics or ["fid"])[0]
@@ -81,7 +81,7 @@ def request_of(
         raise ValueError(f"--search minimises the first of --metrics, one of {', '.join(LOWER)}, got {first!r}")
     same = {k: v for k, v in vars(a).items() if k in Request.__dataclass_fields__}
     return Request(**{**same, "metrics": metrics, "likelihoods": likelihoods, "steps": steps, "gammas": a.gamma,
-                      "device": local_device(a.device)})
+                      "device": str(pick_device(a.device))})
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #62b62378
 def ctm_nb_evaluate(

@@ -18,10 +18,10 @@ from .flags import Parser, one_line_errors, ranged
 # %% ../../nbs/7_commands/01_train.ipynb #58a67b7a
 def _until(config, stage):
     "The configuration without what comes after a stage; raises ValueError for a stage that it hasn't got."
-    from ctm_nb.training.config import STAGES, stage_steps
+    from ctm_nb.training.config import STAGES, schedule
     only, names = deepcopy(config), list(STAGES)
     if stage == "all": return only
-    if not stage_steps(config)[stage]:
+    if stage not in schedule(config):
         some = f"--set {STAGES[stage]}.steps=N gives it some"
         raise ValueError(f"stage {stage} has no steps in this configuration; {some}")
     for later in names[names.index(stage) + 1:]: getattr(only, STAGES[later]).steps = 0
@@ -49,7 +49,8 @@ def place(
 ) -> str:
     "What is there already: nothing, a run that this configuration continues, or another."
     from ctm_nb.training.report import read_run
-    from ctm_nb.training.runtime import choose_precision, pick_device
+    from ctm_nb.evaluation.reference import pick_device
+    from ctm_nb.training.runtime import choose_precision
     from ctm_nb.training.trainer import changes, check_precision
     if not (folder / "config.json").exists(): return "new"
     h, wanted = read_run(folder), config.run.precision
@@ -72,7 +73,7 @@ def plan(
     "What a run is going to do, as text."
     from ctm_nb.training.config import STAGES
     from ctm_nb.training.costs import estimate, measure
-    from ctm_nb.training.runtime import pick_device
+    from ctm_nb.evaluation.reference import pick_device
     from ctm_nb.training.stages import make_network
     from ctm_nb.training.trainer import no_scores_because, open_images
     splits, e, only = open_images(config), config.evaluate, _until(config, stage)
@@ -133,7 +134,7 @@ def _config(a):
     "The configuration that the flags ask for; without a preset the data choose, see `presets.choose`."
     from ctm_nb.training.config import PRESETS, make_config
     from ctm_nb.training.presets import choose
-    from ctm_nb.training.runtime import pick_device
+    from ctm_nb.evaluation.reference import pick_device
     preset, known = a.preset or ("auto" if a.data and a.data != "digits" else "digits"), (*PRESETS, "auto")
     if preset not in known: raise ValueError(f"--preset must be one of {', '.join(known)}, got {preset!r}")
     given = {"data.source": a.data, "teacher.source": a.teacher, "distill.source": a.student,
