@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from matplotlib.figure import Figure
-from PIL import Image
 from scipy.interpolate import CubicHermiteSpline
 from torch import Tensor, nn
 
