@@ -96,4 +96,4 @@ def draw_flags(
     add("--which", metavar="MODEL",
         help="which model of a run: ctm, teacher, or another EMA, ctm-0.9999 (default: the student if there is one)")
     add("--seed", type=ranged(0), default=0, metavar="N", help="of the noise (default: 0)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1; auto: the GPUs if there are some (default: auto)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU if there is one (default: auto)")

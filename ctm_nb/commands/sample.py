@@ -16,7 +16,8 @@ def sample_parser() -> Parser:
     "The flags of `ctm_nb_sample`."
     p = Parser(
         "ctm_nb_sample", description="Draw samples from a checkpoint. The same command run again continues where it "
-        "was interrupted; sample i depends only on the seed and on i, whatever the batch size or the devices.")
+        "was interrupted; sample i depends only on the seed and on i, whatever the batch size or the devices.",
+        epilog="On several devices: torchrun --nproc_per_node N --no-python ctm_nb_sample ...")
     add = p.add_argument
     add("checkpoint", metavar="CKPT", help="a run, a checkpoint, or whatever else ctm_nb.checkpoints.models.load reads")
     add("-n", type=ranged(1), default=16, help="number of samples (default: 16)")
@@ -32,10 +33,8 @@ def sample_parser() -> Parser:
         help="scale of the push by a classifier, for any model, labelled or not; doubles the evaluations")
     add("--reject", type=float, metavar="RATIO",
         help="draw RATIO times as many, keep those of each class that the classifier likes best")
-    add("--classifier", metavar="WHICH", help="for these two: a reference of ctm_nb_evaluate --save-ref, a data set "
-        "to train one on, or train: the run's data (default: train)")
+    add("--classifier", metavar="REF", help="for these two: a reference of ctm_nb_evaluate --features train --save-ref")
     add("--batch-size", type=ranged(1), metavar="B", help="samples at a time (default: as many as memory allows)")
-    add("--processes", type=ranged(1), metavar="P", help="how many (default: one for each GPU); torchrun works too")
     add("--overwrite", action="store_true", help="replace OUT")
     return p
 
