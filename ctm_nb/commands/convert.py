@@ -59,8 +59,9 @@ def ctm_nb_convert(
             if not to.absolute().parent.is_dir(): raise FileNotFoundError(f"folder {to.parent} does not exist")
             if to.exists() and not a.overwrite: raise FileExistsError(f"{to} exists; --overwrite replaces it")
         given = _architecture(a.set)
-        from ctm_nb.checkpoints.models import load, save_model
-        from ctm_nb.evaluation.draw import run_config
+        from ctm_nb.checkpoints.models import find_checkpoint, load, save_model
+        from ctm_nb.checkpoints.store import load_checkpoint
         m = load(a.source, which=a.which, **given)
         print(m.about)
-        if to: print(f"written: {save_model(m, to, run_config(a.source), a.overwrite)}")
+        ours = load_checkpoint(find_checkpoint(a.source), parts=[]).meta if Path(a.source).is_dir() else {}
+        if to: print(f"written: {save_model(m, to, ours.get('config'), a.overwrite)}")
