@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from .catalogue import CATALOGUE, fetch, is_public_name, nearest_name
+from .catalogue import CATALOGUE, fetch, nearest_name
 from .foreign import (
     EdmNetwork, ForeignFileError, read_edm_pickle, read_safetensors, read_torch, sniff)
 from .store import CheckpointError, latest_checkpoint, load_checkpoint
@@ -336,8 +336,8 @@ def _read_model(path, which, architecture):
 # %% ../../nbs/4_checkpoints/05_models.ipynb #dbbdb466
 def _fetched(name, which):
     "A public file in the cache, and its entry; raises ValueError before fetching what can't be what is expected."
-    if not is_public_name(name): return fetch(name), None
-    entry = CATALOGUE[name]
+    entry = CATALOGUE.get(name)
+    if entry is None: return fetch(name), None
     if entry.kind not in ("teacher", "ctm", "cm"):
         raise ValueError(f"{name} is no model ({entry.loads_as}); `ctm_nb_convert --list` shows those that are")
     if entry.loads_as.startswith("not "): raise ValueError(f"{name} can't be loaded: {entry.loads_as}")
@@ -371,7 +371,7 @@ def load(
     if which is not None and which.partition("-")[0] not in KINDS:
         raise ValueError(f"which must be one of {sorted(KINDS)}, a run's other EMA (ctm-0.9999) or None, got {which!r}")
     entry, name = None, str(path)
-    if not Path(path).exists() and (is_public_name(name) or "://" in name):
+    if not Path(path).exists() and (name in CATALOGUE or "://" in name):
         path, entry = _fetched(name, which)
         if entry: architecture = {**entry.architecture, **architecture}
     if not Path(path).exists():
