@@ -100,10 +100,10 @@ def _catalogue():
         name, stem, what = re.findall(r"^\s+(\S+)(?: \[(\S+)\])?\s+(.*)$", line)[0]
         host, place = address.split(":")
         url, file = HOSTS[host] + place.replace("*", stem or name), name + (Path(place).suffix or ".pt")
-        by_browser = f"open {url} in a browser and press Download (all files of that release: {DRIVE_FOLDER})"
-        url, how = (None, by_browser) if host == "drive" else (url, "")
+        how = f"open {url} in a browser and press Download (all files of that release: {DRIVE_FOLDER})"
+        url, how = ("", how) if host == "drive" else (url, "")
         architecture = {"channels_per_head": 64} if "OpenAI" in loads_as else {}
-        entries[name] = PublicFile(name, kind, loads_as, licence, what, url, file, how, architecture)
+        entries[name] = PublicFile(name, kind, loads_as, licence, what, url or None, file, how, architecture)
     return entries
 
 # %% ../../nbs/4_checkpoints/04_catalogue.ipynb #9231604d

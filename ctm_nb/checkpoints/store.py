@@ -239,8 +239,8 @@ def step_folders(
     folder:str|Path, # a run's checkpoint folder; it need not exist
 ) -> list[Path]: # complete or not
     "Step folders, newest first, and behind each the copy that a replacement may have put aside."
-    found = {p: re.fullmatch(r"(\.old-)?step_(\d+)", p.name) for p in Path(folder).glob("*step_*")}
-    return sorted((p for p, m in found.items() if m), key=lambda p: (-int(found[p][2]), found[p][1] is not None))
+    named = ((re.fullmatch(r"(\.old-)?step_(\d+)", p.name), p) for p in Path(folder).glob("*step_*"))
+    return [p for *_, p in sorted(((int(m[2]), m[1] is None, p) for m, p in named if m), reverse=True)]
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #feac55f7
 def latest_checkpoint(
