@@ -215,7 +215,8 @@ def _from_edm(n, which=None, **architecture):
 def _number(settings, key, default):
     "A number among the settings of a file; raises ValueError for anything else."
     value = settings.get(key, default)
-    if not isinstance(value, int | float) or not abs(value) < 1e9: raise ValueError(f"{key} must be a number, the file has {value!r}")
+    if not isinstance(value, int | float) or not abs(value) < 1e9:
+        raise ValueError(f"{key} must be a number, the file has {value!r}")
     return float(value)
 
 # %% ../../nbs/4_checkpoints/05_models.ipynb #238a8079
