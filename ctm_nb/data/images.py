@@ -198,8 +198,9 @@ def next(self:IndexSampler)->torch.Tensor: # (B,) int64
 def label_font(
     size:int, # pixels
 ):  # a font of Pillow's
-    "Letters of many alphabets: DejaVu, which matplotlib brings along."
-    import matplotlib
+    "Letters of many alphabets: DejaVu, which matplotlib brings along; without it, Pillow's own for European ones."
+    try: import matplotlib
+    except ImportError: return ImageFont.load_default(size)
     return ImageFont.truetype(str(Path(matplotlib.get_data_path())/"fonts"/"ttf"/"DejaVuSans.ttf"), size)
 
 # %% ../../nbs/3_data/01_images.ipynb #cfe06133

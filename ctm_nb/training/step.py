@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .optimizers import set_lr
 from .runtime import Guard, Scaler, only_if, step_if
 from .stages import Stage, step_generator
 
@@ -77,7 +78,7 @@ def apply_gradient(
     losses = [v for k, v in numbers.items() if k.startswith("loss")]
     good = guard.judge(step, losses, norm, scaler and scaler.scale)
     if scaler: scaler.update(good)
-    for group in optimizer.param_groups: group["lr"] = lr
+    set_lr(optimizer, lr)
     if wait and good:
         optimizer.step()
         for ema in emas: ema.update(module)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'REMOVED', 'flat', 'changes', 'check_changes', 'resume_point', 'best_steps', 'open_images',
-           'no_scores_because', 'RunState', 'Trainer', 'Ahead']
+           'no_scores_because', 'RunState', 'Trainer', 'Ahead', 'NoBoard']
 
 # %% ../../nbs/6_training/08_trainer.ipynb #c62114fe
 import json
@@ -210,8 +210,9 @@ class Trainer:
         with first_on_its_machine(self.here): self.splits = open_images(config)
         self.data = self.splits["train"]
         self.data_sha256, self.changes = self.data.sha256(), []
-        self.log, self.writer = MetricsLog(self.folder / "metrics.jsonl"), None
-        self.evaluator: Any = None  # made when first needed
+        self.log = MetricsLog(self.folder / "metrics.jsonl")
+        self.writer: Any = None  # made when first needed, as is the evaluator
+        self.evaluator: Any = None
         random.seed(seed)  # what a user's code may draw from; nothing of ours does
         np.random.seed(seed % 2 ** 32)
         if unpacks(self.precision, self.device):
@@ -566,12 +567,21 @@ def log_window(self: Trainer) -> str:  # the losses in words, for the bar
     return ", ".join([f"step {s.step}", *(f"{k[5:]} {v:.3g}" for k, v in means.items() if k.startswith("loss_"))])
 
 # %% ../../nbs/6_training/08_trainer.ipynb #cb90a904
+class NoBoard:
+    "Stands for TensorBoard's writer where that is not installed; metrics.jsonl has the numbers all the same."
+    def add_scalar(self, *_, **__): pass
+    def add_image(self, *_, **__): pass
+    def flush(self): pass
+
 @patch(as_prop=True)
 def board(self: Trainer):  # torch.utils.tensorboard.SummaryWriter
     "TensorBoard's writer, made when first needed."
-    if self.writer is None:
-        from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step)
+    if self.writer is not None: return self.writer
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log.warning("TensorBoard is not installed (pip install tensorboard): the curves are in metrics.jsonl alone")
+        self.writer = NoBoard()
+    else: self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step)
     return self.writer
 
 # %% ../../nbs/6_training/08_trainer.ipynb #70e7b357
