@@ -40,15 +40,14 @@ def sample_parser() -> argparse.ArgumentParser:
         help="scale of the push by a classifier, for any model, labelled or not; doubles the evaluations")
     add("--reject", type=float, metavar="RATIO",
         help="draw RATIO times as many, keep those of each class that the classifier likes best")
-    add("--classifier", metavar="WHICH", help="for these two: a reference of ctm_nb_evaluate --save-ref, a data set "
-        "to train one on, or train: the run's data (default: train)")
+    add("--classifier", metavar="REF", help="for these two: a reference of ctm_nb_evaluate --features train --save-ref")
     add("--seed", type=int, default=0, help="of the noise (default: 0)")
     add("--which", metavar="MODEL",
         help="which model of a run: ctm, teacher, or another EMA, ctm-0.9999 (default: the student if there is one)")
     add("--batch-size", default="auto", metavar="B",
         help="samples at a time; auto: as many as memory allows (default: auto)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1; auto: all GPUs, else the CPU (default: auto)")
-    add("--processes", type=int, metavar="P", help="how many (default: one for each GPU); torchrun works too")
+    add("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU if there is one; several: torchrun "
+        "--nproc_per_node N --no-python ctm_nb_sample ... (default: auto)")
     add("--overwrite", action="store_true", help="replace OUT")
     add("--version", action="version", version=f"ctm_nb {__version__}")
     return p
@@ -97,9 +96,7 @@ def ctm_nb_sample(
             raise FileNotFoundError(f"there is no folder {a.out.absolute().parent} for {a.out.name}")
         from ctm_nb.evaluation.draw import draw_samples
 
-        plan = draw_samples(
-            a.checkpoint, a.out, a.n, a.which, a.device, a.processes, batch_size, a.overwrite, **request
-        )
+        plan = draw_samples(a.checkpoint, a.out, a.n, a.which, a.device, batch_size, a.overwrite, **request)
     if int(os.environ.get("RANK", 0)) == 0: print(summary(a.out, plan))
 
 # %% ../../nbs/7_commands/02_sample.ipynb #19fbad84

@@ -12,7 +12,6 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.special import ndtri
 
 # %% ../../nbs/3_data/03_augment.ipynb #38ace04f
 def stream_uniforms(
@@ -33,6 +32,8 @@ def draw_parameters(
     "Parameters of EDM's transformations; zero where one doesn't happen.  # EDM Table 6"
     if not 0 <= p <= 1: raise ValueError(f"p must be in [0, 1], got {p}")
     left_right, up_down = (u[:, :2].T < .5) * 1.
+    if not p: return np.stack([left_right * flip, *np.zeros((7, len(u)))], 1)
+    from scipy.special import ndtri  # here, because it is slow to import, and flips alone need no normal numbers
     scale, stretch, right, down = ndtri(u[:, [2, 5, 6, 7]].T.clip(1e-12, 1 - 1e-12))
     turn, direction = (2 * u[:, 3:5].T - 1) * np.pi
     flips, scales, turns, stretches, shifts = (u[:, 8:13].T < p) * 1.
@@ -101,13 +102,14 @@ def warp(
     reach = np.abs(inverse[:, :2, :2]).sum(2).max() * (.5 + 5 / n) + np.abs(inverse[:, :2, 2]).max()
     pad = min(n - 1, max(0, math.ceil((reach - .5) * n) + 4))
     big = F.pad(x, [pad] * 4, mode="reflect")
-    U, D = doubler(big.shape[2]).to(x), halver(n).to(x)
+    U, D = (m.to(x, non_blocking=True) for m in (doubler(big.shape[2]), halver(n)))
     up = U @ big @ U.T  # fine pixel o is centred at (o + 1/2) / 2 of a pixel
     m = 2 * n + 10  # fine pixels that n pixels and the filter need
     at = (torch.arange(m, dtype=x.dtype, device=x.device) - (m - 1) / 2) / (2 * n)  # of the fine output grid, in widths
     rows, columns = torch.meshgrid(at, at, indexing="ij")
     points = torch.stack([columns, rows, torch.ones_like(rows)], -1).reshape(1, -1, 3)  # (1, m m, 3) as x, y, 1
-    source = (points @ torch.from_numpy(inverse).to(x).transpose(1, 2))[..., :2]  # (B, m m, 2) in widths of the image
+    back = torch.from_numpy(inverse).to(x, non_blocking=True)
+    source = (points @ back.transpose(1, 2))[..., :2]  # (B, m m, 2) in widths of the image
     grid = source.reshape(len(x), m, m, 2) * 2 * n / (up.shape[2] / 2)
     fine = F.grid_sample(up, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     return D @ fine @ D.T
@@ -123,11 +125,11 @@ def augment(
     "Non-leaking augmentation: changed images, and what was done to them.  # EDM appendix F.2"
     a = draw_parameters(stream_uniforms(seed, position, len(x)), p, flip)
     for k, axis in ((0, 3), (1, 2)):
-        hit = torch.from_numpy(a[:, k] > 0).to(x.device)
+        hit = torch.from_numpy(a[:, k] > 0).to(x.device, non_blocking=True)
         x = torch.where(hit.view(-1, 1, 1, 1), x.flip(axis), x)
     moved = np.flatnonzero(a[:, [2, 3, 5, 6, 7]].any(1))
     if len(moved):
-        rest, rows = a[moved], torch.from_numpy(moved).to(x.device)
+        rest, rows = a[moved], torch.from_numpy(moved).to(x.device, non_blocking=True)
         rest[:, :2] = 0  # flipped already
         x = x.index_copy(0, rows, warp(x[rows], matrix_of(rest)).to(x.dtype))
-    return x, torch.from_numpy(label_of(a)).to(x.device)
+    return x, torch.from_numpy(label_of(a)).to(x.device, non_blocking=True)

@@ -175,7 +175,8 @@ def next(self:IndexSampler)->torch.Tensor: # (B,) int64
 # %% ../../nbs/3_data/01_images.ipynb #cfe06133
 @cache
 def _font(size):
-    import matplotlib  # brings along DejaVu, which has the letters of many alphabets
+    try: import matplotlib  # brings along DejaVu, which has the letters of many alphabets
+    except ImportError: return ImageFont.load_default(size)  # of European ones
     return ImageFont.truetype(str(Path(matplotlib.get_data_path())/"fonts"/"ttf"/"DejaVuSans.ttf"), size)
 
 def _written(text, size, limit):

@@ -13,7 +13,6 @@ import math
 from typing import Any
 
 import torch
-from scipy.integrate import RK45
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -86,6 +85,7 @@ def rk_step(
     rows: Tensor,  # (b,) which rows these are
 ) -> tuple[Tensor, Tensor, Tensor]:  # state and slope after the step, and the estimated error; each (b, k)
     "A Runge-Kutta step of order 5, with the difference to order 4: six evaluations."
+    from scipy.integrate import RK45  # here, because it is slow to import, and only needed here
     slopes = [slope]
     mix = lambda weights: step[:, None] * sum(float(w) * k for w, k in zip(weights, slopes) if w)
     for weights, c in zip(RK45.A[1:], RK45.C[1:]): slopes.append(f(time + float(c) * step, state + mix(weights), rows))

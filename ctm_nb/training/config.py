@@ -29,7 +29,7 @@ AT_LEAST_1 = (lambda v: v >= 1, "at least 1")  # is a value possible?, and what 
 NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "at least 0")
 POSITIVE = (lambda v: 0 < v < math.inf, "a positive number")
 FRACTION = (lambda v: 0 <= v < 1, "in [0, 1)")
-OPTIMIZERS = ("radam", "adamw")  # see optimizers.py
+OPTIMIZERS = ("radam", "adamw", "muon")  # see optimizers.py
 
 def one_of(*names: str) -> tuple: return lambda v: v in names, f"one of {', '.join(names)}"
 def need(default, rule: tuple) -> Any: return field(default=default, metadata={"rule": rule})
@@ -129,7 +129,7 @@ class GanConfig(OptimConfig):
     target_ema: float = need(.999, FRACTION)  # rate of the EMA inside the loss
 
 # %% ../../nbs/6_training/02_config.ipynb #7be9dcd7
-FEATURES = (bool, "train (a classifier of the images), inception, cleanfid, timm:NAME or a TorchScript file")
+FEATURES = (bool, "train (a classifier of the images), inception, cleanfid, lite0, timm:NAME or a TorchScript file")
 
 @dataclass
 class EvaluateConfig:

@@ -121,7 +121,7 @@ def learn(self: Stage,
 ):
     "Take the network that this stage trains."
     o, self.parts["model"] = self.optim, model
-    self.optimizers["model"] = make_optimizer(o.optimizer, model, o.lr, (.9, o.beta2))
+    self.optimizers["model"] = make_optimizer(o.optimizer, model, o.lr, (.9, o.beta2), model.net.last_layer)
 
 # %% ../../nbs/6_training/05_stages.ipynb #907d0bab
 @patch

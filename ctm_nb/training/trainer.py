@@ -6,7 +6,7 @@
 __all__ = ['log', 'DEFAULTS', 'SAFE', 'REMOVED', 'value_of', 'Change', 'in_use', 'length_may_change', 'Rule', 'removed',
            'changes', 'check_changes', 'check_precision', 'library_changes', 'resume_point', 'put_aside', 'comparable',
            'best_steps', 'open_images', 'no_scores_because', 'check_evaluator', 'RunState', 'Trainer', 'Ahead',
-           'fetched', 'means_of']
+           'fetched', 'means_of', 'NoBoard']
 
 # %% ../../nbs/6_training/08_trainer.ipynb #c62114fe
 import json
@@ -315,8 +315,9 @@ class Trainer:
         with first_on_its_machine(self.here): self.splits = open_images(config)
         self.data = self.splits["train"]
         self.data_sha256, self.changes, self.past, self.goal = self.data.sha256(), [], [], self.total
-        self.log, self.writer = MetricsLog(self.folder / "metrics.jsonl"), None
-        self.evaluator: Any = None  # made when first needed
+        self.log = MetricsLog(self.folder / "metrics.jsonl")
+        self.writer: Any = None  # made when first needed, as is the evaluator
+        self.evaluator: Any = None
         self.warn()
         self.restore(previous)
 
@@ -786,12 +787,21 @@ def peak_memory(self: Trainer) -> float:  # MiB
     if self.device.type == "cuda": return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
+class NoBoard:
+    "Stands for TensorBoard's writer where that is not installed; metrics.jsonl has the numbers all the same."
+    def add_scalar(self, *_, **__): pass
+    def add_image(self, *_, **__): pass
+    def flush(self): pass
+
 @patch(as_prop=True)
 def board(self: Trainer):  # torch.utils.tensorboard.SummaryWriter
     "TensorBoard's writer, made when first needed."
-    if self.writer is None:
-        from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step)
+    if self.writer is not None: return self.writer
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log.warning("TensorBoard is not installed (pip install tensorboard): the curves are in metrics.jsonl alone")
+        self.writer = NoBoard()
+    else: self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step)
     return self.writer
 
 # %% ../../nbs/6_training/08_trainer.ipynb #70e7b357

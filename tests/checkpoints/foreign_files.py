@@ -237,13 +237,24 @@ def zip_bytes(files, compression=zipfile.ZIP_STORED, extra=b""):
     return f.getvalue()
 
 
+# Archives that torch's reader and Python's may understand differently; ours is Python's, which finds the honest one.
+ONE_READER = set("""capitals.pt capitals_after.pt beside.pt absolute.pt upwards.pt backslash.pt letters.pt tables.pt
+comment.pt fewer.pt renamed.pt moved.pt""".split())
+
+
+def shown(result):
+    "Names and shapes of what a reader gave."
+    state = result[0] if type(result) is tuple else getattr(result, "state", result)
+    return ", ".join(f"{name} {tuple(t.shape)}" for name, t in state.items())
+
+
 @dataclass
 class Attack:
     name: str  # of the file
     tries: str  # in words
     read: str  # name of the reader for what it pretends to be
     path: Path
-    harmless: bool = False  # it may be read, without its payload
+    harmless: str | None = None  # what may be read of it, as `shown` says; None: it must be refused
 
     @property
     def size(self): return self.path.lstat().st_size
@@ -604,14 +615,16 @@ def make_attacks(folder, canary):
             (folder/name).write_bytes(data)
             attacks.append(Attack(name, tries, read, folder/name))
     make_edm_pickle(folder/"source.pkl", {"model.a.weight": torch.ones(2, 2)}, canary=canary)
-    next(a for a in attacks if a.name == "laughs.pkl").harmless = True  # what nobody looks at is never unfolded
+    next(a for a in attacks if a.name == "laughs.pkl").harmless = ""  # what nobody looks at is never unfolded
+    for attack in attacks:
+        if attack.name in ONE_READER: attack.harmless = "w (3,)"
     attacks.append(
         Attack(
             "source.pkl",
             "source text that would run (`module_src`)",
             "read_edm_pickle",
             folder / "source.pkl",
-            harmless=True,
+            harmless="model.a.weight (2, 2)",
         )
     )
     (folder/"a_folder.pkl").mkdir()

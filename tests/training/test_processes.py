@@ -246,7 +246,7 @@ def with_optimizer(name):
     return [w.replace("radam", name) for w in SHORT if ".lr" not in w]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "radam"])
+@pytest.mark.parametrize("optimizer", ["adamw", "radam", "muon"])
 def test_running_ahead_computes_the_same(tmp_path, optimizer):
     "What a GPU does, on a CPU: the program does not wait for the guard. The same to the bit."
     def ahead(trainer): trainer.wait = False
@@ -268,7 +268,7 @@ def stopped_at(step, words, folder, wait):
 
 
 @pytest.mark.parametrize("step", [4, 9])
-@pytest.mark.parametrize("optimizer", ["adamw", "radam"])
+@pytest.mark.parametrize("optimizer", ["adamw", "radam", "muon"])
 def test_running_ahead_stops_at_the_same(tmp_path, optimizer, step):
     "Weights, EMAs and optimizers are those before the broken step, however many steps were tried after it."
     words = with_optimizer(optimizer)
@@ -404,7 +404,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
 @gpu
-@pytest.mark.parametrize("optimizer", ["adamw", "radam"])
+@pytest.mark.parametrize("optimizer", ["adamw", "radam", "muon"])
 def test_gpu_nobody_waits_within_a_step(tmp_path, optimizer):
     "Between two looks, whatever makes the program wait for the device raises."
     longer = ["teacher.steps=8", "distill.steps=8", "gan.steps=16", "run.log_every=1000", "run.device=cuda"]
