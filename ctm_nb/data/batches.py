@@ -177,10 +177,10 @@ def load_splits(
         images, found = None, remembered(f"survey-{key[:24]}", look)
         broken, channels = {int(i): why for i, why in found["broken"].items()}, found["channels"]
     if said := complain(broken, source, skip_broken): log.warning("%s", said)
-    good = ~np.isin(np.arange(len(source)), list(broken))
-    return Splits(lambda split: _cut(source, good & split_mask(held, split), split, images, (side, channels, crop, key)))
+    good, how = ~np.isin(np.arange(len(source)), list(broken)), (side, channels, crop, key)
+    return Splits(lambda split: _cut(source, split, good & split_mask(held, split), images, how))
 
-def _cut(source, mask, split, images, how):
+def _cut(source, split, mask, images, how):
     "The images of a split, in memory or on a stream."
     if not mask.any():
         raise ValueError(f"{source.name}: the {split} split is empty; held out is the data's own test set, "

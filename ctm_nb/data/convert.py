@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fingerprint', 'as_stored', 'look', 'survey', 'report', 'contact_sheet', 'png', 'edm_name', 'dataset_json',
-           'store', 'write_files', 'check_destination', 'convert']
+           'store', 'write_edm_zip', 'write_folder', 'check_destination', 'convert']
 
 # %% ../../nbs/3_data/05_convert.ipynb #7ebf7a19
 import hashlib, io, json, re, shutil, zipfile
@@ -181,17 +181,22 @@ def store(
             info.external_attr = 0o644 << 16
             z.writestr(info, data)
 
-def write_files(
-    path:Path, # a folder to be
-    entries, # (name, bytes), an iterable
-):
-    "Write a folder that appears when it is whole."
-    temp = temp_name(path)
+def write_edm_zip(f, blobs, labels, classes):
+    "EDM's zip of PNGs, image by image; labels, and the names of their classes, as for `dataset_json`."
+    def entries():
+        for n, blob in enumerate(blobs): yield edm_name(n), blob
+        yield "dataset.json", dataset_json(labels, classes)
+    store(f, entries())
+
+def write_folder(path:Path, blobs, labels, classes):
+    "PNGs in a sub-folder a class, as a folder that appears when it is whole."
+    temp, folders = temp_name(path), [re.sub(r"[^\w .+-]", "_", c).strip("._- ")[:60] or "class" for c in classes]
+    def name(n): return f"{folders[labels[n]]}/img{n:08}.png" if folders else f"img{n:08}.png"
     try:
         with naming(path):
-            for name, data in entries:
-                (temp/name).parent.mkdir(parents=True, exist_ok=True)
-                (temp/name).write_bytes(data)
+            for k in folders or [""]: (temp/k).mkdir(parents=True, exist_ok=True)
+            for n, blob in enumerate(blobs): (temp/name(n)).write_bytes(blob)
+            (temp/"dataset.json").write_bytes(dataset_json(labels, classes, name))
         publish(temp, path)
     finally: shutil.rmtree(temp, ignore_errors=True)
 
@@ -236,20 +241,14 @@ def convert(
     if images is not None:
         more = {} if labels is None else {"arr_1": labels, "classes": np.array(source.classes)}
         write_atomically(dst, lambda f: np.savez(f, arr_0=images[kept].transpose(0, 2, 3, 1), **more))
-    else: _write(source, dst, kept, labels, lambda i: one_mode(source.pixels(i, size, crop), c == 1), workers)
+    else:
+        def encode(positions):
+            pixels = (source.pixels(i, size, crop) for i in positions)
+            return [png(one_mode(a, c == 1), 0 if dst.suffix else 6) for a in pixels]
+        parts = in_order(encode, np.split(kept, range(128, len(kept), 128)), workers_for(len(kept), workers))
+        blobs = chain.from_iterable(parts)
+        blobs = tqdm(blobs, f"writing {dst.name}", len(kept), unit=" images", delay=2, disable=None)
+        if dst.suffix: write_atomically(dst, lambda f: write_edm_zip(f, blobs, labels, source.classes))
+        else: write_folder(dst, blobs, labels, source.classes)
     left_out = {readable(source.names[i]): readable(why) for i, why in broken.items()}
     return {"images": len(kept), "left_out": left_out, "channels": c, "size": side}
-
-def _write(source, dst, kept, labels, pixels, workers):
-    "Images as PNGs and `dataset.json`: EDM's zip, or a folder for people, with a sub-folder a class."
-    folders = [re.sub(r"[^\w .+-]", "_", c).strip("._- ")[:60] or "class" for c in source.classes]
-    def name(n): return f"{folders[labels[n]]}/img{n:08}.png" if folders else f"img{n:08}.png"
-    if dst.suffix: name = edm_name
-    def encode(numbers): return [png(pixels(kept[n]), 0 if dst.suffix else 6) for n in numbers]
-    blobs = chain.from_iterable(in_order(encode, chunks(len(kept)), workers_for(len(kept), workers)))
-    def entries():
-        for n, blob in enumerate(tqdm(blobs, f"writing {dst.name}", len(kept), unit=" images", delay=2, disable=None)):
-            yield name(n), blob
-        yield "dataset.json", dataset_json(labels, source.classes, name)
-    if dst.suffix: write_atomically(dst, lambda f: store(f, entries()))
-    else: write_files(dst, entries())

@@ -2,10 +2,8 @@
 
 import io
 import json
-import signal
 import subprocess
 import sys
-import time
 import zipfile
 
 import numpy as np
