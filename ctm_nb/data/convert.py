@@ -20,8 +20,8 @@ from tqdm import tqdm
 from .batches import decode_all
 from .files import naming, publish, temp_name, write_atomically
 from .images import image_grid, label_rows, split_mask
-from .read import (CROPS, BrokenImage, Source, as_image, chunks, complain, crop_box, decode, held_out_of, in_order,
-    is_grey, one_mode, open_image, readable, standardise, workers_for)
+from .read import (CROPS, BrokenImage, Source, as_image, chunks, complain, crop_box, decode, held_out_of,
+    in_order, is_grey, one_mode, open_image, readable, standardise, workers_for)
 
 # %% ../../nbs/3_data/05_convert.ipynb #389c5ef3
 def fingerprint(a:np.ndarray, label:str="")->bytes: # 32
