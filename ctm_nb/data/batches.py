@@ -21,8 +21,8 @@ from tqdm import tqdm
 from .augment import augment
 from .files import atomic_write, cache_folder
 from .images import ImageData, Images, IndexSampler, split_mask
-from .read import (CROPS, BrokenImage, Source, check_square, chunks, complain, cores, held_out_of, in_order, is_grey,
-    one_mode, open_source, shared_array, side_of, workers_for)
+from .read import (CROPS, BrokenImage, Source, check_square, chunks, complain, cores, held_out_of, in_order,
+    is_grey, one_mode, open_source, shared_array, side_of, workers_for)
 
 log = logging.getLogger(__name__)
 
