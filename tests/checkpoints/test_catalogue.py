@@ -21,7 +21,7 @@ import pytest
 from ctm_nb.checkpoints import catalogue
 from ctm_nb.checkpoints.catalogue import (
     CATALOGUE, DownloadError, cache_folder, catalogue_table, fetch, nearest_name)
-from ctm_nb.commands.train import one_line_errors
+from ctm_nb.commands.flags import one_line_errors
 
 BODY = random.Random(0).randbytes(200_001)
 HASH = hashlib.sha256(BODY).hexdigest()

@@ -257,7 +257,7 @@ def test_broken_images_are_listed_repaired_or_left_out(tmp_path, capsys):
             "a.tar: expected a name ending in .zip or .npz, or a folder; or give --format",
         ),
         (["inspect", "digits", "--size", "0"], "--size must be >= 1, got 0"),
-        (["stats", "digits", "--workers", "-1"], "--workers must be >= 0, got -1"),
+        (["inspect", "digits", "--workers", "-1"], "--workers must be >= 0, got -1"),
         (["inspect", "torchvision:CIFAR11"], "torchvision has no data set 'CIFAR11'; the nearest is CIFAR10"),
     ],
 )
