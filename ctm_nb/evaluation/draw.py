@@ -4,37 +4,34 @@
 
 # %% auto #0
 __all__ = ['log', 'WRITERS', 'OTHER_FILES', 'FEW', 'write_npz', 'write_zip', 'write_tree', 'write_grid', 'writer_of',
-           'read_recipe', 'refuse_existing', 'publish', 'class_list', 'times_list', 'timesteps_of', 'churn_of',
-           'run_config', 'data_of', 'classifier_source', 'make_classifier', 'guided_model', 'class_log_probs',
-           'warn_unlabelled', 'make_recipe', 'labels_of', 'wanted', 'out_of_memory', 'free_memory', 'Drawer',
-           'drawer_of', 'draw_part', 'assemble', 'find_devices', 'local_device', 'weights_hash', 'with_parts',
-           'open_parts', 'all_parts', 'missing_parts', 'save_classifier', 'load_classifier', 'draw_parts',
-           'draw_on_many', 'draw_many', 'is_complete', 'draw_samples', 'draw_few']
+           'read_recipe', 'refuse_existing', 'save_samples', 'class_list', 'times_list', 'timesteps_of', 'churn_of',
+           'classifier_source', 'guided_model', 'class_log_probs', 'warn_unlabelled', 'make_recipe', 'labels_of',
+           'wanted', 'out_of_memory', 'free_memory', 'Drawer', 'drawer_of', 'assemble', 'weights_hash', 'with_parts',
+           'open_parts', 'all_parts', 'missing_parts', 'draw_parts', 'is_complete', 'draw_samples']
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #df8c91dc
 import gc
-import difflib, hashlib, io, json, logging, math, os, shutil, sys, time, uuid, warnings, zipfile
+import difflib, hashlib, io, json, logging, math, shutil, warnings, zipfile
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
+from ..data.convert import png, write_edm_zip
+from ..data.files import atomic_write, publish, temp_name
 from ..data.images import named_grid, to_uint8
-from ..data.batches import load_data
 from ..method.guidance import candidates, guide, guide_free, keep_best, on_denoised
 from ..method.sampling import Churn, check_request, default_times, evaluations, sample
 from ..method.solvers import solver_name
 from ..method.teacher import Model
 from ..method.trajectory import is_ctm
 from ..checkpoints.models import find_checkpoint, load
-from ..checkpoints.store import atomic_write
-from .metrics import FeatureClassifier, train_classifier
-from .reference import read_reference
+from .metrics import FeatureClassifier
+from .reference import Ranks, pick_device, process_group, read_reference
 from .search import stored_times
 
 log = logging.getLogger(__name__)
@@ -54,19 +51,8 @@ def write_npz(
 # %% ../../nbs/5_evaluation/05_draw.ipynb #f74b48be
 def write_zip(path: Path, images: np.ndarray, labels: np.ndarray | None, recipe: dict):
     "EDM's form: 00000/img00000000.png and dataset.json with the labels (null without)."
-    names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(len(images))]
-    listing: dict = {"labels": None}
-    if labels is not None: listing = {"labels": list(zip(names, labels.tolist())), "classes": recipe["class_names"]}
-    texts = {"dataset.json": json.dumps(listing), "sampler.json": json.dumps(recipe, indent=1)}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as z:
-        for name, image in zip(names, images): z.writestr(zipfile.ZipInfo(name), _png(image))
-        for name, text in texts.items(): z.writestr(zipfile.ZipInfo(name), text)
-
-# %% ../../nbs/5_evaluation/05_draw.ipynb #cba85566
-def _png(image):
-    data = io.BytesIO()
-    Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(data, "png")
-    return data.getvalue()
+    with open(path, "wb") as f: write_edm_zip(f, (png(a, 6) for a in images), labels, recipe["class_names"])
+    with zipfile.ZipFile(path, "a") as z: z.writestr(zipfile.ZipInfo("sampler.json"), json.dumps(recipe, indent=1))
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #1c61d561
 def write_tree(path: Path, images: np.ndarray, labels: np.ndarray | None, recipe: dict):
@@ -75,7 +61,7 @@ def write_tree(path: Path, images: np.ndarray, labels: np.ndarray | None, recipe
     for i, y in enumerate([] if labels is None else labels):
         if y >= 0: folders[i] = recipe["class_names"][y].replace("/", "_")
     for name in {".", *folders}: (path / name).mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images): (path / folders[i] / f"{i:06d}.png").write_bytes(_png(image))
+    for i, image in enumerate(images): (path / folders[i] / f"{i:06d}.png").write_bytes(png(image, 6))
     (path / "sampler.json").write_text(json.dumps(recipe, indent=1))
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #a98e20a5
@@ -122,7 +108,7 @@ def refuse_existing(
     raise FileExistsError(f"{out} exists; choose another name or pass --overwrite")
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #d13e90e1
-def publish(
+def save_samples(
     out: Path,  # the final file or folder
     images: np.ndarray,  # (n, H, W, C) uint8
     labels: np.ndarray | None,  # (n,) class indices, -1 for none
@@ -130,16 +116,14 @@ def publish(
     overwrite: bool = False,  # replace what is there
 ):
     "Write a set as one file or folder that appears whole or not at all."
-    temp, aside = (out.with_name(f".{word}-{uuid.uuid4().hex[:8]}-{out.name}") for word in ("tmp", "old"))
+    temp = temp_name(out)
     try:
         writer_of(out)(temp, images, labels, recipe)
         refuse_existing(out, overwrite)
-        if out.is_dir(): os.rename(out, aside)  # a folder can't be replaced in one step
-        os.replace(temp, out)
+        publish(temp, out)
     finally:
-        for p in (temp, aside):
-            if p.is_dir(): shutil.rmtree(p, ignore_errors=True)
-            else: p.unlink(missing_ok=True)
+        if temp.is_dir(): shutil.rmtree(temp)
+        else: temp.unlink(missing_ok=True)
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #d3370bca
 def class_list(
@@ -204,84 +188,30 @@ def churn_of(
         known = str(e) if str(e).startswith("S_") else f"churn must be S_churn[,S_min,S_max,S_noise], got {spec!r}"
         raise ValueError(known) from None
 
-# %% ../../nbs/5_evaluation/05_draw.ipynb #815fa185
-def run_config(
-    checkpoint: str | Path,  # a run folder or one of its checkpoints
-) -> dict:  # empty for a checkpoint that does not say
-    "How a model was trained, as its run has recorded it."
-    path = Path(checkpoint)
-    for file, keys in ((path / "config.json", ()), (path / "checkpoint.json", ("meta", "config"))):
-        try:
-            config = json.loads(file.read_text())
-            for k in keys: config = config[k]
-        except (OSError, KeyError, TypeError, ValueError): continue
-        if isinstance(config, dict): return config
-    return {}
-
-# %% ../../nbs/5_evaluation/05_draw.ipynb #907bcdea
-def data_of(
-    checkpoint: str | Path,  # a run folder or one of its checkpoints
-) -> dict:  # arguments of `load_data`
-    "The data of a run; ValueError for a checkpoint that does not say."
-    d = run_config(checkpoint).get("data")
-    if not isinstance(d, dict) or "source" not in d:
-        raise ValueError(f"{checkpoint} doesn't say what it was trained on; name the data instead of train, or a "
-                         "reference of ctm_nb_evaluate --save-ref")
-    if d["source"] == "digits": return {"source": "digits"}
-    return {k: d[k] for k in ("source", "image_size", "crop", "skip_broken")} | {"labels": d["labels"] or None}
-
 # %% ../../nbs/5_evaluation/05_draw.ipynb #033818f7
 def classifier_source(
-    source: str,  # "train", a data set, or a reference .npz with a classifier
-    checkpoint: str | Path,  # whose data "train" means
+    path: str | Path,  # a reference .npz with a classifier
     m: Model,  # the model: data_shape, n_classes
-) -> dict:  # fit for JSON: reference and features, or data, sha256 and seed; n_classes, shape
-    "Which classifier a word means; ValueError or FileNotFoundError if there is none, or none for this model."
-    about = _from_reference(source) if str(source).endswith(".npz") else _from_data(source, checkpoint)
-    shape, expected = tuple(about["shape"]), tuple(m.data_shape)
+) -> dict:  # fit for JSON: reference, features, n_classes
+    "The classifier of a reference; ValueError or FileNotFoundError if there is none, or none for this model."
+    r, expected = read_reference(path), tuple(m.data_shape)
+    if r.net is None:
+        raise ValueError(f"{path} holds no classifier (it was made in the features {r.features}); expected a "
+                         "reference of ctm_nb_evaluate --features train --save-ref")
+    shape, n_classes = (r.net.channels, r.net.image_size, r.net.image_size), r.net.n_classes
     if shape != expected:
         raise ValueError(f"the classifier must take pictures of shape {expected} as the model draws them, "
                          f"got one for {shape}")
-    if m.n_classes in (0, about["n_classes"]): return about
-    raise ValueError(f"the classifier must know the model's {m.n_classes} classes, got one of {about['n_classes']}")
-
-# %% ../../nbs/5_evaluation/05_draw.ipynb #389f54f0
-def _from_reference(source):
-    r = read_reference(source)
-    if r.net is None:
-        raise ValueError(f"{source} holds no classifier (it was made in the features {r.features}); expected a "
-                         "reference of ctm_nb_evaluate --features train --save-ref")
-    return {"reference": str(Path(source).resolve()), "features": r.features, "n_classes": r.net.n_classes,
-            "shape": [r.net.channels, r.net.image_size, r.net.image_size]}
-
-# %% ../../nbs/5_evaluation/05_draw.ipynb #9ee2dbcd
-def _from_data(source, checkpoint):
-    about = data_of(checkpoint) if source == "train" else {"source": str(source)}
-    data = load_data(split="train", **about)
-    if data.labels is None: raise ValueError(f"a classifier needs labelled images, {data.name} has none")
-    return {"data": about, "sha256": data.sha256(), "seed": 0, "n_classes": data.n_classes,
-            "shape": [data.channels, data.image_size, data.image_size]}
-
-# %% ../../nbs/5_evaluation/05_draw.ipynb #5bfb41eb
-def make_classifier(
-    about: dict,  # from `classifier_source`
-    device: str = "cpu",  # where to train
-    progress: bool = False,  # show a bar
-) -> FeatureClassifier:  # on the CPU, without gradients of its weights
-    "Read or train the classifier."
-    net: Any
-    if "reference" in about: net = read_reference(about["reference"]).net
-    else:
-        data = load_data(split="train", **about["data"])
-        net = train_classifier(data, seed=about["seed"], device=device, progress=progress).cpu()
-    return net.eval().requires_grad_(False)
+    if m.n_classes not in (0, n_classes):
+        raise ValueError(f"the classifier must know the model's {m.n_classes} classes, got one of {n_classes}")
+    return {"reference": str(Path(path).resolve()), "features": r.features, "n_classes": n_classes}
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #8e37ccdf
 def guided_model(
     m: Model,  # a teacher or a student
     guidance: float | None,  # scale of classifier-free guidance; None: without
     classifier_guidance: float | None,  # scale of a classifier's push; None: without
-    n_classes: int = 0,  # of the classifier, see `net`
+    n_classes: int | None = None,  # of the classifier
     net=None,  # the classifier; may be missing until the model is used
 ):  # the model that is sampled from
     "The model with its guidance; ValueError for scales below 0, or for both kinds at once."
@@ -290,6 +220,7 @@ def guided_model(
                          "leave one out")
     if guidance is not None: return guide_free(m, guidance)
     if classifier_guidance is None: return m
+    if n_classes is None: raise ValueError("classifier guidance needs the number of the classifier's classes, got None")
     return guide(m, on_denoised(m, lambda x0: net(x0).log_softmax(1)), n_classes, classifier_guidance)
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #c073dfc9
@@ -313,14 +244,11 @@ def warn_unlabelled(
     checkpoint: str | Path,  # where it came from
 ):
     "Warn where guidance would lean on predictions without label that the model was never trained to make."
-    teacher, distill = (run_config(checkpoint).get(k) for k in ("teacher", "distill"))
-    if not isinstance(teacher, dict) or "label_dropout" not in teacher: return
-    why, practised = "", isinstance(distill, dict) and distill.get("label_dropout")
-    if not teacher["label_dropout"]: why = "its run has teacher.label_dropout=0"
-    elif is_ctm(m) and not practised:
-        why = "its run has distill.label_dropout=0; its teacher (--which teacher) has seen some without"
-    if why: warnings.warn(f"guidance needs a model that was trained with labels dropped, and this one was not: {why}",
-                          RuntimeWarning, stacklevel=4)
+    stage, file = "distill" if is_ctm(m) else "teacher", Path(checkpoint) / "config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    if config.get(stage, {}).get("label_dropout") == 0:
+        warnings.warn("guidance needs a model that was trained with labels dropped, and this one was not: its run has "
+                      f"{stage}.label_dropout=0", RuntimeWarning, stacklevel=4)
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #f999b7cc
 def make_recipe(
@@ -335,7 +263,7 @@ def make_recipe(
     seed: int = 0,  # of the noise
     guidance: float | None = None,  # scale of classifier-free guidance; None: without
     churn: str | None = None,  # S_churn[,S_min,S_max,S_noise] for solver "edm"
-    classifier: str | None = None,  # see `classifier_source`; None: "train", if one is needed
+    classifier: str | None = None,  # a reference .npz with a classifier, for the next two
     classifier_guidance: float | None = None,  # scale of a classifier's push; None: without
     reject: float | None = None,  # draws for each sample that is kept, >= 1; None: all are kept
 ) -> dict:
@@ -346,8 +274,9 @@ def make_recipe(
     t, gamma = timesteps_of(m, checkpoint, solver, steps, gamma, times)
     check_request(m, n, 1 if steps is None else steps, gamma, solver, torch.tensor(t, dtype=torch.float64))
     if churn and solver != "edm": raise ValueError(f'churn is for solver "edm", got solver={solver!r}')
-    about = _check_guidance(m, checkpoint, guidance, classifier, classifier_guidance, reject)
-    guided = guided_model(m, guidance, classifier_guidance, about["n_classes"] if about else 0)
+    about = _check_guidance(m, classifier, classifier_guidance, reject)
+    if guidance is not None: warn_unlabelled(m, checkpoint)
+    guided = guided_model(m, guidance, classifier_guidance, about and about["n_classes"])
     names = [str(c) for c in getattr(m, "classes", None) or range(guided.n_classes)]
     recipe = {**_origin(checkpoint), "n": n, "solver": solver, "times": t, "gamma": gamma, "seed": seed,
               "classes": class_list(classes, guided.n_classes, names), "class_names": names,
@@ -357,19 +286,18 @@ def make_recipe(
     return {**recipe, "draws": len(wanted(recipe)[0])}
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #482c5693
-def _check_guidance(m, checkpoint, guidance, classifier, classifier_guidance, reject):
+def _check_guidance(m, classifier, classifier_guidance, reject):
     "The classifier that is needed, if any; ValueError for what makes no sense."
-    needed = classifier_guidance is not None or reject is not None
-    if classifier and not needed:
-        raise ValueError(f"a classifier is for classifier_guidance or reject, got {classifier=} and neither")
     if reject is not None and not 1 <= reject < math.inf:
         raise ValueError(f"reject must be >= 1 and finite, got reject={reject}")
-    guided_model(m, guidance, classifier_guidance)  # the scales, before a data set is opened
-    if guidance is not None: warn_unlabelled(m, checkpoint)
+    needed = classifier_guidance is not None or reject is not None
+    if bool(classifier) != needed:
+        raise ValueError("classifier_guidance and reject need a classifier, and a classifier needs one of them, got "
+                         f"{classifier_guidance=}, {reject=}, {classifier=}")
     if reject is not None and not m.n_classes and classifier_guidance is None:
         raise ValueError(f"reject={reject:g} needs a model with classes, this one has none; classifier_guidance would "
                          "give it some")
-    return classifier_source(classifier or "train", checkpoint, m) if needed else None
+    return classifier_source(str(classifier), m) if needed else None
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #21bb0c59
 def _origin(checkpoint):
@@ -423,73 +351,60 @@ class Drawer:
         if size < 1: raise ValueError(f"batch_size must be >= 1, got batch_size={size}")
         self.f, self.size = f, size
 
-# %% ../../nbs/5_evaluation/05_draw.ipynb #8d6dcf57
-@patch
-def __call__(self: Drawer, ids: torch.Tensor, done=lambda n: None) -> torch.Tensor:  # on the CPU
-    "f of all ids; `done` is called with the size of every finished batch."
-    out = []
-    while len(ids):
-        try: x = self.f(ids[:self.size]).cpu()
-        except (RuntimeError, MemoryError) as e:
-            if not out_of_memory(e) or self.size == 1: raise
-            x = None
-        if x is None: self.shrink(len(ids))  # outside the except clause: its traceback would hold on to the tensors
-        else:
+    def __call__(self, ids: torch.Tensor, done=lambda n: None) -> torch.Tensor:  # on the CPU
+        "f of all ids; `done` is called with the size of every finished batch."
+        out = []
+        while len(ids):
+            try: x = self.f(ids[:self.size]).cpu()
+            except (RuntimeError, MemoryError) as e:
+                if not out_of_memory(e) or self.size == 1: raise
+                x = None
+            if x is None:  # outside the except clause: its traceback would hold on to the tensors
+                self.size = max(1, min(self.size, len(ids)) // 2)
+                free_memory()
+                log.warning("out of memory, going on with batches of %d", self.size)
+                continue
             out.append(x)
             done(len(x))
             ids = ids[len(x):]
-    return torch.cat(out)
-
-# %% ../../nbs/5_evaluation/05_draw.ipynb #5e4003d2
-@patch
-def shrink(self: Drawer, n: int):
-    "Halve the batch, of which n samples at most were asked for."
-    self.size = max(1, min(self.size, n) // 2)
-    free_memory()
-    log.warning("out of memory, going on with batches of %d", self.size)
+        return torch.cat(out)
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #1dbbd3a6
 def drawer_of(
-    m: Model,  # the model of the recipe
+    m,  # the model of the recipe
     recipe: dict,  # from `make_recipe`
-    net=None,  # the classifier of the recipe, if it has one
     batch_size: int | None = None,  # samples at a time; None: 256, or what memory allows
-) -> Drawer:  # ids -> (B, H, W, C) uint8
-    "Draws the pictures of any sample numbers of a recipe."
-    guided = guided_model(m, recipe["guidance"], recipe["classifier_guidance"], net.n_classes if net else 0, net)
+):  # draw(rows, done) -> dict of images (B, H, W, C) uint8 and, for a choice, log_probs (B,)
+    "Draws any of all the draws of a recipe; `done` is called with the size of every finished batch."
+    (ids, y), about = wanted(recipe), recipe["classifier"]
+    net: Any = read_reference(about["reference"]).net if about else None
+    if net: net.requires_grad_(False).to(next(m.parameters()).device)
+    guided = guided_model(m, recipe["guidance"], recipe["classifier_guidance"], about and about["n_classes"], net)
     settings = {k: recipe[k] for k in ("gamma", "solver", "times", "seed")}
     churn = Churn(**recipe["churn"]) if recipe["churn"] else None
-    def draw(ids):
+    def pictures(ids):
         x = sample(guided, ids=ids, y=labels_of(recipe, ids), churn=churn, **settings)
         return to_uint8(x).permute(0, 2, 3, 1)
-    return Drawer(draw, 256 if batch_size is None else batch_size)
-
-# %% ../../nbs/5_evaluation/05_draw.ipynb #63dfe239
-def draw_part(
-    draw: Drawer,  # of the recipe
-    recipe: dict,  # from `make_recipe`
-    net=None,  # the classifier of the recipe, if it has one
-    rows: slice = slice(None),  # which of all draws
-    done=lambda n: None,  # called with the size of every finished batch
-) -> dict:  # images (B, H, W, C) uint8, and log_probs (B,) where a classifier will choose
-    "Some of the draws of a recipe."
-    ids, y = wanted(recipe)
-    images = draw(ids[rows], done)
-    if not recipe["reject"]: return {"images": images.numpy()}
-    return {"images": images.numpy(), "log_probs": class_log_probs(net, images, y[rows], draw.size).numpy()}
+    draw = Drawer(pictures, 256 if batch_size is None else batch_size)
+    def draw_rows(rows, done=lambda n: None):
+        images = draw(ids[rows], done)
+        if not recipe["reject"]: return {"images": images.numpy()}
+        return {"images": images.numpy(), "log_probs": class_log_probs(net, images, y[rows], draw.size).numpy()}
+    return draw_rows
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #3d0be2a6
 def assemble(
     recipe: dict,  # from `make_recipe`
     parts: list,  # from `draw_part`, or the same as open npz files, in order
-) -> tuple:  # images (n, H, W, C) uint8, labels (n,) or None, and the recipe, with the numbers that were kept
+) -> tuple[np.ndarray, np.ndarray | None, dict]:  # images (n, H, W, C) uint8, labels (n,), recipe with what was kept
     "All samples in order, or those that a classifier prefers."
     (ids, y), rows = wanted(recipe), torch.arange(recipe["n"])
     if recipe["reject"]:
         log_probs = torch.from_numpy(np.concatenate([part["log_probs"] for part in parts]))
         rows = keep_best(labels_of(recipe, range(recipe["n"])), y, log_probs)
         recipe = {**recipe, "kept": ids[rows].tolist()}
-    images, at = None, 0
+    images: Any = None
+    at = 0
     for part in parts:
         x = part["images"]
         if images is None: images = np.empty((recipe["n"], *x.shape[1:]), np.uint8)
@@ -497,28 +412,6 @@ def assemble(
         images[here] = x[rows.numpy()[here] - at]
         at += len(x)
     return images, None if y is None else y[rows].numpy(), recipe
-
-# %% ../../nbs/5_evaluation/05_draw.ipynb #194dc790
-def find_devices(
-    device: str,  # "auto" or a device's name
-) -> list:  # of names
-    "The devices to work on; ValueError for one that is not here."
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto": return [f"cuda:{i}" for i in range(gpus)] or ["cpu"]
-    try: found = torch.device(device)
-    except RuntimeError: raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
-    if found.type == "cuda" and (found.index or 0) >= gpus:
-        raise ValueError(f"device {device} was asked for, but there are {gpus} GPUs here")
-    return [device]
-
-# %% ../../nbs/5_evaluation/05_draw.ipynb #c3137569
-def local_device(
-    device: str | None = None,  # "cpu", "cuda", "cuda:1"; None or "cuda": the GPU of this process if there is one
-) -> str:
-    "The device of this process; `ValueError` for one that is not here."
-    devices = find_devices(device or "auto")
-    if devices == ["cuda"]: devices = find_devices("auto")
-    return devices[int(os.environ.get("LOCAL_RANK", 0)) % len(devices)]
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #8554f657
 def weights_hash(
@@ -557,116 +450,29 @@ def open_parts(
     changes = "; ".join(f"{k}: {then.get(k)} -> {now[k]}" for k in differing)
     raise ValueError(f"{folder} holds parts of other samples ({changes}): repeat that command, or remove the folder")
 
-# %% ../../nbs/5_evaluation/05_draw.ipynb #8dbdf840
 def all_parts(folder: Path, recipe: dict) -> list:  # of files, there or not
     return [folder / f"part_{p:06d}.npz" for p in range(math.ceil(recipe["draws"] / recipe["part"]))]
 
 def missing_parts(folder: Path, recipe: dict) -> list:  # numbers of the parts that are not there
     return [p for p, file in enumerate(all_parts(folder, recipe)) if not file.exists()]
 
-def _done(folder, recipe):
-    "Samples that are there, at least."
-    return max(0, recipe["draws"] - recipe["part"] * len(missing_parts(folder, recipe)))
-
-# %% ../../nbs/5_evaluation/05_draw.ipynb #1d47671c
-def save_classifier(net: FeatureClassifier, path: Path) -> Path:  # the file
-    "Write a classifier; whole or not at all."
-    data = io.BytesIO()
-    torch.save({"architecture": net.architecture, "state": net.state_dict()}, data)
-    return atomic_write(path, data.getvalue())
-
-def load_classifier(path: Path, device: str = "cpu") -> FeatureClassifier:  # without gradients of its weights
-    "Read a classifier, waiting for it if it is being trained."
-    while not path.exists(): time.sleep(.2)
-    file = torch.load(path, map_location="cpu", weights_only=True)
-    net = FeatureClassifier(**file["architecture"])
-    net.load_state_dict(file["state"])
-    return net.to(device).eval().requires_grad_(False)
-
 # %% ../../nbs/5_evaluation/05_draw.ipynb #79f6760d
 def draw_parts(
-    m: torch.nn.Module,  # the model of the recipe
+    draw,  # from `drawer_of`
     recipe: dict,  # from `with_parts`
     folder: Path,  # of the parts
-    rank: int = 0,  # which process this is
-    world: int = 1,  # of how many
-    batch_size: int | None = None,  # samples at a time; None: what memory allows
-    done=lambda n: None,  # called with the size of every finished batch
+    ranks: Ranks = Ranks(),  # the processes that share the work
+    progress: bool = False,  # show a bar
 ):
     "Draw this process's share of what is missing."
-    net = load_classifier(folder / "classifier.pt", next(m.parameters()).device) if recipe["classifier"] else None
-    draw, files = drawer_of(m, recipe, net, batch_size or recipe["part"]), all_parts(folder, recipe)
-    for p in missing_parts(folder, recipe):
-        if p % world != rank: continue
-        rows, data = slice(p * recipe["part"], (p + 1) * recipe["part"]), io.BytesIO()
-        np.savez(data, **draw_part(draw, recipe, net, rows, done))
-        atomic_write(files[p], data.getvalue())
-
-# %% ../../nbs/5_evaluation/05_draw.ipynb #a62f778a
-def _worker(rank, world, devices, checkpoint, which, recipe, folder, batch_size, threads):
-    "One of several processes."
-    torch.set_num_threads(threads)
-    m = load(checkpoint, devices[rank % len(devices)], which)
-    draw_parts(m, recipe, folder, rank, world, batch_size)
-
-# %% ../../nbs/5_evaluation/05_draw.ipynb #6796da8d
-def draw_on_many(
-    world: int,  # processes to start
-    devices: list,  # process r works on devices[r % len(devices)]
-    checkpoint: str,  # see `load`
-    which: str | None,  # model of a run
-    recipe: dict,  # from `with_parts`
-    folder: Path,  # of the parts
-    batch_size: int | None,  # samples at a time
-    bar,  # progress, in samples
-):
-    "Start processes and wait for them; FloatingPointError, OSError or RuntimeError with the first failure's message."
-    import torch.multiprocessing as mp
-    threads = max(1, torch.get_num_threads() // world)
-    args = world, devices, checkpoint, which, recipe, folder, batch_size, threads
-    context = mp.spawn(_worker, args, nprocs=world, join=False)
-    try:
-        while not context.join(timeout=.5): bar.update(_done(folder, recipe) - bar.n)
-    except mp.ProcessRaisedException as e:
-        kind, _, text = str(e).strip().splitlines()[-1].partition(": ")
-        raise (FloatingPointError if kind == "FloatingPointError" else RuntimeError)(text or kind) from None
-    except mp.ProcessExitedException as e: raise OSError(f"a worker ended ({e}); the same command continues") from None
-
-# %% ../../nbs/5_evaluation/05_draw.ipynb #36dcddea
-def draw_many(
-    m: Model,  # the model
-    recipe: dict,  # from `make_recipe`
-    out: Path,  # the final file or folder
-    checkpoint: str,  # see `load`
-    which: str | None,  # model of a run
-    devices: list,  # see `find_devices`
-    processes: int,  # how many are started here; 1: this one does the work
-    batch_size: int | None,  # samples at a time; None: what memory allows
-    overwrite: bool,  # replace OUT
-):
-    "Draw in parts, and write the file when all are there; of several ranks of torchrun the first writes."
-    world, rank, recipe = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)), with_parts(recipe, m)
-    folder = open_parts(out, recipe) if rank == 0 else _wait_for(out, recipe, overwrite)
-    if folder is None: return
-    if rank == 0 and recipe["classifier"] and not (folder / "classifier.pt").exists():
-        net = make_classifier(recipe["classifier"], devices[0], sys.stderr.isatty())
-        save_classifier(net, folder / "classifier.pt")
-    with tqdm(total=recipe["draws"], desc="samples", disable=rank > 0, initial=_done(folder, recipe)) as bar:
-        if processes > 1: draw_on_many(processes, devices, checkpoint, which, recipe, folder, batch_size, bar)
-        else: draw_parts(m, recipe, folder, rank, world, batch_size, bar.update)
-        while rank == 0 and missing_parts(folder, recipe): time.sleep(.2)  # the other ranks of torchrun
-    if rank > 0: return
-    images, labels, about = assemble(recipe, [np.load(f) for f in all_parts(folder, recipe)])
-    publish(out, images, labels, about, overwrite)
-    shutil.rmtree(folder)
-
-# %% ../../nbs/5_evaluation/05_draw.ipynb #b782465d
-def _wait_for(out, recipe, overwrite):
-    "The folder that rank 0 opens; None if it has finished already."
-    while not (out.with_name(out.name + ".parts") / "recipe.json").exists():
-        if not overwrite and is_complete(out, recipe): return None
-        time.sleep(.2)
-    return open_parts(out, recipe)
+    files, size, n = all_parts(folder, recipe), recipe["part"], recipe["draws"]
+    mine = [p for p in missing_parts(folder, recipe) if p % ranks.world == ranks.rank]
+    left = sum(min(size, n - p * size) for p in mine)
+    with tqdm(total=left, desc="samples", disable=not progress) as bar:
+        for p in mine:
+            data = io.BytesIO()
+            np.savez(data, **draw(slice(p * size, (p + 1) * size), bar.update))
+            atomic_write(files[p], data.getvalue())
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #7c8d34a4
 def is_complete(
@@ -685,8 +491,7 @@ def draw_samples(
     out: str | Path,  # NAME.zip, NAME.npz, NAME.png or a folder
     n: int = 16,  # number of samples
     which: str | None = None,  # "ctm" or "teacher"; None: the student if there is one
-    device: str = "auto",  # "cpu", "cuda", "cuda:1"; "auto": all GPUs, else the CPU
-    processes: int | None = None,  # how many; None: one for each device
+    device: str = "auto",  # see `pick_device`
     batch_size: int | None = None,  # samples at a time; None: what memory allows
     overwrite: bool = False,  # replace OUT
     **request,  # for `make_recipe`: steps, gamma, solver, times, classes, seed, guidance, reject, ...
@@ -694,35 +499,25 @@ def draw_samples(
     """Draw samples into a file; repeated after an interruption, it continues.
 
     Raises ValueError or FileExistsError before anything is drawn, FloatingPointError if the output is not finite."""
-    out, world, rank = Path(out), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    out = Path(out)
     writer_of(out)
-    for name, value in (("processes", processes), ("batch_size", batch_size)):
-        if value is not None and value < 1: raise ValueError(f"{name} must be >= 1, got {name}={value}")
-    devices = find_devices(device)
-    m = load(checkpoint, devices[int(os.environ.get("LOCAL_RANK", 0)) % len(devices)], which)
+    m = load(checkpoint, str(pick_device(device)), which)
     recipe = make_recipe(m, checkpoint, n, **request)
     if not overwrite and is_complete(out, recipe):
         log.info("%s is complete", out)
         return recipe
-    if rank == 0: refuse_existing(out, overwrite)
-    if recipe["draws"] <= FEW and world == 1 and not processes: draw_few(m, recipe, out, batch_size, overwrite)
-    else:
-        many = (processes or len(devices)) if world == 1 else 1
-        draw_many(m, recipe, out, str(checkpoint), which, devices, many, batch_size, overwrite)
+    refuse_existing(out, overwrite)
+    draw = drawer_of(m, recipe, batch_size)
+    with process_group() as ranks:
+        if recipe["draws"] <= FEW and ranks.world == 1:
+            with tqdm(total=recipe["draws"], desc="samples") as bar: part = draw(slice(None), bar.update)
+            save_samples(out, *assemble(recipe, [part]), overwrite=overwrite)
+            return recipe
+        plan = with_parts(recipe, m)
+        folder = open_parts(out, plan)
+        draw_parts(draw, plan, folder, ranks, progress=ranks.rank == 0)
+        if ranks.gather(None):  # the first, when all are there
+            parts = [np.load(f) for f in all_parts(folder, plan)]
+            save_samples(out, *assemble(plan, parts), overwrite=overwrite)
+            shutil.rmtree(folder)
     return recipe
-
-# %% ../../nbs/5_evaluation/05_draw.ipynb #d3f216e9
-def draw_few(
-    m: torch.nn.Module,  # the model
-    recipe: dict,  # from `make_recipe`
-    out: Path,  # the final file or folder
-    batch_size: int | None = None,  # samples at a time; None: what memory allows
-    overwrite: bool = False,  # replace OUT
-):
-    "Draw and write, without leaving anything on the way."
-    net, device = None, next(m.parameters()).device
-    if recipe["classifier"]: net = make_classifier(recipe["classifier"], str(device), sys.stderr.isatty()).to(device)
-    with tqdm(total=recipe["draws"], desc="samples") as bar:
-        part = draw_part(drawer_of(m, recipe, net, batch_size), recipe, net, done=bar.update)
-    images, labels, about = assemble(recipe, [part])
-    publish(out, images, labels, about, overwrite)

@@ -28,7 +28,7 @@ from ..method.sampling import check_request, sample
 from ..method.solvers import SOLVERS, solver_name
 from ..method.teacher import Model
 from ..method.trajectory import is_ctm
-from ..checkpoints.catalogue import CATALOGUE, fetch, is_public_name
+from ..checkpoints.catalogue import CATALOGUE, fetch
 from ..checkpoints.models import find_checkpoint, load
 from ..checkpoints.store import atomic_write
 from .metrics import (authenticity, bootstrap_frechet, class_accuracy, density_coverage,
@@ -375,7 +375,7 @@ def find_reference(
     ranks: Ranks = Ranks(),  # the processes that share the work
 ) -> tuple:  # Reference, Extractor; the same in every process
     "The reference and the feature network; `ValueError` if they don't belong together."
-    path = fetch(r.ref, timeout=5.) if is_public_name(r.ref) else Path(r.ref).expanduser()
+    path = fetch(r.ref) if r.ref in CATALOGUE else Path(r.ref).expanduser()
     if not is_reference_file(path): return _reference_from_data(r, shape, ranks)
     reference = read_reference(path)
     extractor = extractor_for(reference, r)
@@ -590,7 +590,7 @@ def check_likelihoods(
     name = "--metrics " + ",".join(r.likelihoods)
     if not is_checkpoint(r.what):
         raise ValueError(f"{name} needs a model: a run, a checkpoint or the public name of one, got samples: {r.what}")
-    if is_public_name(r.ref) or is_reference_file(Path(r.ref).expanduser()):
+    if r.ref in CATALOGUE or is_reference_file(Path(r.ref).expanduser()):
         raise ValueError(f"{name} needs images: --ref must be a data set (digits, a folder, a zip, ...), got "
                          f"statistics: {r.ref}")
 

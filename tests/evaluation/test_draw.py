@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ctm_nb.evaluation import draw
-from ctm_nb.evaluation.draw import (class_log_probs, classifier_source, draw_samples, load_classifier, make_recipe,
-                                    open_parts, with_parts)
+from ctm_nb.evaluation.draw import (class_log_probs, classifier_source, draw_parts, draw_samples, drawer_of,
+                                    make_recipe, open_parts, with_parts)
 from ctm_nb.commands.sample import ctm_nb_sample
 from ctm_nb.data.images import ImageData, digits
 from ctm_nb.method.teacher import Denoiser
@@ -18,7 +18,7 @@ from ctm_nb.method.guidance import candidates, keep_best
 from ctm_nb.checkpoints.models import describe, load
 from ctm_nb.evaluation.metrics import train_classifier
 from ctm_nb.networks.unet import DDPMpp, init_
-from ctm_nb.evaluation.reference import build_reference, read_reference
+from ctm_nb.evaluation.reference import Ranks, build_reference, read_reference
 from ctm_nb.checkpoints.store import save_checkpoint
 from ctm_nb.method.sampling import sample
 from ctm_nb.method.trajectory import student_from
@@ -34,7 +34,6 @@ def save_run(folder, n_classes):
     names = [str(c) for c in range(n_classes)]
     meta = {"models": {k: {"part": k, "description": describe(m, names)} for k, m in models.items()}}
     save_checkpoint(folder / "checkpoints", 1, {k: m.state_dict() for k, m in models.items()}, {}, meta)
-    (folder / "config.json").write_text(json.dumps({"data": {"source": "digits"}}))
     return folder
 
 
@@ -88,20 +87,19 @@ def test_interrupted_while_choosing_continues(run, ref, tmp_path, monkeypatch):
     assert e.value.code == 130
     monkeypatch.undo()
     kept = {f: f.stat().st_mtime_ns for f in parts.glob("part_*")}
-    assert len(kept) == 4 and not out.exists() and (parts / "classifier.pt").exists()
+    assert len(kept) == 4 and not out.exists()
     # another ratio is another plan
     with pytest.raises(SystemExit): ctm_nb_sample([w if w != "3" else "4" for w in words] + ["--out", str(out)])
     seen, publish = {}, draw.publish
-    monkeypatch.setattr(draw, "publish", lambda out, *a: seen.update({f: f.stat().st_mtime_ns
-                                                                      for f in parts_of(out).glob("part_*")})
-                        or publish(out, *a))
-    for rank in "10":  # two processes of torchrun, one after the other
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setenv("RANK", rank)
-        ctm_nb_sample([*words, "--out", str(out)])
+    monkeypatch.setattr(draw, "publish", lambda temp, out: seen.update({f: f.stat().st_mtime_ns
+                                                                       for f in parts_of(out).glob("part_*")})
+                        or publish(temp, out))
+    m = load(run, which="teacher")  # a process of torchrun, before the other
+    plan = with_parts(make_recipe(m, run, 40, 3, solver="heun", reject=3., classifier=str(ref)), m)
+    draw_parts(drawer_of(m, plan), plan, open_parts(out, plan), Ranks(1, 2))
+    assert len(list(parts.glob("part_*"))) > len(kept)
+    ctm_nb_sample([*words, "--out", str(out)])
     assert len(seen) == 15 and seen.items() >= kept.items()  # what was finished was not drawn again
-    monkeypatch.delenv("WORLD_SIZE")
-    monkeypatch.delenv("RANK")
     ctm_nb_sample([*words, "--out", str(tmp_path / "whole.zip"), "--batch-size", "7"])
     with zipfile.ZipFile(out) as a, zipfile.ZipFile(tmp_path / "whole.zip") as b:
         plans = [json.loads(z.read("sampler.json")) for z in (a, b)]
@@ -110,24 +108,6 @@ def test_interrupted_while_choosing_continues(run, ref, tmp_path, monkeypatch):
     stamp = out.stat().st_mtime_ns
     ctm_nb_sample([*words, "--out", str(out)])
     assert out.stat().st_mtime_ns == stamp and not parts.exists()  # complete: nothing is drawn, nothing trained
-
-
-def test_classifier_is_trained_once_and_kept_with_the_parts(run, tmp_path, monkeypatch):
-    trained = []
-    real = draw.make_classifier
-    monkeypatch.setattr(draw, "make_classifier", lambda *a: trained.append(1) or real(*a))
-    def stop(*a): raise KeyboardInterrupt
-    monkeypatch.setattr(draw, "draw_parts", stop)
-    with pytest.raises(KeyboardInterrupt): draw_samples(run, tmp_path / "a.npz", 40, device="cpu", reject=2.)
-    first = load_classifier(tmp_path / "a.npz.parts" / "classifier.pt").state_dict()
-    monkeypatch.undo()
-    monkeypatch.setattr(draw, "make_classifier", lambda *a: trained.append(2) or real(*a))
-    seen, publish = {}, draw.publish
-    monkeypatch.setattr(draw, "publish", lambda out,
-                        *a: seen.update(load_classifier(parts_of(out) / "classifier.pt").state_dict())
-                        or publish(out, *a))
-    draw_samples(run, tmp_path / "a.npz", 40, device="cpu", reject=2.)
-    assert trained == [1] and all(torch.equal(first[k], seen[k]) for k in first)
 
 
 def test_an_unlabelled_model_gets_classes(unlabelled, ref, tmp_path):
@@ -149,15 +129,18 @@ def test_an_unlabelled_model_gets_classes(unlabelled, ref, tmp_path):
 
 @pytest.mark.parametrize("words, message", [(["--reject", "0.9"], "reject must be >= 1 and finite, got reject=0.9"),
                                             (["--reject", "nan"], "got reject=nan"),
-                                            (["--classifier-guidance", "-1"], "scale=-1"),
-                                            (["--classifier", "digits"], "neither"),
-                                            (["--reject", "2", "--classes", "none"],
+                                            (["--classifier-guidance", "-1", "--classifier", "REF"], "scale=-1"),
+                                            (["--classifier", "digits"], "needs one of them"),
+                                            (["--reject", "2"], "need a classifier"),
+                                            (["--reject", "2", "--classes", "none", "--classifier", "REF"],
                                              "reject=2 needs a class for every sample"),
                                             (["--reject", "2", "--classifier", "no/such/folder"], "no/such/folder"),
                                             (["--reject", "2", "--classifier", "none.npz"], "none.npz"),
-                                            (["--guidance", "1", "--classifier-guidance", "1"], "can't be combined")])
-def test_mistakes_are_one_line_and_write_nothing(run, tmp_path, monkeypatch, capsys, words, message):
+                                            (["--guidance", "1", "--classifier-guidance", "1", "--classifier", "REF"],
+                                             "can't be combined")])
+def test_mistakes_are_one_line_and_write_nothing(run, ref, tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
+    words = [str(ref) if w == "REF" else w for w in words]
     with pytest.raises(SystemExit) as e: ctm_nb_sample([str(run), "--out", "o.npz", *words])
     err = capsys.readouterr().err
     assert e.value.code == 2 and message in err and err.strip().count("\n") == 0 and not list(tmp_path.iterdir())
@@ -169,7 +152,7 @@ def test_a_classifier_of_other_pictures_is_refused(run, unlabelled, tmp_path, re
     four = ImageData(digits().images[:90] , digits().labels[:90] % 4, list("abcd"), "four")
     other = build_reference(ClassifierExtractor(train_classifier(four, epochs=1, width=8)),
                             four).save(tmp_path / "four.npz")
-    with pytest.raises(ValueError, match="10 classes, got one of 4"): classifier_source(other, run, load(run))
+    with pytest.raises(ValueError, match="10 classes, got one of 4"): classifier_source(other, load(run))
     np.savez(tmp_path / "edm.npz", mu=np.zeros(4), sigma=np.eye(4))
     with pytest.raises(ValueError, match="holds no classifier"):
         make_recipe(load(run), run, 3, reject=2., classifier=str(tmp_path / "edm.npz"))
@@ -178,7 +161,8 @@ def test_a_classifier_of_other_pictures_is_refused(run, unlabelled, tmp_path, re
     again = dict(device="cpu", classifier=str(ref))
     with pytest.raises(ValueError, match="reject: 2.0 -> 3.0"):
         draw_samples(run, tmp_path / "w.npz", 80, reject=3., **again)
-    again["classifier"] = "digits"
+    again["classifier"] = str(build_reference(ClassifierExtractor(train_classifier(digits("train"), 1, 1, width=8)),
+                                              digits("held_out")).save(tmp_path / "second.npz"))
     with pytest.raises(ValueError, match="classifier: "): draw_samples(run, tmp_path / "w.npz", 80, reject=2., **again)
 
 
@@ -190,4 +174,6 @@ def test_guidance_without_dropped_labels_is_warned_about(run, tmp_path):
             warnings.simplefilter("always")
             assert make_recipe(m, tmp_path, 3, guidance=2.)["guidance"] == 2.
         assert [word in str(w.message) for w in said] == ([True] if word else [])
-    with pytest.warns(RuntimeWarning, match="--which teacher"): make_recipe(load(run), tmp_path, 3, guidance=2.)
+    config = {"teacher": {"label_dropout": .1}, "distill": {"label_dropout": 0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.warns(RuntimeWarning, match="distill.label_dropout=0"): make_recipe(load(run), tmp_path, 3, guidance=2.)

@@ -15,10 +15,12 @@ from PIL import Image
 
 from ctm_nb.evaluation import draw
 from ctm_nb.commands.sample import ctm_nb_sample
-from ctm_nb.evaluation.draw import Drawer, draw_samples, make_recipe, missing_parts, open_parts, with_parts
+from ctm_nb.evaluation.draw import (Drawer, draw_parts, draw_samples, drawer_of, make_recipe, missing_parts, open_parts,
+                                    with_parts)
 from ctm_nb.method.teacher import Denoiser
 from ctm_nb.checkpoints.models import describe, load
 from ctm_nb.networks.unet import DDPMpp, init_
+from ctm_nb.evaluation.reference import Ranks
 from ctm_nb.evaluation.search import store_times
 from ctm_nb.checkpoints.store import save_checkpoint
 from ctm_nb.method.trajectory import student_from
@@ -52,7 +54,7 @@ def test_help_imports_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_killed_command_continues_with_two_processes(run, tmp_path, monkeypatch, capsys):
+def test_killed_command_continues(run, tmp_path, monkeypatch, capsys):
     out, parts = tmp_path / "x.zip", tmp_path / "x.zip.parts"
     p = subprocess.Popen([sys.executable, "-c", CODE, str(run), *WORDS, "--out", str(out)], stderr=subprocess.DEVNULL)
     while p.poll() is None and not list(parts.glob("part_*")): time.sleep(.005)
@@ -63,7 +65,7 @@ def test_killed_command_continues_with_two_processes(run, tmp_path, monkeypatch,
     seen, publish = {}, draw.publish
     monkeypatch.setattr(draw, "publish", lambda *a: seen.update({f: f.stat().st_mtime_ns for f in parts.glob("part_*")})
                         or publish(*a))
-    ctm_nb_sample([str(run), *WORDS, "--out", str(out), "--processes", "2", "--batch-size", "3"])
+    ctm_nb_sample([str(run), *WORDS, "--out", str(out), "--batch-size", "3"])
     assert len(seen) == 10 and seen.items() >= kept.items()  # what was finished was not drawn again
     assert not parts.exists() and not list(tmp_path.glob(".tmp*")) and "78 samples" in capsys.readouterr().out
     images, labels = images_of(out)
@@ -93,30 +95,36 @@ def test_torchrun_is_killed_and_continued(run, tmp_path):
         assert (a["arr_1"] == b["arr_1"]).all()
 
 
-def test_ranks_of_torchrun_share_the_work(run, tmp_path, monkeypatch):
+def test_ranks_of_torchrun_share_the_work(run, tmp_path):
     m = load(run)
-    plan = with_parts(make_recipe(m, run, 40, gamma=.2, times="80,1"), m)
+    plan = with_parts(make_recipe(m, run, 70, gamma=.2, times="80,1"), m)
     folder = open_parts(tmp_path / "z", plan)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    draw_samples(run, tmp_path / "z", 40, device="cpu", gamma=.2, times="80,1")
-    assert missing_parts(folder, plan) == [0, 2, 4]
-    monkeypatch.setenv("RANK", "0")
-    draw_samples(run, tmp_path / "z", 40, device="cpu", gamma=.2, times="80,1")
+    draw_parts(drawer_of(m, plan), plan, folder, Ranks(1, 2))
+    assert missing_parts(folder, plan) == [0, 2, 4, 6, 8]
+    draw_samples(run, tmp_path / "z", 70, device="cpu", gamma=.2, times="80,1")
     assert not folder.exists() and {p.parent.name for p in (tmp_path / "z").rglob("*.png")} == {"cat", "dog", "cow"}
-    assert len(list((tmp_path / "z").rglob("*.png"))) == 40
+    assert len(list((tmp_path / "z").rglob("*.png"))) == 70
 
 
-@pytest.mark.parametrize("words, message", [(["--gamma", "1.1"], "gamma=1.1"), (["--times", "3,5"], "decreasing"),
-                                            (["--times", "90,5"], "80"), (["--classes", "dgo"], "nearest is 'dog'"),
-                                            (["--classes", "3"], "0..2"),
-                                            (["--times", "auto", "--steps", "7"], "no times are stored"),
-                                            (["--out", "x.tar"], "x.tar"), (["--device", "cuda:77"], "cuda:77"),
-                                            (["-n", "0"], "-n"), (["--batch-size", "none"], "'none'"),
-                                            (["--seed", "-4"], "seed=-4"), (["--processes", "0"], "processes=0"),
-                                            (["--guidance", "-2"], "scale=-2"),
-                                            (["--churn", "a", "--solver", "edm"], "'a'"),
-                                            (["--out", "no/such/x.zip"], "no folder")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--gamma", "1.1"], "--gamma must be >= 0 and <= 1, got 1.1"),
+        (["--times", "3,5"], "decreasing"),
+        (["--times", "90,5"], "80"),
+        (["--classes", "dgo"], "nearest is 'dog'"),
+        (["--classes", "3"], "0..2"),
+        (["--times", "auto", "--steps", "7"], "no times are stored"),
+        (["--out", "x.tar"], "x.tar"),
+        (["--device", "cuda:77"], "cuda:77"),
+        (["-n", "0"], "-n must be >= 1, got 0"),
+        (["--batch-size", "none"], "--batch-size must be a whole number, got 'none'"),
+        (["--seed", "-4"], "--seed must be >= 0, got -4"),
+        (["--guidance", "-2"], "scale=-2"),
+        (["--churn", "a", "--solver", "edm"], "'a'"),
+        (["--out", "no/such/x.zip"], "no folder"),
+    ],
+)
 def test_mistakes_are_one_line_and_write_nothing(run, tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e: ctm_nb_sample([str(run), "--out", "o.npz", *words])
