@@ -6,8 +6,7 @@
 __all__ = ['as_features', 'feature_pair', 'FeatureStats', 'sqrt_psd', 'frechet_gaussians', 'warn_rank',
            'frechet_distance', 'distance_blocks', 'knn_radii', 'inside', 'precision_recall', 'as_probs',
            'inception_score', 'class_accuracy', 'conv_block', 'FeatureClassifier', 'jitter', 'calibrate',
-           'train_classifier', 'density_coverage', 'polynomial_mmd', 'kernel_distance', 'authenticity',
-           'frechet_against_n', 'bootstrap_frechet']
+           'train_classifier', 'density_coverage', 'polynomial_mmd', 'kernel_distance', 'authenticity']
 
 # %% ../../nbs/5_evaluation/01_metrics.ipynb #5d0248cc
 import math, warnings
@@ -315,8 +314,6 @@ def train_classifier(
     seed:int=0, # of weights, order and jitter
     epochs:int=6, # passes over the data
     batch_size:int=64, # images a step
-    lr:float=3e-3, # peak learning rate
-    weight_decay:float=0.05, # of AdamW
     device:str="cpu", # where to train
     progress:bool=False, # show a bar with the remaining time
     **architecture, # width and dim of `FeatureClassifier`
@@ -333,8 +330,8 @@ def train_classifier(
         net = FeatureClassifier(data.image_size, data.channels, data.n_classes, **architecture).to(device).train()
     g, batch_size = torch.Generator().manual_seed(seed), min(batch_size, len(data))
     n_steps = epochs * (len(data) // batch_size)
-    opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=n_steps)
+    opt = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=n_steps)
     with tqdm(total=n_steps, desc="classifier", disable=not progress) as bar:
         for _ in range(epochs):
             order = torch.randperm(len(data), generator=g)[:n_steps // epochs * batch_size]
@@ -401,46 +398,3 @@ def authenticity(
     x, y = feature_pair(training, samples)
     spacing, nearest = knn_radii(x, 1), [d.min(1) for d in distance_blocks(y, x)]
     return torch.cat([m.values > spacing[m.indices] for m in nearest]).double().mean().item()
-
-# %% ../../nbs/5_evaluation/01_metrics.ipynb #02f76e3c
-def frechet_against_n(
-    reference, # whatever has mean and cov of the real images
-    samples, # (M, d) features of generated images
-    points:int=8, # how many sizes, >= 2
-    smallest:int|None=None, # least n; None: a tenth of M
-    repeats:int=1, # random subsets at each size, averaged
-    seed:int=0, # of the subsets
-)->tuple: # sizes (points,), distances (points,), distance extrapolated to infinite n
-    "Fréchet distance of subsets of the samples and its limit along the line in 1 / n. See Chong and Forsyth, 2020."
-    f, rng = as_features(samples, "samples"), np.random.default_rng(seed)
-    smallest = smallest or max(2, len(f) // 10)
-    if not 2 <= smallest < len(f) or points < 2:
-        raise ValueError(f"sizes need 2 <= smallest < {len(f)} and points >= 2, got {smallest=}, {points=}")
-    sizes = np.unique((1 / np.linspace(1 / smallest, 1 / len(f), points)).round().astype(int))
-    subset = lambda n: f[torch.from_numpy(rng.permutation(len(f))[:n])]
-    distances = lambda n: [_frechet_to(reference, subset(n)) for _ in range(repeats if n < len(f) else 1)]
-    values = np.array([np.mean(distances(n)) for n in sizes])
-    return sizes, values, float(np.polyfit(1 / sizes, values, 1)[1])
-
-# %% ../../nbs/5_evaluation/01_metrics.ipynb #4a1f9c51
-def _frechet_to(reference, features):
-    "Fréchet distance of checked features to known moments."
-    s = FeatureStats(features.shape[1]).update(features)
-    return frechet_gaussians(reference.mean, reference.cov, s.mean, s.cov)
-
-# %% ../../nbs/5_evaluation/01_metrics.ipynb #5dbda398
-def bootstrap_frechet(
-    reference, # whatever has mean and cov of the real images
-    samples, # (M, d) features of generated images
-    draws:int=20, # resamples, >= 2
-    level:float=0.95, # of confidence, in (0, 1)
-    seed:int=0, # of the resamples
-)->tuple: # value, lower and upper end of the interval
-    "Fréchet distance with a normal interval of the width that the bootstrap gives; the reference counts as exact."
-    if draws < 2 or not 0 < level < 1:
-        raise ValueError(f"draws must be >= 2 and level in (0, 1), got {draws=}, {level=}")
-    f, rng = as_features(samples, "samples"), np.random.default_rng(seed)
-    resample = lambda: f[torch.from_numpy(rng.integers(len(f), size=len(f)))]
-    value, again = _frechet_to(reference, f), [_frechet_to(reference, resample()) for _ in range(draws)]
-    half = torch.special.ndtri(torch.tensor((1 + level) / 2)).item() * float(np.std(again, ddof=1))
-    return value, max(0., value - half), value + half
