@@ -46,9 +46,10 @@ def side_flags(
     "The flags that name reference and features."
     add("--ref", required=True,
         help="a reference .npz (ours, EDM's, ADM's), a public name of one, or a data set (digits, a folder, ...)")
-    add("--features", help="train, inception, cleanfid, timm:NAME or a TorchScript file (default: the reference's; "
-        "for a data set: train)")
-    add("--weights", metavar="FOLDER", help="where the weights of inception, cleanfid or timm lie (default: the cache)")
+    add("--features", help="train, inception, cleanfid, lite0, timm:NAME or a TorchScript file (default: the "
+        "reference's; for a data set: train)")
+    add("--weights", metavar="FOLDER",
+        help="where the weights of inception, cleanfid, lite0 or timm lie (default: the cache, or where pip put them)")
     add("--ref-split", choices=("train", "held_out", "all"),
         help="part of a data set that is the reference (default: held_out for --features train, else all)")
     add("--ref-size", type=int, metavar="PIXELS",

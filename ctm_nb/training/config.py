@@ -129,7 +129,7 @@ class GanConfig(OptimConfig):
     target_ema: float = need(.999, FRACTION)  # rate of the EMA inside the loss
 
 # %% ../../nbs/6_training/02_config.ipynb #7be9dcd7
-FEATURES = (bool, "train (a classifier of the images), inception, cleanfid, timm:NAME or a TorchScript file")
+FEATURES = (bool, "train (a classifier of the images), inception, cleanfid, lite0, timm:NAME or a TorchScript file")
 
 @dataclass
 class EvaluateConfig:

