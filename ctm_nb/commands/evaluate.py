@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOWER', 'evaluate_parser', 'side_flags', 'score_flags', 'way_flags', 'search_flags', 'numbers',
-           'check_numbers', 'check_search', 'words_of', 'request_of', 'evaluate', 'ctm_nb_evaluate']
+           'check_numbers', 'check_search', 'request_of', 'evaluate', 'ctm_nb_evaluate']
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #bcd3ee8f
 import argparse
@@ -34,7 +34,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
         flags(p.add_argument_group(title).add_argument)
     p.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     p.add_argument("--out", type=Path, metavar="JSON",
-        help="add the records to this file; several ways also give a picture beside it")
+        help="add the records to this file")
     p.add_argument("--dry-run", action="store_true", help="say what would be done")
     p.add_argument("--version", action="version", version=f"ctm_nb {__version__}")
     return p
@@ -61,17 +61,14 @@ def score_flags(
     add,  # add_argument of a parser
 ):
     "The flags that say what is computed."
-    add("--metrics", metavar="M,M", help="of fid, sfid, is, pr, dc, kid, acc, fidinf, auth (default: fid, and pr and "
-        "acc where possible); of a checkpoint also bpd, elbo")
+    add("--metrics", metavar="M,M", help="of fid, sfid, is, pr, dc, kid, acc, auth (default: fid, and pr and "
+        "acc where possible); of a checkpoint also bpd")
     add("-n", type=int, metavar="N", help="samples to score (default: all there are; of a checkpoint 50000)")
     add("--seed", type=int, default=0,
         help="of the samples that a checkpoint draws and of --features train (default: 0)")
     add("--batch", type=int, default=500, metavar="B", help="images at a time (default: 500)")
-    add("--bootstrap", type=int, default=0, metavar="N",
-        help="resamples for a 95 %% interval of the Frechet distance (default: 0, none)")
     add("--tol", type=float, default=1e-4, help="of bpd: largest error of a step of the solver (default: 1e-4)")
     add("--probes", type=int, default=1, metavar="K", help="of bpd: random vectors an image (default: 1)")
-    add("--levels", type=int, default=64, metavar="L", help="of elbo: noise levels an image (default: 64)")
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #297ac430
 def way_flags(
@@ -136,12 +133,11 @@ def check_numbers(
         ("--ref-size", a.ref_size, 1),
     ):
         if value is not None and value < low: raise ValueError(f"{flag} must be >= {low}, got {value}")
-    for flag, value in (("--tol", a.tol), ("--probes", a.probes), ("--levels", a.levels)):
+    for flag, value in (("--tol", a.tol), ("--probes", a.probes)):
         if not value > 0: raise ValueError(f"{flag} must be > 0, got {value}")
-    if a.bootstrap and a.bootstrap < 2: raise ValueError(f"--bootstrap must be 0 or >= 2, got {a.bootstrap}")
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #25c0786c
-LOWER = ("fid", "sfid", "kid")  # scores that a search can minimise; those of evaluation.evaluate, without importing it
+LOWER = ("fid", "sfid", "kid")  # scores that a search can minimise: better when smaller, and nothing else
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #fd7749fd
 def check_search(
@@ -163,16 +159,6 @@ def check_search(
             f"--search minimises the first of --metrics, which must be of {', '.join(LOWER)}, got {words[0]!r}"
         )
 
-# %% ../../nbs/7_commands/03_evaluate.ipynb #f47ed08d
-def words_of(
-    text: str | None,  # of --metrics
-) -> tuple:  # likelihoods; words of `evaluation.METRICS`, or None for those that are possible
-    "The scores that were asked for; `ValueError` names one that doesn't exist."
-    from ctm_nb.evaluation.evaluate import check_metrics
-    from ctm_nb.evaluation.likelihood import split_words
-    likelihoods, rest = split_words(text)
-    return likelihoods, check_metrics([w.strip() for w in rest.split(",")]) if rest else None
-
 # %% ../../nbs/7_commands/03_evaluate.ipynb #9060fb3d
 def request_of(
     a: argparse.Namespace,  # flags
@@ -181,19 +167,19 @@ def request_of(
     steps = numbers(a.steps or ("2" if a.search else "1,2"), int, "--steps", 1)
     gammas = numbers(a.gamma, float, "--gamma", 0, 1) if a.gamma is not None else None
     check_numbers(a)
-    likelihoods, metrics = words_of(a.metrics)
-    if a.n is not None and a.n < 6 and (metrics or not likelihoods):
+    metrics = [w.strip() for w in a.metrics.split(",")] if a.metrics else None
+    if a.n is not None and a.n < 6 and metrics != ["bpd"]:
         raise ValueError(f"-n must be >= 6 (density needs 5 neighbours), got {a.n}")
     if a.search: check_search(a, steps, gammas, metrics or [])
     from ctm_nb.evaluation.evaluate import Request
     from ctm_nb.evaluation.reference import pick_device
 
     same = (
-        "what ref features weights ref_split ref_size save_ref n seed batch bootstrap which solver times search tries "
-        "search_n tol probes levels"
+        "what ref features weights ref_split ref_size save_ref n seed batch which solver times search tries "
+        "search_n tol probes"
     ).split()
     device = str(pick_device(a.device or "auto"))
-    return Request(metrics=metrics, likelihoods=likelihoods, steps=steps, gammas=gammas, device=device,
+    return Request(metrics=metrics, steps=steps, gammas=gammas, device=device,
                    **{k: getattr(a, k) for k in same})
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #2afbddcf
@@ -201,19 +187,12 @@ def evaluate(
     a: argparse.Namespace,  # flags
 ) -> str:  # of several processes, the first has something to say
     "The work behind `ctm_nb_evaluate`, and its result as text."
-    r = request_of(a)
+    r, first = request_of(a), int(os.environ.get("RANK", 0)) == 0
     from ctm_nb.evaluation import evaluate as evaluation
-    first, text = int(os.environ.get("RANK", 0)) == 0, ""
-    if r.likelihoods: evaluation.check_likelihoods(r)
-    subject = evaluation.open_subject(r) if r.metrics or not r.likelihoods else None  # None: likelihoods are all
+    subject = evaluation.open_subject(r)
     if a.dry_run: return evaluation.plan(r, subject, [f for f in (a.out, a.save_ref) if f]) if first else ""
-    if first and r.likelihoods:  # one process is enough
-        rows = evaluation.likelihood_rows(r)
-        if a.out: evaluation.extend_scores(a.out, rows)
-        text = evaluation.likelihood_text(rows)
-    if subject is None: return text
-    outcome = evaluation.evaluate(r, subject)
-    return text + evaluation.report(r, outcome, a.out) if first else ""
+    rows, found = evaluation.evaluate(r, subject)
+    return evaluation.report(r, rows, found, a.out) if first else ""
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #62b62378
 def ctm_nb_evaluate(
