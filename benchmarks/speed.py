@@ -178,7 +178,7 @@ def network_section(a):
 
         def embedding():
             with torch.no_grad():
-                net.embeddings(t)
+                net._embeddings(t)
 
         formats = {"fp32": nullcontext} | (
             {}

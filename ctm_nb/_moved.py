@@ -6,45 +6,32 @@ import importlib.util
 import sys
 import warnings
 
-# old module -> new module, both inside ctm_nb
-MOVED = {
-    "blocks": "networks.blocks", "networks": "networks.unet",
-    "flow": "method.flow", "edm": "method.teacher", "trajectory": "method.trajectory", "together": "method.balance",
-    "distances": "method.distances", "distill": "method.distill", "features": "method.adversary",
-    "gan": "method.adversary", "sampling": "method.sampling", "guidance": "method.guidance",
-    "decode": "data.read", "zips": "data.read", "sources": "data.read", "formats": "data.read",
-    "survey": "data.convert", "convert": "data.convert", "data": "data.images", "augment": "data.augment",
-    "loader": "data.batches", "pictures": "data.images",
-    "state": "checkpoints.store", "depickle": "checkpoints.unpickle", "edm_pickle": "checkpoints.unpickle",
-    "foreign": "checkpoints.foreign", "download": "checkpoints.catalogue", "hub": "checkpoints.catalogue",
-    "interchange": "checkpoints.models",
-    "metrics": "evaluation.metrics", "similarity": "evaluation.metrics", "extractors": "evaluation.features",
-    "references": "evaluation.reference", "evaluation": "evaluation.evaluate", "classifier": "evaluation.draw",
-    "containers": "evaluation.draw", "search": "evaluation.search", "tuning": "evaluation.search",
-    "draw": "evaluation.draw", "shares": "evaluation.reference", "ways": "evaluation.evaluate",
-    "sides": "evaluation.evaluate", "likelihood": "evaluation.likelihood", "scoring": "evaluation.evaluate",
-    "auto": "training.presets", "config": "training.config", "precision": "training.runtime",
-    "processes": "training.runtime", "signals": "training.runtime", "guards": "training.runtime",
-    "resume": "training.trainer", "judge": "training.trainer", "stages": "training.stages",
-    "update": "training.step", "engine": "training.trainer", "training": "training.trainer",
-    "history": "training.report", "report": "training.report", "watch": "training.report",
-    "scale": "training.costs",
-    "cli": "commands.train", "cli_sample": "commands.sample", "cli_evaluate": "commands.evaluate",
-    "cli_data": "commands.data", "cli_convert": "commands.convert", "commands": "commands.main",
-    "scenes": "explore.explorer", "explorer": "explore.explorer",
+# new room -> its files' former modules, former:file, or one word where the name has stayed
+_FORMER = {
+    "networks": "blocks networks:unet",
+    "method": "flow edm:teacher trajectory together:balance distances distill features:adversary gan:adversary "
+        "sampling guidance",
+    "data": "decode:read zips:read sources:read formats:read survey:convert convert data:images augment "
+        "loader:batches pictures:images",
+    "checkpoints": "state:store depickle:unpickle edm_pickle:unpickle foreign download:catalogue hub:catalogue "
+        "interchange:models",
+    "evaluation": "metrics similarity:metrics extractors:features references:reference evaluation:evaluate "
+        "classifier:draw containers:draw search tuning:search draw shares:reference ways:evaluate "
+        "sides:evaluate likelihood scoring:evaluate",
+    "training": "auto:presets config precision:runtime processes:runtime signals:runtime guards:runtime "
+        "resume:trainer judge:trainer stages update:step engine:trainer training:trainer history:report "
+        "report watch:report scale:costs",
+    "commands": "cli:train cli_sample:sample cli_evaluate:evaluate cli_data:data cli_convert:convert commands:main",
+    "explore": "scenes:explorer explorer",
 }
+# old module -> new module, both inside ctm_nb
+MOVED = {old: f"{room}.{new or old}" for room, row in _FORMER.items()
+         for old, _, new in (word.partition(":") for word in row.split())}
 WORKING = ("interchange", "sampling", "metrics")
 GONE = {"oracle": "benchmarks/oracle.py"}  # old module -> where its code went, outside the package
 
 
-def new_place(
-    name: str,  # of a module of 0.1, without the package
-) -> str:  # full name of the module that holds its contents
-    "Where a module of 0.1 went."
-    return f"ctm_nb.{MOVED[name]}"
-
-
-def warn(old: str, new: str, depth: int):
+def _warn(old, new, depth):
     "Tell a caller's line that its import works for one more release."
     warnings.warn(f"{old} is now {new}; the old name goes with ctm_nb 0.3", DeprecationWarning, stacklevel=depth)
 
@@ -57,15 +44,15 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             raise ModuleNotFoundError(f"{fullname} is no part of the package any more, see {GONE[name]}", name=fullname)
         if package != "ctm_nb" or name not in MOVED: return None
         if name in WORKING: return importlib.util.spec_from_loader(fullname, self)
-        raise ModuleNotFoundError(f"{fullname} is now {new_place(name)}", name=fullname)
+        raise ModuleNotFoundError(f"{fullname} is now ctm_nb.{MOVED[name]}", name=fullname)
 
     def create_module(self, spec):
         "An empty module, which the successor replaces."
-        warn(spec.name, new_place(spec.name.partition(".")[2]), 4)
+        _warn(spec.name, f"ctm_nb.{MOVED[spec.name.partition('.')[2]]}", 4)
 
     def exec_module(self, module):
         "Put the successor itself in its place, so that what is patched in one is patched in the other."
-        sys.modules[module.__name__] = importlib.import_module(new_place(module.__name__.partition(".")[2]))
+        sys.modules[module.__name__] = importlib.import_module(f"ctm_nb.{MOVED[module.__name__.partition('.')[2]]}")
 
 
 def names_of(
@@ -78,9 +65,9 @@ def names_of(
         if name in ours: return getattr(importlib.import_module(f"{room}.{ours[name]}"), name)
         is_module = importlib.util.find_spec(f"{room}.{name}") is not None
         if old and not name.startswith("_") and not is_module:
-            new = importlib.import_module(new_place(old))
+            new = importlib.import_module(f"ctm_nb.{MOVED[old]}")
             if hasattr(new, name):
-                warn(f"{room}.{name}", f"{new.__name__}.{name}", 3)
+                _warn(f"{room}.{name}", f"{new.__name__}.{name}", 3)
                 return getattr(new, name)
         raise AttributeError(f"module {room!r} has no attribute {name!r}")
     return __getattr__

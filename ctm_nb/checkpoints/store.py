@@ -20,7 +20,6 @@ import re
 import shutil
 from collections import OrderedDict
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ import torch
 from fastcore.basics import patch
 from safetensors.torch import load as tensors_of, save as bytes_of
 
+from .. import __version__
 from ..data.files import atomic_write, discard, fsync_folder, naming, publish, temp_name, write_synced
 
 log = logging.getLogger(__name__)
@@ -44,12 +44,20 @@ class EMA:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.rate, self.warmup, self.n_updates = rate, warmup, 0
 
-# %% ../../nbs/4_checkpoints/01_store.ipynb #465eaeb8
-@patch
-def effective_rate(self:EMA) -> float: # in [0, rate]
-    "The weight of the past in the next update."
-    n = self.n_updates
-    return min(self.rate, (1 + n)/(10 + n)) if self.warmup else self.rate
+    def effective_rate(self) -> float: # in [0, rate]
+        "The weight of the past in the next update."
+        n = self.n_updates
+        return min(self.rate, (1 + n)/(10 + n)) if self.warmup else self.rate
+
+    def state_dict(self) -> dict: # numbers only; the weights are `module.state_dict()`
+        "The counter and the rule of this EMA."
+        return dict(n_updates=self.n_updates, rate=self.rate, warmup=self.warmup)
+
+    def load_state_dict(self, state:dict): # from `state_dict`
+        "Continue the count of a saved EMA that follows the same rule."
+        for key, mine in (("rate", self.rate), ("warmup", self.warmup)):
+            if state[key] != mine: raise ValueError(f"the saved EMA has {key}={state[key]}, this one has {key}={mine}")
+        self.n_updates = state["n_updates"]
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #b97c1947
 @patch
@@ -62,22 +70,6 @@ def update(self:EMA,
         torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), new_weight)
         for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True): mine.copy_(theirs)
     self.n_updates += 1
-
-# %% ../../nbs/4_checkpoints/01_store.ipynb #ff79d681
-@patch
-def state_dict(self:EMA) -> dict: # numbers only; the weights are `module.state_dict()`
-    "The counter and the rule of this EMA."
-    return dict(n_updates=self.n_updates, rate=self.rate, warmup=self.warmup)
-
-# %% ../../nbs/4_checkpoints/01_store.ipynb #d771446e
-@patch
-def load_state_dict(self:EMA,
-    state:dict, # from `state_dict`
-):
-    "Continue the count of a saved EMA that follows the same rule."
-    for key, mine in (("rate", self.rate), ("warmup", self.warmup)):
-        if state[key] != mine: raise ValueError(f"the saved EMA has {key}={state[key]}, this one has {key}={mine}")
-    self.n_updates = state["n_updates"]
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #79a7f966
 def _tensor_bytes(name, tensors):
@@ -92,12 +84,10 @@ def _tensor_bytes(name, tensors):
 def _check_plain(value, where="state"):
     "Raise unless `value` is made of tensors, numbers, strings, None, dicts, lists and tuples."
     kind = type(value)
-    if kind in (dict, OrderedDict):
-        for k, v in value.items():
+    if kind in (dict, OrderedDict, list, tuple):
+        for k, v in value.items() if isinstance(value, dict) else enumerate(value):
             if type(k) not in (str, int): raise ValueError(f"{where} must have str or int keys, got {k!r}")
             _check_plain(v, f"{where}[{k!r}]")
-    elif kind in (list, tuple):
-        for i, v in enumerate(value): _check_plain(v, f"{where}[{i}]")
     elif not (isinstance(value, torch.Tensor) or kind in (int, float, bool, str, type(None))):
         found = f"{kind.__module__}.{kind.__name__}"
         raise ValueError(f"{where} must be a tensor, number, string, None, dict, list or tuple, got {found}")
@@ -125,13 +115,10 @@ def _unseal(data):
 # %% ../../nbs/4_checkpoints/01_store.ipynb #7148599a
 def versions() -> dict: # name -> text
     "Versions of what a run's numbers depend on."
-    try: ours = metadata.version("ctm_nb")
-    except metadata.PackageNotFoundError: ours = "not installed"
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     return dict(
-        torch=torch.__version__, numpy=np.__version__, python=platform.python_version(), ctm_nb=ours,
-        cuda=torch.version.cuda or "", cudnn=str(torch.backends.cudnn.version() or ""), machine=platform.machine(),
-        gpus=", ".join(gpus))
+        torch=torch.__version__, numpy=np.__version__, python=platform.python_version(), ctm_nb=__version__, gpus=gpus,
+        cuda=torch.version.cuda or "", cudnn=str(torch.backends.cudnn.version() or ""), machine=platform.machine())
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #b1ce3d5e
 def _write_parts(temp, step, models, state, meta):
@@ -209,16 +196,6 @@ def _read_manifest(path):
     if body["format"] != 1: raise CheckpointError(f"{file}: expected format 1, found format {body['format']}")
     return body
 
-# %% ../../nbs/4_checkpoints/01_store.ipynb #0fc5c9a1
-def _read_part(path, name, want):
-    "The bytes of one part after comparing them with the manifest's entry `want`."
-    data = _read(path/name)
-    found = dict(size=len(data), sha256=_sha256(data))
-    for key in found:
-        if found[key] != want[key]:
-            raise CheckpointError(f"{path/name}: expected {key} {want[key]}, found {key} {found[key]}")
-    return data
-
 # %% ../../nbs/4_checkpoints/01_store.ipynb #ceaf2713
 @dataclass
 class Checkpoint:
@@ -239,13 +216,14 @@ def load_checkpoint(
     """Read a checkpoint and verify every byte of the parts that are read.
 
     Raises CheckpointError naming the missing or damaged file, ValueError for a part that was never saved."""
-    path, body = Path(path), _read_manifest(path)
+    path, body, models, state = Path(path), _read_manifest(path), {}, {}
     have = {name.rpartition(".")[0]: name for name in body["files"]}
-    parts = list(have) if parts is None else list(parts)
-    models, state = {}, {}
-    for part in parts:
+    for part in have if parts is None else parts:
         if part not in have: raise ValueError(f"{path} has no part {part!r}; it holds {sorted(have)}")
-        data = _read_part(path, have[part], body["files"][have[part]])
+        data, want = _read(path/have[part]), body["files"][have[part]]
+        for key, found in dict(size=len(data), sha256=_sha256(data)).items():
+            if found != want[key]:
+                raise CheckpointError(f"{path/have[part]}: expected {key} {want[key]}, found {key} {found}")
         if part == "state": state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         else: models[part] = {k: v.to(device) for k, v in tensors_of(data).items()}
     return Checkpoint(path, body["step"], models, state, body["meta"], body["versions"])
@@ -261,10 +239,8 @@ def step_folders(
     folder:str|Path, # a run's checkpoint folder; it need not exist
 ) -> list[Path]: # complete or not
     "Step folders, newest first, and behind each the copy that a replacement may have put aside."
-    found = []
-    for path in Path(folder).glob("*step_*"):
-        if m := re.fullmatch(r"(\.old-)?step_(\d+)", path.name): found.append((int(m[2]), m[1] is None, path))
-    return [path for *_, path in sorted(found, reverse=True)]
+    named = ((re.fullmatch(r"(\.old-)?step_(\d+)", p.name), p) for p in Path(folder).glob("*step_*"))
+    return [p for *_, p in sorted(((int(m[2]), m[1] is None, p) for m, p in named if m), reverse=True)]
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #feac55f7
 def latest_checkpoint(
@@ -286,9 +262,7 @@ def prune_checkpoints(
     if keep < 1: raise ValueError(f"keep must be >= 1, got keep={keep}")
     folder = Path(folder)
     _settle(folder)
-    for p in folder.glob(".tmp-*"):
-        if p.is_dir(): shutil.rmtree(p)
-        else: p.unlink()
+    for p in list(folder.glob(".tmp-*")): discard(p)
     old = [p for p in step_folders(folder) if _is_complete(p)][keep:]
     doomed = [p for p in old if int(p.name.rpartition("_")[2]) not in besides]
     for p in doomed: discard(p)
@@ -326,23 +300,25 @@ class MetricsLog:
     ):
         self.path, self._checked = Path(path), False
 
+    def _lines(self):
+        data = self.path.read_bytes() if self.path.exists() else b""
+        return [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
+
+    def read(self) -> list[dict]: # one for each complete line
+        "All that was logged so far."
+        return [json.loads(line) for line in self._lines()]
+
+    def mark(self) -> int: # complete lines so far
+        "Wait until the log is on the disk and count its lines; a checkpoint stores the number."
+        if not self.path.exists(): return 0
+        with open(self.path, "rb") as f: os.fsync(f.fileno())
+        return len(self._lines())
+
 # %% ../../nbs/4_checkpoints/01_store.ipynb #4e129b4f
 def _plain_number(v):
     "A JSON value: 0-d tensors and NumPy scalars become numbers, non-finite ones null."
     if isinstance(v, (torch.Tensor, np.generic)): v = v.item()
     return None if isinstance(v, float) and not math.isfinite(v) else v
-
-# %% ../../nbs/4_checkpoints/01_store.ipynb #b6ff9033
-def _lines(path):
-    "The complete lines of a file as bytes, newline included."
-    data = path.read_bytes() if path.exists() else b""
-    return [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
-
-# %% ../../nbs/4_checkpoints/01_store.ipynb #23967fc9
-@patch
-def read(self:MetricsLog) -> list[dict]: # one for each complete line
-    "All that was logged so far."
-    return [json.loads(line) for line in _lines(self.path)]
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #c97a1ea5
 @patch
@@ -350,7 +326,7 @@ def rewind(self:MetricsLog,
     n:int|None=None, # complete lines to keep, from `mark`; None keeps all and drops a torn last line
 ):
     "Forget everything after the first `n` lines. Raises CheckpointError if there are fewer."
-    lines = _lines(self.path)
+    lines = self._lines()
     if n is not None and n > len(lines):
         raise CheckpointError(f"{self.path}: expected at least {n} complete lines, found {len(lines)}")
     if self.path.exists(): atomic_write(self.path, b"".join(lines[:n]))
@@ -365,11 +341,3 @@ def append(self:MetricsLog,
     if not self._checked: self.rewind()
     line = json.dumps({k: _plain_number(v) for k, v in values.items()}) + "\n"
     with naming(self.path), open(self.path, "ab") as f: f.write(line.encode())
-
-# %% ../../nbs/4_checkpoints/01_store.ipynb #02bd774e
-@patch
-def mark(self:MetricsLog) -> int: # complete lines so far
-    "Wait until the log is on the disk and count its lines; a checkpoint stores the number."
-    if not self.path.exists(): return 0
-    with open(self.path, "rb") as f: os.fsync(f.fileno())
-    return len(_lines(self.path))

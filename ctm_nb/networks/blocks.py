@@ -169,15 +169,14 @@ class ResBlock(nn.Module):
         c_out: int,  # output channels
         c_emb: int,  # width of the time embeddings
         how: str | None = None,  # None, "down" or "up"
-        attention: bool = False,  # add self-attention after the convolutions
         dropout: float = 0.,  # probability in [0, 1)
         s_branch: bool = False,  # conditioned on the landing time s too
-        heads: int = 1,  # of the attention
+        heads: int = 0,  # of the self-attention after the convolutions; 0: none
         conventions: Conventions = Conventions(),  # of the family
     ):
         super().__init__()
         k = self.conventions = conventions
-        self.dropout, self.heads, self.attention = dropout, heads, attention
+        self.dropout, self.heads = dropout, heads
         norm = lambda channels: group_norm(channels, k.eps, k.group_channels)
         init = lambda layer, scale=1.: init_(layer, scale, k.glorot)
         self.norm0, self.conv0 = norm(c_in), init(ResampleConv(c_in, c_out, 3, how, k.taps))
@@ -187,34 +186,20 @@ class ResBlock(nn.Module):
         self.norm1, self.conv1 = norm(c_out), init(ResampleConv(c_out, c_out, 3), 0)
         if c_in != c_out or (how and k.skip_conv): self.skip = init(ResampleConv(c_in, c_out, 1, how, k.taps))
         else: self.skip = Resample(how, k.taps)
-        if attention:
+        if heads:
             self.norm2 = norm(c_out)
             self.qkv = init(nn.Conv2d(c_out, 3 * c_out, 1), math.sqrt(.2) if k.glorot else 1.)
             self.proj = init(nn.Conv2d(c_out, c_out, 1), 0)
 
 # %% ../../nbs/2_networks/01_blocks.ipynb #f84918f5
 @patch
-def condition(self: ResBlock,
-    h: Tensor,  # (B, c_out, H', W') after the first convolution
-    emb: Tensor,  # (B, c_emb) embedding of t
-    emb_s: Tensor | None = None,  # (B, c_emb) embedding of s, for a block with an s-branch
-) -> Tensor:  # (B, c_out, H', W') normalised
+def _condition(self: ResBlock, h: Tensor, emb: Tensor, emb_s: Tensor | None = None) -> Tensor:  # (B, c_out, H', W')
     "The second normalisation, shifted or scaled and shifted by the times."
     e = self.affine(emb) if emb_s is None else self.affine(emb) + self.affine_s(emb_s)
     e = e[:, :, None, None]  # (B, c_out or 2 c_out, 1, 1)
     if not self.conventions.scale_shift: return self.norm1(h + e)
     a, b = e.chunk(2, 1)
     return torch.addcmul(b, self.norm1(h), 1 + a)
-
-# %% ../../nbs/2_networks/01_blocks.ipynb #f60c0a42
-@patch
-def attend(self: ResBlock,
-    x: Tensor,  # (B, c_out, H', W')
-) -> Tensor:  # the same
-    "Self-attention beside a shortcut, in blocks that have it."
-    if not self.attention: return x
-    a = pixel_attention(self.qkv(self.norm2(x)), self.heads, self.conventions.three_first)
-    return (x + self.proj(a)) * self.conventions.skip_scale
 
 # %% ../../nbs/2_networks/01_blocks.ipynb #4b7fb52d
 @patch
@@ -224,6 +209,9 @@ def forward(self: ResBlock,
     emb_s: Tensor | None = None,  # (B, c_emb) embedding of s, for a block with an s-branch
 ) -> Tensor:  # (B, c_out, H', W')
     "Both convolutions with the times between them, the shortcut, and attention."
-    h = self.condition(self.conv0(F.silu(self.norm0(x))), emb, emb_s)
+    h = self._condition(self.conv0(F.silu(self.norm0(x))), emb, emb_s)
     h = self.conv1(F.dropout(F.silu(h), self.dropout, self.training))
-    return self.attend((h + self.skip(x)) * self.conventions.skip_scale)
+    x = (h + self.skip(x)) * self.conventions.skip_scale
+    if not self.heads: return x
+    a = pixel_attention(self.qkv(self.norm2(x)), self.heads, self.conventions.three_first)
+    return (x + self.proj(a)) * self.conventions.skip_scale

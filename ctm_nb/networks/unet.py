@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK_NAMES', 'ATTENTION_NAMES', 'OUTER_NAMES', 'FAMILIES', 'Network', 'UNet', 'DDPMpp', 'NCSNpp', 'ADM',
-           'OpenAIUNet', 'openai_places', 'openai_names', 'MLPBlock', 'MLP', 'build_network', 'network_config']
+           'OpenAIUNet', 'openai_names', 'MLPBlock', 'MLP', 'build_network', 'network_config']
 
 # %% ../../nbs/2_networks/02_unet.ipynb #244ae8e8
 import math
@@ -21,6 +21,12 @@ from .blocks import (Conventions, FourierEmbedding, ResampleConv, ResBlock, grou
 class Network(nn.Module):
     "What all networks here have: a `config` to build them again, `last_layer`, and `with_s_branch`."
     config: dict  # the arguments of its class
+    out_layers: tuple  # what the features pass last: modules that stand elsewhere too
+
+    @property
+    def last_layer(self) -> nn.Parameter:  # the first weight of the backward pass
+        "Weight of the output layer."
+        return self.out_layers[-1].weight
 
 # %% ../../nbs/2_networks/02_unet.ipynb #855f25ef
 class UNet(Network):
@@ -101,15 +107,6 @@ def _label(self: UNet, like: Tensor, y: Tensor | None) -> Tensor:  # (B, width o
     else: one_hot = (y[:, None] == torch.arange(n, device=y.device)).to(like.dtype)
     return self.map_label(one_hot * math.sqrt(n) if self.conventions.label == "before" else one_hot)
 
-# %% ../../nbs/2_networks/02_unet.ipynb #fea8fe37
-@patch
-def _frequencies(self: UNet, c_noise: Tensor) -> Tensor:  # (B, width) in the dtype of the weights
-    k = self.conventions
-    if c_noise.element_size() < 4: c_noise = c_noise.float()  # a thousand turns of a sine are lost in half precision
-    if k.embedding == "fourier": e = self.map_noise(c_noise)
-    else: e = sinusoidal_embedding(k.time_scale * c_noise, self.config["model_channels"], k.embedding == "cos")
-    return e.to(self.map_layer0.weight.dtype)
-
 # %% ../../nbs/2_networks/02_unet.ipynb #7378132e
 @patch
 def embed(self: UNet,
@@ -119,8 +116,11 @@ def embed(self: UNet,
     augment: Tensor | None = None,  # (B, augment_dim) EDM's augmentation label; None: zeros
 ) -> Tensor:  # (B, 4 * model_channels)
     "Embed one of the two times, together with the label."
-    c, label = self.config, self.conventions.label
-    e = self._frequencies(c_noise)
+    c, k, label = self.config, self.conventions, self.conventions.label
+    if c_noise.element_size() < 4: c_noise = c_noise.float()  # a thousand turns of a sine are lost in half precision
+    if k.embedding == "fourier": e = self.map_noise(c_noise)
+    else: e = sinusoidal_embedding(k.time_scale * c_noise, c["model_channels"], k.embedding == "cos")
+    e = e.to(self.map_layer0.weight.dtype)
     if c["n_classes"] and label == "before": e = e + self._label(e, y)
     if augment is not None and c["augment_dim"]: e = e + self.map_augment(augment)
     e = F.silu(getattr(self, f"map_layer0{branch}")(e))
@@ -131,14 +131,14 @@ def embed(self: UNet,
 # %% ../../nbs/2_networks/02_unet.ipynb #d34a77d9
 @patch
 def _block(self: UNet, c_in: int, c_out: int, how: str | None = None, attention: bool = False) -> ResBlock:
-    c = self.config
-    per_head = c["channels_per_head"] or c_out
-    if attention and c_out % per_head:
-        raise ValueError(f"channels_per_head must divide the {c_out} channels of every block with attention, "
-                         f"got {per_head} (unless given, the family's)")
-    heads = c_out // per_head if attention else 1
-    return ResBlock(c_in, c_out, 4 * c["model_channels"], how, attention, c["dropout"], c["s_branch"], heads,
-                    self.conventions)
+    c, heads = self.config, 0
+    if attention:
+        per_head = c["channels_per_head"] or c_out
+        if c_out % per_head:
+            raise ValueError(f"channels_per_head must divide the {c_out} channels of every block with attention, "
+                             f"got {per_head} (unless given, the family's)")
+        heads = c_out // per_head
+    return ResBlock(c_in, c_out, 4 * c["model_channels"], how, c["dropout"], c["s_branch"], heads, self.conventions)
 
 # %% ../../nbs/2_networks/02_unet.ipynb #feb78138
 @patch
@@ -181,17 +181,14 @@ def _build_decoder(self: UNet):
             width = out
     place, norm, conv = k.out_names
     home, prefix = (self.dec, f"{at}_") if place else (self, "")
-    home.add_module(prefix + norm, group_norm(width, k.eps, k.group_channels))
-    home.add_module(prefix + conv, init_(ResampleConv(width, c["channels"], 3), 0, k.glorot))
+    self.out_layers = (group_norm(width, k.eps, k.group_channels),
+                       init_(ResampleConv(width, c["channels"], 3), 0, k.glorot))
+    for name, layer in zip((norm, conv), self.out_layers): home.add_module(prefix + name, layer)
 
 # %% ../../nbs/2_networks/02_unet.ipynb #c4315a33
 @patch
-def encode(self: UNet,
-    x: Tensor,  # (B, C, H, W)
-    emb: Tensor,  # (B, 4 * model_channels) embedding of t
-    emb_s: Tensor | None = None,  # the same of s
-) -> list[Tensor]:  # every activation that the decoder takes up
-    "The way down."
+def _encode(self: UNet, x: Tensor, emb: Tensor, emb_s: Tensor | None = None) -> list[Tensor]:
+    "The way down: every activation that the decoder takes up."
     picture, stack = x, []
     for name, module in self.enc.items():
         if name.endswith("_aux_residual"):
@@ -203,12 +200,7 @@ def encode(self: UNet,
 
 # %% ../../nbs/2_networks/02_unet.ipynb #1bbca0d8
 @patch
-def embeddings(self: UNet,
-    c_noise_t: Tensor,  # (B,) ln(t)/4
-    c_noise_s: Tensor | None = None,  # (B,) ln(s)/4; needed when the network has an s-branch
-    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
-    augment: Tensor | None = None,  # (B, augment_dim)
-) -> tuple[Tensor, Tensor | None]:  # of t and of s
+def _embeddings(self: UNet, c_noise_t, c_noise_s=None, y=None, augment=None) -> tuple[Tensor, Tensor | None]:
     "Both times embedded; raises ValueError when s is given to a network without s-branch, or missing."
     must, has = ("be given", "an") if self.config["s_branch"] else ("be None", "no")
     if (c_noise_s is None) == self.config["s_branch"]:
@@ -226,8 +218,8 @@ def forward(self: UNet,
     augment: Tensor | None = None,  # (B, augment_dim)
 ) -> Tensor:  # (B, C, H, W)
     "F_theta: the raw network inside every preconditioning."
-    embs = self.embeddings(c_noise_t, c_noise_s, y, augment)
-    stack = self.encode(x, *embs)
+    embs = self._embeddings(c_noise_t, c_noise_s, y, augment)
+    stack = self._encode(x, *embs)
     x = stack[-1]
     for name, block in self.dec.items():
         if "_aux_" in name: continue  # the last two layers
@@ -235,21 +227,6 @@ def forward(self: UNet,
         x = block(x, *embs)
     norm, conv = self.out_layers
     return conv(F.silu(norm(x)))
-
-# %% ../../nbs/2_networks/02_unet.ipynb #4d0697b5
-@patch(as_prop=True)
-def out_layers(self: UNet) -> tuple[nn.Module, nn.Module]:
-    "The last normalisation and the output convolution."
-    place, norm, conv = self.conventions.out_names
-    if not place: return getattr(self, norm), getattr(self, conv)
-    size = self.config["image_size"]
-    return self.dec[f"{size}x{size}_{norm}"], self.dec[f"{size}x{size}_{conv}"]
-
-# %% ../../nbs/2_networks/02_unet.ipynb #e32b3452
-@patch(as_prop=True)
-def last_layer(self: UNet) -> nn.Parameter:  # the first weight of the backward pass
-    "Weight of the output convolution."
-    return self.out_layers[1].weight
 
 # %% ../../nbs/2_networks/02_unet.ipynb #3dda74eb
 @patch
@@ -260,7 +237,7 @@ def features(self: UNet,
     y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
 ) -> list[Tensor]:  # one (B, C_l, H_l, W_l) a resolution, finest first
     "The encoder's last activations at each resolution."
-    stack = self.encode(x, *self.embeddings(c_noise_t, c_noise_s, y))
+    stack = self._encode(x, *self._embeddings(c_noise_t, c_noise_s, y))
     return list({h.shape[-1]: h for h in stack}.values())
 
 # %% ../../nbs/2_networks/02_unet.ipynb #d346b1a4
@@ -271,10 +248,10 @@ OUTER_NAMES = {"map_layer0": "time_embed.0", "map_layer1": "time_embed.2", "map_
                "map_layer1_s": "time_embed_s.2", "map_label": "label_emb", "out_norm": "out.0", "out_conv": "out.2"}
 
 # %% ../../nbs/2_networks/02_unet.ipynb #3a354a98
-def openai_places(
-    net: OpenAIUNet,  # a network
-) -> dict:  # our block -> (their list, number in it of the block, of its attention)
-    "Where OpenAI's U-Net keeps each block; a block that doubles the picture closes the level below it."
+def _openai_places(net):
+    """Where OpenAI's U-Net keeps each of our blocks: its list, the number in it of the block, and of its attention.
+
+    A block that doubles the picture closes the level below it."""
     places: dict[str, tuple] = {f"enc.{name}": (f"input_blocks.{n}", 0, 1) for n, name in enumerate(net.enc)}
     n, above_attention = -1, False
     for name, block in net.dec.items():
@@ -282,7 +259,7 @@ def openai_places(
         elif name.endswith("_in1"): places[f"dec.{name}"] = "middle_block", 2, None
         elif name.endswith("_up"): places[f"dec.{name}"] = f"output_blocks.{n}", 1 + above_attention, None
         else:
-            n, above_attention = n + 1, block.attention
+            n, above_attention = n + 1, bool(block.heads)
             places[f"dec.{name}"] = f"output_blocks.{n}", 0, 1
     return places
 
@@ -292,7 +269,7 @@ def openai_names(
 ) -> dict:  # our name -> OpenAI's name; "map_label.weight" is the transpose of theirs
     "What the weights of a network are called in OpenAI's and sony's state dicts."
     modules = dict(OUTER_NAMES)  # our module -> theirs
-    for ours, (theirs, block, attention) in openai_places(net).items():
+    for ours, (theirs, block, attention) in _openai_places(net).items():
         modules |= {f"{ours}.{a}": f"{theirs}.{block}.{b}" for a, b in BLOCK_NAMES.items()}
         modules |= {f"{ours}.{a}": f"{theirs}.{attention}.{b}" for a, b in ATTENTION_NAMES.items()}
     modules[f"enc.{next(iter(net.enc))}"] = "input_blocks.0.0"
@@ -351,6 +328,7 @@ class MLP(Network):
         super().__init__()
         self.config = dict(dim=dim, n_classes=n_classes, s_branch=s_branch, width=width, n_blocks=n_blocks)
         self.inp, self.out = init_(nn.Linear(dim, width)), init_(nn.Linear(width, dim), scale=0)
+        self.out_layers = (self.out,)
         if n_classes: self.map_label = nn.Embedding(n_classes, width)
         self.map_layer0 = init_(nn.Linear(width, width))
         if s_branch: self.map_layer0_s = init_(nn.Linear(width, width))
@@ -358,12 +336,8 @@ class MLP(Network):
 
 # %% ../../nbs/2_networks/02_unet.ipynb #b6526968
 @patch
-def embed(self: MLP,
-    c_noise: Tensor,  # (B,) ln(t)/4 or ln(s)/4
-    y: Tensor | None,  # (B,) class indices, -1 or None for no label
-    layer: nn.Module,  # `map_layer0` or `map_layer0_s`
-) -> Tensor:  # (B, width)
-    "Embed one of the two times, together with the label."
+def _embed(self: MLP, c_noise: Tensor, y: Tensor | None, layer: nn.Module) -> Tensor:  # (B, width)
+    "Embed one of the two times, by its layer, together with the label."
     e = sinusoidal_embedding(10 * c_noise, self.config["width"])
     if self.config["n_classes"] and y is not None: e = e + self.map_label(y.clamp(min=0)) * (y >= 0)[:, None]
     return F.silu(layer(e))
@@ -377,17 +351,11 @@ def forward(self: MLP,
     y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
 ) -> Tensor:  # (B, dim)
     "F_theta for points."
-    emb = self.embed(c_noise_t, y, self.map_layer0)
-    emb_s = None if c_noise_s is None else self.embed(c_noise_s, y, self.map_layer0_s)
+    emb = self._embed(c_noise_t, y, self.map_layer0)
+    emb_s = None if c_noise_s is None else self._embed(c_noise_s, y, self.map_layer0_s)
     h = self.inp(x)
     for block in self.blocks: h = block(h, emb, emb_s)
     return self.out(F.silu(h))
-
-# %% ../../nbs/2_networks/02_unet.ipynb #49ed4381
-@patch(as_prop=True)
-def last_layer(self: MLP) -> nn.Parameter:  # (dim, width)
-    "Weight of the output layer."
-    return self.out.weight
 
 # %% ../../nbs/2_networks/02_unet.ipynb #4024d5c4
 FAMILIES: dict = {"ddpmpp": DDPMpp, "ncsnpp": NCSNpp, "adm": ADM, "openai": OpenAIUNet, "mlp": MLP}

@@ -10,7 +10,8 @@ import torch
 from ctm_nb.training.config import make_config
 from ctm_nb.data.images import ImageData
 from ctm_nb.method.teacher import Denoiser
-from ctm_nb.checkpoints.models import describe, foreign_state, from_state, infer_network, load, save_model
+from ctm_nb.checkpoints.models import (
+    _foreign_state, _from_state, _infer_network, describe, load, save_model)
 from ctm_nb.networks.unet import FAMILIES, build_network, network_config
 from ctm_nb.checkpoints.store import save_checkpoint
 from ctm_nb.method.trajectory import CTM, student_from
@@ -44,23 +45,23 @@ def test_golden_through_every_format(tmp_path, name, suffix):
     for k, f in (("g", m.g), ("G", m.G)):
         expected = torch.from_numpy(z[f"io.{k}"])
         assert (f(x, t, s, y) - expected).norm() < 1e-5 * expected.norm()
-    back = foreign_state(m)
+    back = _foreign_state(m)
     assert set(back) == set(found["state"]) and all(torch.equal(back[k], v) for k, v in found["state"].items())
 
 
 def test_the_three_networks_of_the_golden_training_step():
     found, _ = states("ctm_dsm_step_8")
-    kinds = {p: from_state(s) for p, s in found.items()}
+    kinds = {p: _from_state(s) for p, s in found.items()}
     assert {p: type(m) for p, m in kinds.items()} == {"teacher": Denoiser, "student": CTM, "target": CTM}
-    for p, m in kinds.items(): assert all(torch.equal(v, found[p][k]) for k, v in foreign_state(m).items())
+    for p, m in kinds.items(): assert all(torch.equal(v, found[p][k]) for k, v in _foreign_state(m).items())
 
 
 def test_teacher_without_augmentation_label_input_draws_the_same():
     "The augmentation label is zero in use, so its layer must not matter."
     found, z = states("ctm_dsm_step_8")
     with_it, without = (
-        from_state(found["teacher"]).eval(),
-        from_state({k: v for k, v in found["teacher"].items() if "map_augment" not in k}).eval(),
+        _from_state(found["teacher"]).eval(),
+        _from_state({k: v for k, v in found["teacher"].items() if "map_augment" not in k}).eval(),
     )
     x, t = torch.randn(3, 3, 8, 8), torch.tensor([80., 1., .01])
     assert torch.equal(with_it.D(x, t), without.D(x, t))
@@ -69,7 +70,7 @@ def test_teacher_without_augmentation_label_input_draws_the_same():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_student_built_from_a_foreign_teacher_is_that_teacher(name):
     found, z = states(name)
-    teacher = from_state({k: v for k, v in found["state"].items() if "_s." not in k}, **KNOWN.get(name, {})).eval()
+    teacher = _from_state({k: v for k, v in found["state"].items() if "_s." not in k}, **KNOWN.get(name, {})).eval()
     assert isinstance(teacher, Denoiser)
     student, x, t = student_from(teacher).eval(), torch.from_numpy(z["io.x"]), torch.from_numpy(z["io.t"])
     y = torch.from_numpy(z["io.y"]) if teacher.n_classes else None
@@ -102,7 +103,7 @@ def small(kind=CTM, **config):
 
 def test_half_precision_weights_come_back_as_float32(tmp_path):
     m = small()
-    torch.save({k: v.half() for k, v in foreign_state(m).items()}, tmp_path / "half.pt")
+    torch.save({k: v.half() for k, v in _foreign_state(m).items()}, tmp_path / "half.pt")
     assert all(v.dtype == torch.float32 for v in load(tmp_path / "half.pt").state_dict().values())
 
 
@@ -134,10 +135,10 @@ def test_half_precision_weights_come_back_as_float32(tmp_path):
     ],
 )
 def test_what_does_not_fit_is_said_in_one_line(tmp_path, change, message):
-    torch.save(change(foreign_state(small())), tmp_path / "x.pt")
+    torch.save(change(_foreign_state(small())), tmp_path / "x.pt")
     with pytest.raises(ValueError) as e: load(tmp_path / "x.pt", which="ctm")
     assert str(e.value).startswith(str(tmp_path / "x.pt")) and "\n" not in str(e.value)
-    if change(foreign_state(small())): assert message in str(e.value)
+    if change(_foreign_state(small())): assert message in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -164,16 +165,16 @@ def test_what_the_caller_says_is_checked(tmp_path, given, message):
 def test_other_guided_diffusion_networks_are_named(key, value, message):
     m = small(family="openai", model_channels=16, channels_per_head=8)
     with pytest.raises(ValueError, match=message):
-        from_state({**foreign_state(m), key: value}, image_size=8, channels_per_head=8)
+        _from_state({**_foreign_state(m), key: value}, image_size=8, channels_per_head=8)
 
 
 def test_attention_weights_of_one_dimensional_convolutions():
     m = small(family="openai", model_channels=16, channels_per_head=8)
     old = {
         k: v[..., 0] if v.ndim == 4 and v.shape[-1] == 1 and ("qkv" in k or "proj_out" in k) else v
-        for k, v in foreign_state(m).items()
+        for k, v in _foreign_state(m).items()
     }
-    again = from_state(old, image_size=8, channels_per_head=8)
+    again = _from_state(old, image_size=8, channels_per_head=8)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), m.state_dict().values(), strict=True))
 
 
@@ -203,7 +204,7 @@ def test_writing_never_replaces_unasked_and_leaves_nothing_half_written(tmp_path
 def test_a_safetensors_file_of_someone_else(tmp_path):
     from safetensors.torch import save_file
     m = small()
-    save_file({k: v.contiguous() for k, v in foreign_state(m).items()}, tmp_path / "x.safetensors")
+    save_file({k: v.contiguous() for k, v in _foreign_state(m).items()}, tmp_path / "x.safetensors")
     assert torch.equal(load(tmp_path / "x.safetensors").net.last_layer, m.net.last_layer)
 
 
@@ -234,7 +235,7 @@ def test_heads_of_an_edm_pickle_are_those_of_its_blocks(tmp_path, heads, per_hea
         channels_per_head=per_head or 32,
     )
     got = load(
-        ff.make_edm_pickle(tmp_path / "x.pkl", foreign_state(m), "EDMPrecond", "DhariwalUNet", num_heads=heads(32))
+        ff.make_edm_pickle(tmp_path / "x.pkl", _foreign_state(m), "EDMPrecond", "DhariwalUNet", num_heads=heads(32))
     )
     assert got.net.config["channels_per_head"] == (per_head or 32)
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([1., 2.])
@@ -245,14 +246,14 @@ def test_an_edm_pickle_whose_blocks_compute_something_else_is_refused(tmp_path):
     from dataclasses import replace
     import foreign_files as ff
     from ctm_nb.checkpoints.foreign import read_edm_pickle
-    from ctm_nb.checkpoints.models import from_edm
+    from ctm_nb.checkpoints.models import _from_edm
 
     n = read_edm_pickle(
-        ff.make_edm_pickle(tmp_path / "x.pkl", foreign_state(small(Denoiser)), "EDMPrecond", "SongUNet")
+        ff.make_edm_pickle(tmp_path / "x.pkl", _foreign_state(small(Denoiser)), "EDMPrecond", "SongUNet")
     )
     for key, value in (("skip_scale", 1.), ("adaptive_scale", True)):
         modules = {k: {**v, key: value} for k, v in n.config["modules"].items() if "block" in k}
-        with pytest.raises(ValueError, match=key): from_edm(replace(n, config={**n.config, "modules": modules}))
+        with pytest.raises(ValueError, match=key): _from_edm(replace(n, config={**n.config, "modules": modules}))
 
 
 @pytest.mark.parametrize(
@@ -285,7 +286,7 @@ def test_an_edm_pickle_without_a_network_is_one_line(tmp_path):
 def test_public_names_that_cannot_be_loaded_are_refused_before_any_download(monkeypatch):
     monkeypatch.setattr("ctm_nb.checkpoints.models.fetch", lambda *a, **k: pytest.fail("fetched"))
     for name, which, message in (
-        ("inception-2015-12-05", None, "is no model"),
+        ("inception-2015-12-05", None, "can't be loaded: TorchScript"),
         ("cd-imagenet64-lpips", "ctm", "consistency model, not a ctm"),
         ("edm-cifar10-32x32-cond-vp", "ctm", "is a teacher, not a ctm"),
         ("baseline-imagenet-64x64-cond-adm", None, "can't be loaded: not loadable here"),
@@ -327,8 +328,8 @@ def test_every_shape_is_read_off_the_weights(family, s_branch, n_classes, mult, 
         attention=attention,
         channels_per_head=4,
     )
-    found, _ = infer_network(
-        foreign_state(m), channels_per_head=4, **({"image_size": 16} if family == "openai" else {})
+    found, _ = _infer_network(
+        _foreign_state(m), channels_per_head=4, **({"image_size": 16} if family == "openai" else {})
     )
     assert network_config(build_network(**found)) == network_config(m.net)
 

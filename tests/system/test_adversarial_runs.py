@@ -16,7 +16,7 @@ ROOT, LITE = Path(__file__).resolve().parents[2], "tf_efficientnet_lite0"
 
 def command(*words, cwd):
     "The command as a process, where no cache has any weights."
-    line = [sys.executable, "-m", "ctm_nb.commands.train", "--preset", "tiny", "--stage", "all", "--set", *words]
+    line = [sys.executable, "-m", "ctm_nb", "train", "--preset", "tiny", "--stage", "all", "--set", *words]
     caches = {"TORCH_HOME": str(cwd / "torch"), "HF_HOME": str(cwd / "hf")}
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **caches}
     return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=env, timeout=300)

@@ -32,7 +32,7 @@ def lab(tmp_path_factory):
             idle(p)
             run_all(p)
             p.locator(".jp-OutputArea .widget-slider").first.wait_for(timeout=240_000)
-            last = p.locator(".jp-OutputArea .widget-slider .noUi-handle").nth(11)
+            last = p.locator(".jp-OutputArea .widget-slider .noUi-handle").nth(10)
             last.wait_for(timeout=200_000, state="attached")
             idle(p)
             yield p
@@ -95,13 +95,6 @@ def test_an_arrow_key_changes_the_pictures(lab):
     moved(lab, slider, picture, "ArrowLeft")
     expect(box.get_by_role("status").first).to_contain_text("teacher, NFE 35", timeout=60_000)
     box.screenshot(path=SHOTS/"pictures.png")
-
-
-def test_a_run_is_shown_with_its_losses(lab):
-    box, slider, picture = explorer(lab, "samples at")
-    assert picture.get_attribute("alt").startswith("Losses and samples: Samples of ")
-    moved(lab, slider, picture, "ArrowLeft")
-    box.screenshot(path=SHOTS/"run.png")
 
 
 def test_a_screen_reader_is_told_name_and_value(lab):

@@ -38,7 +38,7 @@ def test_three_modules_go_on_working(old, monkeypatch):
         ("networks", "build_network"),
         ("training", "Trainer"),
         ("evaluation", "score"),
-        ("commands", "scripts"),
+        ("commands", "overview"),
     ],
 )
 def test_five_rooms_hand_on_the_names_of_the_module_they_are_called_after(room, name):

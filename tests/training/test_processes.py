@@ -295,7 +295,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_at_the_start(tmp_path, monkeyp
 
 # ---- the command
 
-TRAIN = [*TORCHRUN, "-m", "ctm_nb.commands.train", "--preset", "tiny", "--stage", "all", "--set", *SHORT,
+TRAIN = [*TORCHRUN, "-m", "ctm_nb", "train", "--preset", "tiny", "--stage", "all", "--set", *SHORT,
          "run.save_every=1", "run.log_every=1", "run.sample_every=100"]
 
 

@@ -143,7 +143,7 @@ def test_two_processes_score_as_one(run, ref, tmp_path, capfd):
 
 def test_torchrun_with_a_classifier_trained_by_the_first(run, tmp_path):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
-             "ctm_nb.commands.evaluate", run, "--ref", "digits", "--steps", "1", "-n", "40", "--device", "cpu", "--out",
+             "ctm_nb", "evaluate", run, "--ref", "digits", "--steps", "1", "-n", "40", "--device", "cpu", "--out",
              tmp_path / "s.json"]
     p = subprocess.run([str(w) for w in words], capture_output=True, text=True,
                        env={**os.environ, "OMP_NUM_THREADS": "1"})

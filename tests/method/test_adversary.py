@@ -6,24 +6,21 @@ import torch
 
 from ctm_nb.data.images import digits
 from ctm_nb.method.adversary import (
+    GAN_LOSSES,
     Discriminator,
     FeatureNetwork,
     RandomProjection,
     TeacherFeatures,
+    _colour,
+    _cutout,
+    _probe,
+    _translate,
     augment,
-    colour,
-    cutout,
     discriminator_loss,
     gan_loss_d,
     gan_loss_g,
     gan_turn,
-    hinge_d,
-    hinge_g,
     lazy,
-    probe,
-    softplus_d,
-    softplus_g,
-    translate,
 )
 from ctm_nb.method.balance import BalancedGradients, adaptive_weight
 from ctm_nb.method.distances import l2, pseudo_huber
@@ -110,9 +107,9 @@ def test_augmentation_is_a_function_of_its_numbers_and_differs_between_rows_and_
 def test_every_change_reaches_its_bounds_and_not_further():
     x, u = torch.arange(16.).view(1, 1, 1, 16).expand(2000, 1, 16, 16), uniform(2000)
     shift = (u[:, 3:5] * 5).long() - 2
-    coloured = colour(x, 2 * u[:, :3] - 1)
-    torch.testing.assert_close(augment(x, u, cut=0.), translate(coloured, shift))
-    moved = (x[:, :, :, 8] - translate(x, shift)[:, :, :, 8])[:, 0, 0]
+    coloured = _colour(x, 2 * u[:, :3] - 1)
+    torch.testing.assert_close(augment(x, u, cut=0.), _translate(coloured, shift))
+    moved = (x[:, :, :, 8] - _translate(x, shift)[:, :, :, 8])[:, 0, 0]
     assert moved.min() == -2 and moved.max() == 2
     holes = (augment(torch.ones(2000, 1, 10, 10), u, translation=0.) == 0).flatten(1).sum(1)
     assert holes.max() == 4 and holes.min() >= 1  # 2 x 2, at the border partly outside
@@ -120,9 +117,9 @@ def test_every_change_reaches_its_bounds_and_not_further():
 
 def test_translation_and_cutout_by_hand():
     x = torch.arange(9.).view(1, 1, 3, 3)
-    assert translate(x, torch.tensor([[1, 0]]))[0, 0].tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, 5]]
-    assert translate(x, torch.tensor([[0, -1]]))[0, 0].tolist() == [[1, 2, 2], [4, 5, 5], [7, 8, 8]]
-    assert cutout(x + 1, torch.tensor([[-1, 2]]), 2)[0, 0].tolist() == [[1, 2, 0], [4, 5, 6], [7, 8, 9]]
+    assert _translate(x, torch.tensor([[1, 0]]))[0, 0].tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, 5]]
+    assert _translate(x, torch.tensor([[0, -1]]))[0, 0].tolist() == [[1, 2, 2], [4, 5, 5], [7, 8, 8]]
+    assert _cutout(x + 1, torch.tensor([[-1, 2]]), 2)[0, 0].tolist() == [[1, 2, 0], [4, 5, 6], [7, 8, 9]]
 
 
 # ---- feature networks and projection
@@ -153,7 +150,7 @@ def test_a_feature_network_never_changes_and_is_measured():
     mean = net.net[1].running_mean.clone()
     net.train().net(torch.randn(3, 1, 4, 4))
     assert torch.equal(mean, net.net[1].running_mean) and net.draw(3, (1, 4, 4)) is None
-    sizes = probe(TeacherFeatures(make_teacher(), (.1, 80.)), (1, 8, 8), 10)
+    sizes = _probe(TeacherFeatures(make_teacher(), (.1, 80.)), (1, 8, 8), 10)
     assert [[s for s, _ in p] for p in sizes] == [[(8, 8, 8), (8, 4, 4)]] * 2
     assert all(r > 0 for p in sizes for _, r in p)
 
@@ -243,12 +240,12 @@ def test_bfloat16_autocast_and_extreme_pictures_stay_finite():
 
 def test_losses_by_hand():
     real, fake = torch.tensor([[2., 0.], [-1., 1.]]), torch.tensor([[-2., 0.], [1., -1.]])
-    assert hinge_d(real, fake).tolist() == [.5 + .5, 1. + 1.] and hinge_g(fake).tolist() == [1., 0.]
-    zero = torch.zeros(3, 2)
-    torch.testing.assert_close(softplus_d(zero, zero), torch.full((3,), 2 * .6931472))
-    torch.testing.assert_close(softplus_g(zero), torch.full((3,), .6931472))
-    assert softplus_g(torch.full((1, 1), -90.)) == 90.
-    assert softplus_d(torch.full((1, 1), 90.), torch.full((1, 1), -90.)) < 1e-30
+    (h, student), zero = GAN_LOSSES["hinge"], torch.zeros(3)
+    assert (h(real) + h(-fake)).mean(1).tolist() == [.5 + .5, 1. + 1.] and student(fake).mean(1).tolist() == [1., 0.]
+    h, student = GAN_LOSSES["softplus"]
+    torch.testing.assert_close(h(zero) + h(-zero), torch.full((3,), 2 * .6931472))
+    torch.testing.assert_close(student(zero), torch.full((3,), .6931472))
+    assert student(torch.tensor(-90.)) == 90. and h(torch.tensor(90.)) < 1e-30
 
 
 @pytest.mark.parametrize("loss", ["hinge", "softplus"])

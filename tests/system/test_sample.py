@@ -106,16 +106,25 @@ def test_ranks_of_torchrun_share_the_work(run, tmp_path):
     assert len(list((tmp_path / "z").rglob("*.png"))) == 70
 
 
-@pytest.mark.parametrize("words, message", [(["--gamma", "1.1"], "gamma=1.1"), (["--times", "3,5"], "decreasing"),
-                                            (["--times", "90,5"], "80"), (["--classes", "dgo"], "nearest is 'dog'"),
-                                            (["--classes", "3"], "0..2"),
-                                            (["--times", "auto", "--steps", "7"], "no times are stored"),
-                                            (["--out", "x.tar"], "x.tar"), (["--device", "cuda:77"], "cuda:77"),
-                                            (["-n", "0"], "-n"), (["--batch-size", "none"], "'none'"),
-                                            (["--seed", "-4"], "seed=-4"),
-                                            (["--guidance", "-2"], "scale=-2"),
-                                            (["--churn", "a", "--solver", "edm"], "'a'"),
-                                            (["--out", "no/such/x.zip"], "no folder")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--gamma", "1.1"], "--gamma must be >= 0 and <= 1, got 1.1"),
+        (["--times", "3,5"], "decreasing"),
+        (["--times", "90,5"], "80"),
+        (["--classes", "dgo"], "nearest is 'dog'"),
+        (["--classes", "3"], "0..2"),
+        (["--times", "auto", "--steps", "7"], "no times are stored"),
+        (["--out", "x.tar"], "x.tar"),
+        (["--device", "cuda:77"], "cuda:77"),
+        (["-n", "0"], "-n must be >= 1, got 0"),
+        (["--batch-size", "none"], "--batch-size must be a whole number, got 'none'"),
+        (["--seed", "-4"], "--seed must be >= 0, got -4"),
+        (["--guidance", "-2"], "scale=-2"),
+        (["--churn", "a", "--solver", "edm"], "'a'"),
+        (["--out", "no/such/x.zip"], "no folder"),
+    ],
+)
 def test_mistakes_are_one_line_and_write_nothing(run, tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e: ctm_nb_sample([str(run), "--out", "o.npz", *words])
