@@ -166,7 +166,7 @@ def _inception_file(folder=None) -> Path:  # the file
     "Where Inception's weights are; `ValueError` that says what to put where if they can't be had."
     entry = CATALOGUE["inception-2015-12-05"]
     if folder is None:
-        try: return fetch(entry.name, timeout=5.)
+        try: return fetch(entry.name)
         except OSError as e:
             raise ValueError(f"Inception's weights are missing: {e}; or give a folder that holds {entry.file} "
                              "(--weights FOLDER)") from None
