@@ -112,8 +112,8 @@ def finish(config, folder, parts):
     }
 
 
-def one(regime, seed, n, _wanted, steps):
-    "Students of one regime and seed: those _wanted, and those that they need."
+def one(regime, seed, n, wanted, steps):
+    "Students of one regime and seed: those wanted, and those that they need."
     import torch
 
     from ctm_nb.training.config import make_config
