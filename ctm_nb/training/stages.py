@@ -6,7 +6,7 @@
 __all__ = ['OBJECTIVES', 'STAGE_CLASSES', 'step_generator', 'take', 'carry_to', 'Stage', 'make_network', 'TeacherStage',
            'hidden', 'given', 'DistillStage', 'interval_numbers', 'interval_example', 'interval_losses', 'path_numbers',
            'path_example', 'anchor_losses', 'path_losses', 'tangent_numbers', 'tangent_example', 'tangent_losses',
-           'Objective', 'make_discriminator', 'GanStage', 'check_weights']
+           'Objective', 'GanStage', 'check_weights']
 
 # %% ../../nbs/6_training/05_stages.ipynb #4a3173e0
 import copy
@@ -407,17 +407,6 @@ def kinds(self: DistillStage) -> list: return [p.first for p in phases(self.conf
 @patch
 def works_ahead(self: DistillStage, n: int) -> bool: return self.phase(n).matching != "trajectories"
 
-# %% ../../nbs/6_training/05_stages.ipynb #874d4111
-def make_discriminator(
-    config: Config,  # of the run
-    teacher: Denoiser,  # frozen
-) -> Discriminator:  # fresh heads
-    "The adversary of a configuration."
-    g = config.gan
-    features = lambda f: TeacherFeatures(teacher, g.levels) if f == "teacher" else TimmFeatures(f, g.weights or None)
-    networks = [features(f.strip()) for f in g.features.split(",")]
-    return Discriminator(networks, teacher.data_shape, teacher.n_classes, g.width, g.strength, config.run.seed)
-
 # %% ../../nbs/6_training/05_stages.ipynb #9faf9c4a
 class GanStage(DistillStage):
     "The EMA of a student, its new EMAs, and a discriminator."
@@ -428,7 +417,11 @@ class GanStage(DistillStage):
         self.freeze(parts.get("teacher") or given(self.config, self.data, "teacher"))
         self.start(copy.deepcopy(parts.get("ctm")) or given(self.config, self.data, "ctm"))
         self.bounds = {"gan": (g.low, g.high)}
-        self.parts["discriminator"] = d = make_discriminator(self.config, self.parts["teacher"]).to(self.device)
+        teacher = self.parts["teacher"]
+        own = lambda f: TeacherFeatures(teacher, g.levels) if f == "teacher" else TimmFeatures(f, g.weights or None)
+        networks = [own(f.strip()) for f in g.features.split(",")]
+        d = Discriminator(networks, teacher.data_shape, teacher.n_classes, g.width, g.strength, self.config.run.seed)
+        self.parts["discriminator"] = d = d.to(self.device)
         self.optimizers["discriminator"] = make_optimizer("radam", d, g.d_lr, g.d_betas)
 
 # %% ../../nbs/6_training/05_stages.ipynb #1cba5c1f
