@@ -104,3 +104,5 @@ def ctm_nb_evaluate(
         if not subject: return
         outcome = work.evaluate(r, subject)
         if first: print(work.report(r, outcome, a.out))
+
+if __name__ == "__main__" and "__file__" in globals(): ctm_nb_evaluate()  # python -m, torchrun -m

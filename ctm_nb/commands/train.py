@@ -186,3 +186,5 @@ def ctm_nb_train(
     "Train a teacher, distil it, draw samples and score them (the console command)."
     a = train_parser().parse_args(argv)
     with one_line_errors("ctm_nb_train"): train(a)
+
+if __name__ == "__main__" and "__file__" in globals(): ctm_nb_train()  # python -m, torchrun -m

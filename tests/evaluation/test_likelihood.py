@@ -255,19 +255,19 @@ def test_command(tmp_path, monkeypatch):
                            "distill.steps=2", "evaluate.n=0")
     assert code == 0, err
     run, out = tmp_path / "tiny", tmp_path / "scores.json"
-    words = run, "--ref", "digits", "--metrics", "bpd,elbo", "-n", 12, "--levels", 4, "--tol", 1e-3, "--out", out
+    words = run, "--ref", "digits", "--metrics", "bpd,elbo", "-n", 4, "--levels", 4, "--tol", 1e-2, "--out", out
     for _ in range(2):  # the second time the same records replace the first
         code, text, err = command(ctm_nb_evaluate, *words)
         assert code == 0 and "bits_per_dim" in text and "±" in text, err
     a, b = json.loads(out.read_text())
     assert (a["metric"], b["metric"]) == ("bits_per_dim", "elbo_bits_per_dim") and 4 < a["value"] < 12
-    assert a["n_samples"] == b["n_samples"] == 12
-    assert a["tolerance"] == 1e-3 and a["probes"] == 1 and b["levels"] == 4 and a["standard_error"] > 0
+    assert a["n_samples"] == b["n_samples"] == 4
+    assert a["tolerance"] == 1e-2 and a["probes"] == 1 and b["levels"] == 4 and a["standard_error"] > 0
     assert a["reference"]["name"] == "digits, held_out" and a["checkpoint"].startswith(str(run))
     assert command(ctm_nb_evaluate, *words[:-2], "--which", "teacher",
-                   "--dry-run")[1].startswith("likelihood bpd,elbo of 12 images of digits, held_out")
-    code, text, err = command(ctm_nb_evaluate, run, "--ref", "digits", "--metrics", "bpd,fid", "-n", 30, "--steps", 1,
-                              "--tol", 1e-2, "--out", tmp_path / "both.json")
+                   "--dry-run")[1].startswith("likelihood bpd,elbo of 4 images of digits, held_out")
+    code, text, err = command(ctm_nb_evaluate, run, "--ref", "digits", "--metrics", "bpd,fid", "-n", 8, "--steps", 1,
+                              "--tol", .1, "--out", tmp_path / "both.json")
     names = [r["metric"] for r in json.loads((tmp_path / "both.json").read_text())]
     assert code == 0 and names == ["bits_per_dim", "frechet_distance"], err
     monkeypatch.setenv("RANK", "1")
