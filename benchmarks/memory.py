@@ -47,7 +47,7 @@ def inspect(path, n):
     from ctm_nb.data.read import open_source
     from ctm_nb.data.convert import survey
 
-    assert len(survey(open_source(path)).facts()["classes"]) == 10
+    assert len(survey(open_source(path))["classes"]) == 10
 
 
 def convert(path, n):

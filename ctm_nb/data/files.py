@@ -17,18 +17,16 @@ import platformdirs
 
 # %% ../../nbs/3_data/00_files.ipynb #01c6f833
 @contextmanager
-def naming(
-    path:str|Path, # the file being written
-):
+def naming(path:str|Path):
     "An error while a file is written names the file, as an error while it is opened does."
     try: yield
-    except OSError as e: raise OSError(e.errno, e.strerror, str(path)) from e
+    except OSError as e:
+        if e.errno is None or e.filename: raise
+        raise OSError(e.errno, e.strerror, str(path)) from e
 
 # %% ../../nbs/3_data/00_files.ipynb #0772cb8e
-def temp_name(
-    path:Path, # a file or folder to be
-) -> Path:
-    "A fresh hidden name beside `path`."
+def temp_name(path:Path)->Path:
+    "A fresh hidden name beside a file or folder to be."
     return path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
 
 # %% ../../nbs/3_data/00_files.ipynb #52ae46c5
@@ -43,9 +41,7 @@ def write_synced(
         os.fsync(f.fileno())
 
 # %% ../../nbs/3_data/00_files.ipynb #b6569973
-def fsync_folder(
-    path:Path, # a folder
-):
+def fsync_folder(path:Path):
     "Wait until the names in a folder are on the disk."
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
@@ -62,8 +58,9 @@ def write_atomically(
     try:
         write_synced(temp, write)
         os.replace(temp, path)
-    except BaseException:
+    except BaseException as e:
         temp.unlink(missing_ok=True)
+        if isinstance(e, OSError) and e.filename == str(temp): e.filename = str(path)
         raise
     fsync_folder(path.parent)
     return path
@@ -77,10 +74,8 @@ def atomic_write(
     return write_atomically(path, lambda f: f.write(data))
 
 # %% ../../nbs/3_data/00_files.ipynb #5ae65b95
-def discard(
-    path:Path, # a file or folder
-):
-    "Take it out of sight with one rename, then delete it."
+def discard(path:Path):
+    "Take a file or folder out of sight with one rename, then delete it."
     trash = temp_name(path)
     os.rename(path, trash)
     fsync_folder(path.parent)

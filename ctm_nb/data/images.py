@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Images', 'ImageData', 'to_uint8', 'held_out_mask', 'split_mask', 'digits', 'image_grid', 'IndexSampler',
-           'label_font', 'written', 'label_rows', 'heading', 'under', 'named_grid']
+           'label_rows', 'heading', 'named_grid']
 
 # %% ../../nbs/3_data/01_images.ipynb #9564e46a
 import hashlib
@@ -26,20 +26,23 @@ class Images(Protocol):
     labels: torch.Tensor | None  # (N,) int64 in [0, n_classes)
     classes: list  # names of the classes in order; empty without labels
     in_memory: bool  # False: every `take` decodes
-    @property
-    def n_classes(self) -> int: ...  # 0 without labels
-    @property
-    def channels(self) -> int: ...  # C, 1 or 3
-    @property
-    def image_size(self) -> int: ...  # H, side of every image
+    channels: int  # C, 1 or 3
+    image_size: int  # H, side of every image
     def __len__(self) -> int: ...
-    def take(self, idx) -> torch.Tensor: ...  # (B, C, H, W) uint8
-    def x0(self, idx) -> torch.Tensor: ...  # (B, C, H, W) float32 in [-1, 1]
+    def take(self, idx) -> torch.Tensor: ...  # (B, C, H, W) uint8, as they are stored
     def sha256(self) -> str: ...  # fingerprint of pixels, labels and names of the classes
+    @property
+    def n_classes(self) -> int: return len(self.classes)  # 0 without labels
+    def x0(self, idx=slice(None)):  # (B, C, H, W) float32 in [-1, 1], as the model sees them; all of them by default
+        return self.take(idx).float() / 127.5 - 1
+    def __repr__(self):
+        where = "images" if self.in_memory else "images on a stream"
+        shape = f"{self.channels} x {self.image_size} x {self.image_size}"
+        return f"{self.name}: {len(self)} {where}, {shape}, {self.n_classes} classes"
 
 # %% ../../nbs/3_data/01_images.ipynb #a92805da
 @dataclass(repr=False, eq=False)
-class ImageData:
+class ImageData(Images):
     """Square images with optional class labels, in memory.
 
     Raises `ValueError` for a wrong dtype or shape, or a label without a class."""
@@ -47,12 +50,12 @@ class ImageData:
     labels: torch.Tensor | None = None  # (N,) int64 in [0, len(classes))
     classes: list = field(default_factory=list)  # names of the classes; empty if there are no labels
     name: str = ""  # for messages and records
-    in_memory = True
 
     def __post_init__(self):
         shape, n, k = tuple(self.images.shape), len(self.images), len(self.classes)
         if self.images.dtype != torch.uint8 or len(shape) != 4 or shape[1] not in (1, 3) or shape[2] != shape[3]:
             raise ValueError(f"{self.name}: images must be uint8 (N, 1 or 3, H, H), got {self.images.dtype} {shape}")
+        self.in_memory, self.channels, self.image_size = True, *shape[1:3]
         if (self.labels is None) != (not self.classes):
             raise ValueError(f"{self.name}: labels and class names come together or not at all")
         if self.labels is None: return
@@ -60,32 +63,8 @@ class ImageData:
             raise ValueError(f"{self.name}: labels must have shape ({n},), got {tuple(self.labels.shape)}")
         bad = (self.labels < 0) | (self.labels >= k)
         if bad.any(): raise ValueError(f"{self.name}: labels must be in [0, {k}), got {self.labels[bad][0].item()}")
-
     def __len__(self): return len(self.images)
-    def __repr__(self):
-        shape = " x ".join(map(str, self.images.shape[1:]))
-        return f"{self.name}: {len(self)} images, {shape}, {self.n_classes} classes"
-    @property
-    def n_classes(self): return len(self.classes)
-    @property
-    def channels(self): return self.images.shape[1]
-    @property
-    def image_size(self): return self.images.shape[2]
-
-# %% ../../nbs/3_data/01_images.ipynb #a843eb30
-@patch
-def take(self:ImageData,
-    idx=slice(None), # which images: a slice, or (B,) int64; all of them by default
-)->torch.Tensor: # (B, C, H, W) uint8
-    "Pixels as they are stored."
-    return self.images[idx]
-
-@patch
-def x0(self:ImageData,
-    idx=slice(None), # as for `take`
-)->torch.Tensor: # (B, C, H, W) float32 in [-1, 1]
-    "Clean images as the model sees them."
-    return self.take(idx).float() / 127.5 - 1
+    def take(self, idx=slice(None)): return self.images[idx]
 
 # %% ../../nbs/3_data/01_images.ipynb #63a877f7
 def to_uint8(
@@ -193,24 +172,16 @@ def next(self:IndexSampler)->torch.Tensor: # (B,) int64
         self.position += len(parts[-1])
     return torch.cat(parts)
 
-# %% ../../nbs/3_data/01_images.ipynb #6ee2cfae
+# %% ../../nbs/3_data/01_images.ipynb #cfe06133
 @cache
-def label_font(
-    size:int, # pixels
-):  # a font of Pillow's
-    "Letters of many alphabets: DejaVu, which matplotlib brings along; without it, Pillow's own for European ones."
-    try: import matplotlib
-    except ImportError: return ImageFont.load_default(size)
+def _font(size):
+    try: import matplotlib  # brings along DejaVu, which has the letters of many alphabets
+    except ImportError: return ImageFont.load_default(size)  # of European ones
     return ImageFont.truetype(str(Path(matplotlib.get_data_path())/"fonts"/"ttf"/"DejaVuSans.ttf"), size)
 
-# %% ../../nbs/3_data/01_images.ipynb #cfe06133
-def written(
-    text:str, # a name
-    size:int, # of the letters, pixels
-    limit:float, # most pixels of width
-)->Image.Image: # RGB, size + 4 pixels high
-    "A name, or as much of it as fits and an ellipsis, black on white."
-    font, shown = label_font(size), text
+def _written(text, size, limit):
+    "A name in letters of so many pixels, or as much of it as fits and an ellipsis, black on white, size + 4 high."
+    font, shown = _font(size), text
     while text and font.getlength(shown) > limit:
         text = text[:-1]
         shown = text + "…"
@@ -225,7 +196,7 @@ def label_rows(
 )->Image.Image: # RGB, the picture with the names at its left
     "Write a name beside each row of a grid."
     row = picture.shape[0] / len(names)
-    words = [written(n, max(9, min(15, int(row * .6))), 600) for n in names]
+    words = [_written(n, max(9, min(15, int(row * .6))), 600) for n in names]
     width = max(w.width for w in words) + 8
     sheet = Image.new("RGB", (picture.shape[1] + width, picture.shape[0]), "white")
     for k, w in enumerate(words): sheet.paste(w, (width - 4 - w.width, round((k + .5) * row - w.height / 2)))
@@ -233,13 +204,9 @@ def label_rows(
     return sheet
 
 # %% ../../nbs/3_data/01_images.ipynb #8aefaff2
-def heading(
-    names:list, # one a column
-    step:float, # pixels from column to column
-    limit:int=110, # most pixels of height
-)->Image.Image: # RGB, a strip to put on top
+def heading(names:list, step:float)->Image.Image: # RGB, a strip to put on top
     "Names over columns, upright if they fit, else turned by a quarter, all of them, so that they still align."
-    words = [written(n, max(9, min(13, int(step * .5))), limit - 6) for n in names]
+    words = [_written(n, max(9, min(13, int(step * .5))), 104) for n in names]
     if max(w.width for w in words) > step - 3: words = [w.rotate(90, expand=True) for w in words]
     height = max(w.height for w in words) + 2
     strip = Image.new("RGB", (round(step * len(names)), height), "white")
@@ -247,15 +214,12 @@ def heading(
     return strip
 
 # %% ../../nbs/3_data/01_images.ipynb #69d30201
-def under(
-    images:torch.Tensor, # (N, C, H, W) uint8
-    names:list, # N strings
-)->torch.Tensor: # (N, C, H + 12, W) uint8
-    "Pictures with their names below."
+def _under(images, names):
+    "Pictures (N, C, H, W) with their names below, (N, C, H + 12, W)."
     n, c, h, w = images.shape
     strips = np.full((n, 12, w), 255, np.uint8)
     for strip, name in zip(strips, names):
-        word = np.asarray(written(name, 9, w).convert("L"))[:12, :w]
+        word = np.asarray(_written(name, 9, w).convert("L"))[:12, :w]
         left = (w - word.shape[1]) // 2
         strip[:word.shape[0], left:left + word.shape[1]] = word
     return torch.cat([images.cpu(), torch.from_numpy(strips)[:, None].expand(-1, c, -1, -1)], 2)
@@ -273,14 +237,12 @@ def named_grid(
     names = names if names and any(names) else []
     table = [names[i:i + columns] for i in range(0, len(names), columns)]
     over = bool(table) and len(table[0]) > 1 and all(r == table[0][:len(r)] for r in table)
-    beside = bool(table) and not over and rows is None and all(len(set(r)) == 1 for r in table)
-    if table and not over and not beside: images = under(images, names)
-    if beside: rows = [r[0] for r in table]
+    if rows is None and table and not over and all(len(set(r)) == 1 for r in table): rows = [r[0] for r in table]
+    elif table and not over: images = _under(images, names)
     picture = Image.fromarray(image_grid(images, columns, pad=2)).convert("RGB")
     sheet = label_rows(np.asarray(picture), rows) if rows else picture
     if not over: return sheet
-    top = heading(table[0], images.shape[3] + 2)
-    left = sheet.width - picture.width
+    top, left = heading(table[0], images.shape[3] + 2), sheet.width - picture.width
     whole = Image.new("RGB", (max(sheet.width, left + top.width), sheet.height + top.height), "white")
     whole.paste(top, (left, 0))
     whole.paste(sheet, (0, top.height))

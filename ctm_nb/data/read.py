@@ -219,21 +219,21 @@ def held_out_of(source:Source)->np.ndarray: # (N,) bool
     if source.held_out is not None: return source.held_out
     return held_out_mask(np.zeros(len(source)) if source.labels is None else source.labels)
 
-def check_square(a:np.ndarray, side:int|None, name:str, option:str):
-    "`ValueError` for an image (H, W, C) of another side than the others; `option` is how a user gives a size."
+def check_square(a:np.ndarray, side:int|None, name:str):
+    "`ValueError` for an image (H, W, C) of another side than the others."
     h, w = a.shape[:2]
     if h == w and side in (None, h): return
     others = f" and others are {side} x {side}" if side else ""
-    raise ValueError(f"images must be squares of one size, but {readable(name)} is {w} x {h}{others}; give {option} "
-                     "to crop and resize them")
+    raise ValueError(f"images must be squares of one size, but {readable(name)} is {w} x {h}{others}; give a size "
+                     "(image_size, --size) to crop and resize them")
 
-def side_of(source:Source, positions, option:str="--size")->int:
-    "The side that all images at some positions must have: that of the first that can be read."
-    for i in positions:
-        try: a = source.pixels(int(i))
+def side_of(source:Source)->int:
+    "The side that all images must have: that of the first that can be read."
+    for i, name in enumerate(source.names):
+        try: a = source.pixels(i)
         except BrokenImage: continue
         if not a.shape[0]: raise ValueError(f"{source.name}: pictures of height 0")
-        check_square(a, None, source.names[int(i)], option)
+        check_square(a, None, name)
         return a.shape[0]
     return 1  # none can be read, which is said later
 

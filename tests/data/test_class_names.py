@@ -55,9 +55,9 @@ def test_the_grids_of_a_run_name_its_classes(run, written):
     t = Trainer(
         make_config("tiny", [f"data.source={config['data']['source']}", "evaluate.n=0", "run.sample_every=1000"]), run
     )
-    t.save_grid(6)
-    t.save_picture(4)
-    assert written == [["cat", "кот"] * 3, ["cat", "кот"] * 2]
+    t.save_grid()
+    t.save_grid(final=True)
+    assert written == [["cat", "кот"] * 10] * 2
     assert Image.open(run / "samples" / "final.png").mode == "RGB"
 
 

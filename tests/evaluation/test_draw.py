@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ctm_nb.evaluation import draw
-from ctm_nb.evaluation.draw import (class_log_probs, classifier_source, draw_parts, draw_samples, drawer_of,
-                                    make_recipe, open_parts, with_parts)
+from ctm_nb.evaluation.draw import (_class_log_probs, _classifier_source, draw_parts, draw_samples, drawer_of,
+                                    make_recipe, _open_parts, _with_parts)
 from ctm_nb.commands.sample import ctm_nb_sample
 from ctm_nb.data.images import ImageData, digits
 from ctm_nb.method.teacher import Denoiser
@@ -71,7 +71,7 @@ def test_chosen_samples_are_those_chosen_by_hand(run, ref, tmp_path):
         same = [i for i in range(43) if kept[i] < 43]
         # sample i is sample i
         assert same and (np.abs(images[same].astype(int) - z["arr_0"][np.array(kept)[same]]) <= 1).all()
-        judged = lambda a: class_log_probs(net, torch.from_numpy(a), y).mean()
+        judged = lambda a: _class_log_probs(net, torch.from_numpy(a), y).mean()
         assert judged(images) > judged(z["arr_0"]) and plain["evaluations"] == plan["evaluations"]
 
 
@@ -95,8 +95,8 @@ def test_interrupted_while_choosing_continues(run, ref, tmp_path, monkeypatch):
                                                                        for f in parts_of(out).glob("part_*")})
                         or publish(temp, out))
     m = load(run, which="teacher")  # a process of torchrun, before the other
-    plan = with_parts(make_recipe(m, run, 40, 3, solver="heun", reject=3., classifier=str(ref)), m)
-    draw_parts(drawer_of(m, plan), plan, open_parts(out, plan), Ranks(1, 2))
+    plan = _with_parts(make_recipe(m, run, 40, 3, solver="heun", reject=3., classifier=str(ref)), m)
+    draw_parts(drawer_of(m, plan), plan, _open_parts(out, plan), Ranks(1, 2))
     assert len(list(parts.glob("part_*"))) > len(kept)
     ctm_nb_sample([*words, "--out", str(out)])
     assert len(seen) == 15 and seen.items() >= kept.items()  # what was finished was not drawn again
@@ -124,7 +124,7 @@ def test_an_unlabelled_model_gets_classes(unlabelled, ref, tmp_path):
     a, b = (np.load(tmp_path / f"{k}.npz")["arr_0"] for k in "ab")
     assert pushed["classes"] == [4] and plain["classes"] is None and (a != b).any()
     net, y = read_reference(ref).net, torch.full((12,), 4)
-    assert class_log_probs(net, torch.from_numpy(a), y).mean() > class_log_probs(net, torch.from_numpy(b), y).mean()
+    assert _class_log_probs(net, torch.from_numpy(a), y).mean() > _class_log_probs(net, torch.from_numpy(b), y).mean()
 
 
 @pytest.mark.parametrize("words, message", [(["--reject", "0.9"], "reject must be >= 1 and finite, got reject=0.9"),
@@ -152,11 +152,11 @@ def test_a_classifier_of_other_pictures_is_refused(run, unlabelled, tmp_path, re
     four = ImageData(digits().images[:90] , digits().labels[:90] % 4, list("abcd"), "four")
     other = build_reference(ClassifierExtractor(train_classifier(four, epochs=1, width=8)),
                             four).save(tmp_path / "four.npz")
-    with pytest.raises(ValueError, match="10 classes, got one of 4"): classifier_source(other, load(run))
+    with pytest.raises(ValueError, match="10 classes, got one of 4"): _classifier_source(other, load(run))
     np.savez(tmp_path / "edm.npz", mu=np.zeros(4), sigma=np.eye(4))
     with pytest.raises(ValueError, match="holds no classifier"):
         make_recipe(load(run), run, 3, reject=2., classifier=str(tmp_path / "edm.npz"))
-    open_parts(tmp_path / "w.npz", with_parts(make_recipe(load(run), run, 80, reject=2., classifier=str(ref)),
+    _open_parts(tmp_path / "w.npz", _with_parts(make_recipe(load(run), run, 80, reject=2., classifier=str(ref)),
                                               load(run)))
     again = dict(device="cpu", classifier=str(ref))
     with pytest.raises(ValueError, match="reject: 2.0 -> 3.0"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ctm_nb.data.images import ImageData, digits
-from ctm_nb.evaluation.evaluate import image_samples, records, run_evaluator
+from ctm_nb.evaluation.evaluate import image_samples, run_evaluator
 from ctm_nb.evaluation.features import ClassifierExtractor
 from ctm_nb.evaluation.metrics import (FeatureStats, as_probs, class_accuracy, frechet_distance, frechet_gaussians,
                                        inception_score, knn_radii, precision_recall, train_classifier)
@@ -210,8 +210,7 @@ def test_scores_see_noise_collapse_and_wrong_labels(scored):
 def test_records_are_complete(scored):
     evaluator, splits = scored
     sampler = {"solver": "ctm", "steps": 1, "gamma": 0.}
-    features = evaluator.extractor.features_id
-    (record,) = records({"precision": np.float64(.5)}, evaluator.reference, features, 10, sampler, 3, "step_5")
+    (record,) = evaluator.as_records({"precision": np.float64(.5)}, 10, sampler, 3, "step_5")
     names = {"metric", "value", "n_samples", "reference", "features", "sampler", "seed", "checkpoint"}
     assert set(record) == names and type(record["value"]) is float
     assert record["reference"] == {"name": "digits, held out", "sha256": digits("held_out").sha256(), "n": 445}

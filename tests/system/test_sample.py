@@ -15,8 +15,8 @@ from PIL import Image
 
 from ctm_nb.evaluation import draw
 from ctm_nb.commands.sample import ctm_nb_sample
-from ctm_nb.evaluation.draw import (Drawer, draw_parts, draw_samples, drawer_of, make_recipe, missing_parts, open_parts,
-                                    with_parts)
+from ctm_nb.evaluation.draw import (Drawer, draw_parts, draw_samples, drawer_of, make_recipe, missing_parts,
+                                    _open_parts, _with_parts)
 from ctm_nb.method.teacher import Denoiser
 from ctm_nb.checkpoints.models import describe, load
 from ctm_nb.networks.unet import DDPMpp, init_
@@ -97,8 +97,8 @@ def test_torchrun_is_killed_and_continued(run, tmp_path):
 
 def test_ranks_of_torchrun_share_the_work(run, tmp_path):
     m = load(run)
-    plan = with_parts(make_recipe(m, run, 70, gamma=.2, times="80,1"), m)
-    folder = open_parts(tmp_path / "z", plan)
+    plan = _with_parts(make_recipe(m, run, 70, gamma=.2, times="80,1"), m)
+    folder = _open_parts(tmp_path / "z", plan)
     draw_parts(drawer_of(m, plan), plan, folder, Ranks(1, 2))
     assert missing_parts(folder, plan) == [0, 2, 4, 6, 8]
     draw_samples(run, tmp_path / "z", 70, device="cpu", gamma=.2, times="80,1")
@@ -155,7 +155,7 @@ def test_nothing_is_overwritten_unasked(run, tmp_path):
 
 def test_other_samples_do_not_continue_a_plan(run, tmp_path):
     m = load(run)
-    open_parts(tmp_path / "w.npz", with_parts(make_recipe(m, run, 80, seed=1), m))
+    _open_parts(tmp_path / "w.npz", _with_parts(make_recipe(m, run, 80, seed=1), m))
     with pytest.raises(ValueError, match="seed: 1 -> 2"):
         draw_samples(run, tmp_path / "w.npz", 80, device="cpu", seed=2)
     with pytest.raises(ValueError, match="weights"):
