@@ -37,12 +37,10 @@ def data_parser() -> Parser:
 # %% ../../nbs/7_commands/04_data.ipynb #1636d979
 def _convert_flags(add):
     add("dst", metavar="DST", type=Path, help="NAME.zip, NAME.npz or a folder; must not exist")
-    add("--format", choices=["zip", "npz", "tree", "edm"],
-        help="what DST becomes (default: by its name; a folder is a tree of PNGs, edm one with dataset.json)")
     add("--split", choices=["train", "held_out", "all"],
         help="which images (default: train where the data have a held-out set of their own, else all)")
     add("--skip-broken", action="store_true", help="leave out images that can't be read instead of stopping")
-    add("--overwrite", action="store_true", help="replace DST")
+    add("--overwrite", action="store_true", help="replace DST, if it is a file")
 
 # %% ../../nbs/7_commands/04_data.ipynb #c1c73e29
 def _inspect(a):
@@ -51,9 +49,9 @@ def _inspect(a):
         if p.exists(): raise FileExistsError(f"{p} exists: choose another name or remove it")
     from ctm_nb.data.convert import contact_sheet, survey
     from ctm_nb.data.read import open_source
-    found = survey(open_source(a.src, a.labels), a.size, a.crop, a.workers)
-    facts = found.facts()
-    if a.sheet: contact_sheet(found.source, found.broken).save(a.sheet)
+    source = open_source(a.src, a.labels)
+    facts = survey(source, a.size, a.crop, a.workers)
+    if a.sheet: contact_sheet(source).save(a.sheet)
     if a.json: a.json.write_text(json.dumps(facts, indent=1) + "\n")
     return facts
 
@@ -63,7 +61,7 @@ def _convert(a):
     from ctm_nb.data.convert import convert
     from ctm_nb.data.read import open_source
     source = open_source(a.src, a.labels)
-    done = convert(source, a.dst, a.size, a.crop, a.format, a.split, a.skip_broken, a.overwrite, a.workers)
+    done = convert(source, a.dst, a.size, a.crop, a.split, a.skip_broken, a.overwrite, a.workers)
     n, size, out, broken = done["images"], done["size"], done["left_out"], len(done["left_out"])
     classes = f"{len(source.classes) or 'no'} classes"
     lines = [f"{a.dst}: {n} images, {done['channels']} x {size} x {size}, {classes}"]

@@ -23,7 +23,7 @@ def evaluate_parser() -> Parser:
     p.add_argument("what", metavar="SAMPLES|CKPT",
         help="samples: an npz with arr_0, a folder or zip of images; or a run, a checkpoint, a public name")
     p.add_argument("--out", type=Path, metavar="JSON",
-        help="add the records to this file; several settings also give a picture beside it")
+        help="add the records to this file")
     p.add_argument("--dry-run", action="store_true", help="say what would be done")
     add = p.add_argument_group("compared with").add_argument
     add("--ref", required=True,
@@ -43,16 +43,13 @@ def evaluate_parser() -> Parser:
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #c872b5c0
 def _score_flags(add):
-    add("--metrics", metavar="M,M", help="of fid, sfid, is, pr, dc, kid, acc, fidinf, auth (default: fid, and pr and "
-        "acc where possible); of a checkpoint also bpd, elbo")
+    add("--metrics", metavar="M,M", help="of fid, sfid, is, pr, dc, kid, acc, auth (default: fid, and pr and "
+        "acc where possible); of a checkpoint also bpd")
     add("-n", type=ranged(2), metavar="N", help="samples to score (default: all there are; of a checkpoint 50000)")
     add("--batch", type=ranged(1), default=500, metavar="B", help="images at a time (default: 500)")
-    add("--bootstrap", type=ranged(2), default=0, metavar="N",
-        help="resamples for a 95 %% interval of the Frechet distance (default: none)")
     add("--tol", type=ranged(1e-15, kind=float), default=1e-4, metavar="X",
         help="of bpd: largest error of a step of the solver (default: 1e-4)")
     add("--probes", type=ranged(1), default=1, metavar="K", help="of bpd: random vectors an image (default: 1)")
-    add("--levels", type=ranged(1), default=64, metavar="L", help="of elbo: noise levels an image (default: 64)")
     add("--search", action="store_true", help="search good times for each of --steps, score them with fresh noise, "
         "and store them for --times auto; the same command continues")
     add("--tries", type=ranged(2), default=40, metavar="N",
@@ -65,13 +62,11 @@ def request_of(
     a: argparse.Namespace,  # flags
 ):  # evaluation.evaluate.Request
     "The flags as a request; `ValueError` names what makes no sense together."
-    from ctm_nb.evaluation.evaluate import LOWER, Request, check_metrics
-    from ctm_nb.evaluation.likelihood import split_words
+    from ctm_nb.evaluation.evaluate import LOWER, Request
     from ctm_nb.evaluation.reference import pick_device
-    likelihoods, rest = split_words(a.metrics)
-    metrics = check_metrics([w.strip() for w in rest.split(",")]) if rest else None
+    metrics = [w.strip() for w in a.metrics.split(",")] if a.metrics else None
     steps, first = a.steps or ([2] if a.search else [1, 2]), (metrics or ["fid"])[0]
-    if a.n is not None and a.n < 6 and (metrics or not likelihoods):
+    if a.n is not None and a.n < 6 and metrics != ["bpd"]:
         raise ValueError(f"-n must be >= 6 (density needs 5 neighbours), got {a.n}")
     if a.search and min(steps) < 2:
         raise ValueError(f"--search needs --steps >= 2 (one jump has no timestep to be moved), got {min(steps)}")
@@ -81,7 +76,7 @@ def request_of(
     if a.search and first not in LOWER:
         raise ValueError(f"--search minimises the first of --metrics, one of {', '.join(LOWER)}, got {first!r}")
     same = {k: v for k, v in vars(a).items() if k in Request.__dataclass_fields__}
-    return Request(**{**same, "metrics": metrics, "likelihoods": likelihoods, "steps": steps, "gammas": a.gamma,
+    return Request(**{**same, "metrics": metrics, "steps": steps, "gammas": a.gamma,
                       "device": str(pick_device(a.device))})
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #62b62378
@@ -94,15 +89,9 @@ def ctm_nb_evaluate(
     with one_line_errors("ctm_nb_evaluate", logging.WARNING):
         r = request_of(a)
         from ctm_nb.evaluation import evaluate as work
-        if r.likelihoods: work.check_likelihoods(r)
-        subject = work.open_subject(r) if r.metrics or not r.likelihoods else None  # None: likelihoods are all
+        subject = work.open_subject(r)
         if a.dry_run: return print(work.plan(r, subject, [f for f in (a.out, a.save_ref) if f])) if first else None
-        if first and r.likelihoods:  # one process is enough
-            rows = work.likelihood_rows(r)
-            if a.out: work.extend_scores(a.out, rows)
-            print(work.likelihood_text(rows))
-        if not subject: return
-        outcome = work.evaluate(r, subject)
-        if first: print(work.report(r, outcome, a.out))
+        rows, found = work.evaluate(r, subject)
+        if first: print(work.report(r, rows, found, a.out))
 
 if __name__ == "__main__" and "__file__" in globals(): ctm_nb_evaluate()  # python -m, torchrun -m

@@ -51,15 +51,13 @@ def place(
     from ctm_nb.training.report import read_run
     from ctm_nb.evaluation.reference import pick_device
     from ctm_nb.training.runtime import choose_precision
-    from ctm_nb.training.trainer import changes, check_precision
+    from ctm_nb.training.trainer import check_changes
     if not (folder / "config.json").exists(): return "new"
-    h, wanted = read_run(folder), config.run.precision
-    step, meta = h.manifest.get("step", -1), h.manifest.get("meta") or {}
-    allowed, refused = changes(meta.get("config") or h.config, asdict(config), step)
-    if refused: return "refused, a run of another configuration is there: " + "; ".join(refused)
-    chosen = choose_precision(wanted, pick_device(config.run.device))
-    try: check_precision(meta.get("precision"), chosen, wanted, str(folder))
-    except ValueError as e: return f"refused, {e}"
+    h = read_run(folder)
+    step, meta = h.manifest.get("step", -1), {"config": h.config, **(h.manifest.get("meta") or {})}
+    precision = choose_precision(config.run.precision, pick_device(config.run.device))
+    try: allowed = check_changes(meta, config, precision, step, str(folder))
+    except ValueError as e: return f"refused: {e}"
     return f"continues the run there from step {max(step, 0)}" + (f", with {'; '.join(allowed)}" if allowed else "")
 
 # %% ../../nbs/7_commands/01_train.ipynb #4d426b02
