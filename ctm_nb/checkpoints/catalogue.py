@@ -110,9 +110,7 @@ def _catalogue():
 CATALOGUE: dict[str, PublicFile] = _catalogue()
 
 # %% ../../nbs/4_checkpoints/04_catalogue.ipynb #aecf3e3e
-def nearest_name(
-    text, # a name that is not in the catalogue
-) -> str | None: # None if nothing is close
+def nearest_name(text) -> str | None: # None if nothing is close
     "The name in the catalogue that resembles `text` most."
     return next(iter(difflib.get_close_matches(str(text).lower(), CATALOGUE, 1)), None)
 

@@ -72,9 +72,7 @@ def _opened(path):
             yield f, data, bytes(data[:512])
 
 # %% ../../nbs/4_checkpoints/03_foreign.ipynb #e9a01c35
-def read_edm_pickle(
-    path: str | Path,  # an EDM network pickle
-) -> EdmNetwork:
+def read_edm_pickle(path: str | Path) -> EdmNetwork:
     """Read an EDM network without running anything in it.
 
     Raises ForeignFileError for anything but an EDM network pickle."""
@@ -118,19 +116,13 @@ def _read_zip(f, data):
 # %% ../../nbs/4_checkpoints/03_foreign.ipynb #571289e6
 STATE_KEYS = ("ema", "state_dict", "model")  # where a state dict may lie; the first that is there
 
-# %% ../../nbs/4_checkpoints/03_foreign.ipynb #9fe16c54
-def _is_state(value):
-    "Whether something is a state dict: a dict from names to tensors."
-    if type(value) is not dict or not value: return False
-    return all(type(k) is str and type(v) is Tensor for k, v in value.items())
-
 # %% ../../nbs/4_checkpoints/03_foreign.ipynb #04374bcf
 def _find_state(value):
     "The state dict in what a file holds. Raises ForeignFileError that says what there is instead."
-    if _is_state(value): return value
     if type(value) is not dict: raise ForeignFileError(f"it holds a {type(value).__name__}, not a state dict")
-    for key in STATE_KEYS:
-        if _is_state(value.get(key)): return value[key]
+    for state in (value, *(value.get(key) for key in STATE_KEYS)):
+        plain = type(state) is dict and all(type(k) is str and type(v) is Tensor for k, v in state.items())
+        if plain and state: return state
     kinds = [f"{printable(k, 20)} ({type(v).__name__})" for k, v in list(value.items())[:5]]
     found, places = ", ".join(kinds + ["..."] * (len(value) > 5)) or "nothing", ", ".join(STATE_KEYS)
     raise ForeignFileError(f"it holds no state dict (tensors by name, at the top or under {places}), but {found}")
@@ -139,10 +131,8 @@ def _find_state(value):
 LEGACY, ZIP = pickle.dumps(MAGIC, 2), b"PK\3\4"  # how torch's older and newer formats begin
 
 # %% ../../nbs/4_checkpoints/03_foreign.ipynb #78cdb18c
-def read_torch(
-    path: str | Path,  # a file that torch.save wrote, in the newer or the older format
-) -> dict[str, Tensor]:  # on the CPU
-    """Read a state dict: the whole file, or its entry "ema", "state_dict" or "model".
+def read_torch(path: str | Path) -> dict[str, Tensor]:  # on the CPU
+    """Read a state dict that torch.save wrote: the whole file, or its entry "ema", "state_dict" or "model".
 
     Raises ForeignFileError for anything else, without running anything in it."""
     with _opened(path) as (f, data, head):
@@ -159,9 +149,7 @@ def _is_safetensors(head, size):
     return len(head) > 9 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= min(size - 8, 1 << 24)
 
 # %% ../../nbs/4_checkpoints/03_foreign.ipynb #2fac08f1
-def read_safetensors(
-    path: str | Path,  # a safetensors file
-) -> tuple[dict[str, Tensor], dict[str, str]]:  # tensors on the CPU; the metadata of the file
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:  # on the CPU; the metadata
     "Read a safetensors file. Raises ForeignFileError for anything else."
     with _opened(path) as (_, data, head):
         if not _is_safetensors(head, len(data)):
@@ -179,9 +167,7 @@ def _mentions(data, word):
     except ValueError: return False
 
 # %% ../../nbs/4_checkpoints/03_foreign.ipynb #73f5fa73
-def sniff(
-    path: str | Path,  # a file or folder
-) -> str:  # "run", "checkpoint", "safetensors", "edm_pickle" or "torch"
+def sniff(path: str | Path) -> str:  # "run", "checkpoint", "safetensors", "edm_pickle" or "torch"
     """Recognise a file or folder by its content.
 
     Raises ForeignFileError that says what it is, for anything else."""

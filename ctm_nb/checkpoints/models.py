@@ -72,10 +72,10 @@ def _fitting(m, state):
     return {k: v.detach().to(torch.float32, **plain) for k, v in state.items()}
 
 # %% ../../nbs/4_checkpoints/05_models.ipynb #64c79a6d
-def find_checkpoint(
-    path: str | Path,  # a run folder or a checkpoint folder
-) -> Path:  # the checkpoint folder
-    "The checkpoint that a path means; raises FileNotFoundError for a missing path, CheckpointError for one without."
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that a path, of a run or a checkpoint, means.
+
+    Raises FileNotFoundError for a missing path, CheckpointError for one without a whole checkpoint."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; expected a run folder (runs/digits) or one of its checkpoints")
@@ -185,12 +185,10 @@ def _from_state(state, which=None, preconditioning="edm", sigma_min=.002, sigma_
     "A model from the bare weights of another program; raises ValueError for weights that don't make one."
     config, state = _infer_network(state, **architecture)
     kind = "ctm" if config["s_branch"] else "teacher"
-    if which == "ctm" and kind != "ctm":
-        absent = "time_embed_s.*, emb_layers_s.*" if config["family"] == "openai" else "map_layer*_s, affine_s"
-        raise ValueError("this is a consistency-model or teacher checkpoint, not a CTM: "
-                         f"it has no second time embedding ({absent})")
-    if which == "teacher" and kind != "teacher":
-        raise ValueError("this is a CTM, not a teacher: it has a second time embedding")
+    if which not in (None, kind):
+        wrong = ("a CTM, not a teacher: it has a" if which == "teacher" else
+                 "a consistency-model or teacher checkpoint, not a CTM: it has no")
+        raise ValueError(f"this is {wrong} second time embedding")
     with torch.device("meta"): net = build_network(**config)
     numbers = dict(sigma_data=sigma_data, sigma_min=sigma_min, sigma_max=sigma_max, preconditioning=preconditioning)
     description = dict(kind=kind, network=network_config(net), classes=[], **numbers)

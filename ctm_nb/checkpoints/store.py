@@ -235,18 +235,14 @@ def _is_complete(path):
     except (CheckpointError, OSError): return False
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #eaebc193
-def step_folders(
-    folder:str|Path, # a run's checkpoint folder; it need not exist
-) -> list[Path]: # complete or not
-    "Step folders, newest first, and behind each the copy that a replacement may have put aside."
+def step_folders(folder:str|Path) -> list[Path]: # complete or not
+    "Step folders of a run's checkpoint folder, newest first, and behind each the copy that a replacement put aside."
     named = ((re.fullmatch(r"(\.old-)?step_(\d+)", p.name), p) for p in Path(folder).glob("*step_*"))
     return [p for *_, p in sorted(((int(m[2]), m[1] is None, p) for m, p in named if m), reverse=True)]
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #feac55f7
-def latest_checkpoint(
-    folder:str|Path, # a run's checkpoint folder; it need not exist
-) -> Path|None: # the newest complete step folder
-    "Where a run should continue, or None when there is nothing to continue."
+def latest_checkpoint(folder:str|Path) -> Path|None: # the newest complete step folder
+    "Where a run with this checkpoint folder should continue, or None when there is nothing to continue."
     for path in step_folders(folder):
         if _is_complete(path): return path
         log.warning("%s is not a complete checkpoint (a copy that stopped?); looking for an older one", path)
@@ -279,9 +275,7 @@ def random_state() -> dict: # plain tensors and numbers, fit for `save_checkpoin
         cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #4ae8aa0b
-def set_random_state(
-    state:dict, # from `random_state`
-):
+def set_random_state(state:dict): # from `random_state`
     "Put the global random generators back where they stood."
     random.setstate(state["python"])
     n = state["numpy"]
@@ -295,9 +289,7 @@ def set_random_state(
 # %% ../../nbs/4_checkpoints/01_store.ipynb #a85265be
 class MetricsLog:
     "A file of JSON objects, one a line, that a resumed run can rewind."
-    def __init__(self,
-        path:str|Path, # e.g. runs/digits/metrics.jsonl; the first append makes it
-    ):
+    def __init__(self, path:str|Path): # e.g. runs/digits/metrics.jsonl; the first append makes it
         self.path, self._checked = Path(path), False
 
     def _lines(self):

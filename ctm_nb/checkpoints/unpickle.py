@@ -22,11 +22,8 @@ class ForeignFileError(ValueError):
     "A file that can't be read: `<file>: <reason>`, on one line."
 
 # %% ../../nbs/4_checkpoints/02_unpickle.ipynb #86b8e6f8
-def printable(
-    text,  # anything from a file
-    limit: int = 80,  # longest result, in characters
-) -> str:  # one line, without control characters
-    "Text from a file, made fit for a message."
+def printable(text, limit: int = 80) -> str:
+    "Anything from a file made fit for a message: one line, no control characters, at most `limit` characters."
     text = "".join(c if c.isprintable() else "?" for c in str(text)[:limit + 1])
     return text if len(text) <= limit else text[:limit - 3] + "..."
 
@@ -36,9 +33,7 @@ MAX_STEPS, SLACK = 1_000_000, 1 << 24  # instructions; bytes beyond the file's
 # %% ../../nbs/4_checkpoints/02_unpickle.ipynb #a4f35e1b
 class Budget:
     "What reading one file may still cost."
-    def __init__(self,
-        size: int,  # bytes of the file
-    ):
+    def __init__(self, size: int):  # bytes of the file
         self.steps, self.bytes = MAX_STEPS, size + SLACK
 
     def spend(self,
@@ -273,11 +268,8 @@ def persistent_load(self: Unpickler, pid) -> Storage:
     raise ForeignFileError("damaged: a storage with a wrong description")
 
 # %% ../../nbs/4_checkpoints/02_unpickle.ipynb #9f86c1be
-def fill_storage(
-    storage: Storage,  # filled in place
-    data,  # its bytes, or more
-):
-    "Give a storage its numbers. Raises ForeignFileError for too few bytes."
+def fill_storage(storage: Storage, data):
+    "Give a storage its numbers, from its bytes or more. Raises ForeignFileError for too few."
     raw = storage.flat.view(torch.uint8)
     if len(data) < len(raw): raise ForeignFileError(f"a storage of {len(raw):,} bytes; the file has {len(data):,}")
     raw.numpy()[:] = np.frombuffer(data, np.uint8)[:len(raw)]
@@ -287,12 +279,8 @@ def fill_storage(
 MAGIC = 0x1950a86a20f9469cfc6c  # the first pickle of torch's older format
 
 # %% ../../nbs/4_checkpoints/02_unpickle.ipynb #383041ca
-def read_legacy(
-    data: memoryview,  # a file or byte string in torch's older format
-    budget: Budget,  # charged
-    allowed: dict,  # table of names
-):  # the object
-    "Read torch's format of before the zip archives."
+def read_legacy(data: memoryview, budget: Budget, allowed: dict):  # the object
+    "Read a file or byte string in torch's format of before the zip archives, with a table of names."
     at, parts, storages = 0, [], {}
     for _ in range(5):
         u = Unpickler(data, budget, allowed, at, storages)
@@ -398,11 +386,8 @@ class EdmNetwork:
     config: dict  # plain settings of the preconditioner; ["modules"] those of each module that has any, by name
 
 # %% ../../nbs/4_checkpoints/02_unpickle.ipynb #3855b7c2
-def edm_network(
-    value,  # what the pickle held
-    size: int,  # bytes of the file
-) -> EdmNetwork:
-    "The network in the dict of an EDM pickle. Raises ForeignFileError if there is none."
+def edm_network(value, size: int) -> EdmNetwork:
+    "The network in what an EDM pickle of `size` bytes held. Raises ForeignFileError if there is none."
     if type(value) is not dict:
         raise ForeignFileError(f"a pickle of type {type(value).__name__}, not of an EDM network")
     if "ema" not in value:

@@ -41,19 +41,15 @@ def draw_parameters(
                      direction * stretches, stretch * stretches, right * shifts, down * shifts], 1)
 
 # %% ../../nbs/3_data/03_augment.ipynb #89cf6bb1
-def label_of(
-    a:np.ndarray, # (B, 8) from `draw_parameters`
-)->np.ndarray: # (B, 9) float32
-    "The network's second input; zeros for an unchanged image.  # EDM Table 6"
+def label_of(a:np.ndarray)->np.ndarray: # (B, 9) float32
+    "The network's second input for parameters (B, 8); zeros for an unchanged image.  # EDM Table 6"
     left_right, up_down, scale, turn, direction, stretch, right, down = a.T
     return np.stack([left_right, up_down, scale, np.cos(turn) - 1, np.sin(turn), stretch * np.cos(direction),
                      stretch * np.sin(direction), right, down], 1).astype(np.float32)
 
 # %% ../../nbs/3_data/03_augment.ipynb #5601b165
-def matrix_of(
-    a:np.ndarray, # (B, 8) from `draw_parameters`
-)->np.ndarray: # (B, 3, 3), in widths, the centre is the origin
-    "The transformation as a matrix, from input to output.  # EDM Table 6"
+def matrix_of(a:np.ndarray)->np.ndarray: # (B, 3, 3), in widths, the centre is the origin
+    "The transformation of parameters (B, 8) as a matrix, from input to output.  # EDM Table 6"
     left_right, up_down, scale, turn, direction, stretch, right, down = a.T
     def affine(xx, xy, yx, yy, tx=0., ty=0.):
         m = np.zeros((len(a), 3, 3))
@@ -66,28 +62,21 @@ def matrix_of(
     return affine(1, 0, 0, 1, right / 8, down / 8) @ along @ R(-turn) @ size
 
 # %% ../../nbs/3_data/03_augment.ipynb #e6520074
-def lowpass(
-    taps:int=12, # even number of taps
-    beta:float=5., # shape of the Kaiser window
-)->torch.Tensor: # (taps,) sums to 1
-    "A half-band filter: passes what half the sampling rate can carry."
+def lowpass(taps:int=12, beta:float=5.)->torch.Tensor: # (taps,) sums to 1
+    "A half-band filter of an even number of taps, Kaiser's window: passes what half the sampling rate can carry."
     x = np.arange(taps) - (taps - 1) / 2
     h = np.sinc(x / 2) * np.kaiser(taps, beta)
     return torch.from_numpy(h / h.sum()).float()
 
 # %% ../../nbs/3_data/03_augment.ipynb #511b38a3
-def doubler(
-    n:int, # pixels in
-)->torch.Tensor: # (2n, n)
-    "One axis raised to twice the resolution: zeros between the pixels, then the filter."
+def doubler(n:int)->torch.Tensor: # (2n, n)
+    "One axis of n pixels raised to twice the resolution: zeros between the pixels, then the filter."
     tap = 2 * torch.arange(n)[None] - torch.arange(2 * n)[:, None] + 6
     return torch.where((tap >= 0) & (tap < 12), 2 * lowpass()[tap.clamp(0, 11)], 0.)
 
 # %% ../../nbs/3_data/03_augment.ipynb #24d8ef48
-def halver(
-    n:int, # pixels out
-)->torch.Tensor: # (n, 2n + 10)
-    "One axis brought down again: the filter, then every second value."
+def halver(n:int)->torch.Tensor: # (n, 2n + 10)
+    "One axis brought down again to n pixels: the filter, then every second value."
     tap = torch.arange(2 * n + 10)[None] - 2 * torch.arange(n)[:, None]
     return torch.where((tap >= 0) & (tap < 12), lowpass()[tap.clamp(0, 11)], 0.)
 

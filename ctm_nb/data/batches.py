@@ -57,11 +57,8 @@ def decode_all(
     return out, broken, 1 if grey else 3
 
 # %% ../../nbs/3_data/04_batches.ipynb #7c6f70b8
-def remembered(
-    name:str, # of the answer
-    find, # a function without arguments
-)->dict: # JSON-able
-    "An answer from an earlier run, or a new one, kept if it can be."
+def remembered(name:str, find)->dict: # JSON-able
+    "What `find` found in an earlier run, or finds now; JSON, kept under a name if it can be."
     path = cache_folder()/f"{name}.json"
     try: return json.loads(path.read_text())
     except (OSError, ValueError): found = find()
@@ -240,18 +237,14 @@ class Batches:
 
 # %% ../../nbs/3_data/04_batches.ipynb #aecd8548
 @patch
-def indices(self:Batches,
-    position:int, # of the batch
-)->torch.Tensor: # (B / W,) int64
+def indices(self:Batches, position:int)->torch.Tensor: # (B / W,) int64
     "Which images this process takes of the batch at a position."
     share, self.sampler.position = self.batch_size // self.world, position
     return self.sampler.next()[self.rank * share:(self.rank + 1) * share]
 
 @patch
-def at(self:Batches,
-    position:int, # images of the stream before the batch
-)->Batch:
-    "The batch at any position."
+def at(self:Batches, position:int)->Batch:
+    "The batch at any position: images of the stream before it."
     idx = self.indices(position)
     x = self.from_workers(position) if self.workers else self.data.take(idx)
     if self.device.type == "cuda": x = x.pin_memory()
@@ -262,9 +255,7 @@ def at(self:Batches,
 
 # %% ../../nbs/3_data/04_batches.ipynb #5106fe5c
 @patch
-def decoding(self:Batches,
-    position:int, # of the first batch
-):  # a generator of (B / W, C, H, W) uint8 arrays
+def decoding(self:Batches, position:int):  # a generator of (B / W, C, H, W) uint8 arrays
     "Batches of pixels from a position on, made by processes."
     twin, share = copy(self), self.batch_size // self.world
     twin.sampler = copy(self.sampler)  # the other is in use
@@ -287,9 +278,7 @@ def decoding(self:Batches,
     finally: done.close()
 
 @patch
-def from_workers(self:Batches,
-    position:int, # of the batch
-)->torch.Tensor: # (B / W, C, H, W) uint8
+def from_workers(self:Batches, position:int)->torch.Tensor: # (B / W, C, H, W) uint8
     "Pixels of the batch at a position; those of the next ones are being decoded."
     if self.running is None or self.running[0] != position:
         self.close()

@@ -98,10 +98,8 @@ def _tally(counts, n=8):
     return {k: counts[k] for k in order[:n]} | rest
 
 # %% ../../nbs/3_data/05_convert.ipynb #98e04380
-def report(
-    facts:dict, # from `survey`
-)->str:
-    "The facts for people."
+def report(facts:dict)->str:
+    "The facts of `survey` for people."
     f, counts, inner = facts, list(facts["classes"].items()), facts["in [-1, 1]"]
     n, own = sorted(k for _, k in counts), f["held out by the data"]
     empty = f", {n.count(0)} empty" if 0 in n else ""
@@ -146,11 +144,8 @@ def contact_sheet(
     return label_rows(image_grid(torch.from_numpy(sheet).flatten(0, 1).permute(0, 3, 1, 2), columns), names)
 
 # %% ../../nbs/3_data/05_convert.ipynb #f26115d8
-def png(
-    a:np.ndarray, # (H, W, 1 or 3) uint8
-    level:int=0, # of compression; 0: none
-)->bytes:
-    "An encoded image, the same bytes for the same pixels."
+def png(a:np.ndarray, level:int=0)->bytes:
+    "An encoded image (H, W, 1 or 3) uint8, the same bytes for the same pixels; level 0 is no compression."
     f = io.BytesIO()
     as_image(a).save(f, "png", compress_level=level)
     return f.getvalue()
@@ -170,11 +165,8 @@ def dataset_json(
     pairs = ", ".join(f"[{json.dumps(name(n))}, {y}]" for n, y in enumerate(labels))
     return f'{{"labels": [{pairs}], "classes": {json.dumps(classes)}}}'.encode()
 
-def store(
-    f, # open binary file
-    entries, # (name, bytes), an iterable
-):
-    "Write an uncompressed zip whose bytes depend on the entries alone."
+def store(f, entries):
+    "Write (name, bytes) into an open file as an uncompressed zip whose bytes depend on them alone."
     with zipfile.ZipFile(f, "w") as z:
         for name, data in entries:
             info = zipfile.ZipInfo(name)  # of 1 January 1980
@@ -201,11 +193,8 @@ def write_folder(path:Path, blobs, labels, classes):
     finally: shutil.rmtree(temp, ignore_errors=True)
 
 # %% ../../nbs/3_data/05_convert.ipynb #db7b75ae
-def check_destination(
-    dst:Path, # to be made
-    overwrite:bool, # may it replace a file?
-):
-    "Raise if the destination can't or must not be written."
+def check_destination(dst:Path, overwrite:bool):
+    "Raise if the destination can't or must not be written; a file may be replaced if asked to."
     if dst.suffix.lower() not in (".zip", ".npz", ""):
         raise ValueError(f"{dst}: expected a name ending in .zip or .npz, or a folder")
     if not dst.parent.is_dir(): raise FileNotFoundError(f"{dst.parent} is not a folder: make it first")

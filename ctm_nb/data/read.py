@@ -11,7 +11,7 @@ __all__ = ['MAX_PIXELS', 'ENCODINGS', 'CROPS', 'SUFFIXES', 'HELPERS', 'MAX_CLASS
            'as_text', 'labels_of_words', 'csv_labels', 'named_classes', 'arrange', 'FolderSource', 'open_folder',
            'zip_entries', 'tar_entries', 'read_entry', 'PackSource', 'inside', 'open_pack', 'ArraySource', 'numbered',
            'open_npz', 'read_idx', 'open_idx', 'ArraysOnly', 'unpickle_arrays', 'open_cifar', 'optional', 'LMDBSource',
-           'lmdb_reader', 'open_lmdb', 'shard_label', 'shard_examples', 'open_shards', 'LibrarySource', 'of_parts',
+           'lmdb_reader', 'open_lmdb', 'shard_examples', 'shard_label', 'open_shards', 'LibrarySource', 'of_parts',
            'open_torchvision', 'Rows', 'open_table', 'folder_kind', 'file_kind', 'open_digits', 'open_source']
 
 # %% ../../nbs/3_data/02_read.ipynb #18fbe850
@@ -37,10 +37,12 @@ class BrokenImage(ValueError):
 
 # %% ../../nbs/3_data/02_read.ipynb #9cc4cf85
 def open_image(
-    blob:bytes, # content of an image file
+    file:bytes|os.PathLike|str, # content of an image file, or its path
 )->Image.Image: # decoded to the last pixel, in its own mode and size
     "Decode an image file; `BrokenImage` says why it can't be."
-    if not len(blob): raise BrokenImage("empty file")
+    try: blob = file if isinstance(file, bytes) else Path(file).read_bytes()
+    except OSError as e: raise BrokenImage(f"can't be opened ({e.strerror})") from None
+    if not blob: raise BrokenImage("empty file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit below is stricter
@@ -51,14 +53,12 @@ def open_image(
     except BrokenImage: raise
     except Image.DecompressionBombError:
         raise BrokenImage(f"decompression bomb? more than twice the limit of {MAX_PIXELS} pixels") from None
-    except UnidentifiedImageError: raise BrokenImage(f"not an image, begins with {bytes(blob[:8])!r}") from None
+    except UnidentifiedImageError: raise BrokenImage(f"not an image, begins with {blob[:8]!r}") from None
     except Exception as e: raise BrokenImage(f"truncated or damaged ({e})") from None  # decoders raise anything
     return im
 
 # %% ../../nbs/3_data/02_read.ipynb #c05907f4
-def standardise(
-    im:Image.Image, # of any mode
-)->Image.Image: # upright, mode L or RGB
+def standardise(im:Image.Image)->Image.Image: # upright, mode L or RGB
     "One meaning for every mode; `BrokenImage` where there is none."
     if im.info or im.format != "PNG":  # a PNG without any remark has no orientation
         try: im = ImageOps.exif_transpose(im)
@@ -76,10 +76,7 @@ def standardise(
     return im if im.mode in ("L", "RGB") else im.convert("L" if grey else "RGB")
 
 # %% ../../nbs/3_data/02_read.ipynb #ea46c59c
-def crop_center(
-    im:Image.Image, # any size
-    size:int, # n, side of the result
-)->Image.Image: # n x n
+def crop_center(im:Image.Image, size:int)->Image.Image: # size x size
     "Halve while twice too large, resize the short side by bicubic interpolation, cut out the centre.  # ADM"
     while min(im.size) >= 2 * size: im = im.resize((im.width // 2, im.height // 2), Image.Resampling.BOX)
     scale = size / min(im.size)
@@ -90,10 +87,7 @@ def crop_center(
     return im.crop((left, top, left + size, top + size))
 
 # %% ../../nbs/3_data/02_read.ipynb #d86d9be4
-def crop_box(
-    im:Image.Image, # any size
-    size:int, # n, side of the result
-)->Image.Image: # n x n
+def crop_box(im:Image.Image, size:int)->Image.Image: # size x size
     "Cut out the largest centred square, then average areas."
     side = min(im.size)
     left, top = (im.width - side) // 2, (im.height - side) // 2
@@ -102,23 +96,16 @@ def crop_box(
 CROPS = {"center": crop_center, "box": crop_box}
 
 # %% ../../nbs/3_data/02_read.ipynb #aed966d7
-def as_image(
-    a:np.ndarray, # (H, W, 1 or 3) uint8
-)->Image.Image: # mode L or RGB
-    "The way back, from pixels to a Pillow image."
+def as_image(a:np.ndarray)->Image.Image: # mode L or RGB
+    "The way back, from pixels (H, W, 1 or 3) uint8 to a Pillow image."
     return Image.fromarray(a[..., 0] if a.shape[2] == 1 else np.ascontiguousarray(a))
 
-def is_grey(
-    a:np.ndarray, # (..., C) uint8
-)->bool:
-    "True if no pixel has a colour."
+def is_grey(a:np.ndarray)->bool:
+    "True if no pixel (..., C) uint8 has a colour."
     return a.shape[-1] == 1 or not (a[:1] != a[:1, ..., :1]).any() and bool((a == a[..., :1]).all())  # row 0 tells most
 
-def one_mode(
-    a:np.ndarray, # (H, W, 1 or 3) uint8
-    grey:bool, # one channel, else three
-)->np.ndarray: # (H, W, 1) or (H, W, 3)
-    "Pixels in the mode of their data set."
+def one_mode(a:np.ndarray, grey:bool)->np.ndarray: # (H, W, 1) or (H, W, 3)
+    "Pixels (H, W, 1 or 3) in the mode of their data set."
     if grey: return a[..., :1]
     return np.repeat(a, 3, 2) if a.shape[2] == 1 else a
 
@@ -129,9 +116,6 @@ def decode(
     crop:str="center", # a key of `CROPS`
 )->np.ndarray: # (H, W, C) uint8, C 1 or 3
     "Pixels of an image; `BrokenImage` says why there are none."
-    if isinstance(image, (str, os.PathLike)):
-        try: image = Path(image).read_bytes()
-        except OSError as e: raise BrokenImage(f"can't be opened ({e.strerror})") from None
     if isinstance(image, np.ndarray):
         if size is None or image.shape[:2] == (size, size): return image
         image = as_image(image)
@@ -170,18 +154,13 @@ def in_order(
         yield result
 
 # %% ../../nbs/3_data/02_read.ipynb #0be4fab6
-def cores()->int:
-    "Processor cores this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores()->int: return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def workers_for(n:int, workers:int|None)->int:
     "Processes for n images, if the user doesn't say: all cores if there are many."
-    if workers is not None: return workers
-    return cores() if n > 2000 else 0
+    return workers if workers is not None else cores() if n > 2000 else 0
 
-def chunks(n:int, size:int=128)->list:
-    "Ranges of a few of n items each, as tasks."
-    return [range(i, min(i + size, n)) for i in range(0, n, size)]
+def chunks(n:int, size:int=128)->list: return [range(i, min(i + size, n)) for i in range(0, n, size)]
 
 # %% ../../nbs/3_data/02_read.ipynb #4cf9bebf
 def shared_array(shape:tuple)->np.ndarray:
@@ -238,12 +217,8 @@ def side_of(source:Source)->int:
     return 1  # none can be read, which is said later
 
 # %% ../../nbs/3_data/02_read.ipynb #5141467d
-def complain(
-    broken:dict, # position -> reason
-    source:Source, # that they are in
-    skip:bool=False, # leave them out instead of raising
-)->str: # the complaint; empty if nothing is broken
-    "Raise one `ValueError` that lists what is broken, unless it may be left out."
+def complain(broken:dict, source:Source, skip:bool=False)->str: # the complaint; empty if nothing is broken
+    "Raise one `ValueError` that lists what is broken (position: reason), unless it may be skipped."
     if not broken: return ""
     lines = [f"  {readable(source.names[i])}: {readable(why)}" for i, why in sorted(broken.items())[:50]]
     if len(broken) > 50: lines.append(f"  and {len(broken) - 50} more")
@@ -269,24 +244,17 @@ def few(names)->str:
     return ", ".join(map(readable, list(names)[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 # %% ../../nbs/3_data/02_read.ipynb #5a68164f
-def walk(
-    root:Path, # a folder
-    inside:str="", # path from `root` to where we are
-    above:tuple=(), # identities of the folders we are inside of
-):  # yields paths relative to `root`, with "/", in order
+def walk(root:Path, inside:str="", above:tuple=()):  # yields paths relative to `root`, with "/", in order
     "Every file below a folder; `ValueError` for a symbolic link that leads in a circle."
     here = os.stat(root/inside)
     if (here.st_dev, here.st_ino) in above:
         raise ValueError(f"{root/inside} is a symbolic link that leads back to a folder it is in")
-    with os.scandir(root/inside) as entries: found = sorted((e.name, _is_folder(e)) for e in entries)
+    with os.scandir(root/inside) as entries:  # a link to itself is a file, and broken
+        found = sorted((e.name, os.path.isdir(e.path) if e.is_symlink() else e.is_dir()) for e in entries)
     for name, is_dir in found:
         path = f"{inside}/{name}" if inside else name
         if not is_dir: yield path
         elif not is_hidden(name): yield from walk(root, path, (*above, (here.st_dev, here.st_ino)))
-
-def _is_folder(entry):
-    try: return entry.is_dir()
-    except OSError: return False  # a link to itself: a file, and broken
 
 # %% ../../nbs/3_data/02_read.ipynb #55f52ea5
 MAX_CLASSES = 2**18  # ImageNet-21k has 21,841
@@ -296,18 +264,14 @@ def distinct(names)->list:
     seen: dict = {}
     for n in map(readable, names):
         again, k = n, 1
-        while again in seen:
-            k += 1
-            again = f"{n} ({k})"
+        while again in seen: again, k = f"{n} ({k + 1})", k + 1
         seen[again] = k
     return list(seen)
 
-def class_names(
-    labels, # integers >= 0, one an image
-    where, # that says so, for messages
-    given=None, # the names in order, as they were found; None: numbers
-)->list: # of str, one for each class
-    "Names of the classes 0, 1, ...; `ValueError` if there are fewer than labels, or labels that can't be meant."
+def class_names(labels, where, given=None)->list: # of str, one for each class
+    """Names of the classes 0, 1, ... of integers >= 0; `given` are those that `where` says, None: numbers.
+
+    `ValueError` if there are fewer than labels, or labels that can't be meant."""
     top = int(max(labels))
     if top >= MAX_CLASSES:
         raise ValueError(f"{where} gives an image the label {top}, expected at most {MAX_CLASSES - 1}")
@@ -329,10 +293,7 @@ def _heads(names, level):
         if len(parts) > level + 1: code[i] = found.setdefault(parts[level], len(found))
     return code, list(found)
 
-def folder_classes(
-    names, # of the images, relative to the top
-    where, # for messages
-)->dict: # fields of a `Source`, and "keep", (N,) bool
+def folder_classes(names, where)->dict: # fields of a `Source`, and "keep", (N,) bool
     "Classes and split that the folders of the images mean; `ValueError` if images lie beside and inside folders."
     (code, tops), held, notes, keep = _heads(names, 0), None, [], np.ones(len(names), bool)
     is_train = [t.lower().startswith("train") for t in tops]
@@ -370,11 +331,7 @@ def read_json(text:bytes, where):
     except (ValueError, RecursionError) as e: raise ValueError(f"{where} can't be read as JSON: {e}") from None
 
 # %% ../../nbs/3_data/02_read.ipynb #8ec7eab0
-def edm_labels(
-    text:bytes, # content of dataset.json
-    names, # of the images
-    where, # for messages
-)->tuple: # labels (N,) int64 or None, class names
+def edm_labels(text:bytes, names, where)->tuple: # labels (N,) int64 or None, class names
     "What a dataset.json says about the images; `ValueError` if it isn't one or doesn't fit them."
     said = read_json(text, where)
     said = said if isinstance(said, dict) else {"labels": said}
@@ -403,16 +360,11 @@ def labels_of_words(words:list, where)->tuple: # labels (N,) int64, class names
         y = [int(w.lstrip("0")[:30] or 0) for w in words]
         classes = class_names(y, where)  # before numbers that are too large meet int64
         return np.array(y, np.int64), classes
-    classes = sorted(set(words))
-    number = {w: k for k, w in enumerate(classes)}
-    return np.array([number[w] for w in words], np.int64), distinct(classes)
+    classes, y = np.unique(words, return_inverse=True)
+    return y.astype(np.int64), distinct(classes.tolist())
 
-def csv_labels(
-    text:bytes, # content of a labels file, "name,class" a line
-    names, # of the images
-    where, # for messages
-)->tuple: # labels (N,) int64, class names
-    "Labels from a table."
+def csv_labels(text:bytes, names, where)->tuple: # labels (N,) int64, class names
+    "Labels from a file with name,class a line."
     try: rows = [r for r in csv.reader(io.StringIO(as_text(text, where))) if r]
     except csv.Error as e: raise ValueError(f"{where} can't be read as a table: {e}") from None
     if rows and not is_image_name(rows[0][0]): rows = rows[1:]  # a heading
@@ -421,18 +373,14 @@ def csv_labels(
     return labels_of_words([v.strip() for v in labels_by_name(rows, names, where)], where)
 
 # %% ../../nbs/3_data/02_read.ipynb #8e1415da
-def named_classes(
-    text:bytes, # content of classes.txt
-    labels:np.ndarray, # (N,) int64
-    classes:list, # names so far: of folders, or "0", "1", ...
-    where, # for messages
-)->tuple: # labels and classes in the order of the file
-    "Order and names of the classes from a list of them; `ValueError` if it lacks one that has images."
+def named_classes(text:bytes, labels:np.ndarray, classes:list, where)->tuple: # labels and classes in its order
+    """Order and names of the classes from a list of them, a classes.txt; `ValueError` if it lacks one that has images.
+
+    `classes` are their names so far: of folders, or "0", "1", ..."""
     lines = [l.strip() for l in as_text(text, where).splitlines() if l.strip()]
     if len(set(lines)) < len(lines): raise ValueError(f"{where} has the same line twice")
-    by_number = classes == [str(k) for k in range(len(classes))] and not set(classes) <= {l.split()[0] for l in lines}
-    if by_number: keys, names = [str(k) for k in range(len(lines))], lines
-    else:
+    keys, names = list(map(str, range(len(lines)))), lines
+    if classes != list(map(str, range(len(classes)))) or set(classes) <= {l.split()[0] for l in lines}:
         keys = [l if l in classes else l.split()[0] for l in lines]
         names = [l if l == k else l[len(k):].strip() for k, l in zip(keys, lines)]
     number = {k: i for i, k in enumerate(keys)}
@@ -475,19 +423,13 @@ class FolderSource(Source):
     "Image files of a folder."
     root: Path = Path()  # the folder
     def paths(self): return (self.root/n for n in self.names)
-    def get(self, i):
-        try: return (self.root/self.names[i]).read_bytes()
-        except OSError as e: raise BrokenImage(f"can't be opened ({e.strerror})") from None
+    def get(self, i): return self.root/self.names[i]
 
-def open_folder(
-    root:Path, # a folder of images, or an EDM data set
-    labels:tuple|None=None, # (text, path) of a labels file
-)->FolderSource:
-    "The images of a folder."
-    names = list(walk(root))
+def open_folder(root:Path, labels:tuple|None=None)->FolderSource:
+    "The images of a folder, or an EDM data set; `labels` are (text, path) of a labels file."
     kind = "EDM folder" if (root/"dataset.json").exists() else "folder of images"
-    _, found = arrange(names, lambda n: (root/n).read_bytes(), root, labels)
-    return FolderSource(name=root.resolve().name, kind=kind, root=root.absolute(), **found)
+    _, found = arrange(list(walk(root)), lambda n: (root/n).read_bytes(), root, labels)
+    return FolderSource(root.resolve().name, kind, root=root.absolute(), **found)
 
 # %% ../../nbs/3_data/02_read.ipynb #66751015
 MAX_ENTRY = 2**30  # bytes of one file in an archive
@@ -571,11 +513,10 @@ def inside(names:list, where):
         if n.startswith("/") or "\\" in n or ".." in n.split("/") or n[1:2] == ":":
             raise ValueError(f"{where} names a path outside of itself: '{readable(n)}'")
 
-def open_pack(
-    path:Path, # a zip or an uncompressed tar of image files, or an EDM data set in one
-    labels:tuple|None=None, # (text, path) of a labels file
-)->PackSource:
-    "The images of an archive, arranged as those of a folder; `ValueError` if it can't be read safely."
+def open_pack(path:Path, labels:tuple|None=None)->PackSource:
+    """The images of a zip or an uncompressed tar, arranged as those of a folder; `labels` as for `open_folder`.
+
+    `ValueError` if it can't be read safely."""
     with open(path, "rb") as f: kind = "zip" if f.read(2) == b"PK" else "tar"
     entries = list((zip_entries if kind == "zip" else tar_entries)(path))
     entries.sort(key=lambda e: e[0].replace("/", "\0"))  # folder by folder
@@ -586,8 +527,7 @@ def open_pack(
         try: return source.read(place[names.index(n)].tolist())
         except BrokenImage as e: raise ValueError(f"{path}/{n}: {e}") from None
     at, found = arrange(names, read, path, labels)
-    for k, v in found.items(): setattr(source, k, v)
-    source.place = place[at]
+    vars(source).update(found, place=place[at])
     if "dataset.json" in names: source.kind = f"EDM {kind}"
     return source
 
@@ -602,10 +542,10 @@ class ArraySource(Source):
 def numbered(stem, n): return [f"{stem}[{i}]" for i in range(n)]
 
 # %% ../../nbs/3_data/02_read.ipynb #fe71e085
-def open_npz(
-    path:Path, # arr_0 (N, H, W, 1 or 3) uint8, optionally arr_1 (N,) integers, optionally classes (K,) strings
-)->ArraySource:
-    "Images of an npz; `ValueError` if it holds something else."
+def open_npz(path:Path)->ArraySource:
+    """Images of an npz: arr_0 (N, H, W, 1 or 3) uint8, perhaps arr_1 (N,) integers, perhaps classes (K,) strings.
+
+    `ValueError` if it holds something else."""
     try:
         with np.load(path) as z: a, y, classes = (z[k] if k in z else None for k in ("arr_0", "arr_1", "classes"))
         if any(isinstance(v, bytes) for v in (a, y, classes)): raise ValueError("a member is no array")
@@ -636,10 +576,8 @@ def read_idx(path:Path)->np.ndarray: # uint8
         raise ValueError(f"{path}: expected {math.prod(shape)} bytes of {shape}, got {len(data) - start}")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
-def open_idx(
-    files:list, # one images file, or those of training and test
-)->ArraySource:
-    "MNIST and its relatives, with the labels that lie beside the images."
+def open_idx(files:list)->ArraySource:
+    "MNIST and its relatives: one file of images, or those of training and test, with the labels beside them."
     files = sorted(files, key=lambda p: not p.name.startswith("train"))
     images, labels = [read_idx(p) for p in files], []
     for p, a in zip(files, images):
@@ -703,10 +641,8 @@ def _cifar_files(path):
     if files: return files
     raise ValueError(f"{path} is a compressed tar and not CIFAR's for Python: unpack it and give the folder")
 
-def open_cifar(
-    where:Path, # folder with the unpacked files, or cifar-10-python.tar.gz
-)->ArraySource:
-    "CIFAR-10 or CIFAR-100 for Python; `ValueError` for any other compressed tar."
+def open_cifar(where:Path)->ArraySource:
+    "CIFAR-10 or CIFAR-100 for Python, a folder or cifar-10-python.tar.gz; `ValueError` for any other compressed tar."
     files, name = _cifar_files(where), where.resolve().name.split(".")[0]
     ten = "data_batch_1" in files
     key, batches = "labels" if ten else "fine_labels", sorted(n for n in files if "meta" not in n)
@@ -734,13 +670,10 @@ def open_cifar(
     return source
 
 # %% ../../nbs/3_data/02_read.ipynb #71258889
-NO_IMAGES = {"length", "__len__", "__keys__", "__meta__", "num-samples", "classes.txt"}
+NO_IMAGES = {"length", "__len__", "__keys__", "__meta__", "num-samples"}
 
-def optional(
-    module:str, # to import
-    purpose:str, # "LMDB"
-):
-    "A package that only this needs; `ValueError` says how to get it."
+def optional(module:str, purpose:str):
+    "A package that only one purpose needs; `ValueError` says how to get it."
     try: return importlib.import_module(module)
     except ImportError:
         package = module.split(".")[0]
@@ -754,10 +687,8 @@ class LMDBSource(Source):
 
 _open: dict = {}  # path -> process and file, environment, transaction; LMDB allows a process to open a store once
 
-def lmdb_reader(
-    path:Path, # folder with data.mdb, or the file itself
-):  # a read transaction
-    "The store at a path, opened once in each process, and again when its file is another one."
+def lmdb_reader(path:Path):  # a read transaction
+    "The store at a path (data.mdb, or its folder), opened once in each process, and again when its file changed."
     s = os.stat(path/"data.mdb" if path.is_dir() else path)
     this = os.getpid(), s.st_ino, s.st_size, s.st_mtime_ns
     if _open.get(path, (0,))[0] != this:
@@ -769,10 +700,8 @@ def lmdb_reader(
     return _open[path][2]
 
 # %% ../../nbs/3_data/02_read.ipynb #838cb3ec
-def open_lmdb(
-    path:Path, # folder with data.mdb, or the file itself
-)->LMDBSource:
-    "The images of an LMDB; `ValueError` if it can't be read or is empty."
+def open_lmdb(path:Path)->LMDBSource:
+    "The images of an LMDB (data.mdb, or its folder); `ValueError` if it can't be read or is empty."
     lmdb, path = optional("lmdb", "LMDB"), path.resolve().parent if path.name == "data.mdb" else path.resolve()
     try:
         with lmdb_reader(path).cursor() as c:
@@ -781,72 +710,54 @@ def open_lmdb(
     names = [k for k in keys if k not in NO_IMAGES]
     if not names: raise ValueError(f"no images in {path}: the LMDB has {len(keys)} keys")
     found = folder_classes(names, path)
-    keep, lines = found.pop("keep"), lmdb_reader(path).get(b"classes.txt")
-    if lines and found["labels"] is not None:
-        where = f"{path}/classes.txt"
-        found["labels"], found["classes"] = named_classes(lines, found["labels"], found["classes"], where)
+    keep = found.pop("keep")
     for k in ("labels", "held_out"): found[k] = None if found[k] is None else found[k][keep]
     return LMDBSource(path.stem, "LMDB", [n for n, k in zip(names, keep) if k], files=[path], **found)
 
 # %% ../../nbs/3_data/02_read.ipynb #14448592
-def shard_label(
-    text:bytes, # content of a .cls or .json
-    ext:str, # which of them
-    where:str, # for messages
-)->str|None: # None: it gives none
-    "The label that an example's partner file gives."
+def shard_examples(path:Path)->dict: # key -> {extension: place}
+    "Examples of one shard, in order."
+    entries = [e for e in tar_entries(path) if not os.path.basename(e[0]).startswith(("_", "."))]
+    inside(sorted(n for n, _ in entries), path)
+    found: dict = {}
+    for n, place in entries:
+        folder, slash, base = n.rpartition("/")
+        stem, _, ext = base.partition(".")
+        found.setdefault(folder + slash + stem, {})[ext.lower()] = place
+    return found
+
+def shard_label(text:bytes, ext:str, where:str)->str|None: # None: it gives none
+    "The label that an example's .cls or .json gives."
     if ext == "cls": return as_text(text, where).strip()
     said = read_json(text, where)
     found = [said[k] for k in ("label", "cls", "class") if k in said] if isinstance(said, dict) else [said]
     if not found: return None  # a caption, an address: remarks that are no label
-    if isinstance(found[0], (dict, list, float)):
-        raise ValueError(f'{where}: expected {{"label": 3}}, got {text[:60]!r}')
-    return str(found[0])
-
-def shard_examples(
-    path:Path, # a tar
-):  # yields key, {extension: place}
-    "Examples of one shard; `ValueError` for an extension that a key has twice."
-    entries = [e for e in tar_entries(path) if not os.path.basename(e[0]).startswith(("_", "."))]
-    inside(sorted(n for n, _ in entries), path)
-    before, example = None, {}
-    for n, place in entries:
-        folder, _, base = n.rpartition("/")
-        stem, _, ext = base.partition(".")
-        key = f"{folder}/{stem}" if folder else stem
-        if example and key != before:
-            yield before, example
-            example = {}
-        before, example[ext.lower()] = key, place
-    if example: yield before, example
+    if not isinstance(found[0], (dict, list, float)): return str(found[0])
+    raise ValueError(f'{where}: expected {{"label": 3}}, got {text[:60]!r}')
 
 # %% ../../nbs/3_data/02_read.ipynb #94ca57a2
-def open_shards(
-    files:list, # tars, in order
-)->PackSource:
-    "The examples of WebDataset shards; `ValueError` if some have labels and some don't."
-    folder = files[0].resolve().parent
-    name, kind = folder.name, f"{len(files)} WebDataset shards"
-    if len(files) == 1: name, kind = files[0].stem, "1 WebDataset shard"
-    source, names, places, labels, lonely = PackSource(name, kind, [], files=files), [], [], [], 0
+def open_shards(files:list)->PackSource:
+    "The examples of WebDataset shards, tars in order; `ValueError` if some have labels and some don't."
+    folder, one = files[0].resolve().parent, len(files) == 1
+    kind = f"{len(files)} WebDataset shard{'' if one else 's'}"
+    source, places, labels, lonely = PackSource(files[0].stem if one else folder.name, kind, [], files=files), [], [], 0
     for k, path in enumerate(files):
-        for key, example in shard_examples(path):
-            where = f"{path.name}/{readable(key)}"
+        for key, example in shard_examples(path).items():
             pictures = [e for e in example if is_image_name(f"x.{e}")]
             if len(pictures) > 1:
                 found = f"{len(pictures)} images under the key {readable(key)}: {few(pictures)}"
                 raise ValueError(f"{path} has {found}; expected one")
             lonely += not pictures
             if not pictures: continue
-            names.append(f"{path.name}/{key}.{pictures[0]}")
+            source.names.append(f"{path.name}/{key}.{pictures[0]}")
             places.append((k, *example[pictures[0]][1:]))
             for ext in [e for e in ("cls", "json") if e in example][:1]:
-                text = source.read((k, *example[ext][1:]))
-                labels += [y for y in [shard_label(text, ext, f"{where}.{ext}")] if y is not None]
-    if not names: raise ValueError(f"no images in {few([str(f) for f in files])}")
-    if labels and len(labels) != len(names):
-        raise ValueError(f"{files[0].parent}: {len(names) - len(labels)} of {len(names)} images have no label")
-    source.names, source.place = names, np.array(places, np.int64)
+                said = source.read((k, *example[ext][1:]))
+                labels += filter(None.__ne__, [shard_label(said, ext, f"{path.name}/{readable(key)}.{ext}")])
+    if not places: raise ValueError(f"no images in {few([str(f) for f in files])}")
+    if labels and len(labels) != len(places):
+        raise ValueError(f"{files[0].parent}: {len(places) - len(labels)} of {len(places)} images have no label")
+    source.place = np.array(places, np.int64)
     if labels: source.labels, source.classes = labels_of_words(labels, files[0].parent)
     if lonely: source.notes.append(f"{lonely} keys have no image and are left alone")
     return source
@@ -861,25 +772,16 @@ class LibrarySource(Source):
             if i < len(p): return decode(p[int(i)][0])
             i -= len(p)
 
-def of_parts(
-    name:str, # of the data set
-    kind:str, # "torchvision", "datasets"
-    parts:list, # (training set, test set) or one
-    labels:list, # of each part, integers
-    classes:list, # names, or none
-)->LibrarySource:
-    "One source of the parts that a library gives."
+def of_parts(name:str, kind:str, parts:list, labels:list, classes:list)->LibrarySource:
+    "One source of the parts, training set and perhaps test set, that a library gives, and of the labels of each."
     y = np.concatenate([np.asarray(l, np.int64) for l in labels])
     held = np.arange(len(y)) >= len(parts[0])
     return LibrarySource(name, kind, numbered(name, len(y)), y, class_names([y.max()], name, list(map(str, classes))),
                          held if held.any() else None, parts=parts)
 
 # %% ../../nbs/3_data/02_read.ipynb #33096062
-def open_torchvision(
-    name:str, # of a class in torchvision.datasets
-    root:str="data", # where its files are
-)->LibrarySource:
-    "A data set that torchvision knows; `ValueError` if it doesn't, or the files aren't there."
+def open_torchvision(name:str, root:str="data")->LibrarySource:
+    "A class of torchvision.datasets with its files in `root`; `ValueError` if there is none, or no files."
     sets = optional("torchvision.datasets", "torchvision:NAME")
     known = [n for n in sets.__all__ if inspect.isclass(getattr(sets, n))]
     if name not in known:
@@ -915,11 +817,10 @@ class Rows:
         said = row[self.image]
         return said["bytes"] or said["path"] or b"", row[self.label] if self.label else 0
 
-def open_table(
-    name:str, # a name on the Hub; a Parquet or an Arrow file
-    builder:str="", # "parquet", "arrow", or none for the Hub
-)->LibrarySource:
-    "A data set that `datasets` reads: the first column of images, and the first of classes if there is one."
+def open_table(name:str, builder:str="")->LibrarySource:
+    """A data set that `datasets` reads: the first column of images, and the first of classes if there is one.
+
+    `name` is a file of the `builder` "parquet" or "arrow", or without one a name on the Hub."""
     sets = optional("datasets", "Parquet, Arrow or hub:NAME")
     try: found = sets.load_dataset(builder, data_files=name) if builder else sets.load_dataset(name)
     except Exception as e: raise ValueError(f"{name} can't be opened by datasets: {str(e).splitlines()[0]}") from None
@@ -935,9 +836,7 @@ def open_table(
     return source
 
 # %% ../../nbs/3_data/02_read.ipynb #b2ea563d
-def folder_kind(
-    path:Path, # a folder
-)->tuple: # the function that opens it, what to give it
+def folder_kind(path:Path)->tuple: # the function that opens it, what to give it
     "What a folder holds, by the names in it."
     names = {e.name for e in os.scandir(path)}
     if "dataset.json" in names: return open_folder, path
@@ -952,9 +851,7 @@ def folder_kind(
     return open_folder, path
 
 # %% ../../nbs/3_data/02_read.ipynb #fd05d137
-def file_kind(
-    path:Path, # a file
-)->tuple: # the function that opens it, what to give it
+def file_kind(path:Path)->tuple: # the function that opens it, what to give it
     "What a file is, by its first bytes; `ValueError` if it is nothing we know."
     with open(path, "rb") as f: head = unpacked = f.read(512)
     if head[:2] == b"\x1f\x8b":
@@ -971,7 +868,7 @@ def file_kind(
     if unpacked[257:262] == b"ustar" and unpacked is not head or head[:6] == b"\xfd7zXZ\0" or head[:3] == b"BZh":
         return open_cifar, path
     if head[257:262] == b"ustar":
-        partners = any({"cls", "json"} & set(e) and len(e) > 1 for _, e in shard_examples(path))
+        partners = any({"cls", "json"} & set(e) and len(e) > 1 for e in shard_examples(path).values())
         return (open_shards, [path]) if partners else (open_pack, path)
     raise ValueError(f"can't read {path}, begins with {head[:8]!r}: expected {EXPECTED}")
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BLOCK_NAMES', 'ATTENTION_NAMES', 'OUTER_NAMES', 'FAMILIES', 'Network', 'UNet', 'DDPMpp', 'NCSNpp', 'ADM',
-           'OpenAIUNet', 'openai_names', 'MLPBlock', 'MLP', 'build_network', 'network_config']
+           'OpenAIUNet', 'openai_names', 'MLP', 'build_network', 'network_config']
 
 # %% ../../nbs/2_networks/02_unet.ipynb #244ae8e8
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -77,10 +78,7 @@ class ADM(UNet):
 # %% ../../nbs/2_networks/02_unet.ipynb #4742fcf7
 class OpenAIUNet(UNet):
     "The U-Net of the consistency models and the released CTM on ImageNet 64x64: ADM, with 250 ln t and 32 groups."
-    conventions = Conventions(embedding="cos", time_scale=1000., label="after_t", scale_shift=True, skip_scale=1.,
-                              skip_conv=False, eps=1e-5, group_channels=1, attention_everywhere=True,
-                              channels_per_head=64, three_first=True, glorot=False,
-                              out_names=("", "out_norm", "out_conv"))
+    conventions = replace(ADM.conventions, time_scale=1000., label="after_t", group_channels=1, three_first=True)
 
 # %% ../../nbs/2_networks/02_unet.ipynb #35df9b98
 @patch
@@ -131,13 +129,11 @@ def embed(self: UNet,
 # %% ../../nbs/2_networks/02_unet.ipynb #d34a77d9
 @patch
 def _block(self: UNet, c_in: int, c_out: int, how: str | None = None, attention: bool = False) -> ResBlock:
-    c, heads = self.config, 0
-    if attention:
-        per_head = c["channels_per_head"] or c_out
-        if c_out % per_head:
-            raise ValueError(f"channels_per_head must divide the {c_out} channels of every block with attention, "
-                             f"got {per_head} (unless given, the family's)")
-        heads = c_out // per_head
+    c, per_head = self.config, self.config["channels_per_head"] or c_out
+    if attention and c_out % per_head:
+        raise ValueError(f"channels_per_head must divide the {c_out} channels of every block with attention, "
+                         f"got {per_head} (unless given, the family's)")
+    heads = c_out // per_head if attention else 0
     return ResBlock(c_in, c_out, 4 * c["model_channels"], how, c["dropout"], c["s_branch"], heads, self.conventions)
 
 # %% ../../nbs/2_networks/02_unet.ipynb #feb78138
@@ -202,9 +198,9 @@ def _encode(self: UNet, x: Tensor, emb: Tensor, emb_s: Tensor | None = None) -> 
 @patch
 def _embeddings(self: UNet, c_noise_t, c_noise_s=None, y=None, augment=None) -> tuple[Tensor, Tensor | None]:
     "Both times embedded; raises ValueError when s is given to a network without s-branch, or missing."
-    must, has = ("be given", "an") if self.config["s_branch"] else ("be None", "no")
+    must, has = ("given", "an") if self.config["s_branch"] else ("None", "no")
     if (c_noise_s is None) == self.config["s_branch"]:
-        raise ValueError(f"c_noise_s must {must}: this network has {has} s-branch")
+        raise ValueError(f"c_noise_s must be {must}: this network has {has} s-branch")
     emb_s = None if c_noise_s is None else self.embed(c_noise_s, y, "_s")
     return self.embed(c_noise_t, y, augment=augment), emb_s
 
@@ -299,12 +295,9 @@ def with_s_branch(self: Network,
     return student.train(self.training)
 
 # %% ../../nbs/2_networks/02_unet.ipynb #ab6db65a
-class MLPBlock(nn.Module):
+class _MLPBlock(nn.Module):
     "One residual round of the MLP: normalise, widen, shift by the times, narrow."
-    def __init__(self,
-        width: int,  # features
-        s_branch: bool = False,  # conditioned on the landing time s too
-    ):
+    def __init__(self, width: int, s_branch: bool = False):
         super().__init__()
         self.norm, self.up = nn.LayerNorm(width), init_(nn.Linear(width, width))
         self.down = init_(nn.Linear(width, width), scale=0)
@@ -332,7 +325,7 @@ class MLP(Network):
         if n_classes: self.map_label = nn.Embedding(n_classes, width)
         self.map_layer0 = init_(nn.Linear(width, width))
         if s_branch: self.map_layer0_s = init_(nn.Linear(width, width))
-        self.blocks = nn.ModuleList(MLPBlock(width, s_branch) for _ in range(n_blocks))
+        self.blocks = nn.ModuleList(_MLPBlock(width, s_branch) for _ in range(n_blocks))
 
 # %% ../../nbs/2_networks/02_unet.ipynb #b6526968
 @patch

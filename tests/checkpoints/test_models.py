@@ -129,7 +129,7 @@ def test_half_precision_weights_come_back_as_float32(tmp_path):
         ),
         (
             lambda s: {k: v for k, v in s.items() if "_s." not in k},
-            "not a CTM: it has no second time embedding (map_layer*_s, affine_s)",
+            "not a CTM: it has no second time embedding",
         ),
         (lambda s: {}, "found names like none at all"),
     ],

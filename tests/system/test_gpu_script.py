@@ -61,6 +61,16 @@ def test_the_dry_run_does_everything(tmp_path, bare):
     assert Image.open(out / "picture.png").width > 200 and "| published | bf16 |" in (out / "table.md").read_text()
 
 
+def test_the_settings_of_the_real_run_are_possible(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import gpu
+    from ctm_nb.training.config import make_config, schedule
+    preset, words = gpu.RUN
+    config = make_config(preset, [*words, "data.source=x", "teacher.steps=5", "distill.steps=5"])
+    assert list(schedule(config)) == ["teacher", "ctm_dsm"] and config.distill.distance == "features"
+    assert sum(gpu.LIMITS.values()) < 600 and set(gpu.unconfirmed(Path("nowhere"))) == set(gpu.FILES)
+
+
 def some_archive(path):
     "Two pictures of each split in the layout of the CIFAR-10 archive, and a test picture that needn't travel."
     picture = io.BytesIO()
