@@ -8,6 +8,7 @@ __all__ = ['COPIES', 'PASSES', 'empty_data', 'saved_bytes', 'memory', 'mean_eval
 
 # %% ../../nbs/6_training/09_costs.ipynb #5f28a8bf
 import time
+from functools import partial
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -18,6 +19,7 @@ from ..method.solvers import SOLVERS, solver_name
 from .report import NAMES, duration
 from .runtime import autocast, choose_precision
 from .stages import STAGE_CLASSES, carry_to, make_network, step_generator
+from .step import gradient
 
 # %% ../../nbs/6_training/09_costs.ipynb #3a421de9
 COPIES = {"teacher": 5, "ctm_dsm": 7, "ctm_dsm_gan": 7}  # of the weights, in float32
@@ -104,32 +106,23 @@ def measure(
     config: Config,  # of a run
     data: Images,  # its images
     device: str = "cpu",  # where
-    batch: int | None = None,  # images a step; None: the stage's, but at most 64 on a GPU and 8 on a CPU
-    steps: int = 2,  # timed, after one that is not
 ) -> float:  # images a second in the first stage that has steps
-    "Train a few steps and forget them."
-    name = next(iter(schedule(config)))
-    where = torch.device(device)
-    stage, precision = STAGE_CLASSES[name](config, data, where), choose_precision(config.run.precision, where)
-    n = batch or min(stage.optim.batch, 64 if "cuda" in device else 8)
+    "Train two steps, after one that is not timed, with at most 64 images on a GPU and 8 on a CPU, and forget them."
+    where, wait = torch.device(device), torch.cuda.synchronize if "cuda" in device else lambda: None
+    stage = STAGE_CLASSES[next(iter(schedule(config)))](config, data, where)
+    context = partial(autocast, choose_precision(config.run.precision, where), where)
+    n, steps, started = min(stage.optim.batch, 64 if "cuda" in device else 8), 2, 0.
     for i in range(steps + 1):
-        if i == 1: started = _now(device)
+        wait()
+        if i == 1: started = time.perf_counter()
         ids = (torch.arange(n) + i * n) % len(data)
         y = data.labels[ids].to(device) if data.labels is not None else None
         numbers = carry_to(stage.draw(n, step_generator(0, i), i), where)
-        with autocast(precision, where):
-            example = stage.example(data.x0(ids).to(device), y, numbers, i)
-            losses = stage.losses(example, i)
-        gradients = stage.gradients(i)
-        gradients.add(losses)
-        gradients.combine(**stage.bounds)
+        with context(): example = stage.example(data.x0(ids).to(device), y, numbers, i)
+        gradient(stage, [example], i, [1.], context)
         stage.optimizers[stage.learner(i)].step()
-    return steps * n / (_now(device) - started)
-
-# %% ../../nbs/6_training/09_costs.ipynb #1ce77613
-def _now(device):
-    if "cuda" in device: torch.cuda.synchronize()
-    return time.perf_counter()
+    wait()
+    return steps * n / (time.perf_counter() - started)
 
 # %% ../../nbs/6_training/09_costs.ipynb #c8756eaf
 def estimate(

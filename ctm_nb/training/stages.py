@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGE_CLASSES', 'step_generator', 'take', 'carry_to', 'Stage', 'make_network', 'TeacherStage', 'hidden',
-           'given', 'DistillStage', 'make_discriminator', 'GanStage', 'check_weights']
+           'given', 'DistillStage', 'GanStage', 'check_weights']
 
 # %% ../../nbs/6_training/05_stages.ipynb #4a3173e0
 import copy
@@ -276,17 +276,6 @@ def of_student(self: DistillStage, e: dict, adversary=None) -> dict:  # name -> 
 @patch
 def losses(self: DistillStage, e: dict, n: int) -> dict: return self.of_student(e)
 
-# %% ../../nbs/6_training/05_stages.ipynb #874d4111
-def make_discriminator(
-    config: Config,  # of the run
-    teacher: Denoiser,  # frozen
-) -> Discriminator:  # fresh heads
-    "The adversary of a configuration."
-    g = config.gan
-    features = lambda f: TeacherFeatures(teacher, g.levels) if f == "teacher" else TimmFeatures(f, g.weights or None)
-    networks = [features(f.strip()) for f in g.features.split(",")]
-    return Discriminator(networks, teacher.data_shape, teacher.n_classes, g.width, g.strength, config.run.seed)
-
 # %% ../../nbs/6_training/05_stages.ipynb #9faf9c4a
 class GanStage(DistillStage):
     "The EMA of a student, its new EMAs, and a discriminator."
@@ -297,7 +286,11 @@ class GanStage(DistillStage):
         self.freeze(parts.get("teacher") or given(self.config, self.data, "teacher"))
         self.start(copy.deepcopy(parts.get("ctm")) or given(self.config, self.data, "ctm"))
         self.bounds = {"gan": (g.low, g.high)}
-        self.parts["discriminator"] = d = make_discriminator(self.config, self.parts["teacher"]).to(self.device)
+        teacher = self.parts["teacher"]
+        own = lambda f: TeacherFeatures(teacher, g.levels) if f == "teacher" else TimmFeatures(f, g.weights or None)
+        networks = [own(f.strip()) for f in g.features.split(",")]
+        d = Discriminator(networks, teacher.data_shape, teacher.n_classes, g.width, g.strength, self.config.run.seed)
+        self.parts["discriminator"] = d = d.to(self.device)
         self.optimizers["discriminator"] = make_optimizer("radam", d, g.d_lr, g.d_betas)
 
 # %% ../../nbs/6_training/05_stages.ipynb #1cba5c1f
