@@ -41,7 +41,8 @@ def like_a_gpu(monkeypatch):
     monkeypatch.setattr(Ahead, "take", lambda self, step: self.make(step))  # in this thread, which is watched
     of_gpu = partial(optimizers.kernels, device=torch.device("cuda"))
     monkeypatch.setattr(optimizers, "kernels", lambda name, device: of_gpu(name))
-    monkeypatch.setattr(sys.modules["torch.optim.radam"], "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])
+    for name in ("torch.optim.radam", "torch.optim.adam"):
+        monkeypatch.setattr(sys.modules[name], "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])
 
 
 def trainer_of(folder, *words):
@@ -74,6 +75,18 @@ def test_a_step_brings_no_number_to_the_program(stage, steps, precision, optimiz
     draw_before(t, steps)
     with NobodyWaits():
         for _ in range(steps): t.train_step()  # of the adversarial stage: the discriminator's turn and the student's
+
+
+@pytest.mark.parametrize("matching", ["trajectories", "eulerian"])
+@pytest.mark.parametrize("anchor", ["dsm", "teacher"])
+def test_a_step_of_another_objective_brings_no_number_to_the_program(matching, anchor, tmp_path):
+    words = [f"distill.matching={matching}", f"distill.anchor={anchor}", "distill.N=6", "distill.K=5",
+             "distill.reuse=2", "distill.optimizer=muon", "run.precision=bf16"]
+    t = at_stage(trainer_of(tmp_path / "r", *words), "ctm_dsm")
+    for _ in range(2): t.train_step()
+    draw_before(t, 4)
+    with NobodyWaits():
+        for _ in range(4): t.train_step()
 
 
 def test_the_augmentation_brings_no_number_to_the_program():
