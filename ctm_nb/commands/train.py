@@ -102,8 +102,8 @@ def train_parser() -> Parser:
         epilog="Every value of the configuration, and what will be done: --dry-run. Exit codes: 0 done, 2 bad input, "
         "3 failed, 130 Ctrl-C, 75 stopped by SIGTERM or SIGUSR1; 75 and 130 after saving: the same command continues.")
     add = p.add_argument
-    add("--preset", help="where to start from: digits, mnist, cifar10, cifar10-cond, imagenet64, tiny (a trial of "
-        "seconds), or auto: from the data (default: digits, with --data auto)")
+    add("--preset", help="where to start from: digits, emoji, mnist, cifar10, cifar10-cond, imagenet64, tiny (a trial "
+        "of seconds), or auto: from the data (default: digits, with --data auto)")
     add("--data", metavar="PATH", help="images: a folder (one sub-folder a class), zip, npz, CIFAR or MNIST files, "
         "LMDB, shards, torchvision:NAME (see ctm_nb_data inspect)")
     add("--skip-broken", action="store_true", help="leave out images that can't be read, instead of stopping")
