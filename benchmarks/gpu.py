@@ -615,7 +615,7 @@ def run_part(results, a, folder):
     results.keep("last_lines", [l for l in t.log.read() if l["step"] in (*t.ends.values(), t.step)])
     results.keep("parameters", sum(p.numel() for p in t.parts["model"].parameters()))
     if "ctm" not in t.parts: return results.keep("failed", "the time was over before the student began")
-    t.named_samples(10 if DRY else 16).save(a.out / "grid.png")
+    t.sample_grid(10 if DRY else 16).save(a.out / "grid.png")
     results.attempt("scores", partial(scores, t))
     results.keep("total_s", time.monotonic() - STARTED)
 

@@ -65,3 +65,5 @@ def ctm_nb_convert(
         print(m.about)
         ours = load_checkpoint(find_checkpoint(a.source), parts=[]).meta if Path(a.source).is_dir() else {}
         if to: print(f"written: {save_model(m, to, ours.get('config'), a.overwrite)}")
+
+if __name__ == "__main__" and "__file__" in globals(): ctm_nb_convert()  # python -m, torchrun -m

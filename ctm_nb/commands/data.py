@@ -83,3 +83,5 @@ def ctm_nb_data(
         from ctm_nb.data.convert import report
         print(report(facts))
         if facts["broken"]: sys.exit(1)
+
+if __name__ == "__main__" and "__file__" in globals(): ctm_nb_data()  # python -m, torchrun -m

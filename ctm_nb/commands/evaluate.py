@@ -93,3 +93,5 @@ def ctm_nb_evaluate(
         if a.dry_run: return print(work.plan(r, subject, [f for f in (a.out, a.save_ref) if f])) if first else None
         rows, found = work.evaluate(r, subject)
         if first: print(work.report(r, rows, found, a.out))
+
+if __name__ == "__main__" and "__file__" in globals(): ctm_nb_evaluate()  # python -m, torchrun -m

@@ -51,6 +51,8 @@ def ctm_nb_sample(
         recipe = draw_samples(**a)
         if os.environ.get("RANK", "0") == "0": print(_summary(out, recipe))
 
+if __name__ == "__main__" and "__file__" in globals(): ctm_nb_sample()  # python -m, torchrun -m
+
 # %% ../../nbs/7_commands/02_sample.ipynb #19fbad84
 def _summary(out, r):
     "What was drawn, in a line; `r` is the recipe."

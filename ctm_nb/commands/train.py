@@ -102,8 +102,8 @@ def train_parser() -> Parser:
         epilog="Every value of the configuration, and what will be done: --dry-run. Exit codes: 0 done, 2 bad input, "
         "3 failed, 130 Ctrl-C, 75 stopped by SIGTERM or SIGUSR1; 75 and 130 after saving: the same command continues.")
     add = p.add_argument
-    add("--preset", help="where to start from: digits, mnist, cifar10, cifar10-cond, imagenet64, tiny (a trial of "
-        "seconds), or auto: from the data (default: digits, with --data auto)")
+    add("--preset", help="where to start from: digits, emoji, mnist, cifar10, cifar10-cond, imagenet64, tiny (a trial "
+        "of seconds), or auto: from the data (default: digits, with --data auto)")
     add("--data", metavar="PATH", help="images: a folder (one sub-folder a class), zip, npz, CIFAR or MNIST files, "
         "LMDB, shards, torchvision:NAME (see ctm_nb_data inspect)")
     add("--skip-broken", action="store_true", help="leave out images that can't be read, instead of stopping")
@@ -184,3 +184,5 @@ def ctm_nb_train(
     "Train a teacher, distil it, draw samples and score them (the console command)."
     a = train_parser().parse_args(argv)
     with one_line_errors("ctm_nb_train"): train(a)
+
+if __name__ == "__main__" and "__file__" in globals(): ctm_nb_train()  # python -m, torchrun -m

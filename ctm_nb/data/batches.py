@@ -154,6 +154,7 @@ def load_splits(
     labels:str|Path|None=None, # a labels file
     in_memory:bool|None=None, # False: decode again whenever an image is drawn; None: only if they don't fit
     use_labels:bool=True, # False: as if there were none
+    group:str="", # see `held_out_of`
 )->Splits: # "train", "held_out", "all" -> ImageData, or StreamData where they don't fit
     """The images of a source, ready for training.
 
@@ -162,7 +163,7 @@ def load_splits(
         raise ValueError(f"image_size must be >= 1, got image_size={image_size}")
     if crop not in CROPS: raise ValueError(f"crop must be one of {', '.join(CROPS)}, got {crop!r}")
     source = open_source(path, labels)
-    held = source.held_out = held_out_of(source)
+    held = source.held_out = held_out_of(source, group)
     if not use_labels: source.labels, source.classes = None, []
     for note in source.notes: log.info("%s: %s", source.name, note)
     side = image_size or side_of(source)

@@ -86,10 +86,15 @@ def sha256(self:ImageData)->str: # 64 hexadecimal digits
 def held_out_mask(
     labels, # (N,) integers, class of each image; all equal where there are no classes
     every:int=10, # one of so many is held out, >= 2
+    groups=None, # (N,) words; images with the same word, near-duplicates, stay together
 )->np.ndarray: # (N,) bool
-    "True for every `every`-th image within its class."
+    "True for every `every`-th image, or group of images, within its class."
     if every < 2: raise ValueError(f"every must be at least 2, got every={every}")
     labels = np.asarray(labels)
+    if groups is not None:
+        _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+        order = first.argsort()  # groups in the order of their first images, whose class is the group's
+        return held_out_mask(labels[first[order]], every)[order.argsort()[group]]
     order = labels.argsort(kind="stable")  # (N,) class by class, keeping the order within
     in_order = labels[order]
     number = np.arange(len(order)) - np.searchsorted(in_order, in_order)  # (N,) within the class

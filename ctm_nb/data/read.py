@@ -18,6 +18,7 @@ __all__ = ['MAX_PIXELS', 'ENCODINGS', 'CROPS', 'SUFFIXES', 'HELPERS', 'MAX_CLASS
 import csv, difflib, gzip, hashlib, importlib, inspect, io, json, math, mmap, os, pickle, re, struct, tarfile, warnings
 import zipfile, zlib
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -193,10 +194,16 @@ class Source:
         return hashlib.sha256("\0".join([*self.names, *map(str, y)]).encode("utf-8", "surrogateescape"))
 
 # %% ../../nbs/3_data/02_read.ipynb #209dba78
-def held_out_of(source:Source)->np.ndarray: # (N,) bool
-    "Which images of a source are held out."
+def held_out_of(
+    source:Source, # the images
+    group:str="", # regular expression; images in whose names it finds the same text stay together
+)->np.ndarray: # (N,) bool
+    "Which images of a source are held out: its own test set, else one image or group in ten of each class."
     if source.held_out is not None: return source.held_out
-    return held_out_mask(np.zeros(len(source)) if source.labels is None else source.labels)
+    try: found = [re.search(group, n) for n in source.names] if group else None
+    except re.error as e: raise ValueError(f"data.group must be a regular expression, got {group!r} ({e})") from None
+    groups = None if found is None else [m[0] if m else n for m, n in zip(found, source.names)]
+    return held_out_mask(np.zeros(len(source)) if source.labels is None else source.labels, groups=groups)
 
 def check_square(a:np.ndarray, side:int|None, name:str):
     "`ValueError` for an image (H, W, C) of another side than the others."
@@ -873,7 +880,7 @@ def file_kind(path:Path)->tuple: # the function that opens it, what to give it
     raise ValueError(f"can't read {path}, begins with {head[:8]!r}: expected {EXPECTED}")
 
 # %% ../../nbs/3_data/02_read.ipynb #b1ff5d24
-EXPECTED = ("'digits', a folder of images, a zip, an npz with arr_0, MNIST's idx or CIFAR's tar.gz, an LMDB, "
+EXPECTED = ("'digits', 'emoji', a folder of images, a zip, an npz with arr_0, MNIST's idx or CIFAR's tar.gz, an LMDB, "
             "WebDataset shards, Parquet, hub:NAME or torchvision:NAME")
 
 def open_digits()->ArraySource:
@@ -892,6 +899,7 @@ def open_source(
     Raises `FileNotFoundError` if there is nothing, `ValueError` if what is there can't be used."""
     word, _, rest = str(path).partition(":")
     if str(path) == "digits": return open_digits()
+    if str(path) == "emoji": return open_pack(Path(str(resources.files("ctm_nb.data") / "emoji.zip")))
     if word == "torchvision": return open_torchvision(*rest.split(":"))
     if word == "hub": return open_table(rest)
     if shards := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(path)):

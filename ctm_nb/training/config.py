@@ -43,6 +43,7 @@ class DataConfig:
     image_size: int | None = need(None, AT_LEAST_1)  # side to crop and resize to; None: as they are
     crop: str = need("center", one_of(*CROPS))  # how, a key of read.CROPS
     labels: str = ""  # a file of labels, for images whose folders don't tell
+    group: str = ""  # regular expression: images in whose names it finds the same are held out together
     use_labels: bool = True  # false: an unconditional model, whatever labels there are
     flip: bool = False  # mirror half of the images
     skip_broken: bool = False  # leave out what can't be read, instead of stopping before training

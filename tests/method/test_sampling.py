@@ -118,3 +118,19 @@ def test_rejection_keeps_the_best_of_each_class():
         assert torch.equal(mine, of_class[:len(mine)])
     assert keep_best(y, labels[:5], scores[:5]).tolist() == list(range(5))  # with one draw each nothing changes
     assert len(candidates(y, 1.5)[0]) == 3 + 2 + 3  # half a draw more for each class, rounded up
+
+
+@pytest.mark.parametrize("gamma, share", [(0., 1.), (.6, .8), (.8, .6), (1., 0.)])
+def test_a_chain_lands_below_the_timestep_by_as_much_as_is_noise_again(gamma, share):
+    "s - sigma_min = sqrt(1 - gamma^2) (tau - sigma_min); the fresh noise has the variance tau^2 - s^2."
+    class Watched(Linear):
+        def __init__(self): self.jumps = []
+        def G(self, x, t, s, y=None):
+            self.jumps.append((t, s))
+            return torch.zeros_like(x)
+    m, noises = Watched(), []
+    one = lambda i, shape: noises.append(i) or torch.ones(shape)
+    sample(m, 2, times=(80., 5., .5, .002), gamma=gamma, noise_fn=one, callback=None)
+    s = [.002 + share * (tau - .002) for tau in (5., .5)]
+    assert m.jumps == [(80., pytest.approx(s[0])), (5., pytest.approx(s[1])), (.5, pytest.approx(.002))]
+    assert landing_time(5., gamma, .002) == pytest.approx(s[0])

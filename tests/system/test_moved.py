@@ -9,6 +9,23 @@ import pytest
 from ctm_nb._moved import GONE, MOVED, WORKING
 
 ROOMS = ("data", "networks", "training", "evaluation", "commands")
+# every module of 0.1, and something that was in it or has taken its place
+HELD = dict(word.split("=") for word in (
+    "blocks=ResBlock networks=UNet flow=rho_grid edm=Denoiser trajectory=CTM together=average_gradients "
+    "distances=pseudo_huber distill=ctm_loss features=augment gan=gan_turn sampling=gamma_sample "
+    "guidance=Guided decode=open_image zips=read_entry sources=Source formats=open_npz survey=survey "
+    "convert=convert data=ImageData augment=draw_parameters loader=load_splits pictures=named_grid "
+    "state=EMA depickle=ForeignFileError edm_pickle=read_legacy foreign=sniff download=DownloadError "
+    "hub=catalogue_table interchange=load metrics=frechet_distance similarity=kernel_distance "
+    "extractors=Extractor references=read_reference evaluation=score classifier=guided_model "
+    "containers=write_npz search=search_times tuning=search_plot draw=draw_samples shares=Ranks "
+    "ways=Request sides=extractor_for likelihood=ode_bits scoring=evaluate auto=choose config=make_config "
+    "precision=choose_precision processes=join signals=Signals guards=Guard resume=changes "
+    "judge=no_scores_because stages=make_network update=apply_gradient engine=open_images "
+    "training=Trainer history=read_run report=write_report watch=follow scale=memory cli=ctm_nb_train "
+    "cli_sample=ctm_nb_sample cli_evaluate=ctm_nb_evaluate cli_data=ctm_nb_data "
+    "cli_convert=ctm_nb_convert commands=main scenes=Scene explorer=explore_flow "
+).split())
 
 
 @pytest.mark.parametrize("old", [m for m in MOVED if m not in (*WORKING, *ROOMS)])
@@ -16,6 +33,11 @@ def test_an_old_path_names_the_new_one(old):
     with pytest.raises(ImportError, match=f"ctm_nb.{old} is now ctm_nb.{MOVED[old]}$"):
         importlib.import_module(f"ctm_nb.{old}")
     importlib.import_module(f"ctm_nb.{MOVED[old]}")
+
+
+def test_the_new_place_holds_what_the_old_module_held():
+    assert HELD.keys() == MOVED.keys()
+    for old, name in HELD.items(): assert hasattr(importlib.import_module(f"ctm_nb.{MOVED[old]}"), name), (old, name)
 
 
 @pytest.mark.parametrize("old", GONE)

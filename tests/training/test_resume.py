@@ -48,12 +48,12 @@ def whole(tmp_path_factory):
 
 # ---- killed
 
-def test_killed_at_twenty_random_moments_not_a_bit_differs():
-    words = [sys.executable, ROOT / "benchmarks" / "crash.py", "--kills", "20", "--seed", "1", "--out", "-"]
+def test_killed_at_random_moments_not_a_bit_differs():
+    words = [sys.executable, ROOT / "benchmarks" / "crash.py", "--kills", "8", "--seed", "1", "--out", "-"]
     done = subprocess.run(words, capture_output=True, text=True, env=ENV, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     record = json.loads(done.stdout)
-    assert (record["mismatches"], record["kills"], set(record["by kind"])) == (0, 20, {"time", "disk", "write"})
+    assert (record["mismatches"], record["kills"], set(record["by kind"])) == (0, 8, {"time", "disk", "write"})
     assert record["runs to their end"] >= 1
 
 
