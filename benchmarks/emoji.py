@@ -1,19 +1,24 @@
-"""Make the emoji that the package ships (ctm_nb/data/emoji.zip) from the pictures of Noto Emoji.
+"""The emoji in colour: make the data that the package ships, and keep what a run on them reached.
 
-    npm pack emoji-datasource-google@16.0.0    # img/google/64, named by code points; emoji.json has categories
-    python benchmarks/emoji.py FOLDER [OUT]
+    npm pack emoji-datasource-google@16.0.0       # img/google/64, named by code points; emoji.json has categories
+    python benchmarks/emoji.py data FOLDER        # writes ctm_nb/data/emoji.zip
+    ctm_nb_train --preset emoji
+    python benchmarks/emoji.py results runs/emoji # writes nbs/results/emoji
 
 FOLDER holds a sub-folder for each category, in it NAME__VARIANT.png. Pictures are put on white, brought to 32 x 32 and
 kept losslessly as WebP, as train/CATEGORY/NAME__VARIANT.webp and test/CATEGORY/...: every tenth emoji of a category is
 held out, with all of its variants (skin tones), so that no near-duplicate of a training picture is in the test set.
 """
-import sys
+import argparse
+import json
+import shutil
 import zipfile
 from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
 
+ROOT = Path(__file__).resolve().parents[1]
 SIDE, EVERY = 32, 10
 NOTICE = """Pictures of Noto Emoji, Copyright Google Inc., Apache License 2.0 (https://github.com/googlefonts/noto-emoji),
 by way of the npm package emoji-datasource-google 16.0.0. Changed: put on white, resized to 32 x 32, re-encoded as WebP.
@@ -30,7 +35,8 @@ def picture(path: Path) -> bytes:
     return data.getvalue()
 
 
-def main(folder: Path, out: Path):
+def make_data(folder: Path, out: Path):
+    "The archive of pictures."
     counts = {"train": 0, "test": 0}
     with zipfile.ZipFile(out, "w") as z:
         z.writestr(zipfile.ZipInfo("NOTICE.txt"), NOTICE)  # without the time of day: the same bytes every time
@@ -46,6 +52,42 @@ def main(folder: Path, out: Path):
     print(f"{out}: {counts['train']} training and {counts['test']} held-out pictures, {size:.1f} MiB")
 
 
-if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3): sys.exit(__doc__)
-    main(Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) == 3 else "ctm_nb/data/emoji.zip"))
+def draw(run: Path, each: int = 2, scale: int = 2) -> Image.Image:
+    "The same noise, `each` of every class, drawn by the teacher in 17 evaluations and by the student in 1, 2 and 4."
+    import torch
+
+    from ctm_nb import load, sample
+    from ctm_nb.data.images import image_grid, to_uint8
+    teacher, student = load(run, which="teacher"), load(run)
+    y = torch.arange(teacher.n_classes).repeat_interleave(each)
+    ways = [(teacher, dict(solver="heun", steps=9)), *((student, dict(steps=k)) for k in (1, 2, 4))]
+    rows = torch.cat([to_uint8(sample(m, n=len(y), y=y, seed=0, **how)) for m, how in ways])
+    grid = Image.fromarray(image_grid(rows, len(y)))
+    return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
+
+
+def keep_results(run: Path, out: Path):
+    "Picture, scores, curve and hours of a run."
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "scores.json"): shutil.copy(run / name, out / name)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = ("stage", "step", "loss_edm", "loss_ctm", "loss_dsm", "seconds", "peak_memory_mb")
+    curve = [{k: line[k] for k in kept if k in line} for line in lines if line["step"] % 100 == 0]
+    (out / "curve.json").write_text(json.dumps(curve))
+    cpu = next(t for t in Path("/proc/cpuinfo").read_text().splitlines() if t.startswith("model name")).split(":")[1]
+    about = {"minutes": lines[-1]["seconds"] / 60, "hardware": f"{cpu.strip()}, one thread, beside other programs"}
+    (out / "run.json").write_text(json.dumps(about))
+    draw(run).save(out / "final.png")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("data", "results"))
+    parser.add_argument("folder", type=Path, help="the pictures, or the run")
+    a = parser.parse_args()
+    if not a.folder.is_dir(): parser.error(f"no folder {a.folder}")
+    if a.what == "data": make_data(a.folder, ROOT / "ctm_nb" / "data" / "emoji.zip")
+    else: keep_results(a.folder, ROOT / "nbs" / "results" / "emoji")
+
+
+if __name__ == "__main__": main()

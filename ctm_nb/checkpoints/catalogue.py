@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from .. import __version__
-from ..data.files import cache_folder
+from ..data.files import cache_folder, file_hash
 
 log = logging.getLogger(__name__)
 
@@ -230,9 +230,8 @@ def _download(url, path):
 # %% ../../nbs/4_checkpoints/04_catalogue.ipynb #6af30a07
 def _check(path):
     "Raise `DownloadError` if a file is not the one that was first used."
-    import pooch
     _refuse_page(path, path)
-    note, found = path.with_name(path.name + ".sha256"), pooch.file_hash(str(path))
+    note, found = path.with_name(path.name + ".sha256"), file_hash(path)
     first = note.read_text()[:64] if note.exists() else ""
     if first not in ("", found):
         raise DownloadError(f"{path} has changed since its first use: SHA-256 {found[:12]}..., it was {first[:12]}...; "

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['naming', 'temp_name', 'write_synced', 'fsync_folder', 'write_atomically', 'atomic_write', 'discard',
-           'publish', 'cache_folder']
+           'publish', 'file_hash', 'cache_folder']
 
 # %% ../../nbs/3_data/00_files.ipynb #ef5056a8
+import hashlib
 import os
 import shutil
 import uuid
@@ -95,6 +96,16 @@ def publish(
     os.rename(temp, target)
     fsync_folder(target.parent)
     if aside.exists(): discard(aside)
+
+# %% ../../nbs/3_data/00_files.ipynb #c7871edd
+def file_hash(
+    path:str|Path, # a file
+)->str: # 64 hexadecimal digits
+    "SHA-256 of a file: what stands for public files, weights and references in records."
+    h = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20): h.update(block)
+    return h.hexdigest()
 
 # %% ../../nbs/3_data/00_files.ipynb #975c467b
 def cache_folder() -> Path: # absolute; it need not exist

@@ -15,10 +15,10 @@ from pathlib import Path
 from pickle import UnpicklingError
 import torch
 import torch.nn.functional as F
-from pooch import file_hash
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from ..data.files import file_hash
 from ..method.adversary import FeatureNetwork
 from ..method.distances import feature_gap
 from .metrics import FeatureClassifier

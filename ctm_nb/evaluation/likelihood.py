@@ -10,7 +10,6 @@ __all__ = ['PIXEL', 'fresh_noise', 'trace_probes', 'denoise_with_trace', 'unit_s
 import math
 
 import torch
-from scipy.integrate import solve_ivp
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -93,6 +92,7 @@ def ode_log_density(
     ids=None,  # (B,) numbers of the images; None: 0..B-1
 ) -> tuple[Tensor, int]:  # (B,) log p(x) at sigma_min in nats, float64, and the evaluations of the model
     "Log-density of what the model's ODE draws, by the instantaneous change of variables."
+    from scipy.integrate import solve_ivp  # here, because it is slow to import
     x, y, ids = _check_points(m, x, y, ids, tol)
     v, sigma = trace_probes(tuple(m.data_shape), probes, seed, ids).to(x), math.hypot(m.sigma_min, m.sigma_data)
     state = torch.cat([x.double().flatten(1) / sigma, x.new_zeros(len(x), 1, dtype=torch.float64)], 1)

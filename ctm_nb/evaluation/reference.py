@@ -21,8 +21,7 @@ import numpy as np, torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from pooch import file_hash
-from ..data.files import atomic_write
+from ..data.files import atomic_write, file_hash
 from ..data.read import BrokenImage, open_source
 from .features import ClassifierExtractor, Extractor
 from .metrics import FeatureClassifier, FeatureStats

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from scipy.optimize import minimize_scalar
 from tqdm.auto import tqdm
 
 from ..method.flow import grid_time
@@ -32,6 +31,7 @@ def coordinate_search(
     n_places: int,  # how many of the values are places
 ):
     "Move one value at a time, eight rounds; ends by itself or by StopIteration of `score`."
+    from scipy.optimize import minimize_scalar  # here: training imports this file, and needs no scipy
     best = score(values)
     for r in range(8):
         for k, v in enumerate(values):

@@ -338,7 +338,8 @@ def test_idx_files(tmp_path):
 
 def test_nothing_and_nonsense(tmp_path):
     expected = (
-        "expected 'digits', a folder of images, a zip, an npz with arr_0, MNIST's idx or CIFAR's tar.gz, an LMDB, "
+        "expected 'digits', 'emoji', a folder of images, a zip, an npz with arr_0, MNIST's idx or CIFAR's tar.gz, "
+        "an LMDB, "
         "WebDataset shards, Parquet, hub:NAME or torchvision:NAME"
     )
     refuse(f"no data at {tmp_path}/x: {expected}", tmp_path / "x", FileNotFoundError)

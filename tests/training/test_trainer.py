@@ -2,6 +2,7 @@
 
 (How it is killed: test_resume.)"""
 import json
+import math
 import re
 import subprocess
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from ctm_nb.checkpoints.store import load_checkpoint
 from ctm_nb.method.sampling import sample
 from ctm_nb.training.config import PRESETS, Config, make_config, set_value
 from ctm_nb.training.costs import memory
+from ctm_nb.training.runtime import Guard
 from ctm_nb.training.report import markdown_table, score_table
 from ctm_nb.training.trainer import Trainer, changes
 
@@ -121,6 +123,14 @@ def test_nan_stops_before_the_update(tmp_path):
     with pytest.raises(FloatingPointError, match="loss_edm.*step 1"): trainer.train_step()
     for k, v in trainer.parts["model"].state_dict().items(): assert torch.equal(v, before[k])
     assert trainer.step == 1 and trainer.now.emas["teacher"].n_updates == 1
+
+
+@pytest.mark.parametrize("loss, norm", [(1., math.inf), (1., math.nan), (math.inf, 1.)])
+def test_a_gradient_or_a_loss_that_is_not_finite_makes_no_update_and_none_after_it(loss, norm):
+    one, guard = torch.tensor(1.), Guard(torch.device("cpu"))
+    assert guard.judge(0, [one], one) and guard.look() is None
+    assert not guard.judge(1, [one, torch.tensor(loss)], torch.tensor(norm)) and guard.look() == 1
+    assert not guard.judge(2, [one], one) and guard.look() == 1
 
 
 @pytest.mark.parametrize("labelled", [True, False])
