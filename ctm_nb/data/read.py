@@ -760,7 +760,8 @@ def open_shards(files:list)->PackSource:
             places.append((k, *example[pictures[0]][1:]))
             for ext in [e for e in ("cls", "json") if e in example][:1]:
                 said = source.read((k, *example[ext][1:]))
-                labels += filter(None.__ne__, [shard_label(said, ext, f"{path.name}/{readable(key)}.{ext}")])
+                label = shard_label(said, ext, f"{path.name}/{readable(key)}.{ext}")
+                labels += [] if label is None else [label]
     if not places: raise ValueError(f"no images in {few([str(f) for f in files])}")
     if labels and len(labels) != len(places):
         raise ValueError(f"{files[0].parent}: {len(places) - len(labels)} of {len(places)} images have no label")
