@@ -79,7 +79,7 @@ EMOJI = [("ours, one run", """
     network.sigma_data=.6
     teacher.steps=5000 teacher.batch=64 teacher.optimizer=muon teacher.lr=.02 teacher.warmup=100
     teacher.decay=cosine teacher.beta2=.99 teacher.ema=.999
-    distill.phases=trajectories:.75,soft:.25 distill.steps=1100 distill.batch=64 distill.optimizer=muon distill.lr=.02
+    distill.phases=trajectories:.8,soft:.2 distill.steps=750 distill.batch=64 distill.optimizer=muon distill.lr=.02
     distill.warmup=50 distill.decay=linear distill.beta2=.99 distill.ema=.99 distill.target_ema=.99 distill.stored=4096
     distill.N=12 distill.K=11 distill.k_power=.5 distill.solver=dpmpp_2m distill.max_evals=5
     distill.distance=pseudo_huber gan.steps=0
