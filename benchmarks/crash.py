@@ -13,6 +13,7 @@ others, so that a life costs a second.
 
 import argparse
 import io
+import itertools
 import json
 import os
 import random
@@ -170,13 +171,14 @@ def log_of(folder):
 def campaign(kills, seed, home, progress=None):
     "Kill until there were enough kills; the record of all of them."
     rng, reference = random.Random(seed), home / "reference"
+    kinds = itertools.cycle(["write", "time", "disk", "time"])
     code, whole = live(reference, [*WORDS, "run.keep=1000"])
     if code:
         sys.exit(f"the undisturbed run failed: {(home / 'output.txt').read_text()[-2000:]}")
     count = json.loads((home / "counts.json").read_text())
     record, runs, wrong, folder, step = [], 0, [], home / "run", 0
     while len(record) < kills:
-        kind, left = rng.choice(["time", "time", "disk", "write"]), 1 - (step or 0) / 30  # of the run
+        kind, left = next(kinds), 1 - (step or 0) / 30  # of the run
         at = (
             rng.uniform(0, whole * (left + 0.4)) if kind == "time" else rng.randrange(int(count[kind] * (left + 0.4)))
         )  # often too late, so that some come to their end

