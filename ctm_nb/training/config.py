@@ -168,6 +168,9 @@ class RunConfig:
     keep_best: int = need(1, NOT_NEGATIVE)  # and the best of each stage, where scores were taken on the way
     score_every: int = need(0, NOT_NEGATIVE)  # steps between scores on the way; 0: only at the end
     score_n: int = need(1000, (lambda v: v >= 10, "at least 10"))  # samples a sampler for those
+    minutes: float = need(0., NOT_NEGATIVE)  # of the whole command (--minutes); 0: as many as the steps take
+    before: int = need(0, NOT_NEGATIVE)  # steps of the shorter run that this one goes on from
+    plan: str = ""  # what was measured and chosen for those minutes, see `budget`
 
 # %% ../../nbs/6_training/02_config.ipynb #c1f0ed81
 @dataclass
@@ -198,7 +201,7 @@ def schedule(
 ) -> dict:  # stage -> Span, in order; only the stages that have steps
     "Which steps of a run belong to which stage; one whose result is given has none."
     sections = asdict(config) if isinstance(config, Config) else config
-    spans, end = {}, 0
+    spans, end = {}, int((sections.get("run") or {}).get("before") or 0)
     for stage, section in STAGES.items():
         s = sections.get(section) or {}
         steps = 0 if s.get("source") else int(s.get("steps") or 0)

@@ -169,8 +169,11 @@ class TeacherStage(Stage):
     def build(self, parts: dict):
         n, self.augment = self.config.network, self.optim.augment
         net = make_network(self.config, self.data)
-        self.learn(Denoiser(net, n.sigma_data, n.sigma_min, n.sigma_max).to(self.device))
+        model = Denoiser(net, n.sigma_data, n.sigma_min, n.sigma_max).to(self.device)
+        if known := parts.get("teacher"): model.load_state_dict(known.state_dict())  # a longer run goes on
+        self.learn(model)
         self.average("teacher", self.optim.ema, *self.optim.emas)
+        if student := parts.get("ctm"): self.parts["ctm"] = student.to(self.device).eval().requires_grad_(False)
 
 # %% ../../nbs/6_training/05_stages.ipynb #9403e630
 @patch
@@ -228,7 +231,7 @@ class DistillStage(Stage):
 
     def build(self, parts: dict):
         self.freeze(parts.get("teacher") or given(self.config, self.data, "teacher"))
-        self.start(student_from(self.parts["teacher"], self.optim.init))
+        self.start(copy.deepcopy(parts.get("ctm")) or student_from(self.parts["teacher"], self.optim.init))
 
 # %% ../../nbs/6_training/05_stages.ipynb #cbb8175c
 @patch
@@ -304,7 +307,7 @@ def path_numbers(stage: DistillStage, B: int, gen: torch.Generator, n: int) -> d
     "Which batch of trajectories, its noise and labels, and the places of each jump."
     d, p = stage.config.distill, stage.phase(n)
     number, place, fresh = stored_batch(n - p.first, p.end - p.first, d.stored // B, d.reuse)
-    own = step_generator(stage.config.run.seed, number, p.first, 1)
+    own = step_generator(stage.config.run.seed, number, p.first + stage.config.run.before, 1)
     numbers = {"number": number, "place": place, "fresh": fresh, "rows": range(B), "start": stage.normal(B, own)}
     if stage.data.labels is not None and stage.parts["teacher"].n_classes:
         labels = stage.data.labels[torch.randint(len(stage.data), (B,), generator=own)]
