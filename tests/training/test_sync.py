@@ -11,7 +11,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctm_nb.data.augment import augment
-from ctm_nb.method import distill
 from ctm_nb.training import optimizers
 from ctm_nb.training.config import make_config
 from ctm_nb.training.trainer import Ahead, Trainer
