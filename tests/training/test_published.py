@@ -8,8 +8,8 @@ from ctm_nb.networks.unet import ADM, DDPMpp, OpenAIUNet
 from ctm_nb.training.config import make_config
 from ctm_nb.training.trainer import Trainer
 
-SHORT = ["teacher.steps=1", "distill.steps=4", "distill.optimizer=radam", "distill.lr=.01", "gan.steps=4", "gan.batch=8",
-         "gan.optimizer=radam", "evaluate.n=0", "run.save_every=1000"]
+SHORT = ["teacher.steps=1", "distill.steps=4", "distill.optimizer=radam", "distill.lr=.01", "gan.steps=4",
+         "gan.batch=8", "gan.optimizer=radam", "evaluate.n=0", "run.save_every=1000"]
 PUBLISHED = ("cifar10", "cifar10-cond", "imagenet64")
 
 
