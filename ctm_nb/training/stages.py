@@ -299,7 +299,8 @@ def of_student(self: DistillStage, e: dict, adversary=None) -> dict:  # name -> 
     "Soft matching and denoising, and what an adversary adds.  # CTM: training step"
     d, inputs = self.config.distill, {k: v for k, v in e.items() if k not in ("teacher_evals", "looks")}
     return step_losses(self.parts["model"], self.parts["target"], **inputs, distance=self.distance,
-                       compare_at=d.compare_at, dsm=d.dsm, adversary=adversary, skip=not (self.config.run.compile or d.dropout))
+                       compare_at=d.compare_at, dsm=d.dsm, adversary=adversary,
+                       skip=not (self.config.run.compile or d.dropout))
 
 def interval_losses(stage: DistillStage, e: dict, n: int) -> dict: return stage.of_student(e)
 
