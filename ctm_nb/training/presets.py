@@ -166,7 +166,7 @@ def choose(
     rest = f"everything else as in the preset {start}"
     if gpu:  # what needs no download
         words += ["distill.distance=features", "gan.features=teacher", "distill.init=teacher", "data.flip=false"]
-        rest += "; distances and the adversary look through the teacher's encoder, which needs no download; nothing is mirrored"
+        rest += ", but nothing is mirrored, and distances and the adversary look through the teacher's encoder"
     reasons = [f"{source.name} ({source.kind}) has {len(source)} images and {known}", why, because, rest]
     sized = [f"data.image_size={size}"] if size else []
     return start, [f"data.source={path}", *sized, *words], reasons
