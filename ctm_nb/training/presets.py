@@ -32,12 +32,14 @@ STUDENT = [
     (CTM, "distill.optimizer=radam distill.lr=4e-4 distill.solver=heun distill.distance=lpips distill.dsm=true"),
     (COMMANDS, "distill.decay=constant distill.max_evals=none distill.k_power=1 distill.init=random distill.ema=.999"),
     ("CTM [R] advice 10-50k", "distill.steps=30000"),
+    ("CTM [R], LPIPS on averages", "distill.pooling=average"),
 ]
 ADVERSARY = [
     (CTM, "gan.optimizer=radam evaluate.n=50000"),
     (COMMANDS, "gan.decay=constant gan.ema=.999"),
     ("CTM [R] advice >= 30k", "gan.steps=30000"),
     ("CTM, recipe (StyleGAN-XL)", "gan.features=deit_base_distilled_patch16_224,tf_efficientnet_lite0"),
+    ("CTM [R], StyleGAN-XL's", "gan.discriminator=published gan.width=64 gan.strength=1 gan.first=student"),
 ]
 CIFAR10 = [
     (EDM, "network.family=ddpmpp network.model_channels=128 network.channel_mult=2,2,2 network.n_blocks=4"),
@@ -163,7 +165,7 @@ def choose(
     known = classes if source.classes else "no classes: an unconditional model"
     rest = f"everything else as in the preset {start}"
     if gpu:  # what needs no download
-        words += ["distill.distance=features", "gan.features=teacher", "distill.init=teacher"]
+        words += ["distill.distance=features", "gan.features=teacher", "gan.discriminator=small", "distill.init=teacher"]
         rest += "; distances and the adversary look through the teacher's encoder, which needs no download"
     reasons = [f"{source.name} ({source.kind}) has {len(source)} images and {known}", why, because, rest]
     sized = [f"data.image_size={size}"] if size else []
