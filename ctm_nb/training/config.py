@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .presets import PRESETS
+from ..data.images import BYTES
 from ..data.read import CROPS
 from ..method.distances import DISTANCES
 from ..method.distill import MATCHING
@@ -42,6 +43,7 @@ class DataConfig:
     source: str = need("digits", (bool, 'the path of the images (--data PATH), or "digits"'))  # see `open_source`
     image_size: int | None = need(None, AT_LEAST_1)  # side to crop and resize to; None: as they are
     crop: str = need("center", one_of(*CROPS))  # how, a key of read.CROPS
+    channels: int | None = need(None, (lambda v: v == 3, "3, or none for what the images have"))  # 3 for a grey set too
     labels: str = ""  # a file of labels, for images whose folders don't tell
     group: str = ""  # regular expression: images in whose names it finds the same are held out together
     use_labels: bool = True  # false: an unconditional model, whatever labels there are
@@ -145,6 +147,7 @@ class EvaluateConfig:
     steps: tuple = need((1, 2, 4), AT_LEAST_1)  # evaluations of G
     teacher_steps: int = need(18, AT_LEAST_1)  # Heun steps of the teacher
     batch: int = need(500, AT_LEAST_1)  # samples at a time
+    bytes: str = need("round", one_of(*BYTES))  # how samples become bytes; the published code truncates
     features: str = need("train", FEATURES)
     weights: str = ""  # folder of the weights of these features; empty: the cache
 

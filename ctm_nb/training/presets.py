@@ -32,6 +32,7 @@ STUDENT = [
     (CTM, "distill.optimizer=radam distill.lr=4e-4 distill.solver=heun distill.distance=lpips distill.dsm=true"),
     (COMMANDS, "distill.decay=constant distill.max_evals=none distill.k_power=1 distill.init=random distill.ema=.999"),
     ("CTM [R] advice 10-50k", "distill.steps=30000"),
+    ("CTM [R] samples", "evaluate.bytes=truncate"),
 ]
 ADVERSARY = [
     (CTM, "gan.optimizer=radam evaluate.n=50000"),

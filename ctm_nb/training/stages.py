@@ -215,8 +215,9 @@ def given(
     source, shape = getattr(config, section).source, (data.channels, data.image_size, data.image_size)
     m = load(source, which=which)
     if m.data_shape != shape:
+        grey = "; data.channels=3 keeps grey images as the teacher takes them" * (m.channels == 3 > data.channels)
         raise ValueError(f"{section}.source={source} draws pictures of shape {m.data_shape}, the data have {shape}; "
-                         f"data.image_size={m.image_size} would resize them")
+                         f"data.image_size={m.image_size} would resize them{grey}")
     if m.n_classes not in (0, data.n_classes):
         raise ValueError(f"{section}.source={source} knows {m.n_classes} classes, the data have {data.n_classes}")
     return m
