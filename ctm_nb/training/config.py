@@ -145,10 +145,12 @@ class EvaluateConfig:
     "Scores at the end of a run."
     n: int = need(5000, (lambda v: v == 0 or v >= 10, "0 (no scores) or at least 10"))  # samples a sampler
     steps: tuple = need((1, 2, 4), AT_LEAST_1)  # evaluations of G
-    teacher_steps: int = need(18, AT_LEAST_1)  # Heun steps of the teacher
+    teacher_solver: str = need("heun", one_of(*SOLVERS))
+    teacher_steps: int = need(18, AT_LEAST_1)  # of that solver
     batch: int = need(500, AT_LEAST_1)  # samples at a time
     bytes: str = need("round", one_of(*BYTES))  # how samples become bytes; the published code truncates
     features: str = need("train", FEATURES)
+    classifier: int = need(60000, AT_LEAST_1)  # images that it sees in training, features "train"
     weights: str = ""  # folder of the weights of these features; empty: the cache
 
 # %% ../../nbs/6_training/02_config.ipynb #b96d66f6
@@ -272,7 +274,7 @@ def set_value(
     except ValueError as e:
         expected = e if f.type is bool else getattr(f.type, "__name__", f.type)
         raise ValueError(f"{key} must be {expected}, got {text!r}") from None
-    setattr(section, f.name, solver_name(value) if key == "distill.solver" else value)
+    setattr(section, f.name, solver_name(value) if key.endswith("solver") else value)
 
 # %% ../../nbs/6_training/02_config.ipynb #c303a7de
 def make_config(

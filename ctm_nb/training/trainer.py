@@ -40,7 +40,7 @@ from ..evaluation.evaluate import drawn_samples, extend_scores, run_evaluator
 from ..evaluation.features import load_extractor
 from ..method.balance import alone
 from ..method.distill import MATCHING
-from ..method.sampling import sample
+from ..method.sampling import evaluations, sample
 from ..method.solvers import OLD_NAMES
 from .config import STAGES, Config, schedule, stage_at
 from .optimizers import load_optimizer
@@ -596,10 +596,11 @@ def board(self: Trainer):  # torch.utils.tensorboard.SummaryWriter
 # %% ../../nbs/6_training/08_trainer.ipynb #70e7b357
 @patch
 def samplers(self: Trainer) -> dict:  # name -> (model, arguments of `sample`)
-    "How this run draws: the teacher with Heun, the student with few jumps."
+    "How this run draws: the teacher with a solver, the student with few jumps."
     e = self.config.evaluate
-    heun = dict(solver="heun", steps=e.teacher_steps)
-    found = {f"teacher, {2 * e.teacher_steps - 1} evaluations": (self.parts["teacher"], heun)}
+    how = dict(solver=e.teacher_solver, steps=e.teacher_steps)
+    nfe = evaluations(e.teacher_solver, torch.arange(e.teacher_steps, -1, -1))
+    found = {f"teacher, {nfe} evaluations": (self.parts["teacher"], how)}
     for n in e.steps if "ctm" in self.parts else ():
         found[f"{n} step{'s' * (n > 1)}"] = self.parts["ctm"], dict(solver="ctm", steps=n, gamma=0.)
     return found
@@ -639,7 +640,7 @@ def evaluate(self: Trainer,
     e, seed, step = self.config.evaluate, self.config.run.seed + 1, f"step_{self.step:08d}"
     if self.evaluator is None:
         self.evaluator = run_evaluator(self.splits, e.features, e.weights or None, str(self.device), e.batch,
-                                       sys.stderr.isatty())
+                                       sys.stderr.isatty(), most=e.classifier, keep=True)
     n, samplers, distances, found = n or e.n, self.samplers(), [], [*self.evaluator.floor(self.splits)]
     log.info("step %d: drawing and scoring %d samples with each of %d samplers", self.step, n, len(samplers))
     for name, (m, how) in samplers.items():
