@@ -310,9 +310,9 @@ def open_subject(
     m = load(r.what, device=r.device, which=r.which)
     if r.search and not is_ctm(m):
         raise ValueError("--search finds times of jumps, and this model is a teacher; expected a CTM")
-    name, config = r.what, {}
-    if Path(r.what).is_dir(): config = load_checkpoint(name := str(find_checkpoint(r.what)), parts=[]).meta.get("config")
-    bytes = r.bytes or (config or {}).get("evaluate", {}).get("bytes", "round")
+    name, meta = r.what, {}
+    if Path(r.what).is_dir(): meta = load_checkpoint(name := str(find_checkpoint(r.what)), parts=[]).meta
+    bytes = r.bytes or (meta.get("config") or {}).get("evaluate", {}).get("bytes", "round")
     return Subject(name, tuple(m.data_shape), model=m, settings=sampler_settings(r, m), bytes=bytes)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #c4ad22de
