@@ -40,7 +40,7 @@ def evaluate_parser() -> Parser:
     _score_flags(p.add_argument_group("scores").add_argument)
     drawing = p.add_argument_group("how a checkpoint draws; every combination is a row").add_argument
     draw_flags(drawing, many=True)
-    drawing("--bytes", choices=("round", "truncate"), help="how samples become bytes: to the nearest, or to the one below "
+    drawing("--bytes", choices=("round", "truncate"), help="how samples become bytes: the nearest, or the one below "
         "as in the published code (default: as the run's configuration says; round)")
     return p
 

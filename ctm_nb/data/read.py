@@ -580,7 +580,7 @@ def open_npz(path:Path)->ArraySource:
 
 # %% ../../nbs/3_data/02_read.ipynb #384c329b
 def open_npzs(files:list)->ArraySource:
-    "Several npz as one, by their numbers, as sony's sampler leaves them (sample_0.npz, ...); `ValueError` if they differ."
+    "Several npz as one, by their numbers, as sony's sampler leaves them; `ValueError` if they differ."
     parts = [open_npz(p) for p in sorted(files, key=lambda p: int(p.stem.rpartition("_")[2]))]
     last = max(parts, key=lambda p: len(p.classes))
     for p in parts:
