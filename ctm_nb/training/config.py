@@ -79,6 +79,7 @@ class OptimConfig:
     beta2: float = need(.999, FRACTION)  # memory of the squared gradients
     ema: float = need(.999, FRACTION)  # rate of the EMA that samples are drawn with
     emas: tuple = need((), FRACTION)  # rates of further EMAs that checkpoints keep
+    ema_warmup: bool = True  # EMAs follow faster at first (see `EMA`); false: at a fixed rate, as published
     clip: float | None = need(None, POSITIVE)  # largest gradient norm; None: no limit
 
 # %% ../../nbs/6_training/02_config.ipynb #608bb842
@@ -115,12 +116,14 @@ class DistillConfig(OptimConfig):
     target_ema: float = need(.999, FRACTION)  # rate of the EMA inside the loss
     init: str = need("teacher", one_of("teacher", "random"))  # how the s-branch starts
     dsm: bool = True  # add the denoising loss
+    dropout: float = need(0., FRACTION)  # of student and target, in this stage and the adversary's
 
 # %% ../../nbs/6_training/02_config.ipynb #075740fd
 @dataclass
 class GanConfig(OptimConfig):
     "CTM + DSM + GAN, on top of a student; the settings of CTM + DSM stay as they are under `distill`."
     steps: int = need(0, NOT_NEGATIVE)  # of student and discriminator together, they take turns; 0: no such stage
+    init: str = need("ema", one_of("ema", "raw"))  # "raw": weights, optimizer and EMAs go on, as published
     K: int | None = need(None, AT_LEAST_1)  # longest solver interval in this stage; None: as in distill
     features: str = "teacher"  # feature networks: "teacher" and names of timm's networks, with commas
     weights: str = ""  # folder of the weights of timm's networks; empty: timm's cache
@@ -316,6 +319,8 @@ TOGETHER = [
      lambda c: not c.distill.label_dropout or c.teacher.label_dropout or c.teacher.source,
      "0 for a teacher that has seen no image without its label (teacher.label_dropout=0)"),
     ("gan.steps", schedule, "at least 1 where nothing else is to be trained"),
+    ("gan.init", lambda c: c.gan.init == "ema" or c.gan.optimizer == c.distill.optimizer,
+     "ema where gan.optimizer is not distill.optimizer"),
     ("gan.K", lambda c: (c.gan.K or 1) < c.distill.N, "below distill.N"),
     ("gan.features", lambda c: all(f.strip() for f in c.gan.features.split(",")),
      '"teacher", names of timm networks, or both with commas'),

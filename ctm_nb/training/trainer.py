@@ -542,7 +542,9 @@ def look(self: Trainer):
 @patch
 def train_step(self: Trainer) -> dict:  # numbers of this step; on a GPU, tensors that the program has not waited for
     "One step of whichever stage it is; FloatingPointError, with nothing changed, where a number is not finite."
-    if self.stage != self.now.name: self.begin(self.stage, self.parts)
+    if self.stage != (before := self.now).name:
+        self.begin(self.stage, self.parts)
+        self.now.inherit(before)
     s, n, started = self.state, self.step - self.begun_at, time.perf_counter()
     self.use_cores(s.step)
     try: numbers = apply_gradient(self.now, n, self.gradient(), self.guard, s.step, s.scaler, self.wait)
