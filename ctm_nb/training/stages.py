@@ -36,7 +36,7 @@ from ..method.trajectories import anchor_loss, draw_pair, stored_batch, trajecto
 from ..method.trajectory import CTM, student_from
 from ..networks.unet import build_network
 from .config import STAGES, Config, Phase, phases, schedule
-from .optimizers import lr_at, make_optimizer
+from .optimizers import load_optimizer, lr_at, make_optimizer
 
 # %% ../../nbs/6_training/05_stages.ipynb #54584f7e
 def step_generator(
@@ -111,6 +111,8 @@ def kinds(self: Stage) -> list: return [0]  # a step of each kind, for trying ho
 def restarted(self: Stage) -> list: return []  # networks whose forward pass changes their buffers
 @patch
 def works_ahead(self: Stage, n: int) -> bool: return False  # does `example` take half of the cores?
+@patch
+def inherit(self: Stage, before: Stage): pass  # what goes on from the stage before, besides its networks
 
 # %% ../../nbs/6_training/05_stages.ipynb #39ed9d59
 @patch
@@ -130,7 +132,7 @@ def average(self: Stage,
 ):
     "Let EMAs follow the model."
     for k, r in ((name, rate), *((f"{name}-{r}", r) for r in others)):
-        self.emas[k] = EMA(self.parts["model"], r)
+        self.emas[k] = EMA(self.parts["model"], r, self.optim.ema_warmup)
         self.parts[k] = self.emas[k].module
 
 # %% ../../nbs/6_training/05_stages.ipynb #14cdafe2
@@ -148,7 +150,7 @@ def gradients(self: Stage,
 ) -> BalancedGradients:
     "Where the gradients of a step are summed."
     module = self.parts[part := self.learner(n)]
-    return BalancedGradients(module.parameters(), module.net.last_layer if part == "model" else None)
+    return BalancedGradients(module.parameters(), module.net.balance_layer if part == "model" else None)
 
 # %% ../../nbs/6_training/05_stages.ipynb #38896ab4
 def make_network(
@@ -215,8 +217,9 @@ def given(
     source, shape = getattr(config, section).source, (data.channels, data.image_size, data.image_size)
     m = load(source, which=which)
     if m.data_shape != shape:
+        grey = "; data.channels=3 keeps grey images as the teacher takes them" * (m.channels == 3 > data.channels)
         raise ValueError(f"{section}.source={source} draws pictures of shape {m.data_shape}, the data have {shape}; "
-                         f"data.image_size={m.image_size} would resize them")
+                         f"data.image_size={m.image_size} would resize them{grey}")
     if m.n_classes not in (0, data.n_classes):
         raise ValueError(f"{section}.source={source} knows {m.n_classes} classes, the data have {data.n_classes}")
     return m
@@ -246,8 +249,10 @@ def freeze(self: DistillStage, teacher: Denoiser):
 @patch
 def start(self: DistillStage, student: CTM):
     "Take the student and its EMAs."
-    self.learn(student.to(self.device).requires_grad_(True).eval())
+    if p := self.config.distill.dropout: student.net.set_dropout(p)
+    self.learn(student.to(self.device).requires_grad_(True).train(p > 0))
     self.average("target", self.optim.target_ema)
+    self.parts["target"].train(p > 0)
     self.average("ctm", self.optim.ema, *self.optim.emas)
 
 # %% ../../nbs/6_training/05_stages.ipynb #cb87f6a0
@@ -296,7 +301,8 @@ def of_student(self: DistillStage, e: dict, adversary=None) -> dict:  # name -> 
     "Soft matching and denoising, and what an adversary adds.  # CTM: training step"
     d, inputs = self.config.distill, {k: v for k, v in e.items() if k not in ("teacher_evals", "looks")}
     return step_losses(self.parts["model"], self.parts["target"], **inputs, distance=self.distance,
-                       compare_at=d.compare_at, dsm=d.dsm, adversary=adversary, skip=not self.config.run.compile)
+                       compare_at=d.compare_at, dsm=d.dsm, adversary=adversary,
+                       skip=not (self.config.run.compile or d.dropout))
 
 def interval_losses(stage: DistillStage, e: dict, n: int) -> dict: return stage.of_student(e)
 
@@ -424,6 +430,18 @@ class GanStage(DistillStage):
         about = teacher.data_shape, teacher.n_classes, g.width, g.strength, self.config.run.seed
         self.parts["discriminator"] = d = DISCRIMINATORS[g.discriminator](networks, *about).to(self.device)
         self.optimizers["discriminator"] = make_optimizer("radam", d, g.d_lr, g.d_betas)
+
+# %% ../../nbs/6_training/05_stages.ipynb #97a837d1
+@patch
+def inherit(self: GanStage, before: Stage):
+    "With `gan.init=raw`, go on with student, optimizer and EMAs as they are.  # CTM [R]"
+    if self.optim.init != "raw": return
+    self.parts["model"].load_state_dict(before.parts["model"].state_dict())
+    load_optimizer(self.optimizers["model"], before.optimizers["model"].state_dict())
+    for name, ema in self.emas.items():
+        was = before.emas.get(name, before.emas["ctm"])
+        ema.module.load_state_dict(was.module.state_dict())
+        ema.n_updates = was.n_updates
 
 # %% ../../nbs/6_training/05_stages.ipynb #1cba5c1f
 @patch
