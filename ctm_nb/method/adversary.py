@@ -381,7 +381,8 @@ class ProjectedDiscriminator(Discriminator):
             maps = first([torch.zeros(1, *shape) for shape in shapes])
             mixing = CrossMixing([m.shape[1] for m in maps], seed + n, width)
             mixed = mixing(maps)  # only their shapes matter
-            if min(sides := mixed[-1].shape[2:]) < 4: raise ValueError(f"mixed maps must be at least 4 x 4, got {sides}")
+            if min(mixed[-1].shape[2:]) < 4:
+                raise ValueError(f"mixed maps must be at least 4 x 4, got {tuple(mixed[-1].shape[2:])}")
             self.projections.append(nn.Sequential(first, mixing))
             heads = (ScaleHead(z.shape[1], head_widths(max(z.shape[2:]), width)) for z in mixed)
             self.heads.append(nn.ModuleList(heads))

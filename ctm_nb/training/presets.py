@@ -168,8 +168,8 @@ def choose(
     known = classes if source.classes else "no classes: an unconditional model"
     rest = f"everything else as in the preset {start}"
     if gpu:  # what needs no download
-        words += ["distill.distance=features", "gan.features=teacher", "gan.discriminator=small", "distill.init=teacher"]
-        words += ["data.flip=false"]
+        words += ["distill.distance=features", "gan.features=teacher", "distill.init=teacher", "data.flip=false"]
+        words += ["gan.discriminator=small"]
         rest += ", but nothing is mirrored, and distances and the adversary look through the teacher's encoder"
     reasons = [f"{source.name} ({source.kind}) has {len(source)} images and {known}", why, because, rest]
     sized = [f"data.image_size={size}"] if size else []
