@@ -292,9 +292,10 @@ class ScaleHead(nn.Module):
     ):
         super().__init__()
         layers: list[nn.Module] = []
-        for a, b in zip([channels, *widths], widths): layers += [SpectralConv(a, b), nn.BatchNorm2d(b), nn.LeakyReLU(.2)]
-        last = widths[-1] if widths else channels
-        self.body, self.logit = nn.Sequential(*layers), SpectralConv(last, 1, 1, 0, bias=False)
+        for w in widths:
+            layers += [SpectralConv(channels, w), nn.BatchNorm2d(w), nn.LeakyReLU(.2)]
+            channels = w
+        self.body, self.logit = nn.Sequential(*layers), SpectralConv(channels, 1, 1, 0, bias=False)
 
     def forward(self, z: Tensor) -> Tensor: return self.logit(self.body(z)).flatten(1)  # (B, C, H, W) -> (B, P)
 
