@@ -27,6 +27,7 @@ from ..method.teacher import Model
 from ..method.trajectory import is_ctm
 from ..checkpoints.catalogue import CATALOGUE, fetch
 from ..checkpoints.models import find_checkpoint, load
+from ..checkpoints.store import load_checkpoint
 from ..data.files import atomic_write, cache_folder
 from .metrics import (authenticity, class_accuracy, density_coverage, frechet_gaussians,
                                        inception_score, kernel_distance, precision_recall, train_classifier, warn_rank)
@@ -193,18 +194,19 @@ def extend_scores(
 def drawn_samples(
     m: Model,  # a model
     n: int,  # number of samples
-    sampler: dict,  # for `sample`: solver, steps, gamma, times
+    sampler: dict,  # for `sample`: solver, steps, gamma, times; and for `to_uint8`: bytes
     label_counts: list | None = None,  # of the reference: images of each class; None: every class as often
     seed: int = 0,  # of the noise
 ) -> SampleSet:
     "Samples of a model, drawn as they are read."
-    y = None
+    y, how = None, dict(sampler)
+    bytes = how.pop("bytes", "round")
     if m.n_classes:
         counts = torch.tensor(label_counts if label_counts and len(label_counts) == m.n_classes else [1] * m.n_classes)
         y = torch.searchsorted(counts.cumsum(0), torch.arange(n) * counts.sum() // n, right=True)  # sorted
     def read(rows):
-        x = sample(m, ids=torch.arange(n)[rows], y=None if y is None else y[rows], seed=seed, **sampler)
-        return to_uint8(x).cpu()
+        x = sample(m, ids=torch.arange(n)[rows], y=None if y is None else y[rows], seed=seed, **how)
+        return to_uint8(x, bytes).cpu()
     return SampleSet("samples", n, read, y)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #eab17ddb
@@ -228,6 +230,7 @@ class Request:
     steps: list = field(default_factory=lambda: [1, 2])  # numbers of steps
     gammas: list | None = None      # shares of fresh noise; None: 0, or what is stored, or what a search finds
     times: str | None = None        # timesteps, e.g. "80,0.5", or "auto": those stored beside the checkpoint
+    bytes: str | None = None        # see `to_uint8`; None: as the run's configuration says, else "round"
     search: bool = False            # search times first
     tries: int = 40                 # scores that a search may compute
     search_n: int | None = None     # samples in each; None: n, at most 5,000
@@ -285,6 +288,7 @@ class Subject:
     samples: SampleSet | None = None    # finished samples, or
     model: Any = None                   # a model,
     settings: list = field(default_factory=list)  # and how it is drawn from
+    bytes: str = "round"                # see `to_uint8`
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #d127402c
 def open_subject(
@@ -306,8 +310,10 @@ def open_subject(
     m = load(r.what, device=r.device, which=r.which)
     if r.search and not is_ctm(m):
         raise ValueError("--search finds times of jumps, and this model is a teacher; expected a CTM")
-    name = str(find_checkpoint(r.what)) if Path(r.what).is_dir() else r.what
-    return Subject(name, tuple(m.data_shape), model=m, settings=sampler_settings(r, m))
+    name, meta = r.what, {}
+    if Path(r.what).is_dir(): meta = load_checkpoint(name := str(find_checkpoint(r.what)), parts=[]).meta
+    bytes = r.bytes or (meta.get("config") or {}).get("evaluate", {}).get("bytes", "round")
+    return Subject(name, tuple(m.data_shape), model=m, settings=sampler_settings(r, m), bytes=bytes)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #c4ad22de
 def find_reference(
@@ -397,7 +403,7 @@ def evaluate(
             for f in found:  # default and found times in turn
                 default = dict(solver="ctm", steps=f["steps"], gamma=(r.gammas or [0.])[0])
                 settings += [default, {**default, "gamma": f["gamma"], "times": f["times"]}]
-        for sampler in settings:
+        for sampler in ({**s, "bytes": subject.bytes} for s in settings):
             samples = drawn_samples(subject.model, r.n_drawn, sampler, reference.label_counts, r.seed)
             rows += evaluator.records(samples, sampler, r.seed, subject.name)
     return rows, found
