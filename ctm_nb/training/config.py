@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 
 from .presets import PRESETS
+from ..data.images import BYTES
 from ..data.read import CROPS
 from ..method.distances import DISTANCES
 from ..method.distill import MATCHING
 from ..method.solvers import SOLVERS, solver_name
-from ..method.adversary import GAN_LOSSES
+from ..method.adversary import DISCRIMINATORS, GAN_LOSSES
 from ..networks.unet import FAMILIES
 
 # %% ../../nbs/6_training/02_config.ipynb #c0f190aa
@@ -42,6 +43,7 @@ class DataConfig:
     source: str = need("digits", (bool, 'the path of the images (--data PATH), or "digits"'))  # see `open_source`
     image_size: int | None = need(None, AT_LEAST_1)  # side to crop and resize to; None: as they are
     crop: str = need("center", one_of(*CROPS))  # how, a key of read.CROPS
+    channels: int | None = need(None, (lambda v: v == 3, "3, or none for what the images have"))  # 3 for a grey set too
     labels: str = ""  # a file of labels, for images whose folders don't tell
     group: str = ""  # regular expression: images in whose names it finds the same are held out together
     use_labels: bool = True  # false: an unconditional model, whatever labels there are
@@ -111,6 +113,7 @@ class DistillConfig(OptimConfig):
     compare_at: str = need("end", one_of("end", "s"))  # where the sides meet: at sigma_min, through the EMA, or at s
     distance: str = need("l2", one_of(*DISTANCES, "lpips"))
     weights: str = ""  # folder of the weights of "lpips"; empty: where torch keeps them
+    pooling: str = need("max", one_of("max", "average"))  # in the network of "lpips"; "average" as published
     target_ema: float = need(.999, FRACTION)  # rate of the EMA inside the loss
     init: str = need("teacher", one_of("teacher", "random"))  # how the s-branch starts
     dsm: bool = True  # add the denoising loss
@@ -126,7 +129,8 @@ class GanConfig(OptimConfig):
     features: str = "teacher"  # feature networks: "teacher" and names of timm's networks, with commas
     weights: str = ""  # folder of the weights of timm's networks; empty: timm's cache
     levels: tuple = need((.1, .3, 1.), POSITIVE)  # noise levels at which the teacher's features are taken
-    width: int = need(64, AT_LEAST_1)  # features of the discriminator's heads
+    discriminator: str = need("small", one_of(*DISCRIMINATORS))  # "published": 10 M weights a feature network
+    width: int = need(64, AT_LEAST_1)  # features of the discriminator's heads; "published": the least
     strength: float = need(1., NOT_NEGATIVE)  # of the augmentation
     loss: str = need("hinge", one_of(*GAN_LOSSES))
     r1: float = need(0., NOT_NEGATIVE)  # weight of the slope penalty
@@ -134,6 +138,7 @@ class GanConfig(OptimConfig):
     high: float = 10.  # largest weight of the adversary
     start: int = need(0, NOT_NEGATIVE)  # steps before there is an adversary
     head_start: int = need(0, NOT_NEGATIVE)  # steps that the discriminator then has to itself
+    first: str = need("discriminator", one_of("student", "discriminator"))  # who moves then; "student" as published
     d_lr: float = need(2e-3, POSITIVE)  # learning rate of the discriminator
     d_betas: tuple = need((.5, .9), FRACTION)  # of its optimizer, RAdam
     target_ema: float = need(.999, FRACTION)  # rate of the EMA inside the loss
@@ -149,6 +154,7 @@ class EvaluateConfig:
     teacher_solver: str = need("heun", one_of(*SOLVERS))
     teacher_steps: int = need(18, AT_LEAST_1)  # of that solver
     batch: int = need(500, AT_LEAST_1)  # samples at a time
+    bytes: str = need("round", one_of(*BYTES))  # how samples become bytes; the published code truncates
     features: str = need("train", FEATURES)
     classifier: int = need(60000, AT_LEAST_1)  # images that it sees in training, features "train"
     weights: str = ""  # folder of the weights of these features; empty: the cache

@@ -24,7 +24,7 @@ from ..checkpoints.models import load
 from ..checkpoints.store import EMA
 from ..data.images import Images
 from ..evaluation.features import LPIPSDistance, TimmFeatures, backbone_file, find_weights
-from ..method.adversary import Discriminator, TeacherFeatures, discriminator_loss, gan_loss_g, gan_turn, lazy
+from ..method.adversary import DISCRIMINATORS, TeacherFeatures, discriminator_loss, gan_loss_g, gan_turn, lazy
 from ..method.balance import BalancedGradients
 from ..method.distances import make_distance
 from ..method.distill import (MATCHING, draw_interval, dsm_loss, dsm_sigma, interval_times, solve_interval,
@@ -222,8 +222,9 @@ def given(
     source, shape = getattr(config, section).source, (data.channels, data.image_size, data.image_size)
     m = load(source, which=which)
     if m.data_shape != shape:
+        grey = "; data.channels=3 keeps grey images as the teacher takes them" * (m.channels == 3 > data.channels)
         raise ValueError(f"{section}.source={source} draws pictures of shape {m.data_shape}, the data have {shape}; "
-                         f"data.image_size={m.image_size} would resize them")
+                         f"data.image_size={m.image_size} would resize them{grey}")
     if m.n_classes not in (0, data.n_classes):
         raise ValueError(f"{section}.source={source} knows {m.n_classes} classes, the data have {data.n_classes}")
     return m
@@ -248,7 +249,8 @@ def freeze(self: DistillStage, teacher: Denoiser):
     self.bounds = {"anchor": (0., 1.)}  # it starts at zero
     self.grid = dict(sigma_min=teacher.sigma_min, sigma_max=teacher.sigma_max)
     self.times = rho_grid(d.N, **self.grid).float().to(self.device)  # (N,) of stored trajectories
-    self.distance = make_distance(LPIPSDistance(d.weights or None) if d.distance == "lpips" else d.distance, teacher)
+    lpips = LPIPSDistance(d.weights or None, pooling=d.pooling) if d.distance == "lpips" else None
+    self.distance = make_distance(lpips or d.distance, teacher)
 
 @patch
 def start(self: DistillStage, student: CTM):
@@ -450,8 +452,8 @@ class GanStage(DistillStage):
         teacher = self.parts["teacher"]
         own = lambda f: TeacherFeatures(teacher, g.levels) if f == "teacher" else TimmFeatures(f, g.weights or None)
         networks = [own(f.strip()) for f in g.features.split(",")]
-        d = Discriminator(networks, teacher.data_shape, teacher.n_classes, g.width, g.strength, self.config.run.seed)
-        self.parts["discriminator"] = d = d.to(self.device)
+        about = teacher.data_shape, teacher.n_classes, g.width, g.strength, self.config.run.seed
+        self.parts["discriminator"] = d = DISCRIMINATORS[g.discriminator](networks, *about).to(self.device)
         self.optimizers["discriminator"] = make_optimizer("radam", d, g.d_lr, g.d_betas)
 
 # %% ../../nbs/6_training/05_stages.ipynb #97a837d1
@@ -478,14 +480,14 @@ def turn(self: GanStage,
     n: int,  # step within the stage
 ) -> str:  # "ctm_dsm", "discriminator" or "ctm_dsm_gan"
     "What a step minimises: see `gan_turn`."
-    return gan_turn(n, self.optim.start, self.optim.head_start)
+    return gan_turn(n, self.optim.start, self.optim.head_start, self.optim.first)
 
 @patch
 def works_ahead(self: GanStage, n: int) -> bool: return not teacherless(self.config)
 @patch
 def learner(self: GanStage, n: int) -> str: return "discriminator" if self.turn(n) == "discriminator" else "model"
 @patch
-def restarted(self: GanStage) -> list: return [self.parts["discriminator"]]  # power iterations of spectral norms
+def restarted(self: GanStage) -> list: return [self.parts["discriminator"].heads]  # their spectral and batch norms
 
 # %% ../../nbs/6_training/05_stages.ipynb #ed13d593
 @patch
@@ -500,14 +502,15 @@ def r1(self: GanStage,
     n: int,  # step within the stage, a turn of the discriminator
 ) -> float:
     "Weight of the slope penalty in a step."
-    first = self.optim.start + self.optim.head_start
-    return lazy(n - first % 2, self.optim.r1)
+    g = self.optim
+    first = g.start + g.head_start + (g.first == "student")  # turn of the discriminator after its head start
+    return lazy(n - first % 2, g.r1)
 
 @patch
 def kinds(self: GanStage) -> list:
     "The first turn of the discriminator, that of the student, and one with a slope penalty if there is any."
     first = self.optim.start + self.optim.head_start
-    charged = [n for n in range(first, first + 32, 2) if self.r1(n)]
+    charged = [n for n in range(first, first + 33) if self.learner(n) == "discriminator" and self.r1(n)]
     return sorted({first, first + 1, *charged[:1]})
 
 # %% ../../nbs/6_training/05_stages.ipynb #f7e5217d

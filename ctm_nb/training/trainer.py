@@ -164,7 +164,7 @@ def open_images(
     "The images of a configuration; raises ValueError that lists what can't be read."
     d = config.data
     splits: Any = load_splits(d.source, d.image_size, d.crop, d.skip_broken, d.labels or None, use_labels=d.use_labels,
-                              group=d.group)
+                              group=d.group, channels=d.channels)
     return splits
 
 # %% ../../nbs/6_training/08_trainer.ipynb #292236c9
@@ -647,8 +647,9 @@ def evaluate(self: Trainer,
     n, samplers, distances, found = n or e.n, self.samplers(), [], [*self.evaluator.floor(self.splits)]
     log.info("step %d: drawing and scoring %d samples with each of %d samplers", self.step, n, len(samplers))
     for name, (m, how) in samplers.items():
+        how = {**how, "bytes": e.bytes}
         drawn = drawn_samples(m, n, how, self.evaluator.reference.label_counts, seed)
-        rows = self.evaluator.records(drawn, {k: how.get(k) for k in ("solver", "steps", "gamma")}, seed, step)
+        rows = self.evaluator.records(drawn, {k: how.get(k) for k in ("solver", "steps", "gamma", "bytes")}, seed, step)
         for r in rows: self.board.add_scalar(f"{r['metric']}/{name}", r["value"], self.step)
         distances += [f"{r['value']:.2f} ({name})" for r in rows if r["metric"] in ("frechet_distance", "fid")]
         found += rows
