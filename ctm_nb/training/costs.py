@@ -88,6 +88,7 @@ def student_cost(
     K: int | None = None,  # longest solver interval in grid steps; None: d.K
 ) -> float:  # forward passes
     "What distilling one image costs: the teacher, the loss and what holds the denoiser."
+    if matching == "dsm": return 3.
     if matching in MATCHING: return mean_evals(d, K) + 2 + (6 if d.dsm else 3) + 2
     stored = matching == "trajectories"
     rows = d.dsm / (d.anchor_rows or (4 if stored else 1))
