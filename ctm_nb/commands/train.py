@@ -34,6 +34,7 @@ def _stages(config, stage):
     from ctm_nb.training.costs import mean_evals
     t, d, g, ends = config.teacher, config.distill, config.gan, f"none (--stage {stage} ends before it"
     teacher = f"given: {t.source}" if t.source else f"{t.steps} steps of {t.batch} images"
+    if t.source == "none": teacher = "none: the student solves for itself"
     solved = f"{mean_evals(d):.1f} teacher evaluations a step ({d.solver})"
     student = f"{d.steps} steps of {d.batch} images, {solved}, distance {d.distance}"
     if stage == "teacher": student = f"{ends})"
@@ -86,7 +87,7 @@ def plan(
     if not config.data.use_labels: classes = "labels not used (data.use_labels=false)"
     if measured: images_per_sec = measure(only, train, str(pick_device(config.run.device)))
     weights = sum(p.numel() for p in make_network(config, train).parameters())
-    given = " (that of the given teacher counts)" if config.teacher.source else ""
+    given = " (that of the given teacher counts)" if config.teacher.source not in ("", "none") else ""
     copies = 6 + max(len(getattr(config, k).emas) for k in STAGES.values())
     kept = f"{config.run.keep} are kept" + (", and the best of each stage" if config.run.score_every else "")
     student = f", student with {', '.join(map(str, e.steps))}" if stage != "teacher" else ""
@@ -118,7 +119,7 @@ def train_parser() -> Parser:
     add("--stage", choices=("teacher", "ctm_dsm", "ctm_dsm_gan", "all"), help="train to the end of this stage; "
         "ctm_dsm_gan and all include an adversary (default: ctm_dsm, or ctm_dsm_gan with --student)")
     add("--teacher", metavar="PATH", help="distil this teacher instead of training one: a run, an EDM .pkl, "
-        "an OpenAI .pt, or a public name (ctm_nb_convert --list)")
+        "an OpenAI .pt, or a public name (ctm_nb_convert --list); none: do without")
     add("--student", metavar="PATH", help="start the adversarial stage from this CTM instead of distilling one")
     add("--name", help="the run is written to RUNS/NAME (default: the preset's name, or the data's)")
     add("--minutes", type=ranged(.01, kind=float), metavar="N", help="steps, scores and pictures so that the whole "
@@ -145,7 +146,8 @@ def _words(a):
     "What was typed, as settings."
     given = {"data.source": a.data, "teacher.source": a.teacher, "distill.source": a.student,
              "data.skip_broken": "true" if a.skip_broken else "", "run.micro_batch": a.micro_batch}
-    return [*(f"{k}={v}" for k, v in given.items() if v), *a.set]
+    none = ["distill.phases=dsm:.5,soft:.5", "gan.steps=0"] if a.teacher == "none" else []
+    return [*none, *(f"{k}={v}" for k, v in given.items() if v), *a.set]
 
 def _config(a):
     "The configuration that the flags ask for; without a preset the data choose, see `presets.choose`."
