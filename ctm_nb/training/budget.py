@@ -36,7 +36,7 @@ from .trainer import Trainer, no_scores_because, open_images
 
 log = logging.getLogger(__name__)
 
-# %% ../../nbs/6_training/10_budget.ipynb #b0d9e004
+# %% ../../nbs/6_training/10_budget.ipynb #b0d9e005
 SHARES = {"teacher": .55, "ctm_dsm": .45, "ctm_dsm_gan": .45}  # of the time for training, among the stages of a run
 SCORES, SPARE = .1, 1.25  # share of scores in the run at most; what they may take longer than measured
 LEAST, ENOUGH = 30, 1000  # steps below which a stage is pointless; with which a teacher of twice the width is better
@@ -52,13 +52,13 @@ def recipe(
     short = "distill.phases= distill.matching=trajectories"
     return [*MUON.split(), *(short if seconds < LONG else "distill.phases=trajectories:.6,soft:.4").split()]
 
-# %% ../../nbs/6_training/10_budget.ipynb #b0d9e006
+# %% ../../nbs/6_training/10_budget.ipynb #b0d9e007
 def _solving(d, matching: str) -> float:
     "A step on the average, beside one that solves no trajectories."
     whole = student_cost(d, matching)
     return whole / (whole - (matching == "trajectories") * (d.N - 1) * SOLVERS[solver_name(d.solver)] / d.reuse)
 
-# %% ../../nbs/6_training/10_budget.ipynb #b0d9e007
+# %% ../../nbs/6_training/10_budget.ipynb #b0d9e008
 def _try_steps(config: Config, splits: Splits, folder: Path, most: float, clock) -> tuple[Trainer, dict]:
     "Some steps of every kind: two, or as many as `most` seconds hold, up to twenty; stage -> seconds of a step."
     small, d, found = deepcopy(config), config.distill, {}
@@ -80,7 +80,7 @@ def _try_steps(config: Config, splits: Splits, folder: Path, most: float, clock)
             found[stage] = found.get(stage, 0.) + share * mean(times[1:])
     return t, found
 
-# %% ../../nbs/6_training/10_budget.ipynb #b0d9e009
+# %% ../../nbs/6_training/10_budget.ipynb #b0d9e00a
 class Speed(NamedTuple):
     "Seconds on this machine."
     step: dict  # stage -> of a step
@@ -104,8 +104,9 @@ def measure(
         return clock() - began
     with TemporaryDirectory() as folder:
         t, step = _try_steps(config, splits, Path(folder) / "run", most, clock)
-        pause = seconds(t.save) + seconds(t.save_grid)
-        found = Speed(step, pause, seconds(t.save_grid, final=True) + seconds(write_report, t.folder))
+        for _ in range(2):  # the first time imports what is needed
+            pause = seconds(t.save) + seconds(t.save_grid)
+            found = Speed(step, pause, seconds(t.save_grid, final=True) + seconds(write_report, t.folder))
         if not scored: return found
         e, train, samplers, learn = config.evaluate, splits["train"], t.samplers().values(), 0.
         few = np.arange(64) * len(train) // 64
@@ -118,7 +119,7 @@ def measure(
         draw = sum(seconds(sample, m, 16, **how) for m, how in samplers) / 16
     return found._replace(learn=learn, look=look, draw=draw + len(samplers) * look)
 
-# %% ../../nbs/6_training/10_budget.ipynb #b0d9e00b
+# %% ../../nbs/6_training/10_budget.ipynb #b0d9e010
 def _fit_scores(config: Config, splits: Splits, speed: Speed, seconds: float, given: set) -> float:
     "How many samples, and how much work for the classifier, fit; the seconds that they take."
     e, train, own = config.evaluate, splits["train"], config.evaluate.features == "train"
@@ -131,7 +132,7 @@ def _fit_scores(config: Config, splits: Splits, speed: Speed, seconds: float, gi
     if "evaluate.n" not in given: e.n = fits[0] if fits else 0
     return e.n and SPARE * (fixed + e.n * speed.draw)
 
-# %% ../../nbs/6_training/10_budget.ipynb #b0d9e00d
+# %% ../../nbs/6_training/10_budget.ipynb #b0d9e013
 def _fit_steps(config: Config, stages: list, speed: Speed, seconds: float, given: set, pixels: int):
     "As many steps as fit, and what depends on their number."
     def put(section, key, value):
@@ -151,7 +152,7 @@ def _fit_steps(config: Config, stages: list, speed: Speed, seconds: float, given
     room = min(2 ** 29 // (4 * d.N * d.batch * pixels), d.steps // d.reuse // 2)
     put("distill", "stored", d.batch * max(4, room))
 
-# %% ../../nbs/6_training/10_budget.ipynb #b0d9e00f
+# %% ../../nbs/6_training/10_budget.ipynb #b0d9e015
 def plan_budget(
     config: Config,  # of a run, changed
     seconds: float,  # of the whole command
@@ -188,7 +189,7 @@ def plan_budget(
     each = [f"{s} {duration(left * SHARES[s] / whole)}" for s in stages]
     return f"{duration(opened)} to open and measure; {'; '.join(each)}; scores, picture, report {duration(reserve)}"
 
-# %% ../../nbs/6_training/10_budget.ipynb #b0d9e011
+# %% ../../nbs/6_training/10_budget.ipynb #b0d9e019
 def _as_config(saved: dict, words: list) -> Config:
     "A configuration that was saved, changed by what was typed."
     c = Config()
@@ -213,7 +214,7 @@ def _take_up(folder: Path, words: list, minutes: float, stages: list) -> tuple[C
     for word in words: set_value(config, word)
     return config, 60 * (minutes - had)
 
-# %% ../../nbs/6_training/10_budget.ipynb #b0d9e012
+# %% ../../nbs/6_training/10_budget.ipynb #b0d9e01a
 def budget(
     config: Config,  # that the command asks for
     words: list,  # that were typed
@@ -239,7 +240,7 @@ def budget(
     wider = wider and new and "teacher" in stages and "network.model_channels" not in given
     return config, splits, plan_budget(config, seconds, stages, splits, given, began, wider, clock)
 
-# %% ../../nbs/6_training/10_budget.ipynb #b0d9e014
+# %% ../../nbs/6_training/10_budget.ipynb #b0d9e01c
 def _follow(config: Config, row: list):
     "Take the steps of a decision."
     for section, steps in zip(STAGES.values(), row[1:]): getattr(config, section).steps = steps
@@ -253,7 +254,7 @@ def as_saved(
     for row in [*rows[:1], *(r for r in rows[1:] if r[0] < step)]: _follow(config, row)
     return config
 
-# %% ../../nbs/6_training/10_budget.ipynb #b0d9e015
+# %% ../../nbs/6_training/10_budget.ipynb #b0d9e01d
 class BudgetTrainer(Trainer):
     "A run whose remaining steps follow the clock, by decisions that are kept."
     def __init__(self,
@@ -269,7 +270,7 @@ class BudgetTrainer(Trainer):
         super().__init__(as_saved(config, -1), folder, previous, splits)
         rows = self.about["steps"]
         if self.step == rows[0][0]: self.about["earlier"] = self.state.seconds
-        self.spent, self.mark = self.state.seconds - self.about["earlier"], (self.step, clock())
+        self.spent, self.worked, self.mark = self.state.seconds - self.about["earlier"], 0., (self.step, 0.)
         self.keep()
         self.decide()
 
@@ -288,12 +289,23 @@ class BudgetTrainer(Trainer):
         self.follow(as_saved(self.config, c.step))
         super().resume(c)
 
+    def train_step(self) -> dict:
+        "A step by the clock."
+        began, found = self.clock(), super().train_step()
+        self.worked += self.clock() - began
+        return found
+
+    def save_grid(self, final=False) -> Path | None:
+        "A picture, but not for each decision."
+        due = final or self.step % self.config.run.sample_every == 0 or self.step in self.ends.values()
+        return super().save_grid(final) if due else None
+
     def advance(self, last, signals, score=True):
         "Train to the next decision, and make it."
         super().advance(min(last, self.due()), signals, score)
         self.decide()
 
-# %% ../../nbs/6_training/10_budget.ipynb #b0d9e016
+# %% ../../nbs/6_training/10_budget.ipynb #b0d9e01e
 @patch
 def due(self: BudgetTrainer) -> int:  # step of the run
     "When the next decision is made: at the start of a later stage, early in a stage, then half-way to its end."
@@ -306,16 +318,16 @@ def due(self: BudgetTrainer) -> int:  # step of the run
 @patch
 def chosen(self: BudgetTrainer) -> list:  # step of the run, steps of each stage
     "The steps with which the run ends in time if nothing changes."
-    about, now, (step, then) = self.about, self.clock(), self.mark
-    if self.step - step >= 4: self.slow = (now - then) / (self.step - step) / about["costs"][self.now.name]
-    left = about["seconds"] - self.spent - (now - self.began) - self.slow * about["reserve"]
+    about, (step, worked) = self.about, self.mark
+    if self.step - step >= 4: self.slow = (self.worked - worked) / (self.step - step) / about["costs"][self.now.name]
+    left = about["seconds"] - self.spent - (self.clock() - self.began) - self.slow * about["reserve"]
     todo = {s: p.end - max(p.first, self.step) for s, p in self.plan.items() if s in about["costs"]}
     need = self.slow * sum(n * about["costs"][s] for s, n in todo.items() if n > 0)
     share, row = max(left / need, .05), [self.step]
     for s, section in STAGES.items():
         steps, n = getattr(self.config, section).steps, todo.get(s, 0)
         row.append(steps - n + max(1, round(share * n)) if n > 0 else steps)
-    self.mark = self.step, now
+    self.mark = self.step, self.worked
     log.info("step %d: a step takes %.2f of what was measured, %.2f of the steps that are left fit", self.step,
              self.slow, share)
     return row
