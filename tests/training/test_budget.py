@@ -1,4 +1,4 @@
-"""A run of so many minutes: it ends in time on a machine that changes its mind, killed or not, and says what can't be."""
+"""A run of so many minutes ends in time on a machine that changes its mind, killed or not, and says what can't be."""
 import json
 import re
 from pathlib import Path
