@@ -4,7 +4,6 @@ import copy
 import pytest
 import torch
 
-from ctm_nb.data.images import digits
 from ctm_nb.method.adversary import (
     GAN_LOSSES,
     Discriminator,
@@ -299,23 +298,6 @@ def test_turns():
     assert turns == ["ctm_dsm"] * 3 + ["discriminator"] * 3 + game
     assert [gan_turn(n, 0, 3) for n in range(6)] == ["discriminator"] * 4 + ["ctm_dsm_gan", "discriminator"]
     assert sum(lazy(n, .1, 4) for n in range(40)) == pytest.approx(4.) and lazy(4, 0., 4) == 0
-
-
-@pytest.mark.parametrize("start, head_start", [(0, 0), (0, 5), (3, 4), (0, 8)])
-def test_the_penalty_falls_on_turns_of_the_discriminator(start, head_start, monkeypatch):
-    from ctm_nb.training import stages
-    from ctm_nb.training.config import make_config
-    words = ["gan.steps=80", "gan.r1=1", f"gan.start={start}", f"gan.head_start={head_start}"]
-    config, cpu, charged = make_config("tiny", words), torch.device("cpu"), []
-    teacher = stages.TeacherStage(config, digits(), cpu).parts["teacher"]
-    stage = stages.GanStage(config, digits(), cpu, {"teacher": teacher, "ctm": student_from(teacher)})
-    monkeypatch.setattr(stages, "discriminator_loss", lambda *_, r1, **__: charged.append(r1 > 0))
-    nothing = dict.fromkeys(("x_t", "t", "s", "x0", "y", "looks"))
-    for n in range(start, 80):
-        if stage.turn(n) == "discriminator": stage.losses(nothing, n)
-    assert sum(charged) >= (80 - start - head_start) // 16
-    kinds = {stage.turn(n): stage.r1(n) for n in stage.kinds()}  # tried for memory: both turns, with the penalty
-    assert set(kinds) == {"discriminator", "ctm_dsm_gan"} and kinds["discriminator"] > 0
 
 
 # ---- the losses of the student's turn
