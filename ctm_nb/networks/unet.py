@@ -29,6 +29,11 @@ class Network(nn.Module):
         "Weight of the output layer."
         return self.out_layers[-1].weight
 
+    @property
+    def balance_layer(self) -> nn.Parameter:  # at which the losses of a student are balanced
+        "The last layer, unless a family's recipe says otherwise."
+        return self.last_layer
+
 # %% ../../nbs/2_networks/02_unet.ipynb #855f25ef
 class UNet(Network):
     "The U-Net of all four families, with an optional second time input s; a subclass fixes the `conventions`."
@@ -79,6 +84,11 @@ class ADM(UNet):
 class OpenAIUNet(UNet):
     "The U-Net of the consistency models and the released CTM on ImageNet 64x64: ADM, with 250 ln t and 32 groups."
     conventions = replace(ADM.conventions, time_scale=1000., label="after_t", group_channels=1, three_first=True)
+
+    @property
+    def balance_layer(self) -> nn.Parameter:
+        "Second convolution of the last residual block.  # CTM [R]: ImageNet"
+        return list(self.dec.values())[-1].conv1.weight
 
 # %% ../../nbs/2_networks/02_unet.ipynb #35df9b98
 @patch
@@ -293,6 +303,16 @@ def with_s_branch(self: Network,
         else: state[name] = state[name.replace("_s.", ".")]
     student.load_state_dict(state)
     return student.train(self.training)
+
+# %% ../../nbs/2_networks/02_unet.ipynb #08f73fcb
+@patch
+def set_dropout(self: UNet,
+    p: float,  # probability in [0, 1)
+):
+    "Another probability of dropout, in this network and in its `config`."
+    self.config["dropout"] = p
+    for block in self.modules():
+        if isinstance(block, ResBlock): block.dropout = p
 
 # %% ../../nbs/2_networks/02_unet.ipynb #ab6db65a
 class _MLPBlock(nn.Module):

@@ -11,7 +11,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctm_nb.data.augment import augment
-from ctm_nb.method import distill
 from ctm_nb.training import optimizers
 from ctm_nb.training.config import make_config
 from ctm_nb.training.trainer import Ahead, Trainer
@@ -36,7 +35,6 @@ class NobodyWaits(TorchDispatchMode):
 def like_a_gpu(monkeypatch):
     "Networks and optimizers take the branches that they take on a GPU, where no value is looked at to check it."
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
-    monkeypatch.setattr(distill, "same_dropout", lambda x: torch.random.fork_rng([]))  # there is no other generator
     monkeypatch.setattr(Ahead, "take", lambda self, step: self.make(step))  # in this thread, which is watched
     of_gpu = partial(optimizers.kernels, device=torch.device("cuda"))
     monkeypatch.setattr(optimizers, "kernels", lambda name, device: of_gpu(name))
