@@ -69,6 +69,8 @@ def plan(
     stage: str = "all",  # the run goes to the end of this one
 ) -> str:
     "What a run is going to do, as text."
+    import torch
+    from ctm_nb.method.sampling import evaluations
     from ctm_nb.training.config import STAGES
     from ctm_nb.training.costs import estimate, measure
     from ctm_nb.evaluation.reference import pick_device
@@ -83,7 +85,8 @@ def plan(
     given = " (that of the given teacher counts)" if config.teacher.source else ""
     copies = 6 + max(len(getattr(config, k).emas) for k in STAGES.values())
     student = f", student with {', '.join(map(str, e.steps))}" if stage != "teacher" else ""
-    scored = f"none: {why}" if why else f"{e.n} samples: teacher with {2 * e.teacher_steps - 1} evaluations{student}"
+    nfe = evaluations(e.teacher_solver, torch.arange(e.teacher_steps, -1, -1))
+    scored = f"none: {why}" if why else f"{e.n} samples: teacher with {nfe} evaluations{student}"
     size = f"{train.channels} x {train.image_size} x {train.image_size}"
     return "\n".join([
         f"data      {train.name}: {len(train)} training images, {size}, {classes}",

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .presets import PRESETS
+from ..data.images import BYTES
 from ..data.read import CROPS
 from ..method.distances import DISTANCES
 from ..method.distill import MATCHING
@@ -42,6 +43,7 @@ class DataConfig:
     source: str = need("digits", (bool, 'the path of the images (--data PATH), or "digits"'))  # see `open_source`
     image_size: int | None = need(None, AT_LEAST_1)  # side to crop and resize to; None: as they are
     crop: str = need("center", one_of(*CROPS))  # how, a key of read.CROPS
+    channels: int | None = need(None, (lambda v: v == 3, "3, or none for what the images have"))  # 3 for a grey set too
     labels: str = ""  # a file of labels, for images whose folders don't tell
     group: str = ""  # regular expression: images in whose names it finds the same are held out together
     use_labels: bool = True  # false: an unconditional model, whatever labels there are
@@ -77,6 +79,7 @@ class OptimConfig:
     beta2: float = need(.999, FRACTION)  # memory of the squared gradients
     ema: float = need(.999, FRACTION)  # rate of the EMA that samples are drawn with
     emas: tuple = need((), FRACTION)  # rates of further EMAs that checkpoints keep
+    ema_warmup: bool = True  # EMAs follow faster at first (see `EMA`); false: at a fixed rate, as published
     clip: float | None = need(None, POSITIVE)  # largest gradient norm; None: no limit
 
 # %% ../../nbs/6_training/02_config.ipynb #608bb842
@@ -113,12 +116,14 @@ class DistillConfig(OptimConfig):
     target_ema: float = need(.999, FRACTION)  # rate of the EMA inside the loss
     init: str = need("teacher", one_of("teacher", "random"))  # how the s-branch starts
     dsm: bool = True  # add the denoising loss
+    dropout: float = need(0., FRACTION)  # of student and target, in this stage and the adversary's
 
 # %% ../../nbs/6_training/02_config.ipynb #075740fd
 @dataclass
 class GanConfig(OptimConfig):
     "CTM + DSM + GAN, on top of a student; the settings of CTM + DSM stay as they are under `distill`."
     steps: int = need(0, NOT_NEGATIVE)  # of student and discriminator together, they take turns; 0: no such stage
+    init: str = need("ema", one_of("ema", "raw"))  # "raw": weights, optimizer and EMAs go on, as published
     K: int | None = need(None, AT_LEAST_1)  # longest solver interval in this stage; None: as in distill
     features: str = "teacher"  # feature networks: "teacher" and names of timm's networks, with commas
     weights: str = ""  # folder of the weights of timm's networks; empty: timm's cache
@@ -142,9 +147,12 @@ class EvaluateConfig:
     "Scores at the end of a run."
     n: int = need(5000, (lambda v: v == 0 or v >= 10, "0 (no scores) or at least 10"))  # samples a sampler
     steps: tuple = need((1, 2, 4), AT_LEAST_1)  # evaluations of G
-    teacher_steps: int = need(18, AT_LEAST_1)  # Heun steps of the teacher
+    teacher_solver: str = need("heun", one_of(*SOLVERS))
+    teacher_steps: int = need(18, AT_LEAST_1)  # of that solver
     batch: int = need(500, AT_LEAST_1)  # samples at a time
+    bytes: str = need("round", one_of(*BYTES))  # how samples become bytes; the published code truncates
     features: str = need("train", FEATURES)
+    classifier: int = need(60000, AT_LEAST_1)  # images that it sees in training, features "train"
     weights: str = ""  # folder of the weights of these features; empty: the cache
 
 # %% ../../nbs/6_training/02_config.ipynb #b96d66f6
@@ -256,7 +264,7 @@ def set_value(
     except ValueError as e:
         expected = e if f.type is bool else getattr(f.type, "__name__", f.type)
         raise ValueError(f"{key} must be {expected}, got {text!r}") from None
-    setattr(section, f.name, solver_name(value) if key == "distill.solver" else value)
+    setattr(section, f.name, solver_name(value) if key.endswith("solver") else value)
 
 # %% ../../nbs/6_training/02_config.ipynb #c303a7de
 def make_config(
@@ -298,6 +306,8 @@ TOGETHER = [
      lambda c: not c.distill.label_dropout or c.teacher.label_dropout or c.teacher.source,
      "0 for a teacher that has seen no image without its label (teacher.label_dropout=0)"),
     ("gan.steps", schedule, "at least 1 where nothing else is to be trained"),
+    ("gan.init", lambda c: c.gan.init == "ema" or c.gan.optimizer == c.distill.optimizer,
+     "ema where gan.optimizer is not distill.optimizer"),
     ("gan.K", lambda c: (c.gan.K or 1) < c.distill.N, "below distill.N"),
     ("gan.features", lambda c: all(f.strip() for f in c.gan.features.split(",")),
      '"teacher", names of timm networks, or both with commas'),

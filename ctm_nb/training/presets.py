@@ -26,11 +26,13 @@ def _edm_teacher(batch, lr, images, half_life):
 STUDENT = [
     (CTM, "distill.optimizer=radam distill.lr=4e-4 distill.solver=heun distill.distance=lpips distill.dsm=true"),
     (COMMANDS, "distill.decay=constant distill.max_evals=none distill.k_power=1 distill.init=random distill.ema=.999"),
+    (COMMANDS, "data.flip=true distill.ema_warmup=false"),
     ("CTM [R] advice 10-50k", "distill.steps=30000"),
+    ("CTM [R] samples", "evaluate.bytes=truncate"),
 ]
 ADVERSARY = [
     (CTM, "gan.optimizer=radam evaluate.n=50000"),
-    (COMMANDS, "gan.decay=constant gan.ema=.999"),
+    (COMMANDS, "gan.decay=constant gan.ema=.999 gan.ema_warmup=false gan.init=raw"),
     ("CTM [R] advice >= 30k", "gan.steps=30000"),
     ("CTM, recipe (StyleGAN-XL)", "gan.features=deit_base_distilled_patch16_224,tf_efficientnet_lite0"),
 ]
@@ -41,6 +43,7 @@ CIFAR10 = [
     *STUDENT,
     (CTM, "distill.N=18 gan.lr=4e-4"),
     (COMMANDS, "distill.batch=256 distill.K=17 distill.emas=.9999 gan.batch=528 gan.emas=.9999"),
+    (COMMANDS, "distill.dropout=.13 distill.target_ema=.999"),
     *ADVERSARY,
 ]
 
@@ -52,8 +55,8 @@ IMAGENET64 = [
     (EDM, _edm_teacher(4096, 1e-4, images=2500e6, half_life=50e6)),
     *STUDENT,
     (CTM, "data.image_size=64 distill.N=40 gan.lr=8e-6 gan.K=20"),
-    (COMMANDS, "network.family=openai distill.batch=1440 distill.K=39 distill.emas=.9999,.9999432"),
-    (COMMANDS, "distill.target_ema=.999 gan.target_ema=.999 gan.batch=4224 gan.emas=.9999,.9999432"),
+    (COMMANDS, "network.family=openai distill.batch=1440 distill.K=39 distill.emas=.9999,.9999432189950708"),
+    (COMMANDS, "distill.target_ema=.999 gan.target_ema=.999 gan.batch=4224 gan.emas=.9999,.9999432189950708"),
     *ADVERSARY,
 ]
 
@@ -96,8 +99,8 @@ RECIPES = {
     "mnist": [YOURS, *DIGITS, ("ours, for 28 x 28",
                                "network.channel_mult=1,2,2 network.attention=7 teacher.steps=1000 gan.steps=0")],
     "emoji": EMOJI,
-    "cifar10": [YOURS, *CIFAR10, (COMMANDS, "distill.target_ema=.9999 gan.target_ema=.9999 data.use_labels=false")],
-    "cifar10-cond": [YOURS, *CIFAR10, (COMMANDS, "distill.target_ema=.999 gan.target_ema=.999")],
+    "cifar10": [YOURS, *CIFAR10, (COMMANDS, "gan.target_ema=.9999 data.use_labels=false")],
+    "cifar10-cond": [YOURS, *CIFAR10, (COMMANDS, "gan.target_ema=.999")],
     "imagenet64": [YOURS, *IMAGENET64],
     "tiny": [("a trial", TINY)],
 }
@@ -152,8 +155,8 @@ def choose(
     known = classes if source.classes else "no classes: an unconditional model"
     rest = f"everything else as in the preset {start}"
     if gpu:  # what needs no download
-        words += ["distill.distance=features", "gan.features=teacher", "distill.init=teacher"]
-        rest += "; distances and the adversary look through the teacher's encoder, which needs no download"
+        words += ["distill.distance=features", "gan.features=teacher", "distill.init=teacher", "data.flip=false"]
+        rest += ", but nothing is mirrored, and distances and the adversary look through the teacher's encoder"
     reasons = [f"{source.name} ({source.kind}) has {len(source)} images and {known}", why, because, rest]
     sized = [f"data.image_size={size}"] if size else []
     return start, [f"data.source={path}", *sized, *words], reasons

@@ -36,7 +36,7 @@ from ..method.trajectories import anchor_loss, draw_pair, stored_batch, trajecto
 from ..method.trajectory import CTM, student_from
 from ..networks.unet import build_network
 from .config import STAGES, Config, Span, phases, schedule
-from .optimizers import lr_at, make_optimizer
+from .optimizers import load_optimizer, lr_at, make_optimizer
 
 # %% ../../nbs/6_training/05_stages.ipynb #54584f7e
 def step_generator(
@@ -95,6 +95,7 @@ class Stage:
     def lr(self, n: int) -> float: return lr_at(self.optim, n)  # its learning rate
     def kinds(self) -> list: return [0]  # a step of each kind, for trying how much memory they take
     def works_ahead(self, n: int) -> bool: return False  # does `example` take half of the cores?
+    def inherit(self, before: "Stage"): pass  # what goes on from the stage before, besides its networks
 
 # %% ../../nbs/6_training/05_stages.ipynb #39ed9d59
 @patch
@@ -103,7 +104,7 @@ def learn(self: Stage, model: torch.nn.Module, name: str, **averages: float):
     o, self.parts["model"] = self.optim, model
     self.optimizers["model"] = make_optimizer(o.optimizer, model, o.lr, (.9, o.beta2), model.net.last_layer)
     for k, rate in {**averages, name: o.ema, **{f"{name}-{r}": r for r in o.emas}}.items():
-        self.emas[k] = EMA(model, rate)
+        self.emas[k] = EMA(model, rate, o.ema_warmup)
         self.parts[k] = self.emas[k].module
 
 # %% ../../nbs/6_training/05_stages.ipynb #e75487a9
@@ -111,7 +112,7 @@ def learn(self: Stage, model: torch.nn.Module, name: str, **averages: float):
 def gradients(self: Stage, n: int) -> BalancedGradients:
     "Where the gradients of a step are summed."
     module = self.parts[part := self.learner(n)]
-    return BalancedGradients(module.parameters(), module.net.last_layer if part == "model" else None)
+    return BalancedGradients(module.parameters(), module.net.balance_layer if part == "model" else None)
 
 # %% ../../nbs/6_training/05_stages.ipynb #38896ab4
 def make_network(
@@ -162,8 +163,9 @@ def given(self: Stage, which: str) -> Denoiser | CTM:  # "teacher" or "ctm"
     section, data = {"teacher": "teacher", "ctm": "distill"}[which], self.data
     m = load(source := getattr(self.config, section).source, which=which)
     if m.data_shape != self.shape:
+        grey = "; data.channels=3 keeps grey images as the teacher takes them" * (m.channels == 3 > data.channels)
         raise ValueError(f"{section}.source={source} draws pictures of shape {m.data_shape}, the data have "
-                         f"{self.shape}; data.image_size={m.image_size} would resize them")
+                         f"{self.shape}; data.image_size={m.image_size} would resize them{grey}")
     if m.n_classes not in (0, data.n_classes):
         raise ValueError(f"{section}.source={source} knows {m.n_classes} classes, the data have {data.n_classes}")
     return m
@@ -190,7 +192,10 @@ class DistillStage(Stage):
 
     def start(self, student: CTM):
         "Take the student and its EMAs."
-        self.learn(student.to(self.device).requires_grad_(True).eval(), "ctm", target=self.optim.target_ema)
+        if p := self.config.distill.dropout: student.net.set_dropout(p)
+        student = student.to(self.device).requires_grad_(True).train(p > 0)
+        self.learn(student, "ctm", target=self.optim.target_ema)
+        self.parts["target"].train(p > 0)
 
     def phase(self, n: int) -> Span:
         "The phase of distillation that a step belongs to."
@@ -232,7 +237,8 @@ def of_student(self: DistillStage, e: dict, adversary=None) -> dict:  # name -> 
     "Soft matching and denoising, and what an adversary adds.  # CTM: training step"
     d, inputs = self.config.distill, {k: v for k, v in e.items() if k not in ("teacher_evals", "looks")}
     return step_losses(self.parts["model"], self.parts["target"], **inputs, distance=self.distance,
-                       compare_at=d.compare_at, dsm=d.dsm, adversary=adversary, skip=not self.config.run.compile)
+                       compare_at=d.compare_at, dsm=d.dsm, adversary=adversary,
+                       skip=not (self.config.run.compile or d.dropout))
 
 # %% ../../nbs/6_training/05_stages.ipynb #f175e287
 def path_numbers(stage: DistillStage, B: int, gen: torch.Generator, n: int) -> dict:
@@ -358,6 +364,18 @@ class GanStage(DistillStage):
         "The last matching by intervals: the adversary's steps are made of its estimates."
         names = [p.name for p in phases(self.config.distill, self.optim.steps) if p.name in MATCHING]
         return Span(names[-1] if names else "soft", 0, self.optim.steps)
+
+# %% ../../nbs/6_training/05_stages.ipynb #97a837d1
+@patch
+def inherit(self: GanStage, before: Stage):
+    "With `gan.init=raw`, go on with student, optimizer and EMAs as they are.  # CTM [R]"
+    if self.optim.init != "raw": return
+    self.parts["model"].load_state_dict(before.parts["model"].state_dict())
+    load_optimizer(self.optimizers["model"], before.optimizers["model"].state_dict())
+    for name, ema in self.emas.items():
+        was = before.emas.get(name, before.emas["ctm"])
+        ema.module.load_state_dict(was.module.state_dict())
+        ema.n_updates = was.n_updates
 
 # %% ../../nbs/6_training/05_stages.ipynb #1cba5c1f
 @patch

@@ -39,7 +39,7 @@ from ..evaluation.evaluate import drawn_samples, extend_scores, run_evaluator
 from ..evaluation.features import load_extractor
 from ..method.balance import alone
 from ..method.distill import MATCHING
-from ..method.sampling import sample
+from ..method.sampling import evaluations, sample
 from ..method.solvers import OLD_NAMES
 from .config import STAGES, Config, schedule, stage_at
 from .optimizers import load_optimizer
@@ -118,7 +118,7 @@ def open_images(
     "The images of a configuration; raises ValueError that lists what can't be read."
     d = config.data
     return load_splits(d.source, d.image_size, d.crop, d.skip_broken, d.labels or None, use_labels=d.use_labels,
-                       group=d.group)
+                       group=d.group, channels=d.channels)
 
 # %% ../../nbs/6_training/08_trainer.ipynb #292236c9
 def no_scores_because(
@@ -461,7 +461,9 @@ def look(self: Trainer):
 @patch
 def train_step(self: Trainer) -> dict:  # numbers of this step; on a GPU, tensors that the program has not waited for
     "One step of whichever stage it is; FloatingPointError, with nothing changed, where a number is not finite."
-    if self.stage != self.now.name: self.begin(self.stage, self.parts)
+    if self.stage != (before := self.now).name:
+        self.begin(self.stage, self.parts)
+        self.now.inherit(before)
     s, n, started = self.state, self.step - self.begun_at, time.perf_counter()
     self.use_cores(s.step)
     try: numbers = apply_gradient(self.now, n, self.gradient(), self.guard, s.step, s.scaler, self.wait)
@@ -509,10 +511,11 @@ def board(self: Trainer):  # torch.utils.tensorboard.SummaryWriter
 # %% ../../nbs/6_training/08_trainer.ipynb #70e7b357
 @patch
 def samplers(self: Trainer) -> dict:  # name -> (model, arguments of `sample`)
-    "How this run draws: the teacher with Heun, the student with few jumps."
+    "How this run draws: the teacher with a solver, the student with few jumps."
     e = self.config.evaluate
-    heun = dict(solver="heun", steps=e.teacher_steps)
-    found = {f"teacher, {2 * e.teacher_steps - 1} evaluations": (self.parts["teacher"], heun)}
+    how = dict(solver=e.teacher_solver, steps=e.teacher_steps)
+    nfe = evaluations(e.teacher_solver, torch.arange(e.teacher_steps, -1, -1))
+    found = {f"teacher, {nfe} evaluations": (self.parts["teacher"], how)}
     for n in e.steps if "ctm" in self.parts else ():
         found[f"{n} step{'s' * (n > 1)}"] = self.parts["ctm"], dict(solver="ctm", steps=n, gamma=0.)
     return found
@@ -546,12 +549,13 @@ def evaluate(self: Trainer) -> list:  # records of scores.json; empty where this
     e, seed, step = self.config.evaluate, self.config.run.seed + 1, f"step_{self.step:08d}"
     if self.evaluator is None:
         self.evaluator = run_evaluator(self.splits, e.features, e.weights or None, str(self.device), e.batch,
-                                       sys.stderr.isatty())
+                                       sys.stderr.isatty(), most=e.classifier, keep=True)
     samplers, distances, found = self.samplers(), [], [*self.evaluator.floor(self.splits)]
     log.info("step %d: drawing and scoring %d samples with each of %d samplers", self.step, e.n, len(samplers))
     for name, (m, how) in samplers.items():
+        how = {**how, "bytes": e.bytes}
         drawn = drawn_samples(m, e.n, how, self.evaluator.reference.label_counts, seed)
-        rows = self.evaluator.records(drawn, {k: how.get(k) for k in ("solver", "steps", "gamma")}, seed, step)
+        rows = self.evaluator.records(drawn, {k: how.get(k) for k in ("solver", "steps", "gamma", "bytes")}, seed, step)
         for r in rows: self.board.add_scalar(f"{r['metric']}/{name}", r["value"], self.step)
         distances += [f"{r['value']:.2f} ({name})" for r in rows if r["metric"] in ("frechet_distance", "fid")]
         found += rows

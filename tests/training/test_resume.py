@@ -16,7 +16,7 @@ from PIL import Image
 from runs import COMMAND, ENV, assert_same, compute_alike, newest
 
 import ctm_nb.training.trainer as training
-from ctm_nb.checkpoints.store import CheckpointError
+from ctm_nb.checkpoints.store import CheckpointError, save_checkpoint
 from ctm_nb.training.config import make_config
 from ctm_nb.training.trainer import Trainer, changes
 
@@ -221,10 +221,8 @@ def test_a_run_of_another_version_goes_on_without_the_settings_that_are_gone(tmp
     assert new["distill"]["solver"] == "dpmpp_2m" and changes(older, new, 11) == ([said], [])
     straight, old = walk(start(tmp_path / "b"), 14), start(tmp_path / "a")
     walk(old, 11)
-    manifest = tmp_path / "a" / "checkpoints" / "step_00000011" / "checkpoint.json"
-    m = json.loads(manifest.read_text())
-    m["meta"]["config"] = older
-    manifest.write_text(json.dumps(m))
+    c = newest(tmp_path / "a")
+    save_checkpoint(c.path.parent, 11, c.models, c.state, {**c.meta, "config": older}, replace=True)
     (config := tmp_path / "a" / "config.json").write_text(json.dumps(older))
     again = start(tmp_path / "a")
     assert again.step == 11 and f"from step 11 on: {said}" in caplog.text and json.loads(config.read_text()) == new
