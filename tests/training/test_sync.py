@@ -74,6 +74,15 @@ def test_a_step_brings_no_number_to_the_program(stage, steps, precision, optimiz
         for _ in range(steps): t.train_step()  # of the adversarial stage: the discriminator's turn and the student's
 
 
+def test_the_published_adversary_brings_no_number_to_the_program(tmp_path):
+    words = ["gan.discriminator=published", "gan.first=student", "run.precision=bf16", "run.micro_batch=9"]
+    t = at_stage(trainer_of(tmp_path / "r", *words), "ctm_dsm_gan")
+    for _ in range(2): t.train_step()
+    draw_before(t, 2)
+    with NobodyWaits():
+        for _ in range(2): t.train_step()
+
+
 @pytest.mark.parametrize("matching", ["trajectories", "eulerian"])
 @pytest.mark.parametrize("anchor", ["dsm", "teacher"])
 def test_a_step_of_another_objective_brings_no_number_to_the_program(matching, anchor, tmp_path):
