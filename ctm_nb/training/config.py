@@ -22,7 +22,7 @@ from ..data.read import CROPS
 from ..method.distances import DISTANCES
 from ..method.distill import MATCHING
 from ..method.solvers import SOLVERS, solver_name
-from ..method.adversary import GAN_LOSSES
+from ..method.adversary import DISCRIMINATORS, GAN_LOSSES
 from ..networks.unet import FAMILIES
 
 # %% ../../nbs/6_training/02_config.ipynb #c0f190aa
@@ -113,6 +113,7 @@ class DistillConfig(OptimConfig):
     compare_at: str = need("end", one_of("end", "s"))  # where the sides meet: at sigma_min, through the EMA, or at s
     distance: str = need("l2", one_of(*DISTANCES, "lpips"))
     weights: str = ""  # folder of the weights of "lpips"; empty: where torch keeps them
+    pooling: str = need("max", one_of("max", "average"))  # in the network of "lpips"; "average" as published
     target_ema: float = need(.999, FRACTION)  # rate of the EMA inside the loss
     init: str = need("teacher", one_of("teacher", "random"))  # how the s-branch starts
     dsm: bool = True  # add the denoising loss
@@ -128,13 +129,15 @@ class GanConfig(OptimConfig):
     features: str = "teacher"  # feature networks: "teacher" and names of timm's networks, with commas
     weights: str = ""  # folder of the weights of timm's networks; empty: timm's cache
     levels: tuple = need((.1, .3, 1.), POSITIVE)  # noise levels at which the teacher's features are taken
-    width: int = need(64, AT_LEAST_1)  # features of the discriminator's heads
+    discriminator: str = need("small", one_of(*DISCRIMINATORS))  # "published": 10 M weights a feature network
+    width: int = need(64, AT_LEAST_1)  # features of the discriminator's heads; "published": the least
     strength: float = need(1., NOT_NEGATIVE)  # of the augmentation
     loss: str = need("hinge", one_of(*GAN_LOSSES))
     low: float = need(.01, NOT_NEGATIVE)  # smallest weight of the adversary
     high: float = 10.  # largest weight of the adversary
     start: int = need(0, NOT_NEGATIVE)  # steps before there is an adversary
     head_start: int = need(0, NOT_NEGATIVE)  # steps that the discriminator then has to itself
+    first: str = need("discriminator", one_of("student", "discriminator"))  # who moves then; "student" as published
     d_lr: float = need(2e-3, POSITIVE)  # learning rate of the discriminator
     d_betas: tuple = need((.5, .9), FRACTION)  # of its optimizer, RAdam
     target_ema: float = need(.999, FRACTION)  # rate of the EMA inside the loss

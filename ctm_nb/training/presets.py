@@ -28,6 +28,7 @@ STUDENT = [
     (COMMANDS, "distill.decay=constant distill.max_evals=none distill.k_power=1 distill.init=random distill.ema=.999"),
     (COMMANDS, "data.flip=true distill.ema_warmup=false"),
     ("CTM [R] advice 10-50k", "distill.steps=30000"),
+    ("CTM [R], LPIPS on averages", "distill.pooling=average"),
     ("CTM [R] samples", "evaluate.bytes=truncate"),
 ]
 ADVERSARY = [
@@ -35,6 +36,7 @@ ADVERSARY = [
     (COMMANDS, "gan.decay=constant gan.ema=.999 gan.ema_warmup=false gan.init=raw"),
     ("CTM [R] advice >= 30k", "gan.steps=30000"),
     ("CTM, recipe (StyleGAN-XL)", "gan.features=deit_base_distilled_patch16_224,tf_efficientnet_lite0"),
+    ("CTM [R], StyleGAN-XL's", "gan.discriminator=published gan.width=64 gan.strength=1 gan.first=student"),
 ]
 CIFAR10 = [
     (EDM, "network.family=ddpmpp network.model_channels=128 network.channel_mult=2,2,2 network.n_blocks=4"),
@@ -156,6 +158,7 @@ def choose(
     rest = f"everything else as in the preset {start}"
     if gpu:  # what needs no download
         words += ["distill.distance=features", "gan.features=teacher", "distill.init=teacher", "data.flip=false"]
+        words += ["gan.discriminator=small"]
         rest += ", but nothing is mirrored, and distances and the adversary look through the teacher's encoder"
     reasons = [f"{source.name} ({source.kind}) has {len(source)} images and {known}", why, because, rest]
     sized = [f"data.image_size={size}"] if size else []

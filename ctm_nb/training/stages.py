@@ -23,7 +23,7 @@ from ..checkpoints.models import load
 from ..checkpoints.store import EMA
 from ..data.images import Images
 from ..evaluation.features import LPIPSDistance, TimmFeatures, backbone_file, find_weights
-from ..method.adversary import Discriminator, TeacherFeatures, discriminator_loss, gan_loss_g, gan_turn
+from ..method.adversary import DISCRIMINATORS, TeacherFeatures, discriminator_loss, gan_loss_g, gan_turn
 from ..method.balance import BalancedGradients
 from ..method.distances import make_distance
 from ..method.distill import (MATCHING, draw_interval, dsm_loss, dsm_sigma, interval_times, solve_interval,
@@ -187,8 +187,8 @@ class DistillStage(Stage):
         self.bounds = {"anchor": (0., 1.)}  # it starts at zero
         self.grid = dict(sigma_min=teacher.sigma_min, sigma_max=teacher.sigma_max)
         self.times = rho_grid(d.N, **self.grid).float().to(self.device)  # (N,) of stored trajectories
-        lpips = d.distance == "lpips"
-        self.distance = make_distance(LPIPSDistance(d.weights or None) if lpips else d.distance, teacher)
+        lpips = LPIPSDistance(d.weights or None, pooling=d.pooling) if d.distance == "lpips" else None
+        self.distance = make_distance(lpips or d.distance, teacher)
 
     def start(self, student: CTM):
         "Take the student and its EMAs."
@@ -356,8 +356,8 @@ class GanStage(DistillStage):
         teacher = self.parts["teacher"]
         own = lambda f: TeacherFeatures(teacher, g.levels) if f == "teacher" else TimmFeatures(f, g.weights or None)
         networks = [own(f.strip()) for f in g.features.split(",")]
-        d = Discriminator(networks, teacher.data_shape, teacher.n_classes, g.width, g.strength, self.config.run.seed)
-        self.parts["discriminator"] = d = d.to(self.device)
+        about = teacher.data_shape, teacher.n_classes, g.width, g.strength, self.config.run.seed
+        self.parts["discriminator"] = d = DISCRIMINATORS[g.discriminator](networks, *about).to(self.device)
         self.optimizers["discriminator"] = make_optimizer("radam", d, g.d_lr, g.d_betas)
 
     def phase(self, n: int) -> Span:
@@ -379,7 +379,9 @@ def inherit(self: GanStage, before: Stage):
 
 # %% ../../nbs/6_training/05_stages.ipynb #1cba5c1f
 @patch
-def turn(self: GanStage, n: int) -> str: return gan_turn(n, self.optim.start, self.optim.head_start)
+def turn(self: GanStage, n: int) -> str:  # "ctm_dsm", "discriminator" or "ctm_dsm_gan"
+    "What a step minimises: see `gan_turn`."
+    return gan_turn(n, self.optim.start, self.optim.head_start, self.optim.first)
 @patch
 def learner(self: GanStage, n: int) -> str: return "discriminator" if self.turn(n) == "discriminator" else "model"
 @patch

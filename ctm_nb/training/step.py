@@ -19,8 +19,8 @@ from .stages import Stage
 def same_start(
     stage: Stage,  # about to make a step
 ):  # a function without arguments
-    "What puts the buffers of its discriminator back to how they are now."
-    kept = [(b, b.clone()) for k, m in stage.parts.items() if k == "discriminator" for b in m.buffers()]
+    "What puts the buffers of a discriminator's heads, its spectral and batch norms, back to how they are now."
+    kept = [(b, b.clone()) for k, m in stage.parts.items() if k == "discriminator" for b in m.heads.buffers()]
     def restart():
         for b, v in kept: b.copy_(v)
     return restart
