@@ -33,6 +33,7 @@ def _stages(config, stage):
     from ctm_nb.training.costs import mean_evals
     t, d, g, ends = config.teacher, config.distill, config.gan, f"none (--stage {stage} ends before it"
     teacher = f"given: {t.source}" if t.source else f"{t.steps} steps of {t.batch} images"
+    if t.source == "none": teacher = "none: the student solves for itself"
     solved = f"{mean_evals(d):.1f} teacher evaluations a step ({d.solver})"
     student = f"{d.steps} steps of {d.batch} images, {solved}, distance {d.distance}"
     if stage == "teacher": student = f"{ends})"
@@ -82,7 +83,7 @@ def plan(
     if not config.data.use_labels: classes = "labels not used (data.use_labels=false)"
     if measured: images_per_sec = measure(only, train, str(pick_device(config.run.device)))
     weights = sum(p.numel() for p in make_network(config, train).parameters())
-    given = " (that of the given teacher counts)" if config.teacher.source else ""
+    given = " (that of the given teacher counts)" if config.teacher.source not in ("", "none") else ""
     copies = 6 + max(len(getattr(config, k).emas) for k in STAGES.values())
     student = f", student with {', '.join(map(str, e.steps))}" if stage != "teacher" else ""
     nfe = evaluations(e.teacher_solver, torch.arange(e.teacher_steps, -1, -1))
@@ -112,7 +113,7 @@ def train_parser() -> Parser:
     add("--stage", choices=("teacher", "ctm_dsm", "ctm_dsm_gan", "all"), help="train to the end of this stage; "
         "ctm_dsm_gan and all include an adversary (default: ctm_dsm, or ctm_dsm_gan with --student)")
     add("--teacher", metavar="PATH", help="distil this teacher instead of training one: a run, an EDM .pkl, "
-        "an OpenAI .pt, or a public name (ctm_nb_convert --list)")
+        "an OpenAI .pt, or a public name (ctm_nb_convert --list); none: do without")
     add("--student", metavar="PATH", help="start the adversarial stage from this CTM instead of distilling one")
     add("--name", help="the run is written to RUNS/NAME (default: the preset's name, or the data's)")
     add("--runs", type=Path, default=Path("runs"), metavar="RUNS", help="folder of all runs (default: runs)")
@@ -139,6 +140,7 @@ def _config(a):
     given = {"data.source": a.data, "teacher.source": a.teacher, "distill.source": a.student,
              "data.skip_broken": "true" if a.skip_broken else "", "run.micro_batch": a.micro_batch}
     words = [*(f"{k}={v}" for k, v in given.items() if v), *a.set]
+    if a.teacher == "none": words = ["distill.phases=dsm:.5,soft:.5", "gan.steps=0", *words]
     if preset != "auto": return make_config(preset, words)
     given = dict(word.partition("=")[::2] for word in words)
     if not given.get("data.source"): raise ValueError("--preset auto needs --data PATH")

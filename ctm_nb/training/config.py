@@ -6,7 +6,7 @@
 __all__ = ['AT_LEAST_1', 'NOT_NEGATIVE', 'POSITIVE', 'FRACTION', 'OBJECTIVES', 'OPTIMIZERS', 'FEATURES', 'MICRO',
            'STAGES', 'TOGETHER', 'one_of', 'need', 'DataConfig', 'NetworkConfig', 'OptimConfig', 'TeacherConfig',
            'DistillConfig', 'GanConfig', 'EvaluateConfig', 'RunConfig', 'Config', 'Span', 'schedule', 'stage_at',
-           'phases', 'set_value', 'make_config', 'check_config']
+           'phases', 'teacherless', 'set_value', 'make_config', 'check_config']
 
 # %% ../../nbs/6_training/02_config.ipynb #67deb94a
 import difflib
@@ -30,7 +30,7 @@ AT_LEAST_1 = (lambda v: v >= 1, "at least 1")  # is a value possible?, and what 
 NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "at least 0")
 POSITIVE = (lambda v: 0 < v < math.inf, "a positive number")
 FRACTION = (lambda v: 0 <= v < 1, "in [0, 1)")
-OBJECTIVES = (*MATCHING, "trajectories", "eulerian")
+OBJECTIVES = (*MATCHING, "trajectories", "eulerian", "dsm")
 OPTIMIZERS = ("radam", "adamw", "muon")  # see optimizers.py
 
 def one_of(*names: str) -> tuple: return lambda v: v in names, f"one of {', '.join(names)}"
@@ -87,7 +87,7 @@ class OptimConfig:
 class TeacherConfig(OptimConfig):
     "Training of the denoiser, or where to get one."
     steps: int = need(30000, AT_LEAST_1)  # optimizer steps, not needed with a source
-    source: str = ""  # an existing teacher: whatever `load` reads; empty: train one
+    source: str = ""  # an existing teacher: whatever `load` reads; empty: train one; "none": do without
     P_mean: float = -1.2  # of ln sigma
     P_std: float = 1.2  # of ln sigma
     augment: float = need(0., FRACTION)  # probability of each of EDM's transformations; network.augment_dim must be 9
@@ -231,6 +231,8 @@ def phases(
     ends = [round(steps * sum(shares[:k])) for k in range(len(shares) + 1)]
     return [Span(name.strip(), a, b) for (name, _), a, b in zip(words, ends, ends[1:])]
 
+def teacherless(config: Config) -> bool: return config.teacher.source == "none"  # a student without a teacher?
+
 # %% ../../nbs/6_training/02_config.ipynb #88bfb4f5
 def _parse_value(text, kind):
     "A typed value from its text, kind the annotation of its field; raises ValueError if it is not one."
@@ -296,6 +298,8 @@ def _phases_fit(c):
     except ValueError: return False
     return found[-1].end == 10 ** 6 and all(p.name in OBJECTIVES and p.first < p.end for p in found)
 
+def _dsm_first(first, *rest): return first == "dsm" and "trajectories" not in rest
+
 TOGETHER = [
     ("data.labels", lambda c: c.data.use_labels or not c.data.labels, "empty where data.use_labels is false"),
     ("network.augment_dim", lambda c: c.network.augment_dim == 9 or not c.teacher.augment,
@@ -304,6 +308,10 @@ TOGETHER = [
     ("teacher.source", lambda c: c.teacher.source or not c.distill.source,
      "given when distill.source is (an adversarial stage needs both)"),
     ("distill.phases", _phases_fit, "matchings with shares that add up to 1, e.g. trajectories:.6,soft:.4"),
+    ("distill.phases", lambda c: not teacherless(c) or _dsm_first(*(p.name for p in phases(c.distill, 1))),
+     "begun by dsm and without trajectories where there is no teacher, e.g. dsm:.5,soft:.5"),
+    ("distill.distance", lambda c: not teacherless(c) or c.distill.distance != "features",
+     "another than features where there is no teacher"),
     ("distill.K", lambda c: c.distill.K < c.distill.N, "below distill.N"),
     ("distill.label_dropout",
      lambda c: not c.distill.label_dropout or c.teacher.label_dropout or c.teacher.source,
@@ -314,6 +322,8 @@ TOGETHER = [
     ("gan.K", lambda c: (c.gan.K or 1) < c.distill.N, "below distill.N"),
     ("gan.features", lambda c: all(f.strip() for f in c.gan.features.split(",")),
      '"teacher", names of timm networks, or both with commas'),
+    ("gan.features", lambda c: not teacherless(c) or not c.gan.steps or "teacher" not in c.gan.features.split(","),
+     "timm networks where there is no teacher"),
     ("gan.low", lambda c: c.gan.low <= c.gan.high, "at most gan.high"),
     ("gan.d_betas", lambda c: len(c.gan.d_betas) == 2, "two numbers in [0, 1)"),
     ("run.device", lambda c: _available(c.run.device), "auto or a device of this machine (cpu, cuda, cuda:1, ...)"),

@@ -84,6 +84,7 @@ def mean_evals(
 # %% ../../nbs/6_training/09_costs.ipynb #dad3ebcd
 def _student_cost(d, matching, K=None):
     "Forward passes that distilling one image costs: the teacher, the loss and what holds the denoiser."
+    if matching == "dsm": return 3.
     if matching in MATCHING: return mean_evals(d, K) + 2 + (6 if d.dsm else 3) + 2
     stored = matching == "trajectories"
     rows = d.dsm / (d.anchor_rows or (4 if stored else 1))

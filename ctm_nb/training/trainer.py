@@ -41,7 +41,7 @@ from ..method.balance import alone
 from ..method.distill import MATCHING
 from ..method.sampling import evaluations, sample
 from ..method.solvers import OLD_NAMES
-from .config import STAGES, Config, schedule, stage_at
+from .config import STAGES, Config, schedule, stage_at, teacherless
 from .optimizers import load_optimizer
 from .report import write_report
 from .runtime import (Guard, Scaler, Signals, autocast, check_equal, choose_precision, compile_networks,
@@ -216,7 +216,7 @@ def begin(self: Trainer,
     share_weights(self.parts.values(), here)
     self.batches = Batches(self.data, span.batch, c.run.seed, flip=c.data.flip or now.augment > 0, p=now.augment,
                            rank=here.rank, world=here.world, device=self.device)
-    self.ahead = Ahead(self._prepare_step, span.end)
+    self.ahead = Ahead(self._prepare_step, 0 if teacherless(c) else span.end)  # 0: a target that moves can't wait
     self.choose_micro()
     if c.run.compile: compile_networks([self.parts[k] for k in now.evaluates], partial(self._rehearse, self.micro))
 
@@ -515,7 +515,8 @@ def samplers(self: Trainer) -> dict:  # name -> (model, arguments of `sample`)
     e = self.config.evaluate
     how = dict(solver=e.teacher_solver, steps=e.teacher_steps)
     nfe = evaluations(e.teacher_solver, torch.arange(e.teacher_steps, -1, -1))
-    found = {f"teacher, {nfe} evaluations": (self.parts["teacher"], how)}
+    who = "denoiser" if teacherless(self.config) else "teacher"
+    found = {f"{who}, {nfe} evaluations": (self.parts["teacher"], how)}
     for n in e.steps if "ctm" in self.parts else ():
         found[f"{n} step{'s' * (n > 1)}"] = self.parts["ctm"], dict(solver="ctm", steps=n, gamma=0.)
     return found
