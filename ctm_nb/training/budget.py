@@ -70,7 +70,7 @@ def try_steps(
     "Some steps of every kind: two, or as many as there is time for, up to twenty."
     small, d, found = deepcopy(config), config.distill, {}
     parts = phases(d, 10 ** 6)
-    small.distill.phases = ",".join(f"{p.matching}:{1 / len(parts):.9f}" for p in parts)
+    small.distill.phases = ",".join(f"{p.name}:{1 / len(parts):.9f}" for p in parts)
     small.gan.start, small.gan.head_start, small.run.before = 0, 0, 0
     for s in schedule(config): getattr(small, STAGES[s]).steps = 20 * (len(parts) if s == "ctm_dsm" else 1)
     t = Trainer(small, folder, splits=splits)
@@ -83,7 +83,7 @@ def try_steps(
                 t.train_step()
                 t.look()  # a GPU has computed it
                 times.append(clock() - began)
-            share = (p.end - p.first) / 10 ** 6 * solving(d, p.matching) if p else 1.
+            share = (p.end - p.first) / 10 ** 6 * solving(d, p.name) if p else 1.
             found[stage] = found.get(stage, 0.) + share * mean(times[1:])
     return t, found
 
@@ -291,14 +291,13 @@ class BudgetTrainer(Trainer):
     def __init__(self,
         config: Config,  # with a plan, from `budget`
         folder: str | Path,  # runs/<name>
-        previous: bool = False,  # see `Trainer`
         splits: Splits | None = None,  # its images
         began: float | None = None,  # when the command was started, by the clock; None: now
         clock=time.perf_counter,  # seconds
     ):
         self.about, self.clock, self.slow = json.loads(config.run.plan), clock, 1.
         self.began = clock() if began is None else began
-        super().__init__(as_saved(config, -1), folder, previous, splits)
+        super().__init__(as_saved(config, -1), folder, splits)
         rows = self.about["steps"]
         if self.step == rows[0][0]: self.about["earlier"] = self.state.seconds
         self.spent, self.mark = self.state.seconds - self.about["earlier"], (self.step, clock())
@@ -320,9 +319,9 @@ class BudgetTrainer(Trainer):
         self.follow(as_saved(self.config, c.step))
         super().resume(c)
 
-    def advance(self, last, signals, score=True):
+    def advance(self, last, signals):
         "Train to the next decision, and make it."
-        super().advance(min(last, self.due()), signals, score)
+        super().advance(min(last, self.due()), signals)
         self.decide()
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e016

@@ -173,6 +173,9 @@ class RunConfig:
     log_every: int = need(20, AT_LEAST_1)  # steps between lines of metrics.jsonl
     sample_every: int = need(500, AT_LEAST_1)  # steps between sample grids
     keep: int = need(2, AT_LEAST_1)  # newest checkpoints that stay
+    minutes: float = need(0., NOT_NEGATIVE)  # of the whole command (--minutes); 0: as many as the steps take
+    before: int = need(0, NOT_NEGATIVE)  # steps of the shorter run that this one goes on from
+    plan: str = ""  # what was measured and chosen for those minutes, see `budget`
 
 # %% ../../nbs/6_training/02_config.ipynb #c1f0ed81
 @dataclass
@@ -203,7 +206,7 @@ def schedule(
 ) -> dict:  # stage -> Span, in order; only the stages that have steps
     "Which steps of a run belong to which stage; one whose result is given has none."
     sections = asdict(config) if isinstance(config, Config) else config
-    spans, end = {}, 0
+    spans, end = {}, int((sections.get("run") or {}).get("before") or 0)
     for stage, section in STAGES.items():
         s = sections.get(section) or {}
         steps = 0 if s.get("source") else int(s.get("steps") or 0)

@@ -140,7 +140,10 @@ class TeacherStage(Stage):
 
     def build(self, parts: dict):
         self.augment = self.optim.augment
-        self.learn(make_denoiser(self.config, self.data).to(self.device), "teacher")
+        model = make_denoiser(self.config, self.data).to(self.device)
+        if known := parts.get("teacher"): model.load_state_dict(known.state_dict())  # a longer run goes on
+        self.learn(model, "teacher")
+        if student := parts.get("ctm"): self.parts["ctm"] = student.to(self.device).eval().requires_grad_(False)
 
     def draw(self, B: int, gen: torch.Generator, n: int) -> dict:
         "Noise levels, noise, and which images lose their label."
@@ -183,7 +186,7 @@ class DistillStage(Stage):
     def build(self, parts: dict):
         teacher = None if teacherless(self.config) else parts.get("teacher") or self.given("teacher")
         self.freeze(teacher or make_denoiser(self.config, self.data))
-        self.start(student_from(self.parts["teacher"], self.optim.init))
+        self.start(copy.deepcopy(parts.get("ctm")) or student_from(self.parts["teacher"], self.optim.init))
 
     def freeze(self, teacher: Denoiser):
         "Take the teacher and what is made of it."
@@ -252,7 +255,7 @@ def path_numbers(stage: DistillStage, B: int, gen: torch.Generator, n: int) -> d
     "Which batch of trajectories, its noise and labels, and the places of each jump."
     d, p = stage.config.distill, stage.phase(n)
     number, place, fresh = stored_batch(n - p.first, p.end - p.first, d.stored // B, d.reuse)
-    own = step_generator(stage.config.run.seed, number, p.first, 1)
+    own = step_generator(stage.config.run.seed, number, p.first + stage.config.run.before, 1)
     numbers = {"number": number, "place": place, "fresh": fresh, "rows": range(B),
                "start": torch.randn(B, *stage.shape, generator=own)}
     if stage.data.labels is not None and stage.parts["teacher"].n_classes:

@@ -57,6 +57,10 @@ def _flat(config):
     return {f"{s}.{k}": list(v) if isinstance(v, tuple) else OLD_NAMES.get(str(v), v)
             for s, kv in config.items() for k, v in kv.items()}
 
+def _goes_on(old, new, step):
+    "Is this the end of a run that a longer one takes up with stages of its own?"
+    return new.get("run", {}).get("before", 0) == step > old.get("run", {}).get("before", 0)
+
 def changes(
     old: dict,  # the configuration of the checkpoint
     new: dict,  # the one that is asked for
@@ -65,18 +69,20 @@ def changes(
     "What differs between two configurations, by whether it may."
     before, after = {**_flat(asdict(Config())), **_flat(old)}, _flat(new)
     span, sections = stage_at(old, max(step, 0)), list(STAGES.values())
-    now = sections.index(STAGES[span.name]) if step >= 0 else -1
+    longer_run = _goes_on(old, new, step)
+    now = sections.index(STAGES[span.name]) if step >= 0 and not longer_run else -1
     gone = [f"{k}={before[k]}" for k in before if k not in after]
     found: tuple = ([f"no longer a setting, ignored: {', '.join(gone)}"] if gone else [], [])
     for key, b in after.items():
         (section, name), a = key.split("."), before[key]
-        if a == b: continue
-        free = section == "evaluate" or key == "data.source" or section == "run" and name != "seed"
+        if a == b or key == "run.plan": continue
+        free = section == "evaluate" or key == "data.source" or section == "run" and name not in ("seed", "before")
         at = sections.index(section) if section in sections else -1
         counted = section != "distill" or not before["distill.phases"] and before["distill.matching"] in MATCHING
         constant = name == "steps" and before[f"{section}.decay"] == after[f"{section}.decay"] == "constant"
         longer = at == now >= 0 and constant and counted and b >= step - span.first
-        found[0 if free or at > now or longer else 1].append(f"{key}: {a} -> {b}")
+        allowed = free or at > now or longer or longer_run and key == "run.before"
+        found[0 if allowed else 1].append(f"{key}: {a} -> {b}")
     return found
 
 # %% ../../nbs/6_training/08_trainer.ipynb #7a5e3c99
@@ -156,6 +162,7 @@ class Trainer:
     def __init__(self,
         config: Config,  # see `make_config`
         folder: str | Path,  # runs/<name>; made if needed, continued if it holds a run
+        splits: Splits | None = None,  # its images, if they are open already
     ):
         e = config.evaluate
         check_weights(config)
@@ -168,7 +175,7 @@ class Trainer:
         self.state = RunState(scaler=Scaler(self.device) if self.precision == "fp16" else None)
         self.guard, self.total = Guard(self.device), max(s.end for s in self.plan.values())
         if self.here.local_rank: dist.barrier()  # the first process of each machine comes first
-        self.splits = open_images(config)
+        self.splits = splits or open_images(config)
         if self.here.world > 1 and not self.here.local_rank: dist.barrier()
         self.data = self.splits["train"]
         self.data_sha256, self.changes = self.data.sha256(), []
@@ -248,7 +255,7 @@ def load(self: RunState, c: Checkpoint):  # of the stage in memory
 
 # %% ../../nbs/6_training/08_trainer.ipynb #9fc302a1
 @patch
-def _resume(self: Trainer, c: Checkpoint):
+def resume(self: Trainer, c: Checkpoint):
     "Continue from a checkpoint; raises ValueError if this configuration or these images may not."
     copy = lambda k: {n: v.clone() for n, v in c.models[k].items()}
     changed = check_changes(c.meta, self.config, self.precision, c.step, str(self.folder))
@@ -259,8 +266,11 @@ def _resume(self: Trainer, c: Checkpoint):
     self.changes = c.meta.get("changes", []) + ([{"step": c.step, "what": changed}] if changed else [])
     for change in changed: log.warning("from step %d on: %s", c.step, change)
     models = {k: about["description"] for k, about in c.meta["models"].items() if k in KINDS}
-    self.state.step = c.step
-    self.begin(c.state["stage"], {k: rebuild(d, copy(k)) for k, d in models.items()})
+    self.state.step, parts = c.step, {k: rebuild(d, copy(k)) for k, d in models.items()}
+    if _goes_on(c.meta["config"], asdict(self.config), c.step):
+        self.state.seconds, self.state.logged_at = c.state["seconds"], c.state["logged_at"]
+        return self.begin(self.stage, parts)
+    self.begin(c.state["stage"], parts)
     self.state.load(c)
 
 # %% ../../nbs/6_training/08_trainer.ipynb #41182fe5
@@ -268,7 +278,7 @@ def _resume(self: Trainer, c: Checkpoint):
 def restore(self: Trainer):
     "Begin the first stage, or continue what the folder holds; then the folder is this run's."
     checkpoints, path = self.folder / "checkpoints", self.folder / "config.json"
-    if found := resume_point(checkpoints): self._resume(found)
+    if found := resume_point(checkpoints): self.resume(found)
     else: self.begin(self.stage, {})
     if not self.here.main: return
     if not found and path.exists():
@@ -590,10 +600,10 @@ def keep_up(self: Trainer, end: int, save: bool) -> str:  # the losses in words,
 
 # %% ../../nbs/6_training/08_trainer.ipynb #f4cf9d60
 @patch
-def _advance(self: Trainer, signals: Signals):
-    "Train to the end of the present stage, unless a signal asks to stop."
+def advance(self: Trainer, last: int, signals: Signals):
+    "Train to the end of the present stage, or to `last` if that comes first, unless a signal asks to stop."
     span = self.plan[self.stage]
-    end, images = span.end, lambda steps: steps * span.batch
+    end, images = min(last, span.end), lambda steps: steps * span.batch
     with tqdm(total=images(end - span.first), initial=images(self.step - span.first), desc=span.name, disable=None,
               unit=" images", unit_scale=True, smoothing=.05) as bar:
         while self.step < end:
@@ -615,11 +625,11 @@ def run(self: Trainer,
     "Train what is left, score, write the report; a finished run only reports."
     if stage not in {**self.plan, "all": 0}:
         raise ValueError(f"stage {stage} has no steps in this configuration, only {', '.join(self.plan)} (or all)")
-    goal = self.total if stage == "all" else self.plan[stage].end
+    goal = lambda: self.total if stage == "all" else self.plan[stage].end  # a budget moves it
     why, begun = no_scores_because(self.config, self.splits), self.step
     if why: log.warning("no scores: %s", why)
     with Signals() as signals:
-        while self.step < goal: self._advance(signals)
+        while self.step < goal(): self.advance(goal(), signals)
         if not self.here.main: return []
         found = self.scores() or ([] if why else self.evaluate())
         if self.step > begun or not (self.folder / "samples" / "final.png").exists(): self.save_grid(final=True)
