@@ -3,7 +3,9 @@ import pytest
 import torch
 from runs import newest
 
+from ctm_nb.checkpoints.models import load
 from ctm_nb.data.batches import Batches
+from ctm_nb.method.sampling import sample
 from ctm_nb.networks.unet import ADM, DDPMpp, OpenAIUNet
 from ctm_nb.training.config import make_config
 from ctm_nb.training.trainer import Trainer
@@ -124,3 +126,31 @@ def test_half_of_the_stretches_run_along_the_axes():
     a = draw_parameters(stream_uniforms(0, 0, 20_000), .5)
     stretched = a[a[:, 5] != 0]
     assert abs((stretched[:, 4] == 0).mean() - .5) < .02
+
+
+ALONE = ["teacher.source=none", "distill.phases=dsm:.5,soft:.5", "distill.steps=8", "evaluate.n=0", "gan.steps=0"]
+
+
+def test_a_student_without_a_teacher_resumes_exactly(tmp_path):
+    def until(name, *stops):
+        for stop in stops:
+            t = Trainer(make_config("tiny", ALONE), tmp_path / name)
+            while t.step < stop: t.train_step()
+            t.save()
+        return t
+    whole, cut = until("a", 8), until("b", 2, 4, 6, 8)
+    assert list(whole.plan) == ["ctm_dsm"] and list(whole.samplers())[0].startswith("denoiser")
+    for part in ("model", "target", "ctm", "teacher"):
+        assert torch.equal(weights(whole.parts[part]), weights(cut.parts[part])), part
+    assert torch.equal(weights(whole.parts["teacher"]), weights(whole.parts["target"]))
+    moved = weights(whole.parts["model"]) - weights(whole.parts["target"])
+    assert moved.abs().max() > 0 and isinstance(sample(load(tmp_path / "a"), 2), torch.Tensor)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["distill.phases="], "distill.phases must be begun by dsm"), (["distill.phases=soft:.5,dsm:.5"], "begun by dsm"),
+    (["distill.phases=dsm:.5,trajectories:.5"], "without trajectories"),
+    (["distill.distance=features"], "distill.distance must be another than features where there is no teacher"),
+    (["gan.steps=2"], "gan.features must be timm networks where there is no teacher")])
+def test_what_needs_a_teacher_is_refused_without_one(words, message):
+    with pytest.raises(ValueError, match=message): make_config("tiny", [*ALONE, *words])
