@@ -402,7 +402,8 @@ def _rehearse(self: Trainer, m: int):
 
 # %% ../../nbs/6_training/08_trainer.ipynb #48e52a30
 @patch
-def micro_is_free(self: Trainer) -> bool: return self.config.run.micro_batch == "auto" and not self.now.optim.balance_rows
+def micro_is_free(self: Trainer) -> bool:
+    return self.config.run.micro_batch == "auto" and not self.now.optim.balance_rows
 
 @patch
 def choose_micro(self: Trainer):
