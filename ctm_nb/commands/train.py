@@ -89,7 +89,6 @@ def plan(
     weights = sum(p.numel() for p in make_network(config, train).parameters())
     given = " (that of the given teacher counts)" if config.teacher.source not in ("", "none") else ""
     copies = 6 + max(len(getattr(config, k).emas) for k in STAGES.values())
-    kept = f"{config.run.keep} are kept" + (", and the best of each stage" if config.run.score_every else "")
     student = f", student with {', '.join(map(str, e.steps))}" if stage != "teacher" else ""
     nfe = evaluations(e.teacher_solver, torch.arange(e.teacher_steps, -1, -1))
     scored = f"none: {why}" if why else f"{e.n} samples: teacher with {nfe} evaluations{student}"
@@ -99,7 +98,7 @@ def plan(
         f"network   {config.network.family}, {weights / 1e6:.2f} M parameters{given}",
         *_stages(config, stage), *estimate(only, train, images_per_sec)[:1 if minutes else None],
         *([f"budget    {config.run.minutes:g} min: {minutes}"] if minutes else []),
-        f"disk      about {weights * 4 * copies / 2**20:.0f} MiB a checkpoint, {kept}",
+        f"disk      about {weights * 4 * copies / 2**20:.0f} MiB a checkpoint, {config.run.keep} are kept",
         f"scores    {scored}", f"writes    {folder}/ ({place(config, folder)})"])
 
 # %% ../../nbs/7_commands/01_train.ipynb #2d2be2f7
@@ -134,7 +133,6 @@ def train_parser() -> Parser:
     add("--images-per-sec", type=ranged(.001, kind=float), metavar="X",
         help="with --dry-run: how long it takes on a device that trains the first stage on X images a second")
     add("--measure", action="store_true", help="with --dry-run: measure that speed here, in two steps")
-    add("--from-previous", action="store_true", help="if the newest checkpoint is damaged, take the one before it")
     add("--watch", metavar="RUN", type=Path, help="follow a run that is going on, in this terminal; train nothing")
     add("--report", metavar="RUN", type=Path, help="write RUN/report.html again; train nothing")
     return p
@@ -214,7 +212,7 @@ def train(
         return print("", what, sep="\n")
     torch.set_flush_denormal(True)
     if spent: logging.info("%g minutes: %s", minutes, spent)
-    about = config, folder, a.from_previous, splits
+    about = config, folder, splits
     trainer: Trainer = BudgetTrainer(*about, began) if minutes else Trainer(*about)
     records = trainer.run(stage)
     leave()
