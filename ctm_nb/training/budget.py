@@ -63,7 +63,7 @@ def _try_steps(config: Config, splits: Splits, folder: Path, most: float, clock)
     "Some steps of every kind: two, or as many as `most` seconds hold, up to twenty; stage -> seconds of a step."
     small, d, found = deepcopy(config), config.distill, {}
     parts = phases(d, 10 ** 6)
-    small.distill.phases = ",".join(f"{p.matching}:{1 / len(parts):.9f}" for p in parts)
+    small.distill.phases = ",".join(f"{p.name}:{1 / len(parts):.9f}" for p in parts)
     small.gan.start, small.gan.head_start, small.run.before = 0, 0, 0
     for s in schedule(config): getattr(small, STAGES[s]).steps = 20 * (len(parts) if s == "ctm_dsm" else 1)
     t = Trainer(small, folder, splits=splits)
@@ -76,7 +76,7 @@ def _try_steps(config: Config, splits: Splits, folder: Path, most: float, clock)
                 t.train_step()
                 t.look()  # a GPU has computed it
                 times.append(clock() - began)
-            share = (p.end - p.first) / 10 ** 6 * _solving(d, p.matching) if p else 1.
+            share = (p.end - p.first) / 10 ** 6 * _solving(d, p.name) if p else 1.
             found[stage] = found.get(stage, 0.) + share * mean(times[1:])
     return t, found
 
@@ -260,14 +260,13 @@ class BudgetTrainer(Trainer):
     def __init__(self,
         config: Config,  # with a plan, from `budget`
         folder: str | Path,  # runs/<name>
-        previous: bool = False,  # see `Trainer`
         splits: Splits | None = None,  # its images
         began: float | None = None,  # when the command was started, by the clock; None: now
         clock=time.perf_counter,  # seconds
     ):
         self.about, self.clock, self.slow = json.loads(config.run.plan), clock, 1.
         self.began = clock() if began is None else began
-        super().__init__(as_saved(config, -1), folder, previous, splits)
+        super().__init__(as_saved(config, -1), folder, splits)
         rows = self.about["steps"]
         if self.step == rows[0][0]: self.about["earlier"] = self.state.seconds
         self.spent, self.worked, self.mark = self.state.seconds - self.about["earlier"], 0., (self.step, 0.)
@@ -300,9 +299,9 @@ class BudgetTrainer(Trainer):
         due = final or self.step % self.config.run.sample_every == 0 or self.step in self.ends.values()
         return super().save_grid(final) if due else None
 
-    def advance(self, last, signals, score=True):
+    def advance(self, last, signals):
         "Train to the next decision, and make it."
-        super().advance(min(last, self.due()), signals, score)
+        super().advance(min(last, self.due()), signals)
         self.decide()
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e01e
