@@ -3,9 +3,13 @@ import pytest
 import torch
 from runs import newest
 
+from ctm_nb.checkpoints.models import load
 from ctm_nb.data.batches import Batches
+from ctm_nb.method.balance import ApartGradients
+from ctm_nb.method.sampling import sample
 from ctm_nb.networks.unet import ADM, DDPMpp, OpenAIUNet
 from ctm_nb.training.config import make_config
+from ctm_nb.training.stages import take
 from ctm_nb.training.trainer import Trainer
 
 SHORT = ["teacher.steps=1", "distill.steps=4", "distill.optimizer=radam", "distill.lr=.01", "gan.steps=4",
@@ -124,3 +128,51 @@ def test_half_of_the_stretches_run_along_the_axes():
     a = draw_parameters(stream_uniforms(0, 0, 20_000), .5)
     stretched = a[a[:, 5] != 0]
     assert abs((stretched[:, 4] == 0).mean() - .5) < .02
+
+
+ALONE = ["teacher.source=none", "distill.phases=dsm:.5,soft:.5", "distill.steps=8", "evaluate.n=0", "gan.steps=0"]
+
+
+def test_a_student_without_a_teacher_resumes_exactly(tmp_path):
+    def until(name, *stops):
+        for stop in stops:
+            t = Trainer(make_config("tiny", ALONE), tmp_path / name)
+            while t.step < stop: t.train_step()
+            t.save()
+        return t
+    whole, cut = until("a", 8), until("b", 2, 4, 6, 8)
+    assert list(whole.plan) == ["ctm_dsm"] and list(whole.samplers())[0].startswith("denoiser")
+    for part in ("model", "target", "ctm", "teacher"):
+        assert torch.equal(weights(whole.parts[part]), weights(cut.parts[part])), part
+    assert torch.equal(weights(whole.parts["teacher"]), weights(whole.parts["target"]))
+    moved = weights(whole.parts["model"]) - weights(whole.parts["target"])
+    assert moved.abs().max() > 0 and isinstance(sample(load(tmp_path / "a"), 2), torch.Tensor)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["distill.phases="], "distill.phases must be begun by dsm"), (["distill.phases=soft:.5,dsm:.5"], "begun by dsm"),
+    (["distill.phases=dsm:.5,trajectories:.5"], "without trajectories"),
+    (["distill.distance=features"], "distill.distance must be another than features where there is no teacher"),
+    (["gan.steps=2"], "gan.features must be timm networks where there is no teacher")])
+def test_what_needs_a_teacher_is_refused_without_one(words, message):
+    with pytest.raises(ValueError, match=message): make_config("tiny", [*ALONE, *words])
+
+
+def test_losses_are_weighed_within_groups_of_rows(tmp_path):
+    "The gradient of a step is the mean of those of its groups, each with its own weight."
+    words = ["distill.batch=12", "run.micro_batch=5", "distill.optimizer=adamw"]
+    whole, apart = (trainer(tmp_path / k, *words, *more) for k, more in (("a", []), ("b", ["distill.balance_rows=4"])))
+    for t in (whole, apart): t.train_step()
+    for t in (whole, apart): t.begin("ctm_dsm", t.parts)
+    assert len(apart.rows) == 3 and len(whole.rows) == 3 and type(apart.now.gradients(0)) is ApartGradients
+    material, now, lambdas, total = whole.material_of(1), whole.now, [], 0
+    for k in range(3):
+        e = whole.example_of(1, take(material, slice(4 * k, 4 * k + 4)))
+        gradients = now.gradients(0)
+        gradients.add(now.losses(e, 0))
+        lambdas.append(float(gradients.combine()["lambda_dsm"]))
+        total = total + torch.cat([p.grad.flatten() for p in now.parts["model"].parameters()]) / 3
+    numbers = apart.gradient()
+    got = torch.cat([p.grad.flatten() for p in apart.parts["model"].parameters()])
+    assert torch.allclose(got, total, atol=1e-6) and abs(float(numbers["lambda_dsm"]) - sum(lambdas) / 3) < 1e-5
+    assert abs(float(whole.gradient()["lambda_dsm"]) - sum(lambdas) / 3) > 1e-3
