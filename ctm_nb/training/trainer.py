@@ -164,7 +164,7 @@ def open_images(
     "The images of a configuration; raises ValueError that lists what can't be read."
     d = config.data
     splits: Any = load_splits(d.source, d.image_size, d.crop, d.skip_broken, d.labels or None, use_labels=d.use_labels,
-                              group=d.group)
+                              group=d.group, background=d.background)
     return splits
 
 # %% ../../nbs/6_training/08_trainer.ipynb #292236c9
