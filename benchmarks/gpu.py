@@ -212,7 +212,7 @@ def some_pictures(folder, n=20, side=16):
 
 # ---- (a) does it compute the same?
 
-ADVERSARY = "gan.steps=8 gan.batch=16 gan.optimizer=adamw gan.features=teacher gan.width=8 gan.ema=.9 gan.r1=1"
+ADVERSARY = "gan.steps=8 gan.batch=16 gan.optimizer=adamw gan.features=teacher gan.width=8 gan.ema=.9"
 SMALL = f"network.attention=8 data.flip=true evaluate.n=0 run.log_every=1000 {ADVERSARY}"
 KINDS = {"teacher": ("teacher", 0, "soft"), "discriminator": ("ctm_dsm_gan", 0, "soft"),
          "ctm_dsm_gan": ("ctm_dsm_gan", 1, "soft"),

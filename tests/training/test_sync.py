@@ -11,15 +11,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctm_nb.data.augment import augment
-from ctm_nb.method import distill
 from ctm_nb.training import optimizers
 from ctm_nb.training.config import make_config
 from ctm_nb.training.trainer import Ahead, Trainer
 
 WAITING = {"_local_scalar_dense", "nonzero", "nonzero_static", "masked_select", "is_nonzero", "equal", "unique_dim",
            "_unique2", "unique_consecutive"}
-ADVERSARY = ["gan.steps=8", "gan.batch=16", "gan.optimizer=adamw", "gan.features=teacher", "gan.width=8", "gan.ema=.9",
-             "gan.r1=1"]
+ADVERSARY = ["gan.steps=8", "gan.batch=16", "gan.optimizer=adamw", "gan.features=teacher", "gan.width=8", "gan.ema=.9"]
 
 
 class NobodyWaits(TorchDispatchMode):
@@ -37,7 +35,6 @@ class NobodyWaits(TorchDispatchMode):
 def like_a_gpu(monkeypatch):
     "Networks and optimizers take the branches that they take on a GPU, where no value is looked at to check it."
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
-    monkeypatch.setattr(distill, "same_dropout", lambda x: torch.random.fork_rng([]))  # there is no other generator
     monkeypatch.setattr(Ahead, "take", lambda self, step: self.make(step))  # in this thread, which is watched
     of_gpu = partial(optimizers.kernels, device=torch.device("cuda"))
     monkeypatch.setattr(optimizers, "kernels", lambda name, device: of_gpu(name))
@@ -75,6 +72,15 @@ def test_a_step_brings_no_number_to_the_program(stage, steps, precision, optimiz
     draw_before(t, steps)
     with NobodyWaits():
         for _ in range(steps): t.train_step()  # of the adversarial stage: the discriminator's turn and the student's
+
+
+def test_the_published_adversary_brings_no_number_to_the_program(tmp_path):
+    words = ["gan.discriminator=published", "gan.first=student", "run.precision=bf16", "run.micro_batch=9"]
+    t = at_stage(trainer_of(tmp_path / "r", *words), "ctm_dsm_gan")
+    for _ in range(2): t.train_step()
+    draw_before(t, 2)
+    with NobodyWaits():
+        for _ in range(2): t.train_step()
 
 
 @pytest.mark.parametrize("matching", ["trajectories", "eulerian"])
