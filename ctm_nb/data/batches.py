@@ -52,6 +52,7 @@ def decode_all(
     crop:str="center", # a key of `CROPS`
     workers:int|None=None, # processes; None: all cores if there are many images
     keep:bool=True, # False: only see what can be decoded
+    channels:int|None=None, # 3: also where all images are grey
 )->tuple: # (N, C, H, W) uint8 array or None, broken: position -> reason, C
     "All images of a source in memory; rows of broken ones are undefined. `ValueError` if sizes differ."
     n, side, grey = len(source), size or side_of(source), True
@@ -64,7 +65,7 @@ def decode_all(
         if out is not None: out[i] = one_mode(a, False).transpose(2, 0, 1)
         return grey
     if keep and not source.encoded: workers = workers or 0
-    broken, all_grey = {}, True
+    broken, all_grey = {}, channels != 3
     for i, so_far, why in look_through(source, look, workers):
         if why: broken[i] = why
         else: all_grey = all_grey and so_far
@@ -164,6 +165,7 @@ def load_splits(
     in_memory:bool|None=None, # False: decode again whenever an image is drawn; None: only if they don't fit
     use_labels:bool=True, # False: as if there were none
     group:str="", # see `held_out_of`
+    channels:int|None=None, # 3: also where all images are grey; None: 1 for those
     background:str="white", # colour under transparent pixels, a name or #rrggbb
 )->Splits: # "train", "held_out", "all" -> ImageData, or StreamData where they don't fit
     """The images of a source, ready for training.
@@ -172,16 +174,18 @@ def load_splits(
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be >= 1, got image_size={image_size}")
     if crop not in CROPS: raise ValueError(f"crop must be one of {', '.join(CROPS)}, got {crop!r}")
+    if channels not in (None, 3): raise ValueError(f"channels must be 3 or None, got channels={channels}")
     source = open_source(path, labels, background)
     held = source.held_out = held_out_of(source, group)
     if not use_labels: source.labels, source.classes = None, []
     for note in source.notes: log.info("%s: %s", source.name, note)
     side, images, key = image_size or side_of(source), None, ""
     if in_memory is None: in_memory = fits(source, side)
-    if in_memory: images, broken, channels = decode_all(source, image_size, crop)
+    if in_memory: images, broken, channels = decode_all(source, image_size, crop, channels=channels)
     else:
-        key = source_key(source, side, crop)
-        found = remembered(f"survey-{key[:24]}", lambda: decode_all(source, image_size, crop, keep=False)[1:])
+        key = source_key(source, side, crop, channels)
+        look = lambda: decode_all(source, image_size, crop, keep=False, channels=channels)[1:]
+        found = remembered(f"survey-{key[:24]}", look)
         broken, channels = {int(i): why for i, why in found[0].items()}, found[1]
     if said := complain(broken, source, skip_broken): log.warning("%s", said)
     good, how = ~np.isin(np.arange(len(source)), list(broken)), (side, channels, crop, key)

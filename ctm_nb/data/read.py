@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'ENCODINGS', 'CROPS', 'SUFFIXES', 'HELPERS', 'MAX_CLASSES', 'SPLITS', 'MAX_ENTRY', 'PLAIN',
            'CIFAR', 'EXPECTED', 'BrokenImage', 'read_file', 'open_image', 'as_image', 'standardise', 'crop_center',
-           'crop_box', 'is_grey', 'one_mode', 'decode', 'in_order', 'cores', 'workers_for', 'chunks', 'shared_array',
-           'Source', 'held_out_of', 'check_square', 'side_of', 'complain', 'is_image_name', 'is_hidden', 'readable',
-           'few', 'walk', 'distinct', 'class_names', 'folders_at', 'folder_classes', 'labels_of', 'read_json',
-           'edm_pairs', 'as_text', 'csv_pairs', 'FileSource', 'Folder', 'open_folder', 'zip_entries', 'tar_entries',
-           'read_entry', 'Pack', 'archive_entries', 'example_of', 'shard_label', 'shard_pairs', 'open_archive',
-           'ArraySource', 'LibrarySource', 'numbered', 'open_npz', 'read_idx', 'open_idx', 'ArraysOnly',
+           'crop_box', 'crop_lanczos', 'is_grey', 'one_mode', 'decode', 'in_order', 'cores', 'workers_for', 'chunks',
+           'shared_array', 'Source', 'held_out_of', 'check_square', 'side_of', 'complain', 'is_image_name', 'is_hidden',
+           'readable', 'few', 'walk', 'distinct', 'class_names', 'folders_at', 'folder_classes', 'labels_of',
+           'read_json', 'edm_pairs', 'as_text', 'csv_pairs', 'FileSource', 'Folder', 'open_folder', 'zip_entries',
+           'tar_entries', 'read_entry', 'Pack', 'archive_entries', 'example_of', 'shard_label', 'shard_pairs',
+           'open_archive', 'ArraySource', 'LibrarySource', 'numbered', 'open_npz', 'read_idx', 'open_idx', 'ArraysOnly',
            'unpickle_arrays', 'cifar_files', 'open_cifar', 'optional', 'lmdb_reader', 'Store', 'open_lmdb',
            'open_torchvision', 'open_table', 'folder_kind', 'file_kind', 'open_digits', 'open_source']
 
@@ -109,7 +109,15 @@ def crop_box(im:Image.Image, size:int)->Image.Image: # size x size
     left, top = (im.width - side) // 2, (im.height - side) // 2
     return im.resize((size, size), Image.Resampling.BOX, box=(left, top, left + side, top + side))
 
-CROPS = {"center": crop_center, "box": crop_box}
+# %% ../../nbs/3_data/02_read.ipynb #fe183500
+def crop_lanczos(im:Image.Image, size:int)->Image.Image: # size x size
+    "Cut out the largest centred square, then resize it by Lanczos' kernel.  # EDM, center-crop"
+    side = min(im.size)
+    left, top = (im.width - side) // 2, (im.height - side) // 2
+    return im.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+
+# %% ../../nbs/3_data/02_read.ipynb #def2cf07
+CROPS = {"center": crop_center, "adm": crop_center, "edm": crop_lanczos, "box": crop_box}
 
 # %% ../../nbs/3_data/02_read.ipynb #aed966d7
 def is_grey(a:np.ndarray)->bool:
@@ -587,17 +595,24 @@ def _of_parts(source, where, parts, labels, classes=None, is_test=None):
     return source
 
 # %% ../../nbs/3_data/02_read.ipynb #fe71e085
-def open_npz(path:Path)->ArraySource:
+def open_npz(*paths:Path)->ArraySource:
     """Images of an npz: arr_0 (N, H, W, 1 or 3) uint8, perhaps arr_1 (N,) integers, perhaps classes (K,) strings.
 
-    `ValueError` if it holds something else."""
-    try:
-        with np.load(path) as z: a, y, classes = (z[k] if k in z else None for k in ("arr_0", "arr_1", "classes"))
-        if any(isinstance(v, bytes) for v in (a, y, classes)): raise ValueError("a member is no array")
-    except Exception as e: raise ValueError(f"{path} can't be read as npz: {e}") from None  # numpy raises anything
-    if a is None: raise ValueError(f"{path}: expected arr_0 uint8 (N, H, W, 1 or 3), got no arr_0")
-    classes = None if classes is None else list(map(str, classes))
-    return _of_parts(ArraySource(path.stem, "npz", [], files=[path]), path, [a], [] if y is None else [y], classes)
+    Several are one, by their numbers, as sony's sampler leaves them. `ValueError` if one holds something else."""
+    parts, labels, names, first = [], [], None, paths[0]
+    for path in paths:
+        try:
+            with np.load(path) as z: a, y, classes = (z[k] if k in z else None for k in ("arr_0", "arr_1", "classes"))
+            if any(isinstance(v, bytes) for v in (a, y, classes)): raise ValueError("a member is no array")
+        except Exception as e: raise ValueError(f"{path} can't be read as npz: {e}") from None  # numpy raises anything
+        if a is None: raise ValueError(f"{path}: expected arr_0 uint8 (N, H, W, 1 or 3), got no arr_0")
+        parts.append(a)
+        if y is not None: labels.append(y)
+        if classes is not None: names = list(map(str, classes))
+        if labels and len(labels) < len(parts) or a.shape[1:] != parts[0].shape[1:]:
+            raise ValueError(f"{path}: images or labels unlike those of {first.name}")
+    source = ArraySource(first.stem if len(paths) == 1 else first.parent.name, "npz", [], files=list(paths))
+    return _of_parts(source, first, parts, labels, names, [False] * len(parts))
 
 # %% ../../nbs/3_data/02_read.ipynb #7f7454c0
 def read_idx(path:Path)->np.ndarray: # uint8
@@ -785,6 +800,8 @@ def folder_kind(path:Path)->tuple: # the function that opens it, what to give it
     if "data_batch_1" in names or {"train", "test", "meta"} <= names and (path/"train").is_file():
         return open_cifar, path
     if shards := sorted(path/n for n in names if n.endswith(".tar")): return open_archive, shards
+    npzs = [path/n for n in names if re.fullmatch(r"sample_\d+\.npz", n)]
+    if npzs: return open_npz, *sorted(npzs, key=lambda p: int(p.stem.rpartition("_")[2]))
     for below in ("raw", "cifar-10-batches-py", "cifar-100-python"):
         if below in names and names <= {below, "processed"}: return folder_kind(path/below)
     return open_folder, path
