@@ -35,7 +35,7 @@ def look_through(
 ):  # yields number, what `look` returned, and why the image can't be read, or None
     "Look at every image once, in order."
     def work(numbers):
-        answers = []
+        answers: list = []
         for i in numbers:
             try: answers.append((i, look(i), None))
             except BrokenImage as e: answers.append((i, None, str(e)))

@@ -404,7 +404,7 @@ def _arrange(box, where, name, kind, labels=None, is_image=is_image_name):
         endings = f"expected files ending in {', '.join(sorted(SUFFIXES))}, there or in one sub-folder a class"
         raise ValueError(f"no images in {where}: {endings}" + f"; found {few(other)}" * bool(other))
     helper, found, shards = next((n for n in ("dataset.json", "labels.csv") if n in rest), ""), {}, "shard" in kind
-    try: text, said = labels or (helper and box.read(rest[helper]), f"{where}/{helper}")
+    try: text, said = labels or (box.read(rest[helper]) if helper else b"", f"{where}/{helper}")
     except BrokenImage as e: raise ValueError(f"{where}/{helper}: {e}") from None
     if labels or helper == "labels.csv": pairs = csv_pairs(text, said)
     elif helper: pairs, given = edm_pairs(text, said)
@@ -848,8 +848,9 @@ def open_source(
     word, _, rest = str(path).partition(":")
     shards, here = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(path)), Path(path).expanduser()
     opener: Any = {"torchvision": open_torchvision, "hub": open_table}.get(word)
-    if str(path) == "digits": opener, what = open_digits, []
-    elif opener: what = rest.split(":")
+    what: list = rest.split(":")
+    if opener: pass
+    elif str(path) == "digits": opener, what = open_digits, []
     elif shards:
         begin, first, last, end = shards.groups()
         numbers = range(int(first), int(last) + 1)
