@@ -15,7 +15,7 @@ __all__ = ['MAX_PIXELS', 'ENCODINGS', 'CROPS', 'SUFFIXES', 'HELPERS', 'MAX_CLASS
            'open_torchvision', 'open_table', 'folder_kind', 'file_kind', 'open_digits', 'open_source']
 
 # %% ../../nbs/3_data/02_read.ipynb #18fbe850
-import csv, difflib, gzip, hashlib, importlib, inspect, io, json, math, mmap, os, pickle, re, struct, tarfile, warnings
+import csv, difflib, gzip, importlib, inspect, io, json, math, mmap, os, pickle, re, struct, tarfile, warnings
 import zipfile, zlib
 from dataclasses import dataclass, field
 from importlib import resources
