@@ -80,6 +80,7 @@ class OptimConfig:
     ema: float = need(.999, FRACTION)  # rate of the EMA that samples are drawn with
     emas: tuple = need((), FRACTION)  # rates of further EMAs that checkpoints keep
     ema_warmup: bool = True  # EMAs follow faster at first (see `EMA`); false: at a fixed rate, as published
+    balance_rows: int | None = need(None, AT_LEAST_1)  # images whose losses are weighed together; None: the batch
     clip: float | None = need(None, POSITIVE)  # largest gradient norm; None: no limit
 
 # %% ../../nbs/6_training/02_config.ipynb #608bb842
