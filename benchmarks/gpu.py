@@ -246,7 +246,7 @@ def some_pictures(folder, n=20, side=16):
 
 # ---- (a) does it compute the same?
 
-ADVERSARY = "gan.steps=8 gan.batch=16 gan.optimizer=adamw gan.features=teacher gan.width=8 gan.ema=.9 gan.r1=1"
+ADVERSARY = "gan.steps=8 gan.batch=16 gan.optimizer=adamw gan.features=teacher gan.width=8 gan.ema=.9"
 SMALL = f"network.attention=8 data.flip=true evaluate.n=0 run.log_every=1000 {ADVERSARY}"
 KINDS = {"teacher": ("teacher", 0, "soft"), "discriminator": ("ctm_dsm_gan", 0, "soft"),
          "ctm_dsm_gan": ("ctm_dsm_gan", 1, "soft"),
@@ -381,10 +381,10 @@ def little_memory(t):
         return
     used = []
     for m in (8, 40):
-        t.rehearse(m)  # cuDNN tries its kernels, which takes memory of its own
+        t._rehearse(m)  # cuDNN tries its kernels, which takes memory of its own
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        t.rehearse(m)
+        t._rehearse(m)
         used.append(torch.cuda.max_memory_reserved())
     torch.cuda.empty_cache()
     room = used[1] + 30 * (used[1] - used[0]) / 32
@@ -424,14 +424,12 @@ class NobodyWaits(TorchDispatchMode):
 @contextmanager
 def like_a_gpu():
     "Networks and optimizers take the branches that they take on a GPU, where no value is looked at to check it."
-    from ctm_nb.method import distill
     from ctm_nb.training import optimizers
     from ctm_nb.training.trainer import Ahead
     put, real = mock.patch.object, optimizers.kernels
     with ExitStack() as stack:
         for patch in (
             mock.patch("torch.Tensor.is_cuda", True, create=True),
-            put(distill, "same_dropout", lambda x: torch.random.fork_rng([])),  # there is no other generator
             put(Ahead, "take", lambda self, step: self.make(step)),  # in this thread, which is watched
             put(optimizers, "kernels", lambda name, where: real(name, torch.device("cuda"))),
             *(put(sys.modules[f"torch.optim.{name}"], "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])
@@ -502,16 +500,20 @@ def correct_part(results, a, folder):
 
 # ---- (b) how fast?
 
-RECIPES = {"published": "distill.init=random", "default": "distill.init=teacher gan.features=teacher"}
+RECIPES = {"published": "distill.init=random gan.init=ema",
+           "default": "distill.init=teacher gan.features=teacher gan.discriminator=small gan.init=ema"}
 ABOUT = {"published": "LPIPS and the adversary's timm networks with random weights, same cost",
-         "default": "distance and adversary look through the teacher's encoder"}
+         "default": "distance and adversary look through the teacher's encoder",
+         "both": "without dropout, so that gradients can be compared"}
 ORDER = ("bf16", "bf16, channels_last", "bf16, channels_last, CUDA graphs", "TF32", "fp32")
 FORMATS = {"fp32": ("fp32", False), "TF32": ("fp32", True), "bf16": ("bf16", True)}
 CHANNELS, BATCH, K, REPEATS, SQUARE, SIDE = (8, 2, 2, 1, 128, 32) if DRY else (128, 64, 12, 3, 8192, 224)
 SETTINGS = (f"data.source=digits network.model_channels={CHANNELS} network.dropout=0 network.augment_dim=0 "
-            f"teacher.augment=0 distill.distance=l2 distill.batch={BATCH} distill.lr=1e-30 gan.batch={BATCH} "
+            f"teacher.augment=0 distill.distance=l2 distill.dropout=0 distill.batch={BATCH} distill.lr=1e-30 "
+            f"gan.batch={BATCH} "
             "gan.start=0 gan.head_start=0")  # so small that the weights stay: gradients can be compared
-SMALLER = ["gan.features=tf_efficientnet_lite0", "network.n_blocks=1"] if DRY else []  # a CPU would take minutes
+SMALLER = ("gan.features=tf_efficientnet_lite0 network.n_blocks=1 distill.balance_rows=1 gan.balance_rows=1".split()
+           if DRY else [])  # a CPU would take minutes
 
 
 def seconds(f, repeats, warm=0 if DRY else 1):
@@ -537,12 +539,13 @@ def ceiling():
 
 
 class VGG(torch.nn.Module):
-    "What LPIPS evaluates: VGG-16 in five slices, a weight for each channel, none of them trained."
+    "What the published LPIPS evaluates: VGG-16 with averages in five slices, a weight for each channel, untrained."
 
     def __init__(self):
         super().__init__()
         from torchvision.models.vgg import cfgs, make_layers
-        layers, ends = make_layers(cfgs["D"]), (0, 4, 9, 16, 23, 30)
+        average = lambda layer: torch.nn.AvgPool2d(2) if isinstance(layer, torch.nn.MaxPool2d) else layer
+        layers, ends = torch.nn.Sequential(*map(average, make_layers(cfgs["D"]))), (0, 4, 9, 16, 23, 30)
         self.slices = torch.nn.ModuleList(layers[a:b] for a, b in zip(ends, ends[1:]))
         self.lins = torch.nn.ModuleList(torch.nn.Conv2d(c, 1, 1, bias=False) for c in (64, 128, 256, 512, 512))
         self.register_buffer("mean", torch.tensor([-.030, -.088, -.188])[:, None, None])
@@ -587,11 +590,16 @@ def make_stage(name, recipe="published"):
 class Step:
     "A step as the trainer makes it, with a solver interval of K grid steps; its gradient can be recorded."
 
-    def __init__(self, name="ctm_dsm", recipe="published", n=0):
+    def __init__(self, name="ctm_dsm", recipe="published", learner="model"):
         from ctm_nb.training.runtime import Guard
+        from ctm_nb.training.stages import take
         from speed import numbers_with
-        self.stage, self.n = make_stage(name, recipe), n
-        self.numbers, self.guard = numbers_with(self.stage, K, 0, n), Guard(device())
+        self.stage = make_stage(name, recipe)
+        self.n = n = next(n for n in range(4) if self.stage.learner(n) == learner)
+        numbers, self.guard = numbers_with(self.stage, K, 0, n), Guard(device())
+        parts = -(-BATCH // (self.stage.optim.balance_rows or BATCH))  # as the trainer divides a batch
+        self.rows = [slice(BATCH * i // parts, BATCH * (i + 1) // parts) for i in range(parts)]
+        self.numbers = [take(numbers, r) for r in self.rows]
         self.x0, self.precision = torch.rand(BATCH, 3, 32, 32, device=device()) * 2 - 1, "fp32"
         self.recorded = None
         self.learner = self.stage.parts[self.stage.learner(n)]
@@ -601,9 +609,13 @@ class Step:
         from ctm_nb.training.runtime import autocast
         from ctm_nb.training.step import gradient
         context = partial(autocast, self.precision, device())
-        with context(): e = self.stage.example(self.x0, None, self.numbers, self.n)
+        def examples():
+            for rows, numbers in zip(self.rows, self.numbers):
+                with context(): e = self.stage.example(self.x0[rows], None, numbers, self.n)
+                yield e
         self.learner.zero_grad(set_to_none=True)
-        return gradient(self.stage, [e], self.n, [1.], context)
+        shares = [(r.stop - r.start) / BATCH for r in self.rows]
+        return gradient(self.stage, examples(), self.n, shares, context)
 
     def __call__(self):
         from ctm_nb.training.step import apply_gradient
@@ -645,11 +657,8 @@ def record(f):
 
 @contextmanager
 def recorded(step):
-    "The gradient of a step as one CUDA graph, the optimizer as ever: the networks drop nothing."
-    from ctm_nb.method import distill
-    weights = list(step.learner.parameters())
-    with mock.patch.object(distill, "same_dropout", lambda x: nullcontext()):  # its random state can't be recorded
-        again = record(step.gradient)
+    "The gradient of a step as one CUDA graph, the optimizer as ever."
+    weights, again = list(step.learner.parameters()), record(step.gradient)
     grads = [p.grad for p in weights]
     def replay():
         numbers = again()
@@ -680,7 +689,8 @@ class Graphed:
 def recorded_teacher(step):
     "The teacher's evaluations as replays of a CUDA graph."
     teacher = step.stage.parts["teacher"]
-    teacher.D = Graphed(teacher.D, step.x0, torch.ones(BATCH, device=device()), step.precision)
+    x = step.x0[step.rows[0]]
+    teacher.D = Graphed(teacher.D, x, torch.ones(len(x), device=device()), step.precision)
     try: yield
     finally: del teacher.D
 
@@ -769,7 +779,8 @@ def first_rows(results):
         flops[recipe] = flops_of(step.gradient)
     sizes = {k: sum(p.numel() for p in m.parameters()) for k, m in step.stage.parts.items()}
     per_image = {k: v / BATCH for k, v in flops.items()}
-    results.keep("about", {"batch": BATCH, "interval": K, "parameters": sizes, "flops_per_image": per_image, **ABOUT})
+    at_once = step.rows[0].stop
+    results.keep("about", {"batch": BATCH, "at_once": at_once, "interval": K, "parameters": sizes, "flops_per_image": per_image, **ABOUT})
     return step, flops
 
 
@@ -783,14 +794,14 @@ def speed_part(results, a, folder):
         if how == ORDER[0]: results.attempt("sampling", partial(sampler_overhead, step.stage.parts["model"].eval()))
     del step
     for recipe in RECIPES:
-        for turn, n in (("student", 1), ("discriminator", 2)):
-            results.attempt(f"adversarial step: {recipe}", partial(adversarial, results, recipe, n), f"{turn}'s turn")
+        for learner, turn in (("model", "student's turn"), ("discriminator", "discriminator's turn")):
+            results.attempt(f"adversarial step: {recipe}", partial(adversarial, results, recipe, learner), turn)
 
 
-def adversarial(results, recipe, n):
+def adversarial(results, recipe, learner):
     "A turn of the third stage, in the package's own format and layout on a GPU."
     from ctm_nb.training.runtime import prepare
-    step = Step("ctm_dsm_gan", recipe, n)
+    step = Step("ctm_dsm_gan", recipe, learner)
     prepare(step.stage.parts.values(), device())
     step.precision = "bf16"
     return rate(step, "bf16, channels_last", results.found["ceiling"]["tflops"], flops_of(step.gradient))

@@ -25,8 +25,9 @@ def data_parser() -> Parser:
         add("src", metavar="SRC", help="any data set")
         if name == "convert": _convert_flags(add)
         add("--size", type=ranged(1), metavar="N", help="crop and resize to N x N (default: as they are)")
-        add("--crop", default="center", choices=["center", "box"],
-            help="center: as ADM, for ImageNet; box: largest square, averaged areas (default: center)")
+        add("--crop", default="center", choices=["center", "adm", "edm", "box"],
+            help="center or adm: as ADM, for ImageNet; edm: as EDM's center-crop, Lanczos; box: averaged areas "
+            "(default: center)")
         add("--labels", metavar="FILE", help="a CSV of name,class for a folder, zip or tar without labels")
         add("--workers", type=ranged(0), metavar="N", help="processes (default: all cores)")
         if name == "inspect":

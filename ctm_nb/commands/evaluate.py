@@ -38,7 +38,10 @@ def evaluate_parser() -> Parser:
         help="crop and resize a data set to this side (default: as its images are)")
     add("--save-ref", type=Path, metavar="NPZ", help="keep the reference, with its feature classifier if it has one")
     _score_flags(p.add_argument_group("scores").add_argument)
-    draw_flags(p.add_argument_group("how a checkpoint draws; every combination is a row").add_argument, many=True)
+    drawing = p.add_argument_group("how a checkpoint draws; every combination is a row").add_argument
+    draw_flags(drawing, many=True)
+    drawing("--bytes", choices=("round", "truncate"), help="how samples become bytes: the nearest, or the one below "
+        "as in the published code (default: as the run's configuration says; round)")
     return p
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #c872b5c0

@@ -36,6 +36,7 @@ def draw_parameters(
     from scipy.special import ndtri  # here, because it is slow to import, and flips alone need no normal numbers
     scale, stretch, right, down = ndtri(u[:, [2, 5, 6, 7]].T.clip(1e-12, 1 - 1e-12))
     turn, direction = (2 * u[:, 3:5].T - 1) * np.pi
+    direction = np.where(u[:, 13] < .5, direction, 0)  # half of the stretches run along the axes
     flips, scales, turns, stretches, shifts = (u[:, 8:13].T < p) * 1.
     return np.stack([left_right * flip, up_down * flips, scale * scales, turn * turns,
                      direction * stretches, stretch * stretches, right * shifts, down * shifts], 1)

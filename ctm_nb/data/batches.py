@@ -33,10 +33,11 @@ def decode_all(
     crop:str="center", # a key of `CROPS`
     workers:int|None=None, # processes; None: all cores if there are many images
     keep:bool=True, # False: only see what can be decoded
+    channels:int|None=None, # 3: also where all images are grey
 )->tuple: # (N, C, H, W) uint8 array or None, broken: position -> reason, C
     "All images of a source in memory; rows of broken ones are undefined. `ValueError` if sizes differ."
     n, side = len(source), size or side_of(source)
-    out, broken, grey = shared_array((n, 3, side, side)) if keep else None, {}, True
+    out, broken, grey = shared_array((n, 3, side, side)) if keep else None, {}, channels != 3
     def work(positions):
         bad, all_grey = {}, True
         for i in positions:
@@ -155,6 +156,7 @@ def load_splits(
     in_memory:bool|None=None, # False: decode again whenever an image is drawn; None: only if they don't fit
     use_labels:bool=True, # False: as if there were none
     group:str="", # see `held_out_of`
+    channels:int|None=None, # 3: also where all images are grey; None: 1 for those
 )->Splits: # "train", "held_out", "all" -> ImageData, or StreamData where they don't fit
     """The images of a source, ready for training.
 
@@ -162,16 +164,19 @@ def load_splits(
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be >= 1, got image_size={image_size}")
     if crop not in CROPS: raise ValueError(f"crop must be one of {', '.join(CROPS)}, got {crop!r}")
+    if channels not in (None, 3): raise ValueError(f"channels must be 3 or None, got channels={channels}")
     source = open_source(path, labels)
     held = source.held_out = held_out_of(source, group)
     if not use_labels: source.labels, source.classes = None, []
     for note in source.notes: log.info("%s: %s", source.name, note)
     side = image_size or side_of(source)
     if in_memory is None: in_memory = fits(source, side)
-    key = "" if in_memory else source_key(source, side, crop)
-    if in_memory: images, broken, channels = decode_all(source, image_size, crop)
+    key = "" if in_memory else source_key(source, side, crop, *[channels] * bool(channels))
+    if in_memory: images, broken, channels = decode_all(source, image_size, crop, channels=channels)
     else:
-        def look(): return dict(zip(("broken", "channels"), decode_all(source, image_size, crop, keep=False)[1:]))
+        def look():
+            found = decode_all(source, image_size, crop, keep=False, channels=channels)
+            return dict(zip(("broken", "channels"), found[1:]))
         images, found = None, remembered(f"survey-{key[:24]}", look)
         broken, channels = {int(i): why for i, why in found["broken"].items()}, found["channels"]
     if said := complain(broken, source, skip_broken): log.warning("%s", said)

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'ENCODINGS', 'CROPS', 'SUFFIXES', 'HELPERS', 'MAX_CLASSES', 'SPLITS', 'MAX_ENTRY', 'PLAIN',
            'CIFAR', 'NO_IMAGES', 'EXPECTED', 'BrokenImage', 'open_image', 'standardise', 'crop_center', 'crop_box',
-           'as_image', 'is_grey', 'one_mode', 'decode', 'in_order', 'cores', 'workers_for', 'chunks', 'shared_array',
-           'Source', 'held_out_of', 'check_square', 'side_of', 'complain', 'is_image_name', 'is_hidden', 'readable',
-           'few', 'walk', 'distinct', 'class_names', 'folder_classes', 'labels_by_name', 'read_json', 'edm_labels',
-           'as_text', 'labels_of_words', 'csv_labels', 'named_classes', 'arrange', 'FolderSource', 'open_folder',
-           'zip_entries', 'tar_entries', 'read_entry', 'PackSource', 'inside', 'open_pack', 'ArraySource', 'numbered',
-           'open_npz', 'read_idx', 'open_idx', 'ArraysOnly', 'unpickle_arrays', 'open_cifar', 'optional', 'LMDBSource',
-           'lmdb_reader', 'open_lmdb', 'shard_examples', 'shard_label', 'open_shards', 'LibrarySource', 'of_parts',
-           'open_torchvision', 'Rows', 'open_table', 'folder_kind', 'file_kind', 'open_digits', 'open_source']
+           'crop_lanczos', 'as_image', 'is_grey', 'one_mode', 'decode', 'in_order', 'cores', 'workers_for', 'chunks',
+           'shared_array', 'Source', 'held_out_of', 'check_square', 'side_of', 'complain', 'is_image_name', 'is_hidden',
+           'readable', 'few', 'walk', 'distinct', 'class_names', 'folder_classes', 'labels_by_name', 'read_json',
+           'edm_labels', 'as_text', 'labels_of_words', 'csv_labels', 'named_classes', 'arrange', 'FolderSource',
+           'open_folder', 'zip_entries', 'tar_entries', 'read_entry', 'PackSource', 'inside', 'open_pack',
+           'ArraySource', 'numbered', 'open_npz', 'open_npzs', 'read_idx', 'open_idx', 'ArraysOnly', 'unpickle_arrays',
+           'open_cifar', 'optional', 'LMDBSource', 'lmdb_reader', 'open_lmdb', 'shard_examples', 'shard_label',
+           'open_shards', 'LibrarySource', 'of_parts', 'open_torchvision', 'Rows', 'open_table', 'folder_kind',
+           'file_kind', 'open_digits', 'open_source']
 
 # %% ../../nbs/3_data/02_read.ipynb #18fbe850
 import csv, difflib, gzip, hashlib, importlib, inspect, io, json, math, mmap, os, pickle, re, struct, tarfile, warnings
@@ -94,7 +95,15 @@ def crop_box(im:Image.Image, size:int)->Image.Image: # size x size
     left, top = (im.width - side) // 2, (im.height - side) // 2
     return im.resize((size, size), Image.Resampling.BOX, box=(left, top, left + side, top + side))
 
-CROPS = {"center": crop_center, "box": crop_box}
+# %% ../../nbs/3_data/02_read.ipynb #fe183500
+def crop_lanczos(im:Image.Image, size:int)->Image.Image: # size x size
+    "Cut out the largest centred square, then resize it by Lanczos' kernel.  # EDM, center-crop"
+    side = min(im.size)
+    left, top = (im.width - side) // 2, (im.height - side) // 2
+    return im.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+
+# %% ../../nbs/3_data/02_read.ipynb #def2cf07
+CROPS = {"center": crop_center, "adm": crop_center, "edm": crop_lanczos, "box": crop_box}
 
 # %% ../../nbs/3_data/02_read.ipynb #aed966d7
 def as_image(a:np.ndarray)->Image.Image: # mode L or RGB
@@ -569,6 +578,19 @@ def open_npz(path:Path)->ArraySource:
     source.labels = np.array(y, np.int64)
     return source
 
+# %% ../../nbs/3_data/02_read.ipynb #384c329b
+def open_npzs(files:list)->ArraySource:
+    "Several npz as one, by their numbers, as sony's sampler leaves them; `ValueError` if they differ."
+    parts = [open_npz(p) for p in sorted(files, key=lambda p: int(p.stem.rpartition("_")[2]))]
+    last = max(parts, key=lambda p: len(p.classes))
+    for p in parts:
+        if p.images.shape[1:] != last.images.shape[1:] or (p.labels is None) != (last.labels is None):
+            raise ValueError(f"{p.files[0]}: images or labels unlike those of {last.files[0].name}")
+    images = np.concatenate([p.images for p in parts])
+    y = None if last.labels is None else np.concatenate([p.labels for p in parts])
+    return ArraySource(files[0].parent.name, "npz", numbered("arr_0", len(images)), y, last.classes, images=images,
+                       files=sorted(files))
+
 # %% ../../nbs/3_data/02_read.ipynb #7f7454c0
 def read_idx(path:Path)->np.ndarray: # uint8
     "The array of an idx file, plain or gz; `ValueError` if it isn't one."
@@ -854,6 +876,7 @@ def folder_kind(path:Path)->tuple: # the function that opens it, what to give it
     if "data_batch_1" in names or {"train", "test", "meta"} <= names and (path/"train").is_file():
         return open_cifar, path
     if shards := sorted(path/n for n in names if n.endswith(".tar")): return open_shards, shards
+    if npzs := [path/n for n in names if re.fullmatch(r"sample_\d+\.npz", n)]: return open_npzs, npzs
     for below in ("raw", "cifar-10-batches-py", "cifar-100-python"):
         if below in names and names <= {below, "processed"}: return folder_kind(path/below)
     return open_folder, path

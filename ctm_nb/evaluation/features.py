@@ -177,10 +177,11 @@ def _inception_file(folder=None) -> Path:  # the file
 
 # %% ../../nbs/5_evaluation/02_features.ipynb #cf71f9e0
 def find_weights(
-    name:str, # of a timm network
+    name:str, # of a timm network, or "lite0": see `lite0_file`
     where=None, # a file, a folder with NAME*.safetensors, .pth, .pt or .bin, or None: the caches on this machine
 )->Path: # the file
     "Where the weights of a timm network are; `ValueError` that says what to put where. Never downloads."
+    if name == "lite0": return lite0_file(where)
     if not _optional("timm").is_model(name):
         raise ValueError(f"timm knows no network {name!r}; timm.list_models() lists them")
     if where is None:  # where timm leaves what it has downloaded: the Hugging Face cache, or torch's
@@ -290,13 +291,14 @@ def _script(path, name="torchscript"):
 class TimmFeatures(FeatureNetwork):
     "An image classifier of timm at four depths."
     def __init__(self,
-        name:str="deit_base_distilled_patch16_224", # or "tf_efficientnet_lite0", or any with `forward_intermediates`
+        name:str="deit_base_distilled_patch16_224", # or "tf_efficientnet_lite0", or any with `forward_intermediates`,
+                                                    # or "lite0": that one with the weights that pip brings
         weights=None, # see `find_weights`
         pretrained:bool=True, # False: random weights, to try things out
     ):
         path = find_weights(name, weights) if pretrained else None
-        net = _optional("timm").create_model(name, pretrained=False)
-        super().__init__(load_weights(net, path) if path else net)
+        net = _optional("timm").create_model(LITE0 if name == "lite0" else name, pretrained=False)
+        super().__init__(load_weights(net, path, by_order=name == "lite0") if path else net)
         n, cfg = len(net.feature_info), net.pretrained_cfg
         self.depths, self.fixed = [n - 1 - n * k // 4 for k in (3, 2, 1, 0)], cfg.get("fixed_input_size", False)
         for k in ("mean", "std"): self.register_buffer(k, torch.tensor(cfg[k])[:, None, None])  # (3, 1, 1)
@@ -337,11 +339,16 @@ class LPIPSDistance:
         net:str="vgg", # a key of BACKBONES
         size:int=224, # smaller pictures are enlarged to it
         random:bool=False, # untrained backbone, for tests
+        pooling:str="max", # as the package has it, or "average", as CTM trains
     ):
         state = {} if random else torch.load(backbone_file(net, folder), map_location="cpu", weights_only=True)
         lpips = _optional("lpips").LPIPS(net=net, pnet_rand=True, verbose=False)
         self.net, self.size = lpips.requires_grad_(False).eval(), size
         body = self.net.net
+        for m in body.modules() if pooling == "average" else ():
+            for name, pool in m.named_children():
+                if not isinstance(pool, nn.MaxPool2d): continue
+                setattr(m, name, nn.AvgPool2d(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode))
         if state: body.load_state_dict({k: state["features." + k.split(".", 1)[1]] for k in body.state_dict()})
 
     def maps(self, x:torch.Tensor)->list: # (B, 1 or 3, H, W) -> activations of every slice

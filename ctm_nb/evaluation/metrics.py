@@ -291,6 +291,7 @@ def train_classifier(
     data:Images, # real, labelled training images
     seed:int=0, # of weights, order and jitter
     epochs:int=6, # passes over the data
+    most:int=60000, # images seen, where those would be more
     batch_size:int=64, # images a step
     device:str="cpu", # where to train
     progress:bool=False, # show a bar with the remaining time
@@ -307,12 +308,13 @@ def train_classifier(
         torch.default_generator.manual_seed(seed)
         net = FeatureClassifier(data.image_size, data.channels, data.n_classes, **architecture).to(device).train()
     g, batch_size = torch.Generator().manual_seed(seed), min(batch_size, len(data))
-    n_steps = epochs * (len(data) // batch_size)
+    each = len(data) // batch_size  # steps of a pass
+    n_steps = min(epochs * each, max(1, most // batch_size))
     opt = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=n_steps)
     with tqdm(total=n_steps, desc="classifier", disable=not progress) as bar:
-        for _ in range(epochs):
-            order = torch.randperm(len(data), generator=g)[:n_steps // epochs * batch_size]
+        for n in range(0, n_steps, each):
+            order = torch.randperm(len(data), generator=g)[:min(each, n_steps - n) * batch_size]
             for i in order.split(batch_size):
                 loss = F.cross_entropy(net(_jitter(data.x0(i), g).to(device)), data.labels[i].to(device))
                 opt.zero_grad()

@@ -64,9 +64,12 @@ def array_samples(
 # %% ../../nbs/5_evaluation/03_reference.ipynb #043a45d9
 def data_samples(
     data, # the real images, see `Images` of the data room
+    most:int|None=None, # so many of them, spread over all; None: all
 )->SampleSet:
     "The images of a data set as a sample set."
-    return SampleSet(data.name, len(data), lambda s: data.take(np.arange(len(data))[s]), data.labels)
+    n = min(len(data), most or len(data))
+    ids = np.arange(n) * len(data) // n
+    return SampleSet(data.name, n, lambda s: data.take(ids[s]), None if data.labels is None else data.labels[ids])
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #7d169cda
 def open_samples(

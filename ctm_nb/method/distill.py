@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MATCHING', 'draw_k', 'draw_indices', 'draw_interval', 'interval_times', 'solve_interval', 'to_end',
-           'same_dropout', 'ctm_pair', 'ctm_loss', 'MovingRows', 'dsm_sigma', 'dsm_loss', 'step_losses']
+           'ctm_pair', 'ctm_loss', 'MovingRows', 'dsm_sigma', 'dsm_loss', 'step_losses']
 
 # %% ../../nbs/1_method/06_distill.ipynb #f2705a50
 from functools import partial
@@ -98,13 +98,6 @@ def to_end(
     "G_ema(x_s, s, sigma_min): to the end of the trajectory; gradient flows to x_s."
     return target.G(x_s, s, torch.full_like(s, target.sigma_min), y)
 
-# %% ../../nbs/1_method/06_distill.ipynb #778f5cc2
-def same_dropout(
-    x: Tensor,  # on the device of the networks
-):
-    "Context that puts the random state back: what follows it drops the same units as what stands in it."
-    return torch.random.fork_rng([x.device] if x.is_cuda else [])
-
 # %% ../../nbs/1_method/06_distill.ipynb #ce58d18c
 def ctm_pair(
     student,  # G_theta, a CTM
@@ -120,7 +113,7 @@ def ctm_pair(
     "Both sides of the loss."
     if compare_at not in ("end", "s"): raise ValueError(f"compare_at must be end or s, got {compare_at!r}")
     end = partial(to_end, target, s=s, y=y) if compare_at == "end" else lambda x_s: x_s
-    with torch.no_grad(), same_dropout(x_t):
+    with torch.no_grad():
         goal = end(student.G(x_u, u, s, y))  # G_ema(G_sg(x_u, u, s), s, sigma_min)
     return end(student.G(x_t, t, s, y)), goal  # G_ema(G_theta(x_t, t, s), s, sigma_min)
 

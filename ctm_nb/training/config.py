@@ -6,22 +6,23 @@
 __all__ = ['AT_LEAST_1', 'NOT_NEGATIVE', 'POSITIVE', 'FRACTION', 'OBJECTIVES', 'OPTIMIZERS', 'FEATURES', 'MICRO',
            'STAGES', 'TOGETHER', 'one_of', 'need', 'DataConfig', 'NetworkConfig', 'OptimConfig', 'TeacherConfig',
            'DistillConfig', 'GanConfig', 'EvaluateConfig', 'RunConfig', 'Config', 'Span', 'schedule', 'stage_at',
-           'Phase', 'phases', 'parse_value', 'set_value', 'make_config', 'check_config']
+           'phases', 'teacherless', 'set_value', 'make_config', 'check_config']
 
 # %% ../../nbs/6_training/02_config.ipynb #67deb94a
 import difflib
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from .presets import PRESETS
+from ..data.images import BYTES
 from ..data.read import CROPS
 from ..method.distances import DISTANCES
 from ..method.distill import MATCHING
 from ..method.solvers import SOLVERS, solver_name
-from ..method.adversary import GAN_LOSSES
+from ..method.adversary import DISCRIMINATORS, GAN_LOSSES
 from ..networks.unet import FAMILIES
 
 # %% ../../nbs/6_training/02_config.ipynb #c0f190aa
@@ -29,7 +30,7 @@ AT_LEAST_1 = (lambda v: v >= 1, "at least 1")  # is a value possible?, and what 
 NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "at least 0")
 POSITIVE = (lambda v: 0 < v < math.inf, "a positive number")
 FRACTION = (lambda v: 0 <= v < 1, "in [0, 1)")
-OBJECTIVES = (*MATCHING, "trajectories", "eulerian")
+OBJECTIVES = (*MATCHING, "trajectories", "eulerian", "dsm")
 OPTIMIZERS = ("radam", "adamw", "muon")  # see optimizers.py
 
 def one_of(*names: str) -> tuple: return lambda v: v in names, f"one of {', '.join(names)}"
@@ -42,6 +43,7 @@ class DataConfig:
     source: str = need("digits", (bool, 'the path of the images (--data PATH), or "digits"'))  # see `open_source`
     image_size: int | None = need(None, AT_LEAST_1)  # side to crop and resize to; None: as they are
     crop: str = need("center", one_of(*CROPS))  # how, a key of read.CROPS
+    channels: int | None = need(None, (lambda v: v == 3, "3, or none for what the images have"))  # 3 for a grey set too
     labels: str = ""  # a file of labels, for images whose folders don't tell
     group: str = ""  # regular expression: images in whose names it finds the same are held out together
     use_labels: bool = True  # false: an unconditional model, whatever labels there are
@@ -77,6 +79,8 @@ class OptimConfig:
     beta2: float = need(.999, FRACTION)  # memory of the squared gradients
     ema: float = need(.999, FRACTION)  # rate of the EMA that samples are drawn with
     emas: tuple = need((), FRACTION)  # rates of further EMAs that checkpoints keep
+    ema_warmup: bool = True  # EMAs follow faster at first (see `EMA`); false: at a fixed rate, as published
+    balance_rows: int | None = need(None, AT_LEAST_1)  # images whose losses are weighed together; None: the batch
     clip: float | None = need(None, POSITIVE)  # largest gradient norm; None: no limit
 
 # %% ../../nbs/6_training/02_config.ipynb #608bb842
@@ -84,7 +88,7 @@ class OptimConfig:
 class TeacherConfig(OptimConfig):
     "Training of the denoiser, or where to get one."
     steps: int = need(30000, AT_LEAST_1)  # optimizer steps, not needed with a source
-    source: str = ""  # an existing teacher: whatever `load` reads; empty: train one
+    source: str = ""  # an existing teacher: whatever `load` reads; empty: train one; "none": do without
     P_mean: float = -1.2  # of ln sigma
     P_std: float = 1.2  # of ln sigma
     augment: float = need(0., FRACTION)  # probability of each of EDM's transformations; network.augment_dim must be 9
@@ -110,27 +114,31 @@ class DistillConfig(OptimConfig):
     compare_at: str = need("end", one_of("end", "s"))  # where the sides meet: at sigma_min, through the EMA, or at s
     distance: str = need("l2", one_of(*DISTANCES, "lpips"))
     weights: str = ""  # folder of the weights of "lpips"; empty: where torch keeps them
+    pooling: str = need("max", one_of("max", "average"))  # in the network of "lpips"; "average" as published
     target_ema: float = need(.999, FRACTION)  # rate of the EMA inside the loss
     init: str = need("teacher", one_of("teacher", "random"))  # how the s-branch starts
     dsm: bool = True  # add the denoising loss
+    dropout: float = need(0., FRACTION)  # of student and target, in this stage and the adversary's
 
 # %% ../../nbs/6_training/02_config.ipynb #075740fd
 @dataclass
 class GanConfig(OptimConfig):
     "CTM + DSM + GAN, on top of a student; the settings of CTM + DSM stay as they are under `distill`."
     steps: int = need(0, NOT_NEGATIVE)  # of student and discriminator together, they take turns; 0: no such stage
+    init: str = need("ema", one_of("ema", "raw"))  # "raw": weights, optimizer and EMAs go on, as published
     K: int | None = need(None, AT_LEAST_1)  # longest solver interval in this stage; None: as in distill
     features: str = "teacher"  # feature networks: "teacher" and names of timm's networks, with commas
     weights: str = ""  # folder of the weights of timm's networks; empty: timm's cache
     levels: tuple = need((.1, .3, 1.), POSITIVE)  # noise levels at which the teacher's features are taken
-    width: int = need(64, AT_LEAST_1)  # features of the discriminator's heads
+    discriminator: str = need("small", one_of(*DISCRIMINATORS))  # "published": 10 M weights a feature network
+    width: int = need(64, AT_LEAST_1)  # features of the discriminator's heads; "published": the least
     strength: float = need(1., NOT_NEGATIVE)  # of the augmentation
     loss: str = need("hinge", one_of(*GAN_LOSSES))
-    r1: float = need(0., NOT_NEGATIVE)  # weight of the slope penalty
     low: float = need(.01, NOT_NEGATIVE)  # smallest weight of the adversary
     high: float = 10.  # largest weight of the adversary
     start: int = need(0, NOT_NEGATIVE)  # steps before there is an adversary
     head_start: int = need(0, NOT_NEGATIVE)  # steps that the discriminator then has to itself
+    first: str = need("discriminator", one_of("student", "discriminator"))  # who moves then; "student" as published
     d_lr: float = need(2e-3, POSITIVE)  # learning rate of the discriminator
     d_betas: tuple = need((.5, .9), FRACTION)  # of its optimizer, RAdam
     target_ema: float = need(.999, FRACTION)  # rate of the EMA inside the loss
@@ -143,9 +151,12 @@ class EvaluateConfig:
     "Scores at the end of a run."
     n: int = need(5000, (lambda v: v == 0 or v >= 10, "0 (no scores) or at least 10"))  # samples a sampler
     steps: tuple = need((1, 2, 4), AT_LEAST_1)  # evaluations of G
-    teacher_steps: int = need(18, AT_LEAST_1)  # Heun steps of the teacher
+    teacher_solver: str = need("heun", one_of(*SOLVERS))
+    teacher_steps: int = need(18, AT_LEAST_1)  # of that solver
     batch: int = need(500, AT_LEAST_1)  # samples at a time
+    bytes: str = need("round", one_of(*BYTES))  # how samples become bytes; the published code truncates
     features: str = need("train", FEATURES)
+    classifier: int = need(60000, AT_LEAST_1)  # images that it sees in training, features "train"
     weights: str = ""  # folder of the weights of these features; empty: the cache
 
 # %% ../../nbs/6_training/02_config.ipynb #b96d66f6
@@ -163,9 +174,9 @@ class RunConfig:
     log_every: int = need(20, AT_LEAST_1)  # steps between lines of metrics.jsonl
     sample_every: int = need(500, AT_LEAST_1)  # steps between sample grids
     keep: int = need(2, AT_LEAST_1)  # newest checkpoints that stay
-    keep_best: int = need(1, NOT_NEGATIVE)  # and the best of each stage, where scores were taken on the way
-    score_every: int = need(0, NOT_NEGATIVE)  # steps between scores on the way; 0: only at the end
-    score_n: int = need(1000, (lambda v: v >= 10, "at least 10"))  # samples a sampler for those
+    minutes: float = need(0., NOT_NEGATIVE)  # of the whole command (--minutes); 0: as many as the steps take
+    before: int = need(0, NOT_NEGATIVE)  # steps of the shorter run that this one goes on from
+    plan: str = ""  # what was measured and chosen for those minutes, see `budget`
 
 # %% ../../nbs/6_training/02_config.ipynb #c1f0ed81
 @dataclass
@@ -184,11 +195,11 @@ STAGES = {"teacher": "teacher", "ctm_dsm": "distill", "ctm_dsm_gan": "gan"}  # n
 
 @dataclass(frozen=True)
 class Span:
-    "The steps of a run that belong to one stage."
-    stage: str  # a key of STAGES
-    first: int  # steps of the run before it begins
-    end: int  # steps of the run when it is over
-    batch: int  # images a step
+    "The steps of a run that belong to one stage, or those of a stage that use one matching."
+    name: str  # a key of STAGES, or one of OBJECTIVES
+    first: int  # steps before it begins
+    end: int  # steps when it is over
+    batch: int = 0  # images a step
 
 # %% ../../nbs/6_training/02_config.ipynb #5c4ed011
 def schedule(
@@ -196,7 +207,7 @@ def schedule(
 ) -> dict:  # stage -> Span, in order; only the stages that have steps
     "Which steps of a run belong to which stage; one whose result is given has none."
     sections = asdict(config) if isinstance(config, Config) else config
-    spans, end = {}, 0
+    spans, end = {}, int((sections.get("run") or {}).get("before") or 0)
     for stage, section in STAGES.items():
         s = sections.get(section) or {}
         steps = 0 if s.get("source") else int(s.get("steps") or 0)
@@ -214,28 +225,21 @@ def stage_at(
     return next((s for s in spans if step <= s.end), spans[-1])
 
 # %% ../../nbs/6_training/02_config.ipynb #b3a833e9
-class Phase(NamedTuple):
-    "The steps of a stage that use one matching."
-    matching: str  # one of OBJECTIVES
-    first: int  # steps of the stage before it begins
-    end: int  # steps of the stage when it is over
-
 def phases(
     d: DistillConfig,  # matching, phases
     steps: int,  # of the stage
-) -> list:  # Phases, in order
+) -> list:  # Spans of the stage, in order
     "Which steps use which matching; raises ValueError if that can't be read."
     words = [w.split(":") for w in (d.phases or f"{d.matching}:1").split(",")]
     shares = [float(share) for _, share in words]
     ends = [round(steps * sum(shares[:k])) for k in range(len(shares) + 1)]
-    return [Phase(name.strip(), a, b) for (name, _), a, b in zip(words, ends, ends[1:])]
+    return [Span(name.strip(), a, b) for (name, _), a, b in zip(words, ends, ends[1:])]
+
+def teacherless(config: Config) -> bool: return config.teacher.source == "none"  # a student without a teacher?
 
 # %% ../../nbs/6_training/02_config.ipynb #88bfb4f5
-def parse_value(
-    text: str,  # as typed
-    kind,  # annotation of the field: int, float, str, bool, tuple or one of these or None
-):
-    "A typed value from its text; raises ValueError if it is not one."
+def _parse_value(text, kind):
+    "A typed value from its text, kind the annotation of its field; raises ValueError if it is not one."
     options = [a for a in getattr(kind, "__args__", (kind,)) if a is not type(None)]
     if text.lower() in ("none", "null") and options != [kind]: return None
     if options[0] is tuple:
@@ -265,11 +269,11 @@ def set_value(
         near = difflib.get_close_matches(key.lower(), folded, n=1, cutoff=0.)
         raise ValueError(f"unknown key {key!r}; the nearest is {folded[near[0]]!r}")
     section, f = known[key]
-    try: value = parse_value(text, f.type)
+    try: value = _parse_value(text, f.type)
     except ValueError as e:
         expected = e if f.type is bool else getattr(f.type, "__name__", f.type)
         raise ValueError(f"{key} must be {expected}, got {text!r}") from None
-    setattr(section, f.name, solver_name(value) if key == "distill.solver" else value)
+    setattr(section, f.name, solver_name(value) if key.endswith("solver") else value)
 
 # %% ../../nbs/6_training/02_config.ipynb #c303a7de
 def make_config(
@@ -296,7 +300,9 @@ def _phases_fit(c):
     "Known matchings, positive shares that add up to one?"
     try: found = phases(c.distill, 10 ** 6)
     except ValueError: return False
-    return found[-1].end == 10 ** 6 and all(p.matching in OBJECTIVES and p.first < p.end for p in found)
+    return found[-1].end == 10 ** 6 and all(p.name in OBJECTIVES and p.first < p.end for p in found)
+
+def _dsm_first(first, *rest): return first == "dsm" and "trajectories" not in rest
 
 TOGETHER = [
     ("data.labels", lambda c: c.data.use_labels or not c.data.labels, "empty where data.use_labels is false"),
@@ -306,14 +312,22 @@ TOGETHER = [
     ("teacher.source", lambda c: c.teacher.source or not c.distill.source,
      "given when distill.source is (an adversarial stage needs both)"),
     ("distill.phases", _phases_fit, "matchings with shares that add up to 1, e.g. trajectories:.6,soft:.4"),
+    ("distill.phases", lambda c: not teacherless(c) or _dsm_first(*(p.name for p in phases(c.distill, 1))),
+     "begun by dsm and without trajectories where there is no teacher, e.g. dsm:.5,soft:.5"),
+    ("distill.distance", lambda c: not teacherless(c) or c.distill.distance != "features",
+     "another than features where there is no teacher"),
     ("distill.K", lambda c: c.distill.K < c.distill.N, "below distill.N"),
     ("distill.label_dropout",
      lambda c: not c.distill.label_dropout or c.teacher.label_dropout or c.teacher.source,
      "0 for a teacher that has seen no image without its label (teacher.label_dropout=0)"),
     ("gan.steps", schedule, "at least 1 where nothing else is to be trained"),
+    ("gan.init", lambda c: c.gan.init == "ema" or c.gan.optimizer == c.distill.optimizer,
+     "ema where gan.optimizer is not distill.optimizer"),
     ("gan.K", lambda c: (c.gan.K or 1) < c.distill.N, "below distill.N"),
     ("gan.features", lambda c: all(f.strip() for f in c.gan.features.split(",")),
      '"teacher", names of timm networks, or both with commas'),
+    ("gan.features", lambda c: not teacherless(c) or not c.gan.steps or "teacher" not in c.gan.features.split(","),
+     "timm networks where there is no teacher"),
     ("gan.low", lambda c: c.gan.low <= c.gan.high, "at most gan.high"),
     ("gan.d_betas", lambda c: len(c.gan.d_betas) == 2, "two numbers in [0, 1)"),
     ("run.device", lambda c: _available(c.run.device), "auto or a device of this machine (cpu, cuda, cuda:1, ...)"),

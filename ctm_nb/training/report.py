@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'DISTANCES_OF_FRECHET', 'USUAL', 'read_lines', 'read_json', 'History', 'read_run', 'curve',
-           'draw_curves', 'duration', 'number', 'sampler_name', 'score_table', 'markdown_table', 'head', 'scores',
-           'pictures', 'settings', 'write_report', 'one_line', 'follow']
+           'draw_curves', 'duration', 'number', 'score_table', 'markdown_table', 'write_report', 'follow']
 
 # %% ../../nbs/6_training/07_report.ipynb #cdf40a69
 import base64
@@ -13,12 +12,10 @@ import io
 import json
 import math
 import re
-import sys
 import time
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -40,8 +37,8 @@ def read_lines(
 # %% ../../nbs/6_training/07_report.ipynb #616feed1
 def read_json(
     path: Path,  # it need not exist, or hold JSON
-    empty: Any,  # what stands for nothing: {} or []
-) -> Any:  # of the kind of `empty`
+    empty,  # {} or [], what stands for nothing
+):  # of the kind of `empty`
     "The content of a JSON file of the expected kind."
     try: found = json.loads(path.read_text())
     except (OSError, ValueError): return empty
@@ -141,21 +138,15 @@ def number(
     return f"{v:,.0f}" if abs(v) >= 1000 or v == int(v) else f"{v:.4g}"
 
 # %% ../../nbs/6_training/07_report.ipynb #8a1f30c4
-def sampler_name(
-    s: dict | None,  # of a record; None: real images
-) -> str:
-    "Sampler settings in words."
-    if s is None: return "training images (floor)"
-    if s["solver"] != "ctm": return f"teacher, {s['solver']} {s['steps']} steps"
-    return f"CTM, {s['steps']} step{'s' * (s['steps'] > 1)}"
-
 def score_table(
     records: list,  # of scores.json
 ) -> list[dict]:  # one row a sampler: {"sampler": ..., metric: value, ...}
-    "Arrange score records as rows."
-    rows = {}
+    "Arrange score records as rows; those of the training images are the floor."
+    rows: dict = {}
     for r in records:
-        name = sampler_name(r["sampler"])
+        name, s = "training images (floor)", r["sampler"]
+        if s: name = f"CTM, {s['steps']} step{'s' * (s['steps'] > 1)}"
+        if s and s["solver"] != "ctm": name = f"teacher, {s['solver']} {s['steps']} steps"
         rows.setdefault(name, {"sampler": name})[r["metric"]] = r["value"]
     return list(rows.values())
 
@@ -176,10 +167,8 @@ def markdown_table(
     return "\n".join("| " + " | ".join(l) + " |" for l in lines)
 
 # %% ../../nbs/6_training/07_report.ipynb #c292815e
-def head(
-    h: History,  # of a run
-) -> dict:  # state: a sentence; done in [0, 1]; tiles: (value, what it is)
-    "Where a run stands."
+def _head(h):
+    "Where a run stands: state, a sentence; done in [0, 1]; tiles, (value, what it is)."
     plan, last = schedule(h.config), h.lines[-1] if h.lines else {}
     step, total = last.get("step", 0), max((s.end for s in plan.values()), default=0)
     stage, finished = last.get("stage") or next(iter(plan), ""), h.closed or 0 < total <= step
@@ -193,27 +182,19 @@ def head(
     return dict(state="finished" if finished else where, done=1. if h.closed else step / max(total, 1), tiles=tiles)
 
 # %% ../../nbs/6_training/07_report.ipynb #3a690d61
-def scores(
-    records: list,  # of scores.json
-) -> dict:  # metrics, rows (sampler, step, n, cells), about (features and reference)
-    "The score table of a report."
-    rows: dict = {}
-    for r in records:
-        key = (r.get("checkpoint") or "", sampler_name(r["sampler"]), r.get("n_samples"), r.get("features") or "")
-        rows.setdefault(key, {})[r["metric"]] = f"{r['value']:.3f}"
-    metrics = list(dict.fromkeys(r["metric"] for r in records if r["sampler"]))
-    table = [dict(sampler=name, step=at.removeprefix("step_").lstrip("0"), n=number(n),
-                  cells=[v.get(m) for m in metrics])
-             for (at, name, n, _), v in sorted(rows.items(), key=lambda kv: kv[0][0], reverse=True)]
-    about = {f"{r['features']} against {(r.get('reference') or {}).get('name', '?')}" for r in records if r["sampler"]}
-    return dict(metrics=metrics, rows=table, about="; ".join(sorted(about)))
+def _scores(records):
+    "The score table of a report: metrics, rows (sampler, step, n, value by metric), about (features and reference)."
+    at = lambda r: (r.get("checkpoint") or "", r.get("n_samples") or 0, r.get("features") or "")
+    rows = [dict(row, step=key[0].removeprefix("step_").lstrip("0"), n=number(key[1]))
+            for key in sorted(set(map(at, records)), reverse=True)
+            for row in score_table([r for r in records if at(r) == key])]
+    drawn = [r for r in records if r["sampler"]]
+    about = {f"{r['features']} against {(r.get('reference') or {}).get('name', '?')}" for r in drawn}
+    return dict(metrics=list(dict.fromkeys(r["metric"] for r in drawn)), rows=rows, about="; ".join(sorted(about)))
 
 # %% ../../nbs/6_training/07_report.ipynb #a8e5260e
-def pictures(
-    h: History,  # of a run
-    most: int = 6,  # grids on the way
-) -> list:  # (caption, base64 of a PNG)
-    "The final picture and some sample grids."
+def _pictures(h, most=6):
+    "The final picture and at most so many of the sample grids: (caption, base64 of a PNG)."
     final, grids = h.folder / "samples" / "final.png", [p for p in h.pictures if p[1].is_file()]
     some = sorted({round(i * (len(grids) - 1) / (most - 1)) for i in range(most)}) if grids else []
     found = [("at the end: the same noise and classes drawn with every sampler", final)] if final.is_file() else []
@@ -221,10 +202,8 @@ def pictures(
     return [(caption, base64.b64encode(p.read_bytes()).decode()) for caption, p in found]
 
 # %% ../../nbs/6_training/07_report.ipynb #34e162bc
-def settings(
-    h: History,  # of a run
-) -> tuple:  # {section: {key: text}}, sentences about changes
-    "Configuration, versions and changes of a run."
+def _settings(h):
+    "Configuration and versions of a run, {section: {key: text}}, and sentences about changes."
     text = lambda v: ", ".join(map(str, v)) if isinstance(v, (list, tuple)) else "none" if v is None else str(v)
     meta = h.manifest.get("meta") or {}
     found = {k: v for k, v in h.config.items() if isinstance(v, dict)}
@@ -244,35 +223,26 @@ def write_report(
     if figure := draw_curves(h): figure.savefig(image, format="png", dpi=110)
     text = (resources.files("ctm_nb.training") / "report.html").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(text)
-    source, (sections, changes) = (h.config.get("data") or {}).get("source", "?"), settings(h)
+    source, (sections, changes) = (h.config.get("data") or {}).get("source", "?"), _settings(h)
     page = template.render(
-        name=h.folder.resolve().name, folder=h.folder, source=source, **head(h), scores=scores(h.records),
-        pictures=pictures(h), curves=base64.b64encode(image.getvalue()).decode(), settings=sections, changes=changes)
+        name=h.folder.resolve().name, folder=h.folder, source=source, **_head(h), scores=_scores(h.records),
+        pictures=_pictures(h), curves=base64.b64encode(image.getvalue()).decode(), settings=sections, changes=changes)
     return atomic_write(h.folder / "report.html", page.encode())
 
 # %% ../../nbs/6_training/07_report.ipynb #ae29c041
-def one_line(
-    l: dict,  # a line of the log
-) -> str:
-    "A line of the log for people."
-    values = [f"{k} {number(l[k])}" for k in l if k.startswith(("loss_", "lambda_")) and l[k] is not None]
-    speed = f"{number(l.get('images_per_sec'))} images/s, {duration(l.get('seconds'))}"
-    return f"{l.get('stage')} step {l['step']:,}: {', '.join(values)}; {speed}"
-
 def follow(
     folder: str | Path,  # runs/<name>
     every: float = 2.,  # seconds between looks
-    out=None,  # a text stream; None: standard output
-    looks: int | None = None,  # at most so many; None: until the run is finished
 ):
     "Print a run's log until the run is finished; ValueError if it is no run."
-    out, seen = out or sys.stdout, 0
     read_run(folder)
-    out.write(f"live curves: tensorboard --logdir {folder}/tensorboard\n")
-    while looks is None or looks > 0:
+    print(f"live curves: tensorboard --logdir {folder}/tensorboard", flush=True)
+    h, seen = None, 0
+    while not (h and h.closed):
+        if h: time.sleep(every)
         h = read_run(folder)
-        for l in h.lines[min(seen, len(h.lines)):]: out.write(one_line(l) + "\n")
-        seen, looks = len(h.lines), looks and looks - 1
-        out.flush()
-        if h.closed: return
-        if looks != 0: time.sleep(every)
+        for l in h.lines[min(seen, len(h.lines)):]:
+            values = [f"{k} {number(l[k])}" for k in l if k.startswith(("loss_", "lambda_")) and l[k] is not None]
+            speed = f"{number(l.get('images_per_sec'))} images/s, {duration(l.get('seconds'))}"
+            print(f"{l.get('stage')} step {l['step']:,}: {', '.join(values)}; {speed}", flush=True)
+        seen = len(h.lines)

@@ -132,6 +132,30 @@ def test_crop_is_central_and_resize_is_by_area(tmp_path):
     assert load_data(tmp_path, "all", image_size=2, crop="box").images[0, 0].tolist() == [[200, 0], [0, 25]]
 
 
+def test_both_published_crops_by_name(tmp_path):
+    "EDM cuts out the square and resizes it by Lanczos' kernel; ADM resizes the whole, by bicubic interpolation."
+    from PIL import Image
+    a = np.random.default_rng(0).integers(0, 256, (45, 62, 3), np.uint8)
+    save(tmp_path / "a.png", a)
+    square = Image.fromarray(np.ascontiguousarray(a[:, 8:53]))  # nothing beyond its edge may leak in
+    edm, adm, center = (load_data(tmp_path, "all", 16, crop=crop).images[0].permute(1, 2, 0).numpy()
+                        for crop in ("edm", "adm", "center"))
+    assert (edm == np.asarray(square.resize((16, 16), Image.Resampling.LANCZOS))).all()
+    halved = Image.fromarray(a).resize((31, 22), Image.Resampling.BOX)
+    whole = np.asarray(halved.resize((round(31 * 16 / 22), 16), Image.Resampling.BICUBIC))
+    assert (adm == whole[:, 3:19]).all() and (center == adm).all() and (edm != adm).any()
+
+
+def test_bytes_of_samples_as_published():
+    "Half of all values are one higher when rounded; the published bytes are clamp((x + 1) * 127.5) cut off."
+    x = torch.rand(1, 1, 256, 256, generator=torch.Generator().manual_seed(0)) * 2.2 - 1.1
+    published = torch.tensor(np.clip((x.numpy() + 1) * np.float32(127.5), 0, 255).astype(np.uint8))
+    assert torch.equal(to_uint8(x, "truncate"), published)
+    higher = to_uint8(x).float() - published.float()
+    assert set(higher.unique().tolist()) == {0., 1.} and .4 < higher.mean() < .5
+    with pytest.raises(ValueError, match="bytes must be one of round, truncate, got 'floor'"): to_uint8(x, "floor")
+
+
 def test_modes(tmp_path):
     save(tmp_path / "deep.png", np.array([[0, 65535], [257 * 7, 257 * 200]], np.uint16))
     assert decode(tmp_path / "deep.png")[..., 0].tolist() == [[0, 255], [7, 200]]

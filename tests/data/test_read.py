@@ -395,6 +395,29 @@ def test_skipping_moves_no_image_across_the_split(tmp_path):
     )
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_grey_set_keeps_three_channels_when_asked(tmp_path, in_memory):
+    write(tmp_path / "d", {f"{i}.png": png(np.full((4, 4, 3), i, np.uint8)) for i in range(20)})  # stored as RGB
+    grey, colour = (load_splits(tmp_path / "d", channels=c, in_memory=in_memory)["all"] for c in (None, 3))
+    assert (grey.channels, colour.channels) == (1, 3)
+    both = [d.take(np.arange(20)) for d in (grey, colour)]
+    assert (both[0] == both[1]).all() and grey.sha256() != colour.sha256()
+    with pytest.raises(ValueError, match="channels must be 3 or None, got channels=2"):
+        load_splits(tmp_path / "d", channels=2)
+
+
+def test_a_folder_of_numbered_npz_is_one_set(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (25, 4, 4, 3), np.uint8)
+    labels = np.arange(25) % 7
+    for i in range(3): np.savez(tmp_path / f"sample_{9 + i}.npz", images[9 * i:][:9], labels[9 * i:][:9])
+    (tmp_path / "sample_9.png").write_bytes(png())  # a grid of the first ones
+    source = open_source(tmp_path)
+    assert (source.images == images).all() and (source.labels == labels).all() and len(source.classes) == 7
+    np.savez(tmp_path / "sample_12.npz", images[:2])
+    with pytest.raises(ValueError, match="sample_12.npz: images or labels unlike those of sample_"):
+        open_source(tmp_path)
+
+
 def test_grey_among_colour_and_the_other_way(tmp_path):
     write(tmp_path / "d", {f"{i}.png": png(np.full((2, 2), i, np.uint8)) for i in range(5)})
     assert load_splits(tmp_path / "d")["all"].channels == 1 and survey(open_source(tmp_path / "d"))["channels"] == 1

@@ -367,6 +367,50 @@ def test_mistakes_are_one_line(npz, ref_file, weights, tmp_path, capsys):
     assert "weights are missing" in fails(capsys, npz(), "--ref", tmp_path / "edm.npz", "--weights", tmp_path)
 
 
+def test_a_folder_of_sony_s_samples_is_scored_as_one_file(tmp_path, capsys):
+    d = digits("train")
+    images, labels = d.images.permute(0, 2, 3, 1).numpy().repeat(3, 3), d.labels.numpy()
+    (tmp_path / "samples").mkdir()
+    for i in range(14):
+        np.savez(tmp_path / "samples" / f"sample_{i}.npz", images[100 * i:][:100], labels[100 * i:][:100])
+    np.savez(tmp_path / "all.npz", images, labels)
+    ref = ["--ref", "digits", "--save-ref", tmp_path / "ref.npz"]
+    for what in ("samples", "all.npz"):
+        words = [tmp_path / what, *ref, "--metrics", "fid,acc", "--out", tmp_path / f"{what}.json"]
+        ctm_nb_evaluate([str(w) for w in words])
+        ref = ["--ref", tmp_path / "ref.npz"]
+    one, two = (json.loads((tmp_path / f"{what}.json").read_text()) for what in ("samples", "all.npz"))
+    assert [(r["value"], r["n_samples"]) for r in one] == [(r["value"], len(images)) for r in two]
+
+
+def test_scores_say_how_samples_became_bytes(tmp_path):
+    "The run's configuration decides, a flag overrules it; the published presets truncate."
+    from ctm_nb.checkpoints.models import describe
+    from ctm_nb.checkpoints.store import save_checkpoint
+    from ctm_nb.commands.evaluate import evaluate_parser, request_of
+    from ctm_nb.data.images import to_uint8
+    from ctm_nb.evaluation.evaluate import evaluate, open_subject
+    from ctm_nb.method.sampling import sample
+    from ctm_nb.method.trajectory import CTM
+    from ctm_nb.networks.unet import DDPMpp
+    from ctm_nb.training.config import make_config
+    m = CTM(DDPMpp(8, 1, s_branch=True, model_channels=8, channel_mult=(1,), n_blocks=1, attention=())).eval()
+    meta = {"models": {"ctm": {"part": "ctm", "description": describe(m)}},
+            "config": {"evaluate": {"bytes": "truncate"}}}
+    save_checkpoint(tmp_path / "run" / "checkpoints", 1, {"ctm": m.state_dict()}, {}, meta)
+    ask = lambda *more: request_of(evaluate_parser().parse_args(
+        [str(tmp_path / "run"), "--ref", "digits", "--metrics", "fid", "-n", "60", "--steps", "1", *more]))
+    assert [r["sampler"]["bytes"] for r in evaluate(ask())[0]] == ["truncate"]
+    assert open_subject(ask("--bytes", "round")).bytes == "round"
+    how = dict(solver="ctm", steps=1, gamma=0.)
+    x = sample(m, 20, **how)
+    drawn = [drawn_samples(m, 20, {**how, "bytes": b}).read(slice(20)) for b in ("round", "truncate")]
+    assert torch.equal(drawn[0], to_uint8(x)) and torch.equal(drawn[1], to_uint8(x, "truncate"))
+    assert not torch.equal(*drawn)
+    presets = {"digits": "round", "cifar10": "truncate", "cifar10-cond": "truncate", "imagenet64": "truncate"}
+    assert {p: make_config(p, ["data.source=x"]).evaluate.bytes for p in presets} == presets
+
+
 def test_drawing_in_batches_is_drawing_at_once():
     from ctm_nb.method.sampling import sample
     from ctm_nb.method.trajectory import CTM

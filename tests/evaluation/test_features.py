@@ -82,6 +82,22 @@ def test_timm_networks_pass_gradients_and_keep_none(name):
     with pytest.raises(ValueError, match="1 or 3 channels"): net(torch.zeros(1, 2, 8, 8))
 
 
+@pytest.mark.parametrize("name, channels, sides", [(TINY, [192] * 4, [14] * 4),
+                                                   (LITE, [24, 40, 112, 320], [56, 28, 14, 7])])
+def test_published_networks_give_their_published_maps(name, channels, sides):
+    "DeiT's tokens after blocks 3, 6, 9 and 12 without the two that belong to no place; EfficientNet's last four maps."
+    pytest.importorskip("timm")
+    net = TimmFeatures(name, pretrained=False)
+    assert net.depths == ([2, 5, 8, 11] if name == TINY else [1, 2, 3, 4])
+    maps, = net(torch.rand(1, 3, 32, 32))
+    assert [tuple(m.shape[1:]) for m in maps] == [(c, n, n) for c, n in zip(channels, sides)]
+    if name != TINY: return
+    blocks, seen = net.net.blocks, []
+    for n in net.depths: blocks[n].register_forward_hook(lambda m, i, out: seen.append(out))
+    maps, = net(torch.rand(1, 3, 32, 32))
+    for tokens, m in zip(seen, maps): assert torch.equal(tokens[:, 2:].mT.unflatten(2, (14, 14)), m)
+
+
 @pytest.mark.parametrize("name, large", [(TINY, (224, 224)), (LITE, (256, 300))])
 def test_pictures_are_brought_to_a_size_that_the_network_takes(name, large):
     pytest.importorskip("timm")
@@ -124,6 +140,7 @@ def test_lite0_takes_the_tensors_in_their_order(tmp_path, monkeypatch):
     seen = found(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     assert (seen.pooled.shape, seen.probs.shape, seen.spatial.shape) == ((2, 1280), (2, 1000), (2, 7 * 7 * 7))
     assert load_extractor("lite0", tmp_path).features_id == found.features_id
+    for a, b in zip(TimmFeatures("lite0", tmp_path).net.parameters(), net.parameters()): assert torch.equal(a, b)
 
 
 SPOILERS = {"few": lambda s: s.pop("_blocks.7"), "many": lambda s: s.update(more=torch.zeros(1)),
@@ -215,6 +232,23 @@ def test_published_lpips_from_a_folder_is_the_packages_number(tmp_path):
         with torch.no_grad(): mine, expected = d(a, b), theirs(big(a), big(b)).flatten()
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
     assert float(mine[-1]) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lpips_with_average_pooling_is_the_packages_network_with_another_pooling(tmp_path, monkeypatch):
+    lpips = pytest.importorskip("lpips")
+    torch.manual_seed(2)
+    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    state = {"features." + k.split(".", 1)[1]: v for k, v in theirs.net.state_dict().items()}
+    torch.save(state, tmp_path / "vgg16-397923af.pth")
+    a, b = torch.randn(2, 1, 3, 64, 64).tanh()
+    with torch.no_grad():
+        most, mean = (LPIPSDistance(tmp_path, size=64, pooling=p)(a, b) for p in ("max", "average"))
+        torch.testing.assert_close(most, theirs(a, b).flatten(), rtol=1e-4, atol=1e-6)
+        pooled = lambda self, x: F.avg_pool2d(x, self.kernel_size, self.stride)
+        monkeypatch.setattr(torch.nn.MaxPool2d, "forward", pooled)
+        torch.testing.assert_close(mean, theirs(a, b).flatten(), rtol=1e-4, atol=1e-6)
+    assert abs(float(mean / most) - 1) > 1e-3
 
 
 def test_missing_lpips_is_reported_at_once(tmp_path, monkeypatch):

@@ -1,16 +1,23 @@
 """The traps of the adversarial stage."""
 import copy
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from ctm_nb.data.images import digits
 from ctm_nb.method.adversary import (
     GAN_LOSSES,
+    CrossMixing,
     Discriminator,
     FeatureNetwork,
+    ProjectedDiscriminator,
     RandomProjection,
+    ScaleHead,
+    SpectralConv,
     TeacherFeatures,
+    TokenMaps,
     _colour,
     _cutout,
     _probe,
@@ -20,6 +27,7 @@ from ctm_nb.method.adversary import (
     gan_loss_d,
     gan_loss_g,
     gan_turn,
+    head_widths,
     lazy,
 )
 from ctm_nb.method.balance import BalancedGradients, adaptive_weight
@@ -71,7 +79,7 @@ def material(B=4, n_classes=10):
     return teacher, student, target, D, e
 
 
-def select(numbers, part): return {"u": numbers["u"][part], "noise": [n[part] for n in numbers["noise"]]}
+def select(numbers, part): return {k: [n[part] for n in v] for k, v in numbers.items()}
 
 
 def judge_of(D, y, numbers, loss="hinge"): return lambda estimate: gan_loss_g(D, estimate, y, numbers, loss)
@@ -109,7 +117,7 @@ def test_every_change_reaches_its_bounds_and_not_further():
     shift = (u[:, 3:5] * 5).long() - 2
     coloured = _colour(x, 2 * u[:, :3] - 1)
     torch.testing.assert_close(augment(x, u, cut=0.), _translate(coloured, shift))
-    moved = (x[:, :, :, 8] - _translate(x, shift)[:, :, :, 8])[:, 0, 0]
+    moved = (x[:, :, 8, 8] - _translate(x, shift)[:, :, 8, 8])[:, 0]
     assert moved.min() == -2 and moved.max() == 2
     holes = (augment(torch.ones(2000, 1, 10, 10), u, translation=0.) == 0).flatten(1).sum(1)
     assert holes.max() == 4 and holes.min() >= 1  # 2 x 2, at the border partly outside
@@ -117,9 +125,22 @@ def test_every_change_reaches_its_bounds_and_not_further():
 
 def test_translation_and_cutout_by_hand():
     x = torch.arange(9.).view(1, 1, 3, 3)
-    assert _translate(x, torch.tensor([[1, 0]]))[0, 0].tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, 5]]
-    assert _translate(x, torch.tensor([[0, -1]]))[0, 0].tolist() == [[1, 2, 2], [4, 5, 5], [7, 8, 8]]
+    moved = lambda *by: _translate(x + 1, torch.tensor([by]))[0, 0].tolist()
+    assert moved(0, 0) == (x + 1)[0, 0].tolist() and moved(1, 0) == [[0, 0, 0], [1, 2, 3], [4, 5, 6]]
+    assert moved(0, -1) == [[2, 3, 0], [5, 6, 0], [8, 9, 0]] and moved(5, -5) == [[0, 0, 0]] * 3
     assert _cutout(x + 1, torch.tensor([[-1, 2]]), 2)[0, 0].tolist() == [[1, 2, 0], [4, 5, 6], [7, 8, 9]]
+
+
+@pytest.mark.parametrize("side, cut, places", [(64, .2, 64), (64, .19, 65), (5, .2, 5)])  # holes of 13, 12 and 1
+def test_an_odd_hole_has_a_pixel_in_the_middle(side, cut, places):
+    "The centres that the two ends of the uniform numbers give, read off the hole's edges in an empty surrounding."
+    u = torch.zeros(2, 7)
+    u[1, 5:] = 1 - 1e-6
+    hole = int(cut * side + .5)
+    low, high = (augment(torch.ones(2, 1, side, side), u, translation=0., cut=cut) == 0).any(3)[:, 0].nonzero().split(
+        [hole - hole // 2, hole // 2 + hole % 2 if places == side else hole // 2])
+    assert low[:, 1].tolist() == list(range(hole - hole // 2))  # its centre at 0
+    assert high[:, 1].tolist() == list(range(places - 1 - hole // 2, side))  # and at places - 1
 
 
 # ---- feature networks and projection
@@ -293,29 +314,174 @@ def test_discriminator_learns():
 # ---- turns
 
 def test_turns():
-    assert [gan_turn(n) for n in range(4)] == ["discriminator", "ctm_dsm_gan"] * 2
-    turns = [gan_turn(n, 3, 2) for n in range(11)]
-    game = ["ctm_dsm_gan", "discriminator"] * 2 + ["ctm_dsm_gan"]
+    assert [gan_turn(n) for n in range(4)] == ["ctm_dsm_gan", "discriminator"] * 2
+    assert [gan_turn(n, first="discriminator") for n in range(4)] == ["discriminator", "ctm_dsm_gan"] * 2
+    game = ["ctm_dsm_gan", "discriminator"] * 3
+    assert [gan_turn(n, 3, 2) for n in range(11)] == ["ctm_dsm"] * 3 + ["discriminator"] * 2 + game
+    turns = [gan_turn(n, 3, 2, "discriminator") for n in range(12)]
     assert turns == ["ctm_dsm"] * 3 + ["discriminator"] * 3 + game
-    assert [gan_turn(n, 0, 3) for n in range(6)] == ["discriminator"] * 4 + ["ctm_dsm_gan", "discriminator"]
     assert sum(lazy(n, .1, 4) for n in range(40)) == pytest.approx(4.) and lazy(4, 0., 4) == 0
 
 
+@pytest.mark.parametrize("first", ["student", "discriminator"])
 @pytest.mark.parametrize("start, head_start", [(0, 0), (0, 5), (3, 4), (0, 8)])
-def test_the_penalty_falls_on_turns_of_the_discriminator(start, head_start, monkeypatch):
+def test_both_turns_are_tried_for_memory(start, head_start, first):
     from ctm_nb.training import stages
     from ctm_nb.training.config import make_config
-    words = ["gan.steps=80", "gan.r1=1", f"gan.start={start}", f"gan.head_start={head_start}"]
-    config, cpu, charged = make_config("tiny", words), torch.device("cpu"), []
+    words = ["gan.steps=80", f"gan.start={start}", f"gan.head_start={head_start}", f"gan.first={first}"]
+    config, cpu = make_config("tiny", words), torch.device("cpu")
     teacher = stages.TeacherStage(config, digits(), cpu).parts["teacher"]
     stage = stages.GanStage(config, digits(), cpu, {"teacher": teacher, "ctm": student_from(teacher)})
-    monkeypatch.setattr(stages, "discriminator_loss", lambda *_, r1, **__: charged.append(r1 > 0))
-    nothing = dict.fromkeys(("x_t", "t", "s", "x0", "y", "looks"))
-    for n in range(start, 80):
-        if stage.turn(n) == "discriminator": stage.losses(nothing, n)
-    assert sum(charged) >= (80 - start - head_start) // 16
-    kinds = {stage.turn(n): stage.r1(n) for n in stage.kinds()}  # tried for memory: both turns, with the penalty
-    assert set(kinds) == {"discriminator", "ctm_dsm_gan"} and kinds["discriminator"] > 0
+    assert {stage.turn(n) for n in stage.kinds()} == {"discriminator", "ctm_dsm_gan"}
+
+
+# ---- the published discriminator
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "discriminator.npz"
+
+
+def golden(z, key): return torch.from_numpy(z[key]).float()
+
+
+def golden_head(z, name, steps):
+    "A head as it was before the forward pass, and under which names the published one knows its weights."
+    norms, batch = {"bias": "bias", "weight": "weight_orig", "u": "weight_u", "v": "weight_v"}, ("weight", "bias")
+    stats = (*batch, "running_mean", "running_var", "num_batches_tracked")
+    names = {f"body.{3 * l}.{k}": f"main.{l}.main.0.{v}" for l in range(steps) for k, v in norms.items()}
+    names |= {f"body.{3 * l + 1}.{k}": f"main.{l}.main.1.{k}" for l in range(steps) for k in stats}
+    names |= {f"logit.{k}": f"main.{steps}.{v}" for k, v in norms.items() if k != "bias"}
+    head = ScaleHead(z[f"io.{name}.x"].shape[1], [12] * steps)
+    head.load_state_dict({k: golden(z, f"{name}.{v}") for k, v in names.items()})
+    return head, names
+
+
+def test_mixing_across_channels_and_scales_is_the_published_one():
+    z, mixing = np.load(GOLDEN), CrossMixing([6, 10, 14, 20], width=8)
+    names = {f"{k}.{l}.{p}": f"projection.layer{l}_{k}{conv}.{p}" for l in range(4) for p in ("weight", "bias")
+             for k, conv in (("ccm", ""), ("csm", ".out_conv"))}
+    mixing.load_state_dict({k: golden(z, v) for k, v in names.items()})
+    mixed = mixing([golden(z, f"io.map{l}") for l in range(4)])
+    for l, m in enumerate(mixed): torch.testing.assert_close(m, golden(z, f"io.mixed{l}"), rtol=1e-5, atol=1e-6)
+    assert not list(mixing.parameters()) and len(mixing.state_dict()) == 16  # frozen, and in checkpoints
+
+
+@pytest.mark.parametrize("name, steps", [("head32", 2), ("head16", 1)])
+def test_heads_are_the_published_ones_in_training_and_after(name, steps):
+    z = np.load(GOLDEN)
+    head, names = golden_head(z, name, steps)
+    x = golden(z, f"io.{name}.x")
+    logits = head.train()(x)
+    expected = golden(z, f"io.{name}.logits_train").flatten(1)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=2e-6)
+    logits.square().mean().backward()
+    for k, p in head.named_parameters():
+        torch.testing.assert_close(p.grad.norm(), golden(z, f"gradnorm.{name}.{names[k]}"), rtol=1e-5, atol=1e-6)
+    after = golden(z, f"io.{name}.logits_eval_after").flatten(1)
+    torch.testing.assert_close(head.eval()(x), after, rtol=1e-5, atol=2e-6)
+
+
+class Stand(FeatureNetwork):
+    "Maps or tokens as a published network gives them, from a small picture."
+    def __init__(self, channels, sides):
+        super().__init__(torch.nn.ModuleList(torch.nn.Conv2d(3, c, 1) for c in channels))
+        self.sides = sides
+    def forward(self, x, y=None, noise=None):
+        return [[net(torch.nn.functional.interpolate(x, (n, n))) for net, n in zip(self.net, self.sides)]]
+
+
+def test_the_published_discriminator_has_its_shapes_and_weights():
+    torch.manual_seed(0)
+    lite0, deit = Stand((24, 40, 112, 320), (56, 28, 14, 7)), Stand((768,) * 4, (14,) * 4)
+    D = ProjectedDiscriminator([lite0, deit], (3, 8, 8), n_classes=10)
+    assert sum(p.numel() for p in D.parameters()) == 20_662_656 and all(p.requires_grad for p in D.parameters())
+    maps = TokenMaps([768] * 4)(deit(torch.rand(1, 3, 8, 8))[0])
+    assert [tuple(m.shape[1:]) for m in maps] == [(96, 56, 56), (192, 28, 28), (384, 14, 14), (768, 7, 7)]
+    x = torch.rand(1, 3, 8, 8)
+    numbers = D.draw(1, GEN())
+    for mixed in D.project(x, None, numbers):
+        assert [tuple(m.shape[1:]) for m in mixed] == [(64, 112, 112), (64, 56, 56), (128, 28, 28), (256, 14, 14)]
+    widths = [[p.shape[0] for p in head.parameters() if p.ndim == 4] for head in D.heads[0]]
+    assert widths == [[64, 128, 256, 512, 1], [128, 256, 512, 1], [256, 512, 1], [512, 1]]
+    assert [head_widths(n) for n in (8, 7, 4, 16, 128, 256)] == [[], [], [], [512], widths[0][:4], [64, *widths[0][:4]]]
+    logits = D.eval()(x, None, numbers)
+    assert [tuple(l.shape) for l in logits] == [(1, 4 * 16)] * 2  # those of a network's four heads joined
+    for a, b in zip(logits, D(x, torch.tensor([3]), numbers)): assert torch.equal(a, b)  # unconditional
+
+
+def published(width=8, seed=0, **kw):
+    teacher = make_teacher()
+    return ProjectedDiscriminator([TeacherFeatures(teacher, (.2, 1.))], (1, 8, 8), 10, width, seed=seed, **kw)
+
+
+def test_random_parts_come_from_the_seed_and_stay():
+    "The same ones whatever was drawn before, others for other seeds and networks; nothing trains them; all are saved."
+    torch.manual_seed(0)
+    a, before = published(), torch.get_rng_state()
+    CrossMixing([4, 8]), TokenMaps([8] * 4)
+    assert torch.equal(before, torch.get_rng_state())  # the program's own numbers go on
+    torch.manual_seed(5)
+    b, c = published(), published(seed=9)
+    frozen = a.projections.state_dict()
+    assert len(frozen) == 2 * 2 * 2 * 2  # two levels of noise, two maps each, two kinds, weight and bias
+    for k, v in frozen.items():
+        assert torch.equal(v, b.projections.state_dict()[k]) and not torch.equal(v, c.projections.state_dict()[k])
+    assert not torch.equal(frozen["0.1.ccm.0.weight"], frozen["1.1.ccm.0.weight"])
+    assert len(TokenMaps([8] * 4).state_dict()) == 14 and not list(TokenMaps([8] * 4).parameters())
+    saved, opt = {k: v.clone() for k, v in frozen.items()}, radam(a, .1)
+    x = torch.rand(4, 1, 8, 8)
+    for _ in range(2):
+        gan_loss_d(a, x, -x, None).mean().backward()
+        opt.step()
+    for k, v in saved.items(): assert torch.equal(v, a.projections.state_dict()[k])
+    c.load_state_dict(a.state_dict())  # a checkpoint brings them back
+    numbers = a.draw(4, GEN())
+    for p, q in zip(a.eval()(x, None, numbers), c.eval()(x, None, numbers)): assert torch.equal(p, q)
+
+
+def test_each_feature_network_gets_a_draw_of_its_own(monkeypatch):
+    from ctm_nb.method import adversary
+    teacher, seen = make_teacher(), []
+    D = Discriminator([TeacherFeatures(teacher, (.2,)) for _ in range(2)], (1, 8, 8), 10, width=8)
+    monkeypatch.setattr(adversary, "augment", lambda x, u, strength: seen.append(u) or augment(x, u, strength))
+    D.project(torch.rand(3, 1, 8, 8), None, D.draw(3, GEN()))
+    assert len(seen) == 2 and (seen[0] != seen[1]).all() and torch.equal(seen[0], D.draw(3, GEN())["u"][0])
+
+
+def test_the_slope_of_a_spectral_convolution_is_at_most_one():
+    torch.manual_seed(0)
+    conv = SpectralConv(5, 7)
+    conv.weight.data.mul_(40)
+    for _ in range(60): conv(torch.randn(1, 5, 8, 8))  # one power iteration each
+    kernel = conv.weight.detach().flatten(1)
+    assert torch.linalg.matrix_norm(kernel, 2) > 5
+    torch.testing.assert_close(conv.u @ kernel @ conv.v, torch.linalg.matrix_norm(kernel, 2), rtol=1e-4, atol=0.)
+    conv.eval()
+    u = conv.u.clone()
+    a, b = conv(torch.ones(1, 5, 8, 8)), conv(torch.ones(1, 5, 8, 8))
+    assert torch.equal(a, b) and torch.equal(u, conv.u)
+    first, second = conv.train()(torch.ones(1, 5, 8, 8)), conv(torch.ones(1, 5, 8, 8))
+    (first.sum() + second.sum()).backward()  # the second pass has changed u and v, the first one's gradient has not
+    assert torch.isfinite(conv.weight.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_published_discriminator_learns(dtype):
+    D, gen, losses = published(), GEN(), []
+    opt, real = radam(D, 1e-2), torch.rand(32, 1, 8, 8, generator=GEN()).round() * 2 - 1
+    for _ in range(30):
+        numbers = [D.draw(32, gen), D.draw(32, gen)]
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = gan_loss_d(D, real, .1 * real, None, numbers).mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-5:]) / 5 < .85 * losses[0] and all(torch.isfinite(p).all() for p in D.parameters())
+
+
+def test_maps_that_are_too_small_are_refused():
+    with pytest.raises(ValueError, match="mixed maps must be at least 4 x 4"):
+        ProjectedDiscriminator([Stand((4, 8), (2, 1))], (3, 8, 8))
 
 
 # ---- the losses of the student's turn

@@ -277,32 +277,16 @@ def test_half_of_the_second_jumps_are_not_made():
     torch.testing.assert_close(losses["ctm"], step_losses(student, target, **e, dsm=False, skip=False)["ctm"])
 
 
-def test_dropout_is_the_same_in_both_branches():
-    "With u = t and x_u = x_t the two sides are one function of one input, if each network drops the same units."
+def test_each_side_draws_its_own_dropout():
+    "With u = t and x_u = x_t the two sides are one function of one input, but for the units that they drop."
     _, student, target = models(dropout=.5)
     e = example()
     e["x_u"], e["u"] = e["x_t"], e["t"]
-    for m in (student.train(), target.train()):
-        for _ in range(2): assert ctm_loss(student, target, *sides(e)).detach().abs().max() < 1e-20
+    assert ctm_loss(student, target, *sides(e)).detach().abs().max() < 1e-20
+    for m in (student, target):  # the jump of either is enough to tell them apart
+        m.train()
+        assert ctm_loss(student, target, *sides(e)).detach().max() > 1e-6
         m.eval()
-    student.train()
-    first, second = (student.G(e["x_t"], e["t"], e["s"], e["y"]) for _ in range(2))
-    assert relative(first, second) > 1e-3  # dropout is on, and two steps draw different masks
-    assert step_losses(student, target, **e, skip=False)["dsm"] > 0
-
-
-def test_the_random_state_is_left_where_the_estimate_alone_would_leave_it():
-    _, student, target = models(dropout=.5)
-    e = example()
-    student.train()
-    target.train()
-    torch.manual_seed(7)
-    x_s = student.G(e["x_t"], e["t"], e["s"], e["y"])
-    target.G(x_s, e["s"], torch.full_like(e["s"], .002), e["y"])
-    expected = torch.rand(3)
-    torch.manual_seed(7)
-    ctm_pair(student, target, *sides(e))
-    assert torch.equal(torch.rand(3), expected)
 
 
 # ---- DSM

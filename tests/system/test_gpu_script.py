@@ -210,7 +210,7 @@ def test_a_graph_or_a_compiler_that_computes_something_else_is_reported(gpu, mon
 def test_the_stand_in_costs_and_computes_what_lpips_does(gpu):
     pytest.importorskip("lpips")
     from ctm_nb.evaluation.features import LPIPSDistance
-    ours, theirs = gpu.like_lpips(), LPIPSDistance(random=True, size=32)
+    ours, theirs = gpu.like_lpips(), LPIPSDistance(random=True, size=32, pooling="average")
     state = dict(zip(theirs.net.net.state_dict(), ours.net.slices.state_dict().values(), strict=True))
     theirs.net.net.load_state_dict(state)
     for a, b in zip(ours.net.lins, theirs.net.lins): b.model[-1].load_state_dict(a.state_dict())

@@ -16,8 +16,7 @@ from ctm_nb.training.trainer import Trainer
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from gpu import NobodyWaits, draw_before, like_a_gpu
 
-ADVERSARY = ["gan.steps=8", "gan.batch=16", "gan.optimizer=adamw", "gan.features=teacher", "gan.width=8", "gan.ema=.9",
-             "gan.r1=1"]
+ADVERSARY = ["gan.steps=8", "gan.batch=16", "gan.optimizer=adamw", "gan.features=teacher", "gan.width=8", "gan.ema=.9"]
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +49,15 @@ def test_a_step_brings_no_number_to_the_program(stage, steps, precision, optimiz
     draw_before(t, steps)
     with NobodyWaits():
         for _ in range(steps): t.train_step()  # of the adversarial stage: the discriminator's turn and the student's
+
+
+def test_the_published_adversary_brings_no_number_to_the_program(tmp_path):
+    words = ["gan.discriminator=published", "gan.first=student", "run.precision=bf16", "run.micro_batch=9"]
+    t = at_stage(trainer_of(tmp_path / "r", *words), "ctm_dsm_gan")
+    for _ in range(2): t.train_step()
+    draw_before(t, 2)
+    with NobodyWaits():
+        for _ in range(2): t.train_step()
 
 
 @pytest.mark.parametrize("matching", ["trajectories", "eulerian"])

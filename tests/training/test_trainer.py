@@ -270,6 +270,24 @@ def test_a_teacher_of_other_pictures_is_refused(undisturbed, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_grey_pictures_stored_as_rgb_meet_a_teacher_of_three_channels(tmp_path):
+    from PIL import Image
+    from ctm_nb.checkpoints.models import save_model
+    from ctm_nb.method.teacher import Denoiser
+    from ctm_nb.networks.unet import DDPMpp
+    (tmp_path / "grey").mkdir()
+    for i in range(24): Image.new("RGB", (8, 8), (9 * i,) * 3).save(tmp_path / "grey" / f"{i}.png")
+    net = DDPMpp(8, 3, model_channels=8, channel_mult=(1, 1), n_blocks=1, attention=(4,))
+    teacher = save_model(Denoiser(net), tmp_path / "teacher.safetensors")
+    words = [*TINY, f"data.source={tmp_path / 'grey'}", f"teacher.source={teacher}", "distill.steps=2", "gan.steps=0"]
+    with pytest.raises(ValueError, match="data.channels=3 keeps grey images as the teacher takes them"):
+        Trainer(make_config("tiny", words), tmp_path / "a")
+    t = Trainer(make_config("tiny", [*words, "data.channels=3"]), tmp_path / "b")
+    while t.step < t.total: t.train_step()
+    t.save()
+    assert load(tmp_path / "b").data_shape == (3, 8, 8)
+
+
 def test_unlabelled_pictures_through_all_stages(tmp_path):
     words = [f"data.source={pictures(tmp_path / 'p', 24)}", "teacher.steps=2", "distill.steps=2", "gan.steps=4"]
     t = Trainer(make_config("tiny", [*TINY, *words]), tmp_path / "r")
