@@ -779,8 +779,8 @@ def first_rows(results):
         flops[recipe] = flops_of(step.gradient)
     sizes = {k: sum(p.numel() for p in m.parameters()) for k, m in step.stage.parts.items()}
     per_image = {k: v / BATCH for k, v in flops.items()}
-    at_once = step.rows[0].stop
-    results.keep("about", {"batch": BATCH, "at_once": at_once, "interval": K, "parameters": sizes, "flops_per_image": per_image, **ABOUT})
+    about = {"batch": BATCH, "at_once": step.rows[0].stop, "interval": K, "parameters": sizes}
+    results.keep("about", {**about, "flops_per_image": per_image, **ABOUT})
     return step, flops
 
 
