@@ -48,6 +48,7 @@ class DataConfig:
     group: str = ""  # regular expression: images in whose names it finds the same are held out together
     use_labels: bool = True  # false: an unconditional model, whatever labels there are
     flip: bool = False  # mirror half of the images
+    background: str = "white"  # colour that transparent pixels show, a name or #rrggbb
     skip_broken: bool = False  # leave out what can't be read, instead of stopping before training
 
 # %% ../../nbs/6_training/02_config.ipynb #bce87631

@@ -124,7 +124,7 @@ def open_images(
     "The images of a configuration; raises ValueError that lists what can't be read."
     d = config.data
     return load_splits(d.source, d.image_size, d.crop, d.skip_broken, d.labels or None, use_labels=d.use_labels,
-                       group=d.group, channels=d.channels)
+                       group=d.group, channels=d.channels, background=d.background)
 
 # %% ../../nbs/6_training/08_trainer.ipynb #292236c9
 def no_scores_because(
