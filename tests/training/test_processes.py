@@ -24,7 +24,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 # RAdam's first steps are plain momentum: differences of rounding stay what they are; Adam would make steps of them
 SHORT = ["teacher.steps=3", "teacher.batch=12", "teacher.label_dropout=.3", "teacher.optimizer=radam", "teacher.lr=.05",
          "distill.steps=3", "distill.batch=12", "distill.label_dropout=.3", "distill.optimizer=radam", "distill.lr=.02",
-         "gan.steps=6", "gan.batch=12", "gan.r1=.1", "gan.optimizer=radam", "gan.lr=.02", "evaluate.n=0",
+         "gan.steps=6", "gan.batch=12", "gan.optimizer=radam", "gan.lr=.02", "evaluate.n=0",
          "network.augment_dim=9", "teacher.augment=.12"]
 
 
