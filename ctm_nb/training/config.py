@@ -48,6 +48,7 @@ class DataConfig:
     group: str = ""  # regular expression: images in whose names it finds the same are held out together
     use_labels: bool = True  # false: an unconditional model, whatever labels there are
     flip: bool = False  # mirror half of the images
+    background: str = "white"  # colour that transparent pixels show, a name or #rrggbb
     skip_broken: bool = False  # leave out what can't be read, instead of stopping before training
 
 # %% ../../nbs/6_training/02_config.ipynb #bce87631
@@ -80,6 +81,7 @@ class OptimConfig:
     ema: float = need(.999, FRACTION)  # rate of the EMA that samples are drawn with
     emas: tuple = need((), FRACTION)  # rates of further EMAs that checkpoints keep
     ema_warmup: bool = True  # EMAs follow faster at first (see `EMA`); false: at a fixed rate, as published
+    balance_rows: int | None = need(None, AT_LEAST_1)  # images whose losses are weighed together; None: the batch
 
 # %% ../../nbs/6_training/02_config.ipynb #608bb842
 @dataclass

@@ -45,7 +45,7 @@ CIFAR10 = [
     *STUDENT,
     (CTM, "distill.N=18 gan.lr=4e-4"),
     (COMMANDS, "distill.batch=256 distill.K=17 distill.emas=.9999 gan.batch=528 gan.emas=.9999"),
-    (COMMANDS, "distill.dropout=.13 distill.target_ema=.999"),
+    (COMMANDS, "distill.dropout=.13 distill.target_ema=.999 distill.balance_rows=16 gan.balance_rows=11"),
     *ADVERSARY,
 ]
 
@@ -58,6 +58,7 @@ IMAGENET64 = [
     *STUDENT,
     (CTM, "data.image_size=64 distill.N=40 gan.lr=8e-6 gan.K=20"),
     (COMMANDS, "network.family=openai distill.batch=1440 distill.K=39 distill.emas=.9999,.9999432189950708"),
+    (COMMANDS, "distill.balance_rows=18 gan.balance_rows=11"),
     (COMMANDS, "distill.target_ema=.999 gan.target_ema=.999 gan.batch=4224 gan.emas=.9999,.9999432189950708"),
     *ADVERSARY,
 ]

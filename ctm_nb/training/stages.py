@@ -25,7 +25,7 @@ from ..checkpoints.store import EMA
 from ..data.images import Images
 from ..evaluation.features import LPIPSDistance, TimmFeatures, backbone_file, find_weights
 from ..method.adversary import DISCRIMINATORS, TeacherFeatures, discriminator_loss, gan_loss_g, gan_turn
-from ..method.balance import BalancedGradients
+from ..method.balance import ApartGradients, BalancedGradients
 from ..method.distances import make_distance
 from ..method.distill import (MATCHING, draw_interval, dsm_loss, dsm_sigma, interval_times, solve_interval,
                                     step_losses)
@@ -113,7 +113,9 @@ def learn(self: Stage, model: torch.nn.Module, name: str, **averages: float):
 def gradients(self: Stage, n: int) -> BalancedGradients:
     "Where the gradients of a step are summed."
     module = self.parts[part := self.learner(n)]
-    return BalancedGradients(module.parameters(), module.net.balance_layer if part == "model" else None)
+    if part != "model": return BalancedGradients(module.parameters())
+    if not self.optim.balance_rows: return BalancedGradients(module.parameters(), module.net.balance_layer)
+    return ApartGradients(module.parameters(), module.net.balance_layer, **self.bounds)
 
 # %% ../../nbs/6_training/05_stages.ipynb #38896ab4
 def make_network(

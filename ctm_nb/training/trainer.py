@@ -124,7 +124,7 @@ def open_images(
     "The images of a configuration; raises ValueError that lists what can't be read."
     d = config.data
     return load_splits(d.source, d.image_size, d.crop, d.skip_broken, d.labels or None, use_labels=d.use_labels,
-                       group=d.group, channels=d.channels)
+                       group=d.group, channels=d.channels, background=d.background)
 
 # %% ../../nbs/6_training/08_trainer.ipynb #292236c9
 def no_scores_because(
@@ -399,9 +399,13 @@ def _rehearse(self: Trainer, m: int):
 
 # %% ../../nbs/6_training/08_trainer.ipynb #48e52a30
 @patch
+def micro_is_free(self: Trainer) -> bool:
+    return self.config.run.micro_batch == "auto" and not self.now.optim.balance_rows
+
+@patch
 def choose_micro(self: Trainer):
     "Find out how many images this process takes at a time; raises MemoryError if not even one fits."
-    B, wanted = self.share.stop - self.share.start, self.config.run.micro_batch
+    B, wanted = self.share.stop - self.share.start, self.now.optim.balance_rows or self.config.run.micro_batch
     self.micro = B if wanted == "auto" else min(int(wanted), B)
     if wanted != "auto" or self.wait and self.precision != "fp16": return  # a CPU has room
     while True:
@@ -443,7 +447,7 @@ def gradient(self: Trainer) -> dict:  # losses and weights of the losses; the gr
         except Exception as e:
             if not out_of_memory(e): raise
         made = examples = None
-        self._back_off(self.here.world == 1 and self.config.run.micro_batch == "auto")
+        self._back_off(self.here.world == 1 and self.micro_is_free())
         log.warning("out of memory; from step %d on, %d images at a time", self.step, self.micro)
         restart()
 
