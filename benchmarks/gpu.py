@@ -353,20 +353,21 @@ def resume(pictures, folder):
 
 
 def guard(pictures, folder):
-    "A step of nothing but NaN is not made; weights and step are those before it."
+    "A step of nothing but NaN is noticed and named, and the checkpoint before it goes on as it was."
     t = trainer(pictures, folder)
     for _ in range(3): t.train_step()
-    t.look()
+    t.save()
     before, material = [p.detach().clone() for p in t.parts["model"].parameters()], t.material_of
     t.ahead.forget()
     t.material_of = lambda step: {**(m := material(step)), "x0": m["x0"] * float("nan")}
     try:
         for _ in range(3): t.train_step()
-        t.look()
+        t.save()
     except FloatingPointError as e: said = str(e).partition(":")[0]
     else: return {"passed": False, "failed": "nothing was noticed"}
-    same = all(torch.equal(p, b) for p, b in zip(t.parts["model"].parameters(), before))
-    return {"passed": same and t.step == 3, "said": said, "step": t.step}
+    again = type(t)(t.config, t.folder)
+    same = all(torch.equal(p, b) for p, b in zip(again.parts["model"].parameters(), before))
+    return {"passed": same and t.step == again.step == 3, "said": said, "step": t.step}
 
 
 @contextmanager

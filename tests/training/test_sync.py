@@ -40,7 +40,7 @@ def at_stage(t, stage):
 
 
 @pytest.mark.parametrize("stage, steps", [("teacher", 1), ("ctm_dsm", 1), ("ctm_dsm_gan", 2)])
-@pytest.mark.parametrize("precision, optimizer", [("fp32", "radam"), ("bf16", "adamw"), ("fp16", "radam")])
+@pytest.mark.parametrize("precision, optimizer", [("fp32", "radam"), ("bf16", "adamw")])
 def test_a_step_brings_no_number_to_the_program(stage, steps, precision, optimizer, tmp_path):
     words = [f"run.precision={precision}", *(f"{s}.optimizer={optimizer}" for s in ("teacher", "distill", "gan"))]
     t = at_stage(trainer_of(tmp_path / "r", *words, "teacher.augment=.5", "network.augment_dim=9",
