@@ -279,7 +279,8 @@ def _calibrate(net: FeatureClassifier, data: Images, batch_size: int = 500) -> F
     "Set the normalisation so that each feature has mean 0 and variance 1 on `data`."
     net.eval()
     device, stats = net.norm.running_mean.device, FeatureStats(net.dim)
-    for i in torch.arange(len(data)).split(batch_size):
+    n = min(len(data), 10000)
+    for i in (torch.arange(n) * len(data) // n).split(batch_size):
         stats.update(net.body(data.x0(i).to(device)).mean((2, 3)))
     net.norm.running_mean.copy_(stats.mean)
     variance = stats.cov.diag()
