@@ -350,7 +350,7 @@ def test_mistakes_are_one_line(npz, ref_file, weights, tmp_path, capsys):
     ref = ("--ref", ref_file)
     assert "40 are" not in fails(capsys, npz(), *ref, "-n", 50) and not list(tmp_path.glob("*.json"))
     assert "at least 6 are needed, got 3" in fails(capsys, npz(n=3), *ref)
-    assert "expected arr_0 uint8" in fails(capsys, npz(a=np.arange(10.)[:, None, None, None] * np.ones((10, 8, 8, 1))),
+    assert "uint8 (N, H, W, 1 or 3), got float64" in fails(capsys, npz(a=np.arange(10.)[:, None, None, None] * np.ones((10, 8, 8, 1))),
                                          *ref)
     assert "8 x 8 as in the reference" in fails(capsys, npz(a=np.zeros((9, 4, 4, 1), np.uint8)), *ref)
     assert "must be below 10" in fails(capsys, npz(y=np.full(40, 10)), *ref)
