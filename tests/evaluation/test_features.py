@@ -14,7 +14,7 @@ from PIL import Image
 
 import ctm_nb.evaluation.features as features
 from ctm_nb.evaluation.features import (LPIPSDistance, TimmFeatures, backbone_file, find_weights, load_extractor,
-                                        load_weights)
+                                        _load_weights)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "method"))
 from test_distances import check  # noqa: E402
@@ -63,10 +63,10 @@ def test_weights_from_file_folder_and_cache_and_damaged_ones(tmp_path, monkeypat
         for suffix in ("safetensors", "pth"):
             path = tmp_path / f"bad.{suffix}"
             path.write_bytes(bad)
-            with pytest.raises(ValueError, match="must hold the weights") as e: load_weights(net, path)
+            with pytest.raises(ValueError, match="must hold the weights") as e: _load_weights(net, path)
             assert "\n" not in str(e.value)
     torch.save({"x": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="must hold the weights"): load_weights(net, path)
+    with pytest.raises(ValueError, match="must hold the weights"): _load_weights(net, path)
 
 
 @pytest.mark.parametrize("name", [TINY, LITE])
