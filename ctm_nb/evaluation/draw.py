@@ -122,15 +122,11 @@ def _class_index(word, names, n_classes):
     raise ValueError(f"unknown class {word!r}: {hint}")
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #504c33e4
-def timesteps_of(
-    m: Model,  # a model
-    checkpoint: str,  # where it came from
-    solver: str,  # "ctm" or one of the solvers
-    steps: int | None = None,  # jumps or solver steps; None: 1 for jumps, 18 for solvers
-    gamma: float | None = None,  # share of fresh noise; None: 0, or what goes with stored times
-    times: str | None = None,  # decreasing, with commas, the end is added; "auto": those of a search; None: the grid
-) -> tuple:  # timesteps (n+1,), gamma
-    "The sampler's timesteps, and with how much noise; `ValueError` if times and steps contradict each other."
+def timesteps_of(m: Model, checkpoint: str, solver: str, steps=None, gamma=None, times: str | None = None) -> tuple:
+    """The sampler's timesteps (n+1,), and gamma; `ValueError` if times and steps contradict each other.
+
+    `times` are decreasing numbers with commas, and the end is added; or "auto": those of a search; or None: the grid,
+    of 1 jump or 18 solver steps if `steps` is None. `gamma` None is 0, or what goes with the times of a search."""
     if times == "auto":
         found = stored_times(checkpoint, steps)
         return found["times"], found["gamma"] if gamma is None else gamma
@@ -276,7 +272,8 @@ def drawer_of(m, recipe: dict, batch_size: int | None = None):  # draw(rows, don
 
     The arrays are images (B, H, W, C) uint8 and, where the classifier chooses among them, log_probs (B,)."""
     (ids, y), about = _wanted(recipe), recipe["classifier"]
-    net: Any = read_reference(about["reference"]).net.to(next(m.parameters()).device) if about else None
+    net: Any = read_reference(about["reference"]).net if about else None
+    if net: net.to(next(m.parameters()).device)
     guided = m if recipe["guidance"] is None else guide_free(m, recipe["guidance"])
     settings = {k: recipe[k] for k in ("gamma", "solver", "times", "seed")}
     def pictures(ids):
@@ -290,8 +287,8 @@ def drawer_of(m, recipe: dict, batch_size: int | None = None):  # draw(rows, don
     return draw_rows
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #3d0be2a6
-def _assemble(recipe: dict, parts: list) -> tuple:  # images (n, H, W, C) uint8, labels (n,), recipe with what was kept
-    "All samples of parts that were drawn, in order, or those that a classifier prefers."
+def _assemble(recipe: dict, parts: list) -> tuple[np.ndarray, np.ndarray | None, dict]:
+    "Images (n, H, W, C), labels (n,) and recipe of all parts that were drawn, or of what a classifier prefers."
     (ids, y), rows = _wanted(recipe), torch.arange(recipe["n"])
     if recipe["reject"]:
         log_probs = torch.from_numpy(np.concatenate([part["log_probs"] for part in parts]))

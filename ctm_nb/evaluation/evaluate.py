@@ -29,8 +29,8 @@ from ..method.trajectory import is_ctm
 from ..checkpoints.catalogue import CATALOGUE, fetch
 from ..checkpoints.models import find_checkpoint, load
 from ..checkpoints.store import load_checkpoint
-from .metrics import (class_accuracy, frechet_gaussians, inception_score, kernel_distance, precision_recall,
-                      train_classifier, warn_rank)
+from .metrics import (class_accuracy, frechet_gaussians, inception_score, kernel_distance,
+                      precision_recall, train_classifier, warn_rank)
 from .features import ClassifierExtractor, Extractor, load_extractor
 from .reference import (Collected, Ranks, Reference, SampleSet, build_reference, collect, data_samples,
                         is_reference_file, open_samples, process_group, read_reference)
@@ -289,11 +289,7 @@ def open_subject(r: Request) -> Subject:
     return Subject(name, tuple(m.data_shape), None, m, sampler_settings(r, m), bytes, reading)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #c4ad22de
-def find_reference(
-    r: Request,  # what was asked for
-    subject: Subject,  # opened
-    ranks: Ranks = Ranks(),  # the processes that share the work
-) -> Evaluator:  # with the same reference and feature network in every process
+def find_reference(r: Request, subject: Subject, ranks: Ranks = Ranks()) -> Evaluator:  # the same in every process
     "What scores a request; `ValueError` if reference and features don't belong together, or neither tells which."
     path = fetch(r.ref) if r.ref in CATALOGUE else Path(r.ref).expanduser()
     if not is_reference_file(path):
@@ -333,11 +329,10 @@ def _search_model(evaluator: Evaluator, r: Request, m) -> list:
             for steps in r.steps]
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #26464ff4
-def evaluate(
-    r: Request,  # what was asked for
-    subject: Subject | None = None,  # if it is open already
-) -> tuple[list, list]:  # records, and what a search found; of several processes, the first has them
-    "Score samples, or a model with all sampler settings that were asked for, after a search of them if need be."
+def evaluate(r: Request, subject: Subject | None = None) -> tuple[list, list]:
+    """Score samples, or a model with all sampler settings that were asked for, after a search of them if need be.
+
+    Returns records, and what a search found; of several processes, the first has them."""
     subject, rows, found = subject or open_subject(r), [], []
     with process_group() as ranks:
         if r.bpd and ranks.rank == 0:  # one process is enough
@@ -388,13 +383,8 @@ def _row_name(r):
     return s["solver"], str(evaluations(s["solver"], torch.arange(s["steps"], -1, -1))), gamma, times
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #f9151870
-def report(
-    r: Request,  # what was asked for
-    rows: list,  # from `evaluate`
-    found: list,  # from `evaluate`
-    out: Path | None = None,  # file of records to extend; None: none
-) -> str:
-    "Write what was found; the table, and what was written, as text."
+def report(r: Request, rows: list, found: list, out: Path | None = None) -> str:
+    "What `evaluate` returned as text; its records go into a file, and what a search found beside the checkpoint."
     lines = []
     for group in ([a for a in rows if not a["features"]], [a for a in rows if a["features"]]):
         if not group: continue
@@ -420,12 +410,8 @@ def _report_search(r: Request, rows: list, found: list) -> str:
     return f"\n{search_table(entries)}\n\nstored in {place} for ctm_nb_sample --times auto"
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #2ec41283
-def plan(
-    r: Request,  # what was asked for
-    subject: Subject,  # opened
-    writes: list,  # names of files
-) -> str:
-    "What would be done, as text."
+def plan(r: Request, subject: Subject, writes: list) -> str:
+    "What would be done and which files written, as text."
     lines, own = [], not (r.ref in CATALOGUE or is_reference_file(Path(r.ref).expanduser()))
     if r.bpd: lines.append(f"likelihood bpd of images of {r.ref}, {r.ref_split or 'held_out'}, under {subject.name}")
     if r.words == []: return lines[0]
@@ -446,12 +432,6 @@ def _kept_reference(data, real, seed: int, most: int) -> Path:  # in the cache f
     made_of = __version__, torch.__version__, data.sha256(), real.sha256(), seed, most
     return cache_folder() / f"reference-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]}.npz"
 
-# %% ../../nbs/5_evaluation/07_evaluate.ipynb #3c8a3aea
-def _read_kept(path: Path | None) -> Any:  # Reference, or None
-    "What is kept there, if it is whole."
-    try: return read_reference(path) if path and path.exists() else None
-    except ValueError as e: log.warning("%s; it is made again", e)
-
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #d223f4ca
 def run_evaluator(
     splits,  # splits["train"] and that of the reference; labelled for features "train"
@@ -471,7 +451,10 @@ def run_evaluator(
     split = split or ("held_out" if own else "train")
     real = splits[split]
     if own and keep and first: path = _kept_reference(splits["train"], real, seed, most)
-    known, name = ranks.send(_read_kept(path)), f"{real.name}, {split.replace('_', ' ')}"
+    known: Any = None
+    try: known = read_reference(path) if path and path.exists() else None
+    except ValueError as e: log.warning("%s; it is made again", e)
+    known, name = ranks.send(known), f"{real.name}, {split.replace('_', ' ')}"
     learn = lambda: train_classifier(splits["train"], seed, most=most, device=device, progress=progress).cpu()
     if known: extractor: Extractor = ClassifierExtractor(known.net).to(device)
     elif own: extractor = ClassifierExtractor(ranks.send(learn() if first else None)).to(device)

@@ -272,10 +272,7 @@ class TimmFeatures(FeatureNetwork):
 # %% ../../nbs/5_evaluation/02_features.ipynb #717b6697
 BACKBONES = {"vgg": "vgg16-*.pth", "alex": "alexnet-*.pth", "squeeze": "squeezenet1_1-*.pth"}  # torchvision's files
 
-def backbone_file(
-    net:str="vgg", # a key of BACKBONES
-    folder=None, # where to look; None: $CTM_NB_LPIPS, else torch's own cache
-)->Path:
+def backbone_file(net: str = "vgg", folder=None) -> Path:  # folder None: $CTM_NB_LPIPS, else torch's own cache
     "The file with the network's weights; looks, never fetches. `ValueError` for an unknown network or a missing file."
     if net not in BACKBONES: raise ValueError(f"net must be one of {', '.join(BACKBONES)}, got {net!r}")
     folder = Path(folder or os.environ.get("CTM_NB_LPIPS") or Path(torch.hub.get_dir()) / "checkpoints")

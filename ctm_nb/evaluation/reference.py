@@ -65,11 +65,8 @@ def image_samples(
     return SampleSet("samples", len(images), lambda s: images[s], None if y is None else torch.as_tensor(y).cpu())
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #043a45d9
-def data_samples(
-    data, # the real images, see `Images` of the data room
-    most:int|None=None, # so many of them, spread over all; None: all
-)->SampleSet:
-    "The images of a data set as a sample set."
+def data_samples(data, most: int | None = None) -> SampleSet:
+    "The images of a data set (see `Images`) as a sample set, or so many of them, spread over all."
     n = min(len(data), most or len(data))
     ids = np.arange(n) * len(data) // n
     return SampleSet(data.name, n, lambda s: data.take(ids[s]), None if data.labels is None else data.labels[ids])
@@ -158,7 +155,7 @@ def process_group(): # yields `Ranks`
     finally: dist.destroy_process_group()
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #3d78a05b
-Collected = namedtuple("Collected", "n stats spatial points probs labels shape", defaults=[None] * 6)
+Collected = namedtuple("Collected", "n stats spatial points probs labels shape")
 Collected.__doc__ = ("Features of a set: count, `FeatureStats` of features and maps, (n, d) features, "
                      "(n, K) probabilities, (n,) labels, (C, H, W).")
 
