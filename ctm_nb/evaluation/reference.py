@@ -175,7 +175,8 @@ def _extract(extractor: Extractor, batches, device="cpu", total: int | None = No
             if y is not None: parts["labels"].append(y)
             n += len(x)
             bar.update(len(x))
-    return Collected(n, stats, spatial, *(torch.cat(p) if p else None for p in parts.values()), shape)
+    points, probs, labels = (torch.cat(p) if p else None for p in parts.values())
+    return Collected(n, stats, spatial, points, probs, labels, shape)
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #56f49342
 def _joined(parts: list, features_id: str = "these features") -> Collected:
@@ -189,8 +190,8 @@ def _joined(parts: list, features_id: str = "these features") -> Collected:
     if not stats.scatter.trace() > 0:
         raise ValueError(f"features are constant: all {n} images give equal features in {features_id}; "
                          "images or network are broken")
-    rows = (whole([getattr(p, k) for p in parts]) for k in ("points", "probs", "labels"))
-    return Collected(n, stats, spatial, *rows, parts[0].shape)
+    points, probs, labels = (whole([getattr(p, k) for p in parts]) for k in ("points", "probs", "labels"))
+    return Collected(n, stats, spatial, points, probs, labels, parts[0].shape)
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #55bee4d5
 def collect(
