@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'METRICS', 'NEED_POINTS', 'LOWER', 'INCEPTION_NAMES', 'Evaluator', 'extend_scores', 'drawn_samples',
-           'Request', 'sampler_settings', 'Subject', 'open_subject', 'find_reference', 'evaluate', 'text_table',
-           'report', 'plan', 'run_evaluator']
+           'Request', 'sampler_settings', 'Subject', 'open_subject', 'run_evaluator', 'find_reference', 'evaluate',
+           'text_table', 'report', 'plan']
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #0537b479
 import hashlib, json, logging
@@ -288,6 +288,48 @@ def open_subject(r: Request) -> Subject:
     reading = {"image_size": m.data_shape[-1], **{k: data[k] for k in words if data.get(k)}}
     return Subject(name, tuple(m.data_shape), None, m, sampler_settings(r, m), bytes, reading)
 
+# %% ../../nbs/5_evaluation/07_evaluate.ipynb #45ab864d
+def _kept_reference(data, real, seed: int, most: int) -> Path:  # in the cache folder; it need not exist
+    "Where a reference with its classifier is kept: other images or another training, another file."
+    made_of = __version__, torch.__version__, data.sha256(), real.sha256(), seed, most
+    return cache_folder() / f"reference-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]}.npz"
+
+# %% ../../nbs/5_evaluation/07_evaluate.ipynb #d223f4ca
+def run_evaluator(
+    splits,  # splits["train"] and that of the reference; labelled for features "train"
+    features: str = "train",  # see `load_extractor`, or "train"
+    weights: str | None = None,  # folder of published weights; None: the cache
+    device: str = "cpu",  # where the feature network goes
+    batch: int = 500,  # images at a time
+    progress: bool = False,  # show a bar while the reference is made
+    seed: int = 0,  # of the classifier
+    most: int = 60000,  # images that it sees in training
+    keep: bool = False,  # classifier and reference in the cache folder, by what they are made of
+    split: str | None = None,  # of the reference; None: "held_out" for features "train", else "train"
+    ranks: Ranks = Ranks(),  # the processes that share the work
+) -> Evaluator:
+    "What scores a run, or any samples of such data."
+    own, path, first = features == "train", None, ranks.rank == 0
+    split = split or ("held_out" if own else "train")
+    real = splits[split]
+    if own and keep and first: path = _kept_reference(splits["train"], real, seed, most)
+    known: Any = None
+    try: known = read_reference(path) if path and path.exists() else None
+    except ValueError as e: log.warning("%s; it is made again", e)
+    known, name = ranks.send(known), f"{real.name}, {split.replace('_', ' ')}"
+    learn = lambda: train_classifier(splits["train"], seed, most=most, device=device, progress=progress).cpu()
+    if known: extractor: Extractor = ClassifierExtractor(known.net).to(device)
+    elif own: extractor = ClassifierExtractor(ranks.send(learn() if first else None)).to(device)
+    else: extractor = load_extractor(features, weights, device)
+    reference = known or build_reference(extractor, real, name, device, batch, progress=progress, ranks=ranks)
+    if path and not known:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            reference.save(path)
+        except OSError as e: log.warning("%s can't be kept: %s", path, e.strerror)  # no reason to stop
+    reference.name = name
+    return Evaluator(reference, extractor, device=device, batch=batch, progress=False, ranks=ranks)
+
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #c4ad22de
 def find_reference(r: Request, subject: Subject, ranks: Ranks = Ranks()) -> Evaluator:  # the same in every process
     "What scores a request; `ValueError` if reference and features don't belong together, or neither tells which."
@@ -425,48 +467,6 @@ def plan(r: Request, subject: Subject, writes: list) -> str:
         f"features   {r.features or ('train' if own else 'those of the reference')}",
         f"metrics    {','.join(r.words or ['those that are possible'])}",
         f"writes     {', '.join(map(str, writes)) or 'nothing'}"])
-
-# %% ../../nbs/5_evaluation/07_evaluate.ipynb #45ab864d
-def _kept_reference(data, real, seed: int, most: int) -> Path:  # in the cache folder; it need not exist
-    "Where a reference with its classifier is kept: other images or another training, another file."
-    made_of = __version__, torch.__version__, data.sha256(), real.sha256(), seed, most
-    return cache_folder() / f"reference-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]}.npz"
-
-# %% ../../nbs/5_evaluation/07_evaluate.ipynb #d223f4ca
-def run_evaluator(
-    splits,  # splits["train"] and that of the reference; labelled for features "train"
-    features: str = "train",  # see `load_extractor`, or "train"
-    weights: str | None = None,  # folder of published weights; None: the cache
-    device: str = "cpu",  # where the feature network goes
-    batch: int = 500,  # images at a time
-    progress: bool = False,  # show a bar while the reference is made
-    seed: int = 0,  # of the classifier
-    most: int = 60000,  # images that it sees in training
-    keep: bool = False,  # classifier and reference in the cache folder, by what they are made of
-    split: str | None = None,  # of the reference; None: "held_out" for features "train", else "train"
-    ranks: Ranks = Ranks(),  # the processes that share the work
-) -> Evaluator:
-    "What scores a run, or any samples of such data."
-    own, path, first = features == "train", None, ranks.rank == 0
-    split = split or ("held_out" if own else "train")
-    real = splits[split]
-    if own and keep and first: path = _kept_reference(splits["train"], real, seed, most)
-    known: Any = None
-    try: known = read_reference(path) if path and path.exists() else None
-    except ValueError as e: log.warning("%s; it is made again", e)
-    known, name = ranks.send(known), f"{real.name}, {split.replace('_', ' ')}"
-    learn = lambda: train_classifier(splits["train"], seed, most=most, device=device, progress=progress).cpu()
-    if known: extractor: Extractor = ClassifierExtractor(known.net).to(device)
-    elif own: extractor = ClassifierExtractor(ranks.send(learn() if first else None)).to(device)
-    else: extractor = load_extractor(features, weights, device)
-    reference = known or build_reference(extractor, real, name, device, batch, progress=progress, ranks=ranks)
-    if path and not known:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            reference.save(path)
-        except OSError as e: log.warning("%s can't be kept: %s", path, e.strerror)  # no reason to stop
-    reference.name = name
-    return Evaluator(reference, extractor, device=device, batch=batch, progress=False, ranks=ranks)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #ea62578a
 @patch

