@@ -33,7 +33,6 @@ STEPS = (1, 2, 4, 18)
 ADVERSARIES = {
     "CTM + DSM + GAN": [],
     "GAN, softplus": ["gan.loss=softplus"],
-    "GAN, R1": ["gan.r1=0.1"],
     "GAN, rate x 4": ["gan.lr=4e-4"],
 }
 TRIES = {

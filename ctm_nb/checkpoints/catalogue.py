@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -34,7 +34,6 @@ class PublicFile:
     url: str | None          # where to download it; None if that takes a browser
     file: str                # its name in the cache
     how: str = ""            # what to do in the browser
-    architecture: dict = field(default_factory=dict, hash=False)  # keyword arguments for `load`
 
 # %% ../../nbs/4_checkpoints/04_catalogue.ipynb #93668f47
 HOSTS = {"nvidia": "https://nvlabs-fi-cdn.nvidia.com/edm/", "openai": "https://openaipublic.blob.core.windows.net/",
@@ -62,7 +61,7 @@ teacher | EDM pickle | CC BY-NC-SA 4.0 | nvidia:pretrained/baseline/*.pkl
 teacher | EDM pickle | CC BY-NC-SA 4.0, derived from Apache 2.0 | nvidia:pretrained/baseline/*.pkl
     baseline-cifar10-32x32-uncond-vp    CIFAR-10 without classes, DDPM++ of Song et al., VP preconditioning (config A)
     baseline-cifar10-32x32-uncond-ve    CIFAR-10 without classes, NCSN++ of Song et al., VE preconditioning (config A)
-teacher | not loadable here (iDDPM pickle) | CC BY-NC-SA 4.0, derived from MIT | nvidia:pretrained/baseline/*.pkl
+teacher | EDM pickle | CC BY-NC-SA 4.0, derived from MIT | nvidia:pretrained/baseline/*.pkl
     baseline-imagenet-64x64-cond-adm    ImageNet, 1000 classes, ADM (Dhariwal, Nichol), iDDPM preconditioning (config A)
 teacher | OpenAI state dict | MIT, as its sister models | openai:consistency/*.pt
     edm-imagenet64-openai [edm_imagenet64_ema]   ImageNet, 1000 classes, EDM by OpenAI: the teacher of the released CTM
@@ -100,10 +99,8 @@ def _catalogue():
         name, stem, what = re.findall(r"^\s+(\S+)(?: \[(\S+)\])?\s+(.*)$", line)[0]
         host, place = address.split(":")
         url, file = HOSTS[host] + place.replace("*", stem or name), name + (Path(place).suffix or ".pt")
-        how = f"open {url} in a browser and press Download (all files of that release: {DRIVE_FOLDER})"
-        url, how = ("", how) if host == "drive" else (url, "")
-        architecture = {"channels_per_head": 64} if "OpenAI" in loads_as else {}
-        entries[name] = PublicFile(name, kind, loads_as, licence, what, url or None, file, how, architecture)
+        how = f"open {url} in a browser and press Download (all of that release: {DRIVE_FOLDER})" * (host == "drive")
+        entries[name] = PublicFile(name, kind, loads_as, licence, what, None if how else url, file, how)
     return entries
 
 # %% ../../nbs/4_checkpoints/04_catalogue.ipynb #9231604d

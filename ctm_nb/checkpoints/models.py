@@ -10,17 +10,19 @@ __all__ = ['log', 'KINDS', 'WRAPPERS', 'PRECONDITIONERS', 'describe', 'rebuild',
 import io
 import json
 import logging
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save as safetensors_bytes
 
 from .catalogue import CATALOGUE, fetch, nearest_name
-from .foreign import ForeignFileError, read_edm_pickle, read_safetensors, read_torch, sniff
+from .foreign import read_edm_pickle, read_safetensors, read_torch, sniff
 from .store import CheckpointError, latest_checkpoint, load_checkpoint
 from ..data.files import atomic_write
-from ..method.teacher import Denoiser
+from ..method.teacher import Denoiser, iddpm_levels
 from ..method.trajectory import CTM
 from ..networks.blocks import Resample
 from ..networks.unet import FAMILIES, OpenAIUNet, UNet, build_network, network_config, openai_names
@@ -50,6 +52,7 @@ def rebuild(
     d = dict(description)
     kind, classes, network, precondition = (d.pop(k, None) for k in ("kind", "classes", "network", "preconditioning"))
     if kind not in KINDS: raise ValueError(f"kind of model must be one of {sorted(KINDS)}, got {kind!r}")
+    if "model_channels" in network: network = {"stem": network["model_channels"], **network}  # as it was without a word
     with torch.device("cpu" if state is None else "meta"):
         m = KINDS[kind](build_network(**network), **d, kind=precondition or "edm")
     if state is not None: m.load_state_dict(_fitting(m, state), assign=True)
@@ -75,10 +78,8 @@ def _fitting(m, state):
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint folder that a path, of a run or a checkpoint, means.
 
-    Raises FileNotFoundError for a missing path, CheckpointError for one without a whole checkpoint."""
+    Raises CheckpointError for one without a whole checkpoint."""
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; expected a run folder (runs/digits) or one of its checkpoints")
     if (path/"checkpoint.json").exists(): return path
     if found := latest_checkpoint(path/"checkpoints"): return found
     raise CheckpointError(f"{path} holds no complete checkpoint; expected {path}/checkpoints/step_*/checkpoint.json")
@@ -104,11 +105,12 @@ def _infer_edm(state):
     "What weights with EDM's names say about their network: family and arguments."
     sizes = sorted({int(m[1]) for k in state if (m := re.match(r"enc\.(\d+)x\d+_", k))}, reverse=True)
     top, family = sizes[0], "adm" if "out_conv.weight" in state else "ddpmpp"
-    width, channels = _shape(state, f"enc.{top}x{top}_conv.weight")[:2]
+    width = _shape(state, "map_layer0.weight")[1]
+    if "map_noise.freqs" in state: family, width = "ncsnpp", width // 2
     widths = [_shape(state, f"enc.{r}x{r}_block0.conv0.weight")[0] for r in sizes]
     blocks = [k for k in state if re.fullmatch(rf"enc\.{top}x{top}_block\d+\.norm0\.weight", k)]
     return dict(
-        family="ncsnpp" if "map_noise.freqs" in state else family, image_size=top, channels=channels,
+        family=family, image_size=top, channels=_shape(state, f"enc.{top}x{top}_conv.weight")[1],
         n_classes=_shape(state, "map_label.weight")[1], s_branch="map_layer0_s.weight" in state, model_channels=width,
         augment_dim=_shape(state, "map_augment.weight")[1], channel_mult=tuple(w // width for w in widths),
         n_blocks=len(blocks), attention=tuple(r for r in sizes if f"enc.{r}x{r}_block0.qkv.weight" in state))
@@ -116,7 +118,7 @@ def _infer_edm(state):
 # %% ../../nbs/4_checkpoints/05_models.ipynb #447425d6
 def _infer_openai(state, image_size):
     "What weights with OpenAI's names say about their network: family and arguments. Raises ValueError if ours is none."
-    width, channels = _shape(state, "input_blocks.0.0.weight")[:2]
+    width, channels = _shape(state, "time_embed.0.weight")[1], _shape(state, "input_blocks.0.0.weight")[1]
     out, middle = _shape(state, "out.2.weight")[0], _shape(state, "middle_block.0.in_layers.2.weight")[0]
     shifts_only = _shape(state, "middle_block.0.emb_layers.1.weight")[0] != 2 * middle
     for bad, what in (
@@ -185,7 +187,7 @@ def _from_state(state, which=None, preconditioning="edm", sigma_min=.002, sigma_
     "A model from the bare weights of another program; raises ValueError for weights that don't make one."
     config, state = _infer_network(state, **architecture)
     kind = "ctm" if config["s_branch"] else "teacher"
-    if which not in (None, kind):
+    if which not in (None, kind) and (which, kind) != ("cm", "teacher"):
         wrong = ("a CTM, not a teacher: it has a" if which == "teacher" else
                  "a consistency-model or teacher checkpoint, not a CTM: it has no")
         raise ValueError(f"this is {wrong} second time embedding")
@@ -195,10 +197,7 @@ def _from_state(state, which=None, preconditioning="edm", sigma_min=.002, sigma_
     return rebuild(description, {f"net.{k}": v for k, v in _our_state(net, state).items()})
 
 # %% ../../nbs/4_checkpoints/05_models.ipynb #9dec4984
-PRECONDITIONERS = {
-    "EDMPrecond": dict(preconditioning="edm", sigma_min=.002, sigma_max=80.),
-    "VPPrecond": dict(preconditioning="vp", sigma_min=.002, sigma_max=80.),
-    "VEPrecond": dict(preconditioning="ve", sigma_min=.02, sigma_max=100.)}
+PRECONDITIONERS = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}  # class: kind
 
 # %% ../../nbs/4_checkpoints/05_models.ipynb #57bdf101
 def _from_edm(n, which=None, **architecture):
@@ -206,8 +205,25 @@ def _from_edm(n, which=None, **architecture):
     if n.class_name not in PRECONDITIONERS:
         raise ValueError(f"preconditioner must be one of {', '.join(PRECONDITIONERS)}, the file has {n.class_name}")
     if n.class_name == "VPPrecond": _check_numbers(n.config, "a VP network", beta_d=19.9, beta_min=.1, M=1000)
-    numbers = {**PRECONDITIONERS[n.class_name], "sigma_data": _number(n.config, "sigma_data", .5)}
-    return _from_state(n.state, which, **{**numbers, **_heads(n), **architecture})
+    if n.class_name == "iDDPMPrecond": n = replace(n, state=_first_half(n.state))
+    numbers = {"preconditioning": PRECONDITIONERS[n.class_name], "sigma_data": _number(n.config, "sigma_data", .5)}
+    return _from_state(n.state, which, **{**numbers, **_range(n.config), **_heads(n), **architecture})
+
+# %% ../../nbs/4_checkpoints/05_models.ipynb #14dd535d
+def _first_half(state):
+    "The weights of an iDDPM network without those of its variance, the second half of what it predicts."
+    u = state.get("u", iddpm_levels())
+    if u.shape != (1001,) or not torch.allclose(u.double(), iddpm_levels(), rtol=1e-2, atol=1e-6):
+        raise ValueError("the noise levels u must be those of iDDPM's cosine schedule, the file has others")
+    return {k: v.chunk(2)[0] if "out_conv." in k else v for k, v in state.items() if k != "u"}
+
+# %% ../../nbs/4_checkpoints/05_models.ipynb #fdbc06fe
+def _range(settings):
+    "The noise levels that EDM's sampler uses, 80 to 0.002, as far as a file has them; ValueError if it has none."
+    low = max(.002, _number(settings, "sigma_min", 0.))
+    high = 80. if settings.get("sigma_max") == math.inf else min(80., _number(settings, "sigma_max", 80.))
+    if low >= high: raise ValueError(f"sigma_max must be above sigma_min, the file has {high:g} and {low:g}")
+    return dict(sigma_min=low, sigma_max=high)
 
 # %% ../../nbs/4_checkpoints/05_models.ipynb #769ac3d8
 def _number(settings, key, default):
@@ -227,16 +243,15 @@ def _check_numbers(settings, where, **usual):
 # %% ../../nbs/4_checkpoints/05_models.ipynb #1f1945d9
 def _heads(n):
     "What an EDM network's blocks say of its heads: {} or {channels_per_head}; raises ValueError for what we lack."
-    k, counts, widths = FAMILIES[_infer_network(n.state)[0]["family"]].conventions, set(), set()
+    k, found = FAMILIES[_infer_network(n.state)[0]["family"]].conventions, set()
     for name, block in n.config.get("modules", {}).items():
         _check_numbers(block, f"{name} in this family", skip_scale=k.skip_scale, adaptive_scale=k.scale_shift)
         weight, count = n.state.get(f"{name}.proj.weight"), int(_number(block, "num_heads", 0))
-        if weight is not None and count:
-            counts.add(count)
-            widths.add(len(weight) // count)
-    if counts <= {1} and (k.channels_per_head is None or len(widths) != 1): return {}
-    if len(widths) > 1: raise ValueError(f"attention heads must have one width, the file has {sorted(widths)}")
-    return dict(channels_per_head=widths.pop())
+        if weight is not None and count: found.add((len(weight), count))
+    def fit(per_head): return all(count == width // (per_head or width) for width, count in found)
+    if fit(k.channels_per_head): return {}
+    if fit(per_head := min(width // count for width, count in found)): return dict(channels_per_head=per_head)
+    raise ValueError(f"heads must follow from one width of them, the file has {sorted(found)} (channels, heads)")
 
 # %% ../../nbs/4_checkpoints/05_models.ipynb #8ca129d1
 def _foreign_state(m):
@@ -248,7 +263,7 @@ def _foreign_state(m):
     if numbers != theirs:
         raise ValueError(f"other programs take preconditioning, sigma_data, sigma_min, sigma_max to be {theirs}, and a "
                          f"state dict can't say otherwise; this model has {numbers}: write a .safetensors file")
-    own = m.net.state_dict()
+    own = {k: v for k, v in m.net.state_dict().items() if not (isinstance(m, CTM) and "map_augment" in k)}
     if not isinstance(m.net, OpenAIUNet): return {f"model.{k}": v for k, v in own.items()}
     out = {theirs: own[k] for k, theirs in openai_names(m.net).items()}
     return {k: v.T.contiguous() if k == "label_emb.weight" else v for k, v in out.items()}
@@ -274,18 +289,6 @@ def save_model(
     torch.save({k: v.detach().cpu() for k, v in _foreign_state(m).items()}, buffer)
     return atomic_write(path, buffer.getvalue())
 
-# %% ../../nbs/4_checkpoints/05_models.ipynb #bd96d9b9
-def _from_own_file(state, header, which):
-    "A model from our single file."
-    try:
-        description = json.loads(header)["description"]
-        m = rebuild(description, state)
-    except (AttributeError, KeyError, TypeError) as e:
-        raise ValueError(f"its header should describe a model, and doesn't ({type(e).__name__}: {e})") from None
-    if which not in (None, description["kind"]):
-        raise ValueError(f"this is a {description['kind']} checkpoint, expected a {which}")
-    return m
-
 # %% ../../nbs/4_checkpoints/05_models.ipynb #2c358bfc
 def _read_model(path, which, architecture):
     "Recognise a file by its content, and read the model in it: (the format, the model)."
@@ -296,20 +299,30 @@ def _read_model(path, which, architecture):
     if kind == "safetensors" and "ctm_nb" not in header:
         return "state dict in safetensors", _from_state(state, which, **architecture)
     if architecture: raise ValueError(f"our own files know their network; {', '.join(architecture)} can't be given")
-    if kind == "safetensors": return kind, _from_own_file(state, header["ctm_nb"], which)
-    return kind, _from_run(path, which)
+    if kind != "safetensors": return kind, _from_run(path, which)
+    try:
+        description = json.loads(header["ctm_nb"])["description"]
+        if which in (None, description["kind"]): return kind, rebuild(description, state)
+    except (AttributeError, KeyError, TypeError) as e:
+        raise ValueError(f"its header should describe a model, and doesn't ({type(e).__name__}: {e})") from None
+    raise ValueError(f"this is a {description['kind']} checkpoint, expected a {which}")
 
 # %% ../../nbs/4_checkpoints/05_models.ipynb #dbbdb466
 def _fetched(name, which):
     "A public file in the cache, and its entry; raises ValueError before fetching what can't be what is expected."
     entry = CATALOGUE.get(name)
     if entry is None: return fetch(name), None
-    if entry.kind not in ("teacher", "ctm", "cm") or entry.loads_as.startswith("not "):
+    if entry.kind not in ("teacher", "ctm", "cm"):
         raise ValueError(f"{name} can't be loaded: {entry.loads_as}; `ctm_nb_convert --list` shows all public files")
     if which not in (None, entry.kind):
         kind = {"cm": "consistency model"}.get(entry.kind, entry.kind)
         raise ValueError(f"{name} is a {kind}, not a {which}")
     return fetch(name), entry
+
+# %% ../../nbs/4_checkpoints/05_models.ipynb #bde13287
+def _is_consistency_model(name, m, format):
+    "Whether OpenAI's way of naming such files (cd_..., distilled; ct_..., trained) tells one from a teacher."
+    return format.startswith("state dict") and type(m) is Denoiser and re.match("c[dt][_-]", Path(name).name)
 
 # %% ../../nbs/4_checkpoints/05_models.ipynb #17316b39
 def _what_it_is(m, format, known, given):
@@ -319,33 +332,36 @@ def _what_it_is(m, format, known, given):
     kind = "CTM" if isinstance(m, CTM) else "teacher"
     if known == "cm": kind = "consistency model, loaded as a denoiser"
     elif kind == "teacher" and bare and known is None: kind += " (or a consistency model, which looks the same)"
-    assumed = " (assumed)" if bare and "image_size" not in given else ""
-    pictures, classes = " x ".join(map(str, m.data_shape)), m.n_classes or "no"
-    return f"{kind}, {net['family']}, {n / 1e6:.2f} M parameters, {classes} classes, {pictures}{assumed}"
+    size, heads = (" (assumed)" * (bare and k not in given) for k in ("image_size", "channels_per_head"))
+    pictures, classes = " x ".join(map(str, m.data_shape)) + size, m.n_classes or "no"
+    if heads: pictures += f", heads of {net['channels_per_head']} channels (assumed)"
+    return f"{kind}, {net['family']}, {n / 1e6:.2f} M parameters, {classes} classes, {pictures}"
 
 # %% ../../nbs/4_checkpoints/05_models.ipynb #3614c4d7
 def load(
     path: str | Path,  # run, checkpoint, .safetensors, EDM's .pkl, OpenAI's or sony's .pt, public name or address
     device: str = "cpu",  # where to put the model
-    which: str | None = None,  # "ctm", "teacher", of a run also another EMA ("ctm-0.9999"); None: a run's student
+    which: str | None = None,  # "ctm", "teacher", "cm", another EMA of a run ("ctm-0.9999"); None: a run's student
     **architecture,  # what a bare state dict can't tell: channels_per_head, image_size, preconditioning, sigma_min, ...
 ) -> Denoiser | CTM:  # in evaluation mode, without gradients; class names in `.classes`, where it came from in `.about`
     """Load a model for sampling, from any checkpoint.
 
     Raises FileNotFoundError, CheckpointError (missing or damaged part of a run) or ValueError (anything else)."""
-    if which is not None and which.partition("-")[0] not in KINDS:
-        raise ValueError(f"which must be one of {sorted(KINDS)}, a run's other EMA (ctm-0.9999) or None, got {which!r}")
+    if which is not None and which.partition("-")[0] not in (*KINDS, "cm"):
+        raise ValueError(f"which must be one of cm, ctm, teacher, another EMA (ctm-0.9999) or None, got {which!r}")
     entry, name = None, str(path)
     if not Path(path).exists() and (name in CATALOGUE or "://" in name):
         path, entry = _fetched(name, which)
-        if entry: architecture = {**entry.architecture, **architecture}
+        if entry and entry.file.endswith(".pt"): architecture = dict(image_size=64, channels_per_head=64) | architecture
     if not Path(path).exists():
         hint = f" (did you mean {near}?)" if (near := nearest_name(name)) else ""
         raise FileNotFoundError(f"{path} does not exist; expected a run folder (runs/digits), a checkpoint, or a name "
                                 f"that `ctm_nb_convert --list` shows{hint}")
     try: format, m = _read_model(path, which, architecture)
-    except ForeignFileError: raise
     except ValueError as e: raise e if str(e).startswith(str(path)) else ValueError(f"{path}: {e}") from None
-    m.about = f"{path}: {format}, {_what_it_is(m, format, entry and entry.kind, architecture)}"
+    known = entry.kind if entry else "cm" if _is_consistency_model(name, m, format) else None
+    if known == "cm" and which == "teacher":
+        raise ValueError(f'{path}: a consistency model by its name, not a teacher; which="cm" loads it as a denoiser')
+    m.about = f"{path}: {format}, {_what_it_is(m, format, known, architecture)}"
     log.info(m.about)
     return m.to(device).eval().requires_grad_(False)

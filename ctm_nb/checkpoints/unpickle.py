@@ -60,7 +60,6 @@ ACTIONS: dict = {code[0]: pickle._Unpickler.dispatch[code[0]]
 @dataclass(frozen=True, slots=True)
 class Global:
     "A global of a pickle, never resolved."
-    name: str
     means: object  # our function of (unpickler, arguments), or a torch.dtype
 
 # %% ../../nbs/4_checkpoints/02_unpickle.ipynb #7522c155
@@ -108,7 +107,7 @@ def find_class(self: Unpickler, module: str, name: str) -> Global:
     if (module, name) not in self.allowed:
         asked = f"{printable(module)}.{printable(name)}"
         raise ForeignFileError(f"it asks for {asked}, which is not on the list of harmless names")
-    return Global(f"{module}.{name}", self.allowed[module, name])
+    return Global(self.allowed[module, name])
 
 # %% ../../nbs/4_checkpoints/02_unpickle.ipynb #642b4bb0
 def _text(width):

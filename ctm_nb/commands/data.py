@@ -29,6 +29,7 @@ def data_parser() -> Parser:
             help="center or adm: as ADM, for ImageNet; edm: as EDM's center-crop, Lanczos; box: averaged areas "
             "(default: center)")
         add("--labels", metavar="FILE", help="a CSV of name,class for a folder, zip or tar without labels")
+        add("--background", default="white", metavar="COLOUR", help="under transparent pixels (default: white)")
         add("--workers", type=ranged(0), metavar="N", help="processes (default: all cores)")
         if name == "inspect":
             add("--sheet", type=Path, metavar="FILE.png", help="also draw a contact sheet")
@@ -50,7 +51,7 @@ def _inspect(a):
         if p.exists(): raise FileExistsError(f"{p} exists: choose another name or remove it")
     from ctm_nb.data.convert import contact_sheet, survey
     from ctm_nb.data.read import open_source
-    source = open_source(a.src, a.labels)
+    source = open_source(a.src, a.labels, a.background)
     facts = survey(source, a.size, a.crop, a.workers)
     if a.sheet: contact_sheet(source).save(a.sheet)
     if a.json: a.json.write_text(json.dumps(facts, indent=1) + "\n")
@@ -61,7 +62,7 @@ def _convert(a):
     "Convert, and say what was done."
     from ctm_nb.data.convert import convert
     from ctm_nb.data.read import open_source
-    source = open_source(a.src, a.labels)
+    source = open_source(a.src, a.labels, a.background)
     done = convert(source, a.dst, a.size, a.crop, a.split, a.skip_broken, a.overwrite, a.workers)
     n, size, out, broken = done["images"], done["size"], done["left_out"], len(done["left_out"])
     classes = f"{len(source.classes) or 'no'} classes"

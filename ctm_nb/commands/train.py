@@ -9,6 +9,7 @@ __all__ = ['place', 'plan', 'train_parser', 'train', 'ctm_nb_train']
 import argparse
 import logging
 import shlex
+import time
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -49,6 +50,7 @@ def place(
     folder: Path,  # where the run will live
 ) -> str:
     "What is there already: nothing, a run that this configuration continues, or another."
+    from ctm_nb.training.budget import as_saved
     from ctm_nb.training.report import read_run
     from ctm_nb.evaluation.reference import pick_device
     from ctm_nb.training.runtime import choose_precision
@@ -56,6 +58,7 @@ def place(
     if not (folder / "config.json").exists(): return "new"
     h = read_run(folder)
     step, meta = h.manifest.get("step", -1), {"config": h.config, **(h.manifest.get("meta") or {})}
+    config = as_saved(config, step)
     precision = choose_precision(config.run.precision, pick_device(config.run.device))
     try: allowed = check_changes(meta, config, precision, step, str(folder))
     except ValueError as e: return f"refused: {e}"
@@ -68,6 +71,7 @@ def plan(
     images_per_sec: float | None = None,  # a speed that is known, see `costs.seconds`
     measured: bool = False,  # measure it here
     stage: str = "all",  # the run goes to the end of this one
+    minutes: str = "",  # how a budget is spent
 ) -> str:
     "What a run is going to do, as text."
     import torch
@@ -85,7 +89,6 @@ def plan(
     weights = sum(p.numel() for p in make_network(config, train).parameters())
     given = " (that of the given teacher counts)" if config.teacher.source not in ("", "none") else ""
     copies = 6 + max(len(getattr(config, k).emas) for k in STAGES.values())
-    kept = f"{config.run.keep} are kept" + (", and the best of each stage" if config.run.score_every else "")
     student = f", student with {', '.join(map(str, e.steps))}" if stage != "teacher" else ""
     nfe = evaluations(e.teacher_solver, torch.arange(e.teacher_steps, -1, -1))
     scored = f"none: {why}" if why else f"{e.n} samples: teacher with {nfe} evaluations{student}"
@@ -93,8 +96,9 @@ def plan(
     return "\n".join([
         f"data      {train.name}: {len(train)} training images, {size}, {classes}",
         f"network   {config.network.family}, {weights / 1e6:.2f} M parameters{given}",
-        *_stages(config, stage), *estimate(only, train, images_per_sec),
-        f"disk      about {weights * 4 * copies / 2**20:.0f} MiB a checkpoint, {kept}",
+        *_stages(config, stage), *estimate(only, train, images_per_sec)[:1 if minutes else None],
+        *([f"budget    {config.run.minutes:g} min: {minutes}"] if minutes else []),
+        f"disk      about {weights * 4 * copies / 2**20:.0f} MiB a checkpoint, {config.run.keep} are kept",
         f"scores    {scored}", f"writes    {folder}/ ({place(config, folder)})"])
 
 # %% ../../nbs/7_commands/01_train.ipynb #2d2be2f7
@@ -117,6 +121,9 @@ def train_parser() -> Parser:
         "an OpenAI .pt, or a public name (ctm_nb_convert --list); none: do without")
     add("--student", metavar="PATH", help="start the adversarial stage from this CTM instead of distilling one")
     add("--name", help="the run is written to RUNS/NAME (default: the preset's name, or the data's)")
+    add("--minutes", type=ranged(.01, kind=float), metavar="N", help="steps, scores and pictures so that the whole "
+        "command takes N minutes here; with more than a finished run has, go on from it (default: what the preset "
+        "says; with --data on a CPU 30)")
     add("--runs", type=Path, default=Path("runs"), metavar="RUNS", help="folder of all runs (default: runs)")
     add("--micro-batch", metavar="N", help="images that a device takes at a time; the gradient stays that of the whole "
         "batch (default: auto, as many as fit)")
@@ -126,23 +133,28 @@ def train_parser() -> Parser:
     add("--images-per-sec", type=ranged(.001, kind=float), metavar="X",
         help="with --dry-run: how long it takes on a device that trains the first stage on X images a second")
     add("--measure", action="store_true", help="with --dry-run: measure that speed here, in two steps")
-    add("--from-previous", action="store_true", help="if the newest checkpoint is damaged, take the one before it")
     add("--watch", metavar="RUN", type=Path, help="follow a run that is going on, in this terminal; train nothing")
     add("--report", metavar="RUN", type=Path, help="write RUN/report.html again; train nothing")
     return p
 
 # %% ../../nbs/7_commands/01_train.ipynb #1e9157a2
+def _preset(a): return a.preset or ("auto" if a.data and a.data != "digits" else "digits")
+
+def _words(a):
+    "What was typed, as settings."
+    given = {"data.source": a.data, "teacher.source": a.teacher, "distill.source": a.student,
+             "data.skip_broken": "true" if a.skip_broken else "", "run.micro_batch": a.micro_batch}
+    none = ["distill.phases=dsm:.5,soft:.5", "gan.steps=0"] if a.teacher == "none" else []
+    return [*none, *(f"{k}={v}" for k, v in given.items() if v), *a.set]
+
 def _config(a):
     "The configuration that the flags ask for; without a preset the data choose, see `presets.choose`."
     from ctm_nb.training.config import PRESETS, make_config
     from ctm_nb.training.presets import choose
     from ctm_nb.evaluation.reference import pick_device
-    preset, known = a.preset or ("auto" if a.data and a.data != "digits" else "digits"), (*PRESETS, "auto")
+    preset, known = _preset(a), (*PRESETS, "auto")
     if preset not in known: raise ValueError(f"--preset must be one of {', '.join(known)}, got {preset!r}")
-    given = {"data.source": a.data, "teacher.source": a.teacher, "distill.source": a.student,
-             "data.skip_broken": "true" if a.skip_broken else "", "run.micro_batch": a.micro_batch}
-    words = [*(f"{k}={v}" for k, v in given.items() if v), *a.set]
-    if a.teacher == "none": words = ["distill.phases=dsm:.5,soft:.5", "gan.steps=0", *words]
+    words = _words(a)
     if preset != "auto": return make_config(preset, words)
     given = dict(word.partition("=")[::2] for word in words)
     if not given.get("data.source"): raise ValueError("--preset auto needs --data PATH")
@@ -151,9 +163,28 @@ def _config(a):
     for why in chosen[2]: logging.info("auto: %s", why)
     return make_config(chosen[0], [*chosen[1], *words])
 
+# %% ../../nbs/7_commands/01_train.ipynb #a88b7b32
+def _on_cpu(config):
+    from ctm_nb.evaluation.reference import pick_device
+    return pick_device(config.run.device).type == "cpu"
+
+def _minutes(a, config, folder):
+    "The budget that was asked for, that the run there has, or that one's own images get on a CPU; 0: none."
+    from ctm_nb.evaluation.reference import launched
+    from ctm_nb.training.report import read_json
+    saved = read_json(folder / "config.json", {})
+    minutes = a.minutes or config.run.minutes or saved.get("run", {}).get("minutes", 0)
+    typed = [w for w in a.set if w.partition("=")[0].endswith(".steps") and not w.startswith("evaluate")]
+    default = not saved and not typed and _preset(a) == "auto" and _on_cpu(config)
+    if launched()[1] == 1: return minutes or 30 * default
+    if minutes: raise ValueError("--minutes is kept by one process; with several give the numbers of steps, "
+                                 "teacher.steps and distill.steps")
+    return 0
+
 # %% ../../nbs/7_commands/01_train.ipynb #a4d2152a
 def train(
     a: argparse.Namespace,  # flags
+    began: float,  # when the command was started, by time.perf_counter
 ):
     "The work behind `ctm_nb_train`."
     from ctm_nb.training.report import follow, markdown_table, score_table, write_report
@@ -162,18 +193,27 @@ def train(
         try: return follow(a.watch)
         except KeyboardInterrupt: raise KeyboardInterrupt("stopped watching; the run itself goes on") from None
     import torch
+    from ctm_nb.training.config import schedule
     from ctm_nb.training.runtime import leave
     from ctm_nb.training.trainer import Trainer
     config, stage = _config(a), a.stage or ("ctm_dsm_gan" if a.student else "ctm_dsm")
     folder = a.runs / (a.name or Path(a.data or a.preset or "digits").expanduser().resolve().stem)
+    splits, spent, minutes = None, "", _minutes(a, config, folder)
+    if minutes:
+        from ctm_nb.training.budget import BudgetTrainer, budget
+        stages, own = list(schedule(_until(config, stage))), _preset(a) == "auto" and _on_cpu(config)
+        ours = own or _preset(a) in ("digits", "mnist", "emoji")
+        config, splits, spent = budget(config, _words(a), minutes, folder, stages, began, ours, own)
     if a.dry_run:
-        what = plan(config, folder, a.images_per_sec, a.measure, stage)
+        what = plan(config, folder, a.images_per_sec, a.measure, stage, spent)
         for section, values in asdict(config).items():
             for k, v in values.items():
                 print(f"{section}.{k}={','.join(map(str, v)) if isinstance(v, (tuple, list)) else v}")
         return print("", what, sep="\n")
     torch.set_flush_denormal(True)
-    trainer = Trainer(config, folder, a.from_previous)
+    if spent: logging.info("%g minutes: %s", minutes, spent)
+    about = config, folder, splits
+    trainer: Trainer = BudgetTrainer(*about, began) if minutes else Trainer(*about)
     records = trainer.run(stage)
     leave()
     if not trainer.here.main: return
@@ -187,7 +227,7 @@ def ctm_nb_train(
     argv: list | None = None,  # words of the command line; None: those of the process
 ):
     "Train a teacher, distil it, draw samples and score them (the console command)."
-    a = train_parser().parse_args(argv)
-    with one_line_errors("ctm_nb_train"): train(a)
+    began, a = time.perf_counter(), train_parser().parse_args(argv)
+    with one_line_errors("ctm_nb_train"): train(a, began)
 
 if __name__ == "__main__" and "__file__" in globals(): ctm_nb_train()  # python -m, torchrun -m

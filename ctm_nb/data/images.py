@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BYTES', 'Images', 'ImageData', 'to_uint8', 'held_out_mask', 'split_mask', 'digits', 'image_grid',
-           'IndexSampler', 'label_rows', 'heading', 'named_grid']
+           'IndexSampler', 'named_grid']
 
 # %% ../../nbs/3_data/01_images.ipynb #9564e46a
 import hashlib
@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from fastcore.basics import patch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 # %% ../../nbs/3_data/01_images.ipynb #b7084864
@@ -66,6 +66,13 @@ class ImageData(Images):
     def __len__(self): return len(self.images)
     def take(self, idx=slice(None)): return self.images[idx]
 
+    def sha256(self)->str: # 64 hexadecimal digits
+        "Fingerprint of the content; the name does not enter."
+        h = hashlib.sha256(repr((tuple(self.images.shape), self.classes)).encode())
+        for a in (self.images, self.labels):
+            if a is not None: h.update(a.cpu().contiguous().numpy().tobytes())
+        return h.hexdigest()
+
 # %% ../../nbs/3_data/01_images.ipynb #63a877f7
 BYTES = ("round", "truncate")  # to the nearest byte, or to the one below, as the published samples were  # CTM [R]
 
@@ -78,15 +85,6 @@ def to_uint8(
     if bytes not in BYTES: raise ValueError(f"bytes must be one of {', '.join(BYTES)}, got {bytes!r}")
     x = (x + 1) * 127.5
     return (x.round() if bytes == "round" else x).clamp(0, 255).to(torch.uint8)
-
-# %% ../../nbs/3_data/01_images.ipynb #bf6ea9c8
-@patch
-def sha256(self:ImageData)->str: # 64 hexadecimal digits
-    "Fingerprint of the content; the name does not enter."
-    h = hashlib.sha256(repr((tuple(self.images.shape), self.classes)).encode())
-    for a in (self.images, self.labels):
-        if a is not None: h.update(a.cpu().contiguous().numpy().tobytes())
-    return h.hexdigest()
 
 # %% ../../nbs/3_data/01_images.ipynb #6a957d72
 def held_out_mask(
@@ -160,28 +158,22 @@ class IndexSampler:
         self.n, self.batch_size, self.seed, self.position = n, batch_size, seed, position
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)  # the permutation in use
 
-# %% ../../nbs/3_data/01_images.ipynb #f02872f4
-@patch
-def order(self:IndexSampler,
-    epoch:int, # number of the pass, from 0
-)->torch.Tensor: # (n,) int64, a permutation
-    "Order of the images in one epoch, a function of seed and epoch alone."
-    if epoch != self._epoch:
-        key = np.array([self.seed, epoch], np.uint64)
-        bits = np.random.Philox(key=key, counter=np.array([0, 0, 0, 1], np.uint64))  # noise never uses this counter
-        self._epoch, self._order = epoch, torch.from_numpy(np.random.Generator(bits).permutation(self.n))
-    return self._order
+    def order(self, epoch:int)->torch.Tensor: # (n,) int64, a permutation
+        "Order of the images in one epoch, a function of seed and epoch alone."
+        if epoch != self._epoch:
+            key = np.array([self.seed, epoch], np.uint64)
+            bits = np.random.Philox(key=key, counter=np.array([0, 0, 0, 1], np.uint64))  # noise never uses this counter
+            self._epoch, self._order = epoch, torch.from_numpy(np.random.Generator(bits).permutation(self.n))
+        return self._order
 
-# %% ../../nbs/3_data/01_images.ipynb #56c18cc1
-@patch
-def next(self:IndexSampler)->torch.Tensor: # (B,) int64
-    "The next batch of indices; moves `position` on by the batch size."
-    stop, parts = self.position + self.batch_size, []
-    while self.position < stop:
-        epoch, start = divmod(self.position, self.n)
-        parts.append(self.order(epoch)[start:start + stop - self.position])
-        self.position += len(parts[-1])
-    return torch.cat(parts)
+    def next(self)->torch.Tensor: # (B,) int64
+        "The next batch of indices; moves `position` on by the batch size."
+        stop, parts = self.position + self.batch_size, []
+        while self.position < stop:
+            epoch, start = divmod(self.position, self.n)
+            parts.append(self.order(epoch)[start:start + stop - self.position])
+            self.position += len(parts[-1])
+        return torch.cat(parts)
 
 # %% ../../nbs/3_data/01_images.ipynb #cfe06133
 @cache
@@ -190,50 +182,17 @@ def _font(size):
     except ImportError: return ImageFont.load_default(size)  # of European ones
     return ImageFont.truetype(str(Path(matplotlib.get_data_path())/"fonts"/"ttf"/"DejaVuSans.ttf"), size)
 
-def _written(text, size, limit):
-    "A name in letters of so many pixels, or as much of it as fits and an ellipsis, black on white, size + 4 high."
-    font, shown = _font(size), text
-    while text and font.getlength(shown) > limit:
-        text = text[:-1]
-        shown = text + "…"
-    word = Image.new("RGB", (max(1, math.ceil(font.getlength(shown))), size + 4), "white")
-    ImageDraw.Draw(word).text((0, size // 2 + 2), shown, "black", font, anchor="lm")
-    return word
-
-# %% ../../nbs/3_data/01_images.ipynb #4bf66181
-def label_rows(
-    picture:np.ndarray, # (H, W) or (H, W, 3) uint8, rows of equal height
-    names:list, # one a row
-)->Image.Image: # RGB, the picture with the names at its left
-    "Write a name beside each row of a grid."
-    row = picture.shape[0] / len(names)
-    words = [_written(n, max(9, min(15, int(row * .6))), 600) for n in names]
-    width = max(w.width for w in words) + 8
-    sheet = Image.new("RGB", (picture.shape[1] + width, picture.shape[0]), "white")
-    for k, w in enumerate(words): sheet.paste(w, (width - 4 - w.width, round((k + .5) * row - w.height / 2)))
-    sheet.paste(Image.fromarray(picture), (width, 0))
-    return sheet
-
-# %% ../../nbs/3_data/01_images.ipynb #8aefaff2
-def heading(names:list, step:float)->Image.Image: # RGB, a strip to put on top
-    "Names over columns, upright if they fit, else turned by a quarter, all of them, so that they still align."
-    words = [_written(n, max(9, min(13, int(step * .5))), 104) for n in names]
-    if max(w.width for w in words) > step - 3: words = [w.rotate(90, expand=True) for w in words]
-    height = max(w.height for w in words) + 2
-    strip = Image.new("RGB", (round(step * len(names)), height), "white")
-    for k, w in enumerate(words): strip.paste(w, (round((k + .5) * step - w.width / 2), height - w.height - 1))
-    return strip
-
-# %% ../../nbs/3_data/01_images.ipynb #69d30201
-def _under(images, names):
-    "Pictures (N, C, H, W) with their names below, (N, C, H + 12, W)."
-    n, c, h, w = images.shape
-    strips = np.full((n, 12, w), 255, np.uint8)
-    for strip, name in zip(strips, names):
-        word = np.asarray(_written(name, 9, w).convert("L"))[:12, :w]
-        left = (w - word.shape[1]) // 2
-        strip[:word.shape[0], left:left + word.shape[1]] = word
-    return torch.cat([images.cpu(), torch.from_numpy(strips)[:, None].expand(-1, c, -1, -1)], 2)
+def _words(names, size, limit):
+    "Names in letters of so many pixels, or as much of each as fits and an ellipsis, black on white, size + 4 high."
+    font, words = _font(size), []
+    for text in names:
+        shown = text
+        while text and font.getlength(shown) > limit:
+            text = text[:-1]
+            shown = text + "…"
+        words.append(Image.new("RGB", (max(1, math.ceil(font.getlength(shown))), size + 4), "white"))
+        ImageDraw.Draw(words[-1]).text((0, size // 2 + 2), shown, "black", font, anchor="lm")
+    return words
 
 # %% ../../nbs/3_data/01_images.ipynb #9aa6893a
 def named_grid(
@@ -243,18 +202,23 @@ def named_grid(
     rows:list|None=None, # what stands beside each row
 )->Image.Image: # RGB
     "Pictures in rows, enlarged if they are small, with the names of their classes."
-    zoom = max(1, 32 // images.shape[2])
+    zoom, names = max(1, 32 // images.shape[2]), names if names and any(names) else []
     images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    names = names if names and any(names) else []
     table = [names[i:i + columns] for i in range(0, len(names), columns)]
-    over = bool(table) and len(table[0]) > 1 and all(r == table[0][:len(r)] for r in table)
-    if rows is None and table and not over and all(len(set(r)) == 1 for r in table): rows = [r[0] for r in table]
-    elif table and not over: images = _under(images, names)
+    over, under = bool(table) and len(table[0]) > 1 and all(r == table[0][:len(r)] for r in table), []
+    if table and not over and rows is None and all(len(set(r)) == 1 for r in table): rows = [r[0] for r in table]
+    elif table and not over: under, images = names, F.pad(images, (0, 0, 0, 12), value=255)
     picture = Image.fromarray(image_grid(images, columns, pad=2)).convert("RGB")
-    sheet = label_rows(np.asarray(picture), rows) if rows else picture
-    if not over: return sheet
-    top, left = heading(table[0], images.shape[3] + 2), sheet.width - picture.width
-    whole = Image.new("RGB", (max(sheet.width, left + top.width), sheet.height + top.height), "white")
-    whole.paste(top, (left, 0))
-    whole.paste(sheet, (0, top.height))
-    return whole
+    high, wide = images.shape[2] + 2, images.shape[3] + 2  # of a row, of a column
+    beside = _words(rows or [], max(9, min(15, int(high * .6))), 600)
+    above = _words(table[0] if over else [], max(9, min(13, int(wide * .5))), 104)
+    if any(w.width > wide - 3 for w in above): above = [w.rotate(90, expand=True) for w in above]
+    left, top = max((w.width + 8 for w in beside), default=0), max((w.height + 2 for w in above), default=0)
+    sheet = Image.new("RGB", (picture.width + left, picture.height + top), "white")
+    sheet.paste(picture, (left, top))
+    for k, w in enumerate(beside): sheet.paste(w, (left - 4 - w.width, round(top + (k + .5) * high - w.height / 2)))
+    for k, w in enumerate(above): sheet.paste(w, (round(left + (k + .5) * wide - w.width / 2), top - w.height - 1))
+    for k, w in enumerate(_words(under, 9, wide - 2)):
+        row, column = divmod(k, columns)
+        sheet.paste(w, (round(left + 1 + (column + .5) * wide - w.width / 2), top + (row + 1) * high - 12))
+    return sheet

@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'ENCODINGS', 'CROPS', 'SUFFIXES', 'HELPERS', 'MAX_CLASSES', 'SPLITS', 'MAX_ENTRY', 'PLAIN',
-           'CIFAR', 'NO_IMAGES', 'EXPECTED', 'BrokenImage', 'open_image', 'standardise', 'crop_center', 'crop_box',
-           'crop_lanczos', 'as_image', 'is_grey', 'one_mode', 'decode', 'in_order', 'cores', 'workers_for', 'chunks',
+           'CIFAR', 'EXPECTED', 'BrokenImage', 'read_file', 'open_image', 'as_image', 'standardise', 'crop_center',
+           'crop_box', 'crop_lanczos', 'is_grey', 'one_mode', 'decode', 'in_order', 'cores', 'workers_for', 'chunks',
            'shared_array', 'Source', 'held_out_of', 'check_square', 'side_of', 'complain', 'is_image_name', 'is_hidden',
-           'readable', 'few', 'walk', 'distinct', 'class_names', 'folder_classes', 'labels_by_name', 'read_json',
-           'edm_labels', 'as_text', 'labels_of_words', 'csv_labels', 'named_classes', 'arrange', 'FolderSource',
-           'open_folder', 'zip_entries', 'tar_entries', 'read_entry', 'PackSource', 'inside', 'open_pack',
-           'ArraySource', 'numbered', 'open_npz', 'open_npzs', 'read_idx', 'open_idx', 'ArraysOnly', 'unpickle_arrays',
-           'open_cifar', 'optional', 'LMDBSource', 'lmdb_reader', 'open_lmdb', 'shard_examples', 'shard_label',
-           'open_shards', 'LibrarySource', 'of_parts', 'open_torchvision', 'Rows', 'open_table', 'folder_kind',
-           'file_kind', 'open_digits', 'open_source']
+           'readable', 'few', 'walk', 'distinct', 'class_names', 'folders_at', 'folder_classes', 'labels_of',
+           'read_json', 'edm_pairs', 'as_text', 'csv_pairs', 'FileSource', 'Folder', 'open_folder', 'zip_entries',
+           'tar_entries', 'read_entry', 'Pack', 'archive_entries', 'example_of', 'shard_label', 'shard_pairs',
+           'open_archive', 'ArraySource', 'LibrarySource', 'numbered', 'open_npz', 'read_idx', 'open_idx', 'ArraysOnly',
+           'unpickle_arrays', 'cifar_files', 'open_cifar', 'optional', 'lmdb_reader', 'Store', 'open_lmdb',
+           'open_torchvision', 'open_table', 'folder_kind', 'file_kind', 'open_digits', 'open_source']
 
 # %% ../../nbs/3_data/02_read.ipynb #18fbe850
-import csv, difflib, gzip, hashlib, importlib, inspect, io, json, math, mmap, os, pickle, re, struct, tarfile, warnings
+import csv, difflib, gzip, importlib, inspect, io, json, math, mmap, os, pickle, re, struct, tarfile, warnings
 import zipfile, zlib
 from dataclasses import dataclass, field
 from importlib import resources
@@ -25,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch.utils.data
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch.utils.data import DataLoader
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from torch.utils.data import ConcatDataset, DataLoader
 
 from .images import digits, held_out_mask
 
@@ -37,13 +36,19 @@ ENCODINGS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")  # 
 class BrokenImage(ValueError):
     "An image that can't be read; the text says why."
 
+def read_file(path:str|os.PathLike)->bytes:
+    "The content of a file; `BrokenImage` if it can't be opened."
+    try: return Path(path).read_bytes()
+    except OSError as e: raise BrokenImage(f"can't be opened ({e.strerror})") from None
+
 # %% ../../nbs/3_data/02_read.ipynb #9cc4cf85
 def open_image(
-    file:bytes|os.PathLike|str, # content of an image file, or its path
+    image, # bytes of an image file, a path, a Pillow image, or pixels (H, W, 1 or 3) uint8
 )->Image.Image: # decoded to the last pixel, in its own mode and size
-    "Decode an image file; `BrokenImage` says why it can't be."
-    try: blob = file if isinstance(file, bytes) else Path(file).read_bytes()
-    except OSError as e: raise BrokenImage(f"can't be opened ({e.strerror})") from None
+    "An image before anything is done to it; `BrokenImage` says why it can't be had."
+    if isinstance(image, np.ndarray): return as_image(image)
+    if isinstance(image, Image.Image): return image
+    blob = image if isinstance(image, bytes) else read_file(image)
     if not blob: raise BrokenImage("empty file")
     try:
         with warnings.catch_warnings():
@@ -59,8 +64,15 @@ def open_image(
     except Exception as e: raise BrokenImage(f"truncated or damaged ({e})") from None  # decoders raise anything
     return im
 
+def as_image(a:np.ndarray)->Image.Image: # mode L or RGB
+    "Pixels (H, W, 1 or 3) uint8 as a Pillow image."
+    return Image.fromarray(a[..., 0] if a.shape[2] == 1 else np.ascontiguousarray(a))
+
 # %% ../../nbs/3_data/02_read.ipynb #c05907f4
-def standardise(im:Image.Image)->Image.Image: # upright, mode L or RGB
+def standardise(
+    im:Image.Image, # in any mode
+    background:str="white", # colour that transparent pixels show, a name or #rrggbb
+)->Image.Image: # upright, mode L or RGB
     "One meaning for every mode; `BrokenImage` where there is none."
     if im.info or im.format != "PNG":  # a PNG without any remark has no orientation
         try: im = ImageOps.exif_transpose(im)
@@ -72,9 +84,11 @@ def standardise(im:Image.Image)->Image.Image: # upright, mode L or RGB
             raise BrokenImage(f"grey levels {wide.min()}..{wide.max()}, expected 0..65535")
         im = Image.fromarray(((wide + 128) // 257).astype(np.uint8))  # rounded
     grey = im.mode in ("1", "L", "LA")
-    if "A" in im.getbands() or "a" in im.getbands() or "transparency" in im.info:
+    if im.has_transparency_data:
+        colour = ImageColor.getrgb(background)[:3]
+        grey = grey and len(set(colour)) == 1
         im = im.convert("RGBA")
-        im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
+        im = Image.alpha_composite(Image.new("RGBA", im.size, (*colour, 255)), im)
     return im if im.mode in ("L", "RGB") else im.convert("L" if grey else "RGB")
 
 # %% ../../nbs/3_data/02_read.ipynb #ea46c59c
@@ -106,10 +120,6 @@ def crop_lanczos(im:Image.Image, size:int)->Image.Image: # size x size
 CROPS = {"center": crop_center, "adm": crop_center, "edm": crop_lanczos, "box": crop_box}
 
 # %% ../../nbs/3_data/02_read.ipynb #aed966d7
-def as_image(a:np.ndarray)->Image.Image: # mode L or RGB
-    "The way back, from pixels (H, W, 1 or 3) uint8 to a Pillow image."
-    return Image.fromarray(a[..., 0] if a.shape[2] == 1 else np.ascontiguousarray(a))
-
 def is_grey(a:np.ndarray)->bool:
     "True if no pixel (..., C) uint8 has a colour."
     return a.shape[-1] == 1 or not (a[:1] != a[:1, ..., :1]).any() and bool((a == a[..., :1]).all())  # row 0 tells most
@@ -121,15 +131,14 @@ def one_mode(a:np.ndarray, grey:bool)->np.ndarray: # (H, W, 1) or (H, W, 3)
 
 # %% ../../nbs/3_data/02_read.ipynb #33cabb02
 def decode(
-    image, # bytes of an image file, a path, a Pillow image, or an array (H, W, 1 or 3) uint8
+    image, # see `open_image`
     size:int|None=None, # n, side to crop and resize to; None keeps the size
     crop:str="center", # a key of `CROPS`
+    background:str="white", # colour under transparent pixels
 )->np.ndarray: # (H, W, C) uint8, C 1 or 3
     "Pixels of an image; `BrokenImage` says why there are none."
-    if isinstance(image, np.ndarray):
-        if size is None or image.shape[:2] == (size, size): return image
-        image = as_image(image)
-    im = standardise(image if isinstance(image, Image.Image) else open_image(image))
+    if isinstance(image, np.ndarray) and (size is None or image.shape[:2] == (size, size)): return image
+    im = standardise(open_image(image), background)
     if size is not None and im.size != (size, size): im = CROPS[crop](im, size)
     a = np.asarray(im)
     return a if a.ndim == 3 else a[..., None]
@@ -153,9 +162,8 @@ def in_order(
     if not workers:
         yield from map(work, tasks)
         return
-    loader = DataLoader(_Work(work), None, sampler=tasks, num_workers=workers, prefetch_factor=ahead,
-                        collate_fn=lambda answer: answer, multiprocessing_context="fork")
-    answers = iter(loader)
+    answers = iter(DataLoader(_Work(work), None, sampler=tasks, num_workers=workers, prefetch_factor=ahead,
+                              collate_fn=lambda answer: answer, multiprocessing_context="fork"))
     while True:
         try: result, error = pickle.loads(next(answers))
         except StopIteration: return
@@ -181,7 +189,7 @@ def shared_array(shape:tuple)->np.ndarray:
 # %% ../../nbs/3_data/02_read.ipynb #afcad3df
 @dataclass(repr=False, eq=False)
 class Source:
-    "Images somewhere, not read yet; `get(i)` returns the i-th as bytes or as an array."
+    "Images somewhere, not read yet; `get(i)` returns the i-th as `open_image` takes it."
     name: str  # for messages and records
     kind: str  # "folder of images", "zip of images", ...
     names: list  # path or name of each image
@@ -190,17 +198,14 @@ class Source:
     held_out: np.ndarray | None = None  # (N,) bool, the data's own test set
     notes: list = field(default_factory=list)  # remarks for the user
     files: list = field(default_factory=list)  # paths that the images are read from
+    background: str = "white"  # colour under transparent pixels
     encoded = True  # False: `get` costs nothing
 
     def __len__(self): return len(self.names)
     def __repr__(self): return f"{self.name}: {self.kind}, {len(self)} images, {len(self.classes)} classes"
     def paths(self): return self.files  # whose change makes it another source
     def get(self, i) -> Any: raise NotImplementedError(f"{type(self).__name__} can't read images")
-    def pixels(self, i, size=None, crop="center"): return decode(self.get(i), size, crop)  # (H, W, C) uint8
-    def content(self):
-        "A running hash of names and labels."
-        y = [] if self.labels is None else self.labels
-        return hashlib.sha256("\0".join([*self.names, *map(str, y)]).encode("utf-8", "surrogateescape"))
+    def pixels(self, i, size=None, crop="center"): return decode(self.get(i), size, crop, self.background)  # (H, W, C)
 
 # %% ../../nbs/3_data/02_read.ipynb #209dba78
 def held_out_of(
@@ -245,7 +250,8 @@ def complain(broken:dict, source:Source, skip:bool=False)->str: # the complaint;
 
 # %% ../../nbs/3_data/02_read.ipynb #fa41aaf6
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
-HELPERS = {"dataset.json", "labels.csv", "classes.txt", "conversion.json"}  # files that speak about the images
+HELPERS = {"dataset.json", "labels.csv", "conversion.json",  # speak about the images; the rest are keys of an LMDB
+           "length", "__len__", "__keys__", "__meta__", "num-samples"}
 
 def is_image_name(n): return os.path.splitext(n)[1].lower() in SUFFIXES
 def is_hidden(n): return any(p.startswith((".", "__")) for p in n.split("/"))
@@ -262,15 +268,13 @@ def few(names)->str:
 # %% ../../nbs/3_data/02_read.ipynb #5a68164f
 def walk(root:Path, inside:str="", above:tuple=()):  # yields paths relative to `root`, with "/", in order
     "Every file below a folder; `ValueError` for a symbolic link that leads in a circle."
-    here = os.stat(root/inside)
-    if (here.st_dev, here.st_ino) in above:
-        raise ValueError(f"{root/inside} is a symbolic link that leads back to a folder it is in")
+    here = os.path.realpath(root/inside)
+    if here in above: raise ValueError(f"{root/inside} is a symbolic link that leads back to a folder it is in")
     with os.scandir(root/inside) as entries:  # a link to itself is a file, and broken
         found = sorted((e.name, os.path.isdir(e.path) if e.is_symlink() else e.is_dir()) for e in entries)
     for name, is_dir in found:
-        path = f"{inside}/{name}" if inside else name
-        if not is_dir: yield path
-        elif not is_hidden(name): yield from walk(root, path, (*above, (here.st_dev, here.st_ino)))
+        if not is_dir: yield inside + name
+        elif not is_hidden(name): yield from walk(root, f"{inside}{name}/", (*above, here))
 
 # %% ../../nbs/3_data/02_read.ipynb #55f52ea5
 MAX_CLASSES = 2**18  # ImageNet-21k has 21,841
@@ -301,67 +305,70 @@ def class_names(labels, where, given=None)->list: # of str, one for each class
 # %% ../../nbs/3_data/02_read.ipynb #a5bf1010
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "held_out"}
 
-def _heads(names, level):
-    "Which folder at a level each image is in, (N,) int32, -1 where the image itself is there; and the folders' names."
-    found, code = {}, np.full(len(names), -1, np.int32)
-    for i, n in enumerate(names):
-        parts = n.split("/", level + 1)
-        if len(parts) > level + 1: code[i] = found.setdefault(parts[level], len(found))
-    return code, list(found)
+def folders_at(level:int, names:list)->list:
+    "The folder at a level that each image is in, empty for one that lies above it."
+    parts = (n.split("/", level + 1) for n in names)
+    return [p[level] if len(p) > level + 1 else "" for p in parts]
 
-def folder_classes(names, where)->dict: # fields of a `Source`, and "keep", (N,) bool
+def folder_classes(names:list, where)->dict: # fields of a `Source`, and "keep", (N,) bool
     "Classes and split that the folders of the images mean; `ValueError` if images lie beside and inside folders."
-    (code, tops), held, notes, keep = _heads(names, 0), None, [], np.ones(len(names), bool)
-    is_train = [t.lower().startswith("train") for t in tops]
-    if {t.lower() for t in tops} <= SPLITS and any(is_train) and (code >= 0).all():
-        held = ~np.array(is_train)[code]
-        code, tops = _heads(names, 1)
-        if (code[~held] >= 0).all() and (code[held] < 0).any():  # labels for training only
-            keep = code >= 0
+    tops, held, notes, keep = folders_at(0, names), None, [], np.ones(len(names), bool)
+    is_train = {t: t.lower().startswith("train") for t in set(tops)}
+    if {t.lower() for t in is_train} <= SPLITS and any(is_train.values()):
+        held, tops = np.array([not is_train[t] for t in tops]), folders_at(1, names)
+        inside = np.array([t != "" for t in tops])
+        if inside[~held].all() and not inside[held].all():  # labels for training only
+            keep = inside
             notes.append(f"{(~keep).sum()} images outside of train lie in no class folder and are left out")
         if not (held & keep).any(): held = None
-    if tops and (code[keep] < 0).any():
-        raise ValueError(f"{where} holds {(code < 0).sum()} images beside sub-folders with images: expected one or the "
+    found = sorted({t for t, k in zip(tops, keep) if k})
+    if "" in found and len(found) > 1:
+        raise ValueError(f"{where} holds {tops.count('')} images beside sub-folders with images: expected one or the "
                          "other, or a labels.csv with a line name,class for each")
-    if len(tops) == 1: notes.append(f"all images are in one folder, {readable(tops[0])}: no classes")
-    order = sorted(range(len(tops)), key=tops.__getitem__) if len(tops) > 1 else []
-    labels = np.argsort(order)[code].astype(np.int64) if order else None
-    return dict(labels=labels, classes=distinct(tops[i] for i in order), held_out=held, notes=notes, keep=keep)
+    if len(found) == 1 and found[0]: notes.append(f"all images are in one folder, {readable(found[0])}: no classes")
+    number = {t: k for k, t in enumerate(found if len(found) > 1 else [])}
+    labels = np.array([number[t] for t, k in zip(tops, keep) if k], np.int64) if number else None
+    return dict(labels=labels, classes=distinct(number), held_out=held if held is None else held[keep], notes=notes,
+                keep=keep)
 
 # %% ../../nbs/3_data/02_read.ipynb #323ac9e3
-def labels_by_name(pairs:list, names:list, where)->list:
-    "The label of each image, from pairs of name and label; `ValueError` if they don't match one to one."
+def labels_of(pairs, names:list, where, classes=None)->tuple: # labels (N,) int64, names of the classes
+    "Numbers stay, words become classes in order; `ValueError` unless pairs and images match one to one."
     labels: dict = {}
     for n, y in pairs:
         if n in labels: raise ValueError(f"{where} names {readable(n)} twice")
-        labels[n] = y
+        labels[n] = str(y).strip()
     present = set(names)
     gone, missing = [n for n in labels if n not in present], [n for n in names if n not in labels]
     if gone: raise ValueError(f"{where} names {len(gone)} files that are not there: {few(gone)}")
     if missing: raise ValueError(f"{where} has no label for {len(missing)} images: {few(missing)}")
-    return [labels[n] for n in names]
+    words = [labels[n] for n in names]
+    if all(w.isascii() and w.isdigit() for w in words):
+        numbers = [int(w.lstrip("0")[:30] or 0) for w in words]
+        classes = class_names(numbers, where, classes)  # before numbers that are too large meet int64
+        return np.array(numbers, np.int64), classes
+    found, y = np.unique(words, return_inverse=True)
+    return y.astype(np.int64), distinct(found.tolist())
 
+# %% ../../nbs/3_data/02_read.ipynb #8ec7eab0
 def read_json(text:bytes, where):
     "What a JSON file says."
     try: return json.loads(text)
     except (ValueError, RecursionError) as e: raise ValueError(f"{where} can't be read as JSON: {e}") from None
 
-# %% ../../nbs/3_data/02_read.ipynb #8ec7eab0
-def edm_labels(text:bytes, names, where)->tuple: # labels (N,) int64 or None, class names
-    "What a dataset.json says about the images; `ValueError` if it isn't one or doesn't fit them."
+def edm_pairs(text:bytes, where)->tuple: # pairs or None, names of the classes or None
+    "What a dataset.json says."
     said = read_json(text, where)
     said = said if isinstance(said, dict) else {"labels": said}
     pairs = said.get("labels", said)
-    if pairs is None: return None, []
+    if pairs is None: return None, None
     is_pair = lambda p: isinstance(p, list) and len(p) == 2 and isinstance(p[0], str)
     if not isinstance(pairs, list) or not all(map(is_pair, pairs)):
         raise ValueError(f'{where}: expected {{"labels": [[name, label], ...]}} or {{"labels": null}}')
     for n, y in pairs:
         if type(y) is not int or y < 0:
             raise ValueError(f"{where} gives {readable(n)} the label {y!r}, expected an integer >= 0")
-    y = labels_by_name(pairs, names, where)
-    classes = class_names(y, where, said.get("classes"))  # before numbers that are too large meet int64
-    return np.array(y, np.int64), classes
+    return pairs, said.get("classes")
 
 # %% ../../nbs/3_data/02_read.ipynb #831ddef2
 def as_text(data:bytes, where)->str:
@@ -370,117 +377,92 @@ def as_text(data:bytes, where)->str:
     except UnicodeDecodeError as e:
         raise ValueError(f"{where} is no text in UTF-8: {e.reason} at byte {e.start}") from None
 
-def labels_of_words(words:list, where)->tuple: # labels (N,) int64, class names
-    "Numbers stay the numbers they are; words become classes in alphabetical order."
-    if all(w.isascii() and w.isdigit() for w in words):
-        y = [int(w.lstrip("0")[:30] or 0) for w in words]
-        classes = class_names(y, where)  # before numbers that are too large meet int64
-        return np.array(y, np.int64), classes
-    classes, y = np.unique(words, return_inverse=True)
-    return y.astype(np.int64), distinct(classes.tolist())
-
-def csv_labels(text:bytes, names, where)->tuple: # labels (N,) int64, class names
-    "Labels from a file with name,class a line."
+def csv_pairs(text:bytes, where)->list:
+    "The lines of a file with name,class a line, without its heading."
     try: rows = [r for r in csv.reader(io.StringIO(as_text(text, where))) if r]
     except csv.Error as e: raise ValueError(f"{where} can't be read as a table: {e}") from None
-    if rows and not is_image_name(rows[0][0]): rows = rows[1:]  # a heading
+    if rows and not is_image_name(rows[0][0]): rows = rows[1:]
     for r in rows:
         if len(r) != 2: raise ValueError(f"{where}: expected lines of name,class, got {','.join(r)!r}")
-    return labels_of_words([v.strip() for v in labels_by_name(rows, names, where)], where)
-
-# %% ../../nbs/3_data/02_read.ipynb #8e1415da
-def named_classes(text:bytes, labels:np.ndarray, classes:list, where)->tuple: # labels and classes in its order
-    """Order and names of the classes from a list of them, a classes.txt; `ValueError` if it lacks one that has images.
-
-    `classes` are their names so far: of folders, or "0", "1", ..."""
-    lines = [l.strip() for l in as_text(text, where).splitlines() if l.strip()]
-    if len(set(lines)) < len(lines): raise ValueError(f"{where} has the same line twice")
-    keys, names = list(map(str, range(len(lines)))), lines
-    if classes != list(map(str, range(len(classes)))) or set(classes) <= {l.split()[0] for l in lines}:
-        keys = [l if l in classes else l.split()[0] for l in lines]
-        names = [l if l == k else l[len(k):].strip() for k, l in zip(keys, lines)]
-    number = {k: i for i, k in enumerate(keys)}
-    if lost := [c for c in classes if c not in number]:
-        raise ValueError(f"{where} has no line for {len(lost)} classes: {few(lost)}")
-    return np.array([number[c] for c in classes])[labels], distinct(names)
+    return rows
 
 # %% ../../nbs/3_data/02_read.ipynb #5a6e4fc3
-def arrange(
-    names, # of all files, in order
-    read, # name -> bytes, for the helper files
-    where, # folder or archive, for messages
-    labels=None, # (text, path) of a labels file given by the user
-)->tuple: # positions of the images in `names`, fields of a `Source`
-    "Choose the images among files and find their classes."
-    at = np.array([i for i, n in enumerate(names) if is_image_name(n) and not is_hidden(n)], np.int64)
-    rest = [n for n in names if not is_image_name(n) and not is_hidden(n)]
-    images, other = [names[i] for i in at], [n for n in rest if n not in HELPERS]
+@dataclass(repr=False, eq=False)
+class FileSource(Source):
+    "Image files of a folder, an archive or a store."
+    box: Any = None  # has `names`, `read(k)` and `paths`
+    at: Any = None  # (N,) which of its files the images are
+    def paths(self): return self.box.paths
+    def get(self, i): return self.box.read(self.at[i])
+
+def _arrange(box, where, name, kind, labels=None, is_image=is_image_name):
+    "Choose the images among the files of a container and find their classes; `labels` are text and path, if given."
+    at = [k for k, n in enumerate(box.names) if is_image(n) and not is_hidden(n)]
+    rest = {n: k for k, n in enumerate(box.names) if not is_image(n) and not is_hidden(n)}
+    images, other, pairs, given = [box.names[k] for k in at], [n for n in rest if n not in HELPERS], None, None
     if not images:
         endings = f"expected files ending in {', '.join(sorted(SUFFIXES))}, there or in one sub-folder a class"
         raise ValueError(f"no images in {where}: {endings}" + f"; found {few(other)}" * bool(other))
-    found: dict = dict(held_out=None, notes=[], keep=np.ones(len(images), bool))
-    if labels: found["labels"], found["classes"] = csv_labels(labels[0], images, labels[1])
-    elif "dataset.json" in rest:
-        found["labels"], found["classes"] = edm_labels(read("dataset.json"), images, f"{where}/dataset.json")
-    elif "labels.csv" in rest:
-        found["labels"], found["classes"] = csv_labels(read("labels.csv"), images, f"{where}/labels.csv")
-    else: found = folder_classes(images, where)
-    if "classes.txt" in rest and found["labels"] is not None:
-        found["labels"], found["classes"] = named_classes(read("classes.txt"), found["labels"], found["classes"],
-                                                          f"{where}/classes.txt")
-    if other: found["notes"].append(f"{len(other)} files are no images and are left alone: {few(other)}")
-    keep = found.pop("keep")
-    for k in ("labels", "held_out"): found[k] = None if found[k] is None else found[k][keep]
-    return at[keep], dict(found, names=[n for n, k in zip(images, keep) if k])
+    helper, found, shards = next((n for n in ("dataset.json", "labels.csv") if n in rest), ""), {}, "shard" in kind
+    try: text, said = labels or (box.read(rest[helper]) if helper else b"", f"{where}/{helper}")
+    except BrokenImage as e: raise ValueError(f"{where}/{helper}: {e}") from None
+    if labels or helper == "labels.csv": pairs = csv_pairs(text, said)
+    elif helper: pairs, given = edm_pairs(text, said)
+    elif not shards: found = folder_classes(images, where)
+    else:
+        pairs, said, keys = shard_pairs(box, images, list(rest), where) or None, where, set(map(example_of, images))
+        other = [n for n in other if example_of(n) not in keys]
+    if pairs: found["labels"], found["classes"] = labels_of(pairs, images, said, given)
+    at = np.array(at)[found.pop("keep", slice(None))]
+    if "dataset.json" in rest: kind = f"EDM {kind.split()[0]}"
+    source = FileSource(name, kind, [box.names[k] for k in at], box=box, at=at, **found)
+    if other: source.notes.append(f"{len(other)} files are no images and are left alone: {few(other)}")
+    return source
 
 # %% ../../nbs/3_data/02_read.ipynb #6d96b0c2
-@dataclass(repr=False, eq=False)
-class FolderSource(Source):
-    "Image files of a folder."
-    root: Path = Path()  # the folder
+class Folder:
+    "The files below a folder."
+    def __init__(self, root:Path): self.root, self.names = root.absolute(), list(walk(root))
+    def read(self, k): return read_file(self.root/self.names[k])
+    @property
     def paths(self): return (self.root/n for n in self.names)
-    def get(self, i): return self.root/self.names[i]
 
-def open_folder(root:Path, labels:tuple|None=None)->FolderSource:
-    "The images of a folder, or an EDM data set; `labels` are (text, path) of a labels file."
-    kind = "EDM folder" if (root/"dataset.json").exists() else "folder of images"
-    _, found = arrange(list(walk(root)), lambda n: (root/n).read_bytes(), root, labels)
-    return FolderSource(root.resolve().name, kind, root=root.absolute(), **found)
+def open_folder(root:Path, labels:tuple|None=None)->FileSource:
+    "The images of a folder, or an EDM data set; `labels` are text and path of a labels file."
+    return _arrange(Folder(root), root, root.resolve().name, "folder of images", labels)
 
 # %% ../../nbs/3_data/02_read.ipynb #66751015
 MAX_ENTRY = 2**30  # bytes of one file in an archive
 PLAIN = -1  # an entry that begins with its first byte, as those of a tar
 
-def _checked(e, room):
-    "An entry's name and place; `ValueError` for one that can't be meant or read."
-    name = readable(e.filename)
-    if "\0" in e.orig_filename: raise ValueError(f"{e.orig_filename!r} is no name of a file")
-    if e.flag_bits & 1: raise ValueError(f"{name} is encrypted")
-    if e.compress_type not in (0, 8):
-        raise ValueError(f"{name} is compressed by method {e.compress_type}, expected stored or deflate")
-    if e.file_size > MAX_ENTRY:
-        raise ValueError(f"{name} would unpack to {e.file_size} bytes, the limit is {MAX_ENTRY}")
-    is_inside = 0 <= e.header_offset <= room - e.compress_size
-    if not is_inside or (e.compress_type == 0 and e.compress_size != e.file_size):
-        raise ValueError(f"{name} can't have {e.compress_size} bytes at byte {e.header_offset}")
-    return e.filename, (0, e.header_offset, e.compress_size, e.file_size, e.CRC, e.compress_type)
-
-def zip_entries(path:Path):
-    "Name and place of all files of a zip; `ValueError` for what can't be read safely."
+def zip_entries(path:Path):  # yields name and (offset, stored bytes, bytes, checksum, method)
+    "All files of a zip and their places; `ValueError` for what can't be read safely."
+    room = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as z:
             for e in z.infolist():
-                if not e.is_dir(): yield _checked(e, path.stat().st_size)
+                name, inside = readable(e.filename), 0 <= e.header_offset <= room - e.compress_size
+                if "\0" in e.orig_filename: raise ValueError(f"{e.orig_filename!r} is no name of a file")
+                if e.is_dir(): continue
+                if e.flag_bits & 1: raise ValueError(f"{name} is encrypted")
+                if e.compress_type not in (0, 8):
+                    raise ValueError(f"{name} is compressed by method {e.compress_type}, expected stored or deflate")
+                if e.file_size > MAX_ENTRY:
+                    raise ValueError(f"{name} would unpack to {e.file_size} bytes, the limit is {MAX_ENTRY}")
+                if not inside or (e.compress_type == 0 and e.compress_size != e.file_size):
+                    raise ValueError(f"{name} can't have {e.compress_size} bytes at byte {e.header_offset}")
+                yield e.filename, (e.header_offset, e.compress_size, e.file_size, e.CRC, e.compress_type)
     except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OSError) as e:
         raise ValueError(f"{path} can't be read as a zip: {e}") from None
 
-def tar_entries(path:Path):
-    "Name and place of all files of a tar; `ValueError` if it can't be read or its end is missing."
+# %% ../../nbs/3_data/02_read.ipynb #5b1d70a2
+def tar_entries(path:Path):  # yields name and place, as `zip_entries`
+    "All files of a tar; `ValueError` if it can't be read or its end is missing."
     try:
         with tarfile.open(path, "r:") as t:
             end = 0
             for e in t:
-                if e.isreg(): yield e.name.removeprefix("./"), (0, e.offset_data, e.size, e.size, 0, PLAIN)
+                if e.isreg(): yield e.name.removeprefix("./"), (e.offset_data, e.size, e.size, 0, PLAIN)
                 end = e.offset_data + math.ceil(e.size / 512) * 512 * e.isreg()
                 vars(t)["members"] = []  # it would keep all of them
         with open(path, "rb") as f:
@@ -492,60 +474,88 @@ def tar_entries(path:Path):
 # %% ../../nbs/3_data/02_read.ipynb #c44f1c83
 def read_entry(fd:int, offset:int, stored:int, size:int, check:int, method:int)->bytes:
     "Content of an entry at its place in an open archive; `BrokenImage` if it is damaged there."
-    if method == PLAIN: return _whole(os.pread(fd, stored, offset), stored)
-    raw = os.pread(fd, 30 + 400 + stored, offset)  # the entry's header, two fields of variable length, the content
-    if raw[:4] != b"PK\3\4" or len(raw) < 30: raise BrokenImage("the zip has no entry where its directory says")
-    start = 30 + sum(struct.unpack("<HH", raw[26:30]))
-    data = _whole(raw[start:start + stored] if start <= 430 else os.pread(fd, stored, offset + start), stored)
+    ahead = 0 if method == PLAIN else 430  # bytes of a zip's header: 30, and two fields of variable length
+    raw, start = os.pread(fd, ahead + stored, offset), 0
+    if method != PLAIN:
+        if raw[:4] != b"PK\3\4" or len(raw) < 30:
+            raise BrokenImage("the zip has no entry where its directory says")
+        start = 30 + sum(struct.unpack("<HH", raw[26:30]))
+    data = raw[start:start + stored] if start <= ahead else os.pread(fd, stored, offset + start)
+    if len(data) < stored: raise BrokenImage(f"the archive ends {stored - len(data)} bytes too early")
+    if method == PLAIN: return data
     if method:
-        try: data = zlib.decompressobj(-15).decompress(data, size)
+        try: data = zlib.decompressobj(-15).decompress(data, size or 1)  # 0 would mean no limit
         except zlib.error as e: raise BrokenImage(f"damaged in the zip ({e})") from None
     if zlib.crc32(data) != check: raise BrokenImage("damaged in the zip (checksum)")
     return data
 
-def _whole(data, n):
-    if len(data) < n: raise BrokenImage(f"the archive ends {n - len(data)} bytes too early")
-    return data
-
 # %% ../../nbs/3_data/02_read.ipynb #3ce9733f
-@dataclass(repr=False, eq=False)
-class PackSource(Source):
-    "Images at known places of some files."
-    # (N, 6) int64: file, offset, stored bytes, bytes, checksum, method (0: stored, 8: deflated, or `PLAIN`)
-    place: Any = None
+class Pack:
+    "Files inside of archives, each at a known place: (N, 6) int64, number of the archive and what `read_entry` takes."
+    def __init__(self, paths:list, entries:list):
+        self.paths, self.names, self.fds = paths, [n for n, _ in entries], {}
+        self.place = np.array([where for _, where in entries], np.int64).reshape(-1, 6)
+    def read(self, k):
+        number, *where = self.place[k].tolist()
+        if number not in self.fds: self.fds[number] = os.open(self.paths[number], os.O_RDONLY)
+        return read_entry(self.fds[number], *where)
 
-    def __post_init__(self): self.fds: dict = {}
-    def __getstate__(self): return {**self.__dict__, "fds": {}}
-    def read(self, place):
-        k, *where = place
-        if k not in self.fds: self.fds[k] = os.open(self.files[k], os.O_RDONLY)
-        return read_entry(self.fds[k], *where)
-    def get(self, i): return self.read(self.place[i].tolist())
-
-def inside(names:list, where):
-    "`ValueError` for a path that leads outside of an archive, and for one that is there twice (names are sorted)."
-    for n, before in zip(names, [None, *names]):
-        if n == before: raise ValueError(f"{where} holds '{readable(n)}' twice")
+def archive_entries(path:Path)->tuple: # "zip" or "tar", list of name and place
+    "The files of an archive; `ValueError` for a path that leads outside of it, and for one that is there twice."
+    with open(path, "rb") as f: kind = "zip" if f.read(2) == b"PK" else "tar"
+    found, seen = list((zip_entries if kind == "zip" else tar_entries)(path)), set()
+    for n, _ in found:
+        if n in seen: raise ValueError(f"{path} holds '{readable(n)}' twice")
         if n.startswith("/") or "\\" in n or ".." in n.split("/") or n[1:2] == ":":
-            raise ValueError(f"{where} names a path outside of itself: '{readable(n)}'")
+            raise ValueError(f"{path} names a path outside of itself: '{readable(n)}'")
+        seen.add(n)
+    return kind, found
 
-def open_pack(path:Path, labels:tuple|None=None)->PackSource:
-    """The images of a zip or an uncompressed tar, arranged as those of a folder; `labels` as for `open_folder`.
+# %% ../../nbs/3_data/02_read.ipynb #14448592
+def example_of(name:str)->str:
+    "The key that the files of one example share: all up to the first dot of the name."
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+def shard_label(text:bytes, where:str)->str|None: # None: it gives none
+    "The label that the .cls or .json of an example gives."
+    if not where.endswith("json"): return as_text(text, where)
+    said = read_json(text, where)
+    found = [said[k] for k in ("label", "cls", "class") if k in said] if isinstance(said, dict) else [said]
+    if not found: return None  # a caption, an address: remarks that are no label
+    if not isinstance(found[0], (dict, list, float)): return str(found[0])
+    raise ValueError(f'{where}: expected {{"label": 3}}, got {text[:60]!r}')
+
+# %% ../../nbs/3_data/02_read.ipynb #94ca57a2
+def shard_pairs(box, images:list, rest:list, where)->list: # empty if no image has a label
+    "Names and labels of the images of WebDataset shards; `ValueError` for two images of one example."
+    beside = {os.path.splitext(n)[0]: n for ending in (".json", ".cls") for n in rest if n.lower().endswith(ending)}
+    examples: dict = {}
+    for n in images:
+        stem = os.path.splitext(n)[0]  # keys may have dots
+        key = stem if stem in beside else example_of(n)
+        if key in examples: raise ValueError(f"{where} has images of one key: {few([examples[key], n])}; expected one")
+        examples[key] = n
+    number = {n: k for k, n in enumerate(box.names)}
+    found = [(examples[e], shard_label(box.read(number[n]), readable(n))) for e, n in beside.items() if e in examples]
+    return [(n, label) for n, label in found if label is not None]
+
+# %% ../../nbs/3_data/02_read.ipynb #7fa3c9d0
+def open_archive(paths:list, labels:tuple|None=None)->FileSource:
+    """The images of a zip or an uncompressed tar, arranged as those of a folder, or of WebDataset shards.
 
     `ValueError` if it can't be read safely."""
-    with open(path, "rb") as f: kind = "zip" if f.read(2) == b"PK" else "tar"
-    entries = list((zip_entries if kind == "zip" else tar_entries)(path))
-    entries.sort(key=lambda e: e[0].replace("/", "\0"))  # folder by folder
-    names, place = [n for n, _ in entries], np.array([where for _, where in entries], np.int64).reshape(-1, 6)
-    inside(names, path)
-    source = PackSource(path.stem, f"{kind} of images", [], files=[path])
-    def read(n):
-        try: return source.read(place[names.index(n)].tolist())
-        except BrokenImage as e: raise ValueError(f"{path}/{n}: {e}") from None
-    at, found = arrange(names, read, path, labels)
-    vars(source).update(found, place=place[at])
-    if "dataset.json" in names: source.kind = f"EDM {kind}"
-    return source
+    kinds, found = zip(*map(archive_entries, paths))
+    kind, where, one = kinds[0], paths[0], len(paths) == 1
+    images = {example_of(n) for n, _ in found[0] if is_image_name(n)} if kind == "tar" and not labels else ()
+    if one and not any(n.endswith((".cls", ".json")) and example_of(n) in images for n, _ in found[0]):
+        entries = [(n, (0, *place)) for n, place in found[0]]
+        entries.sort(key=lambda e: e[0].replace("/", "\0"))  # folder by folder
+        return _arrange(Pack(paths, entries), where, where.stem, f"{kind} of images", labels)
+    entries = [(f"{p.name}/{n}", (k, *place)) for k, p in enumerate(paths) for n, place in found[k]]
+    if one: return _arrange(Pack(paths, entries), where, where.stem, "1 WebDataset shard")
+    folder = where.resolve().parent
+    return _arrange(Pack(paths, entries), where.parent, folder.name, f"{len(paths)} WebDataset shards")
 
 # %% ../../nbs/3_data/02_read.ipynb #af1696d0
 @dataclass(repr=False, eq=False)
@@ -555,41 +565,54 @@ class ArraySource(Source):
     encoded = False
     def get(self, i): return self.images[i]
 
+@dataclass(repr=False, eq=False)
+class LibrarySource(ArraySource):
+    "Items of a library's data set, of which the first is the image."
+    encoded = True
+    def get(self, i): return self.images[int(i)][0]
+
 def numbered(stem, n): return [f"{stem}[{i}]" for i in range(n)]
 
-# %% ../../nbs/3_data/02_read.ipynb #fe71e085
-def open_npz(path:Path)->ArraySource:
-    """Images of an npz: arr_0 (N, H, W, 1 or 3) uint8, perhaps arr_1 (N,) integers, perhaps classes (K,) strings.
-
-    `ValueError` if it holds something else."""
-    try:
-        with np.load(path) as z: a, y, classes = (z[k] if k in z else None for k in ("arr_0", "arr_1", "classes"))
-        if any(isinstance(v, bytes) for v in (a, y, classes)): raise ValueError("a member is no array")
-    except Exception as e: raise ValueError(f"{path} can't be read as npz: {e}") from None  # numpy raises anything
-    if a is None or a.dtype != np.uint8 or a.ndim != 4 or a.shape[3] not in (1, 3) or not a.size:
-        got = "no arr_0" if a is None else f"{a.dtype} {a.shape}"
-        raise ValueError(f"{path}: expected arr_0 uint8 (N, H, W, 1 or 3), got {got}")
-    source = ArraySource(path.stem, "npz", numbered("arr_0", len(a)), images=a, files=[path])
-    if y is None: return source
-    if y.dtype.kind not in "iu" or y.shape != (len(a),):
-        raise ValueError(f"{path}: expected arr_1 integers ({len(a)},), got {y.dtype} {y.shape}")
-    if y.min() < 0: raise ValueError(f"{path}: expected arr_1 >= 0, got {y.min()}")
-    source.classes = class_names([y.max()], path, None if classes is None else list(map(str, classes)))
-    source.labels = np.array(y, np.int64)
+# %% ../../nbs/3_data/02_read.ipynb #0d2f7b1c
+def _of_parts(source, where, parts, labels, classes=None, is_test=None):
+    "Fill a source with parts of images and of labels; `ValueError` if they don't fit each other."
+    n, plain = [len(p) for p in parts], not source.encoded
+    for a in parts if plain else ():
+        if a.dtype != np.uint8 or a.ndim != 4 or a.shape[3] not in (1, 3) or not a.size:
+            raise ValueError(f"{where}: expected images uint8 (N, H, W, 1 or 3), got {a.dtype} {a.shape}")
+        if a.shape[1:] != parts[0].shape[1:]:
+            raise ValueError(f"{where}: images of {a.shape[1:]} beside others of {parts[0].shape[1:]}")
+    source.images = parts[0] if len(n) == 1 else np.concatenate(parts) if plain else ConcatDataset(parts)
+    source.names, held = numbered(source.name, sum(n)), np.repeat(is_test or np.arange(len(n)) > 0, n)
+    if held.any(): source.held_out = held
+    if not labels: return source
+    for a, y in zip(n, map(np.asarray, labels)):
+        if y.dtype.kind not in "iu" or y.shape != (a,) or y.astype(np.int64).min() < 0:
+            got = f"{y.dtype} {y.shape}" if y.dtype.kind not in "iu" or y.shape != (a,) else y.min()
+            raise ValueError(f"{where}: expected {a} labels, integers >= 0, got {got}")
+    source.labels = np.concatenate(labels).astype(np.int64)
+    source.classes = class_names([source.labels.max()], where, classes)
     return source
 
-# %% ../../nbs/3_data/02_read.ipynb #384c329b
-def open_npzs(files:list)->ArraySource:
-    "Several npz as one, by their numbers, as sony's sampler leaves them; `ValueError` if they differ."
-    parts = [open_npz(p) for p in sorted(files, key=lambda p: int(p.stem.rpartition("_")[2]))]
-    last = max(parts, key=lambda p: len(p.classes))
-    for p in parts:
-        if p.images.shape[1:] != last.images.shape[1:] or (p.labels is None) != (last.labels is None):
-            raise ValueError(f"{p.files[0]}: images or labels unlike those of {last.files[0].name}")
-    images = np.concatenate([p.images for p in parts])
-    y = None if last.labels is None else np.concatenate([p.labels for p in parts])
-    return ArraySource(files[0].parent.name, "npz", numbered("arr_0", len(images)), y, last.classes, images=images,
-                       files=sorted(files))
+# %% ../../nbs/3_data/02_read.ipynb #fe71e085
+def open_npz(*paths:Path)->ArraySource:
+    """Images of an npz: arr_0 (N, H, W, 1 or 3) uint8, perhaps arr_1 (N,) integers, perhaps classes (K,) strings.
+
+    Several are one, by their numbers, as sony's sampler leaves them. `ValueError` if one holds something else."""
+    parts, labels, names, first = [], [], None, paths[0]
+    for path in paths:
+        try:
+            with np.load(path) as z: a, y, classes = (z[k] if k in z else None for k in ("arr_0", "arr_1", "classes"))
+            if any(isinstance(v, bytes) for v in (a, y, classes)): raise ValueError("a member is no array")
+        except Exception as e: raise ValueError(f"{path} can't be read as npz: {e}") from None  # numpy raises anything
+        if a is None: raise ValueError(f"{path}: expected arr_0 uint8 (N, H, W, 1 or 3), got no arr_0")
+        parts.append(a)
+        if y is not None: labels.append(y)
+        if classes is not None: names = list(map(str, classes))
+        if labels and len(labels) < len(parts) or a.shape[1:] != parts[0].shape[1:]:
+            raise ValueError(f"{path}: images or labels unlike those of {first.name}")
+    source = ArraySource(first.stem if len(paths) == 1 else first.parent.name, "npz", [], files=list(paths))
+    return _of_parts(source, first, parts, labels, names, [False] * len(parts))
 
 # %% ../../nbs/3_data/02_read.ipynb #7f7454c0
 def read_idx(path:Path)->np.ndarray: # uint8
@@ -607,25 +630,13 @@ def read_idx(path:Path)->np.ndarray: # uint8
 
 def open_idx(files:list)->ArraySource:
     "MNIST and its relatives: one file of images, or those of training and test, with the labels beside them."
-    files = sorted(files, key=lambda p: not p.name.startswith("train"))
-    images, labels = [read_idx(p) for p in files], []
-    for p, a in zip(files, images):
-        partner = p.with_name(p.name.replace("images", "labels").replace("idx3", "idx1"))
-        if a.ndim != 3 or not a.size: raise ValueError(f"{p}: expected images (N, H, W), got {a.shape}")
-        if a.shape[1:] != images[0].shape[1:]: raise ValueError(f"{p}: images unlike {files[0]}'s, {a.shape}")
-        if partner != p and partner.exists():
-            y = read_idx(partner).reshape(-1).astype(np.int64)
-            if len(y) != len(a): raise ValueError(f"{partner}: expected {len(a)} labels, got {len(y)}")
-            labels.append(y)
-    x, folder = np.concatenate(images)[..., None], files[0].resolve().parent
+    files, folder = sorted(files, key=lambda p: not p.name.startswith("train")), files[0].resolve().parent
+    beside = [p.with_name(p.name.replace("images", "labels").replace("idx3", "idx1")) for p in files]
+    labels = [read_idx(q) for p, q in zip(files, beside) if q != p and q.exists()]
     name = (folder.parent if folder.name == "raw" else folder).name if len(files) > 1 else files[0].name
-    source = ArraySource(name, "idx", numbered("images", len(x)), images=x, files=files)
-    if len(files) > 1: source.held_out = np.arange(len(x)) >= len(images[0])
-    if len(labels) < len(images): return source
-    y, named = np.concatenate(labels), files[0].with_name("classes.txt")
-    source.labels, source.classes = y, [str(k) for k in range(y.max() + 1)]
-    if named.exists(): source.labels, source.classes = named_classes(named.read_bytes(), y, source.classes, named)
-    return source
+    source = ArraySource(name, "idx", [], files=files)
+    labels = labels if len(labels) == len(files) else []
+    return _of_parts(source, files[0], [read_idx(p)[..., None] for p in files], labels)
 
 # %% ../../nbs/3_data/02_read.ipynb #a60f13a6
 class _Stub:
@@ -658,8 +669,8 @@ def unpickle_arrays(data:bytes, where)->dict: # with str keys
 # %% ../../nbs/3_data/02_read.ipynb #4f07fb03
 CIFAR = re.compile(r"(^|/)(data_batch_\d|test_batch|batches\.meta|train|test|meta)$")
 
-def _cifar_files(path):
-    "The content of the batches and the meta file by base name, of a folder or of the archive offered for download."
+def cifar_files(path:Path)->dict: # base name -> bytes
+    "Batches and the meta file of a folder, or of the archive offered for download."
     if path.is_dir(): return {p.name: p.read_bytes() for p in path.iterdir() if CIFAR.search(p.name)}
     try:
         with tarfile.open(path) as t:
@@ -672,35 +683,29 @@ def _cifar_files(path):
 
 def open_cifar(where:Path)->ArraySource:
     "CIFAR-10 or CIFAR-100 for Python, a folder or cifar-10-python.tar.gz; `ValueError` for any other compressed tar."
-    files, name = _cifar_files(where), where.resolve().name.split(".")[0]
+    files, x, y = cifar_files(where), [], []
     ten = "data_batch_1" in files
-    key, batches = "labels" if ten else "fine_labels", sorted(n for n in files if "meta" not in n)
-    x, y = [], []
+    fine, batches = "" if ten else "fine_", sorted(n for n in files if "meta" not in n)
     for n in batches:
         p = unpickle_arrays(files[n], f"{where}/{n}")
-        a, labels = p.get("data"), p.get(key)
-        if not isinstance(a, np.ndarray) or a.dtype != np.uint8 or a.shape[1:] != (3072,):
+        a, labels = p.get("data"), p.get(f"{fine}labels")
+        if not isinstance(a, np.ndarray) or a.shape[1:] != (3072,):
             got = f"{a.dtype} {a.shape}" if isinstance(a, np.ndarray) else type(a).__name__
             raise ValueError(f"{where}/{n}: expected data uint8 (N, 3072), got {got}")
-        if not isinstance(labels, list) or len(labels) != len(a) or not all(type(k) is int and k >= 0 for k in labels):
-            raise ValueError(f"{where}/{n}: expected {key}, {len(a)} integers >= 0")
-        x.append(a)
-        y += labels
+        if not isinstance(labels, list) or not all(type(k) is int and k >= 0 for k in labels):
+            raise ValueError(f"{where}/{n}: expected {fine}labels, a list of integers >= 0")
+        x.append(a.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))  # (N, 32, 32, 3)
+        y.append(labels)
     meta = unpickle_arrays(files.get("batches.meta" if ten else "meta", pickle.dumps({})), f"{where}/meta")
-    given = meta.get("label_names" if ten else "fine_label_names") or []
-    classes = class_names(y, where, [c.decode("latin-1") if isinstance(c, bytes) else c for c in given])
-    held = np.repeat([n.startswith("test") for n in batches], [len(a) for a in x])
-    kind = f"CIFAR-{len(classes)} for Python"
-    source = ArraySource(name, kind, numbered("data", len(y)), np.array(y, np.int64), classes)
+    given = [c.decode("latin-1") if isinstance(c, bytes) else c for c in meta.get(f"{fine}label_names") or []]
+    source = ArraySource(where.resolve().name.split(".")[0], "", [])
     source.files = [where/n for n in files] if where.is_dir() else [where]
-    source.images = np.concatenate(x).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (N, 32, 32, 3)
-    if held.any(): source.held_out = held
+    _of_parts(source, where, x, y, given, [n.startswith("test") for n in batches])
+    source.kind = f"CIFAR-{len(source.classes)} for Python"
     if ten and len(batches) < 6: source.notes.append(f"{6 - len(batches)} of CIFAR-10's six batches are not there")
     return source
 
 # %% ../../nbs/3_data/02_read.ipynb #71258889
-NO_IMAGES = {"length", "__len__", "__keys__", "__meta__", "num-samples"}
-
 def optional(module:str, purpose:str):
     "A package that only one purpose needs; `ValueError` says how to get it."
     try: return importlib.import_module(module)
@@ -708,108 +713,38 @@ def optional(module:str, purpose:str):
         package = module.split(".")[0]
         raise ValueError(f"{purpose} needs the package {package}: pip install {package}") from None
 
-@dataclass(repr=False, eq=False)
-class LMDBSource(Source):
-    "Encoded images of an LMDB."
-    def paths(self): return [p/"data.mdb" if p.is_dir() else p for p in self.files]
-    def get(self, i): return lmdb_reader(self.files[0]).get(self.names[i].encode("utf-8", "surrogateescape"))
-
 _open: dict = {}  # path -> process and file, environment, transaction; LMDB allows a process to open a store once
 
 def lmdb_reader(path:Path):  # a read transaction
-    "The store at a path (data.mdb, or its folder), opened once in each process, and again when its file changed."
-    s = os.stat(path/"data.mdb" if path.is_dir() else path)
+    "The store in a file, opened once in each process, and again when the file changed."
+    s = os.stat(path)
     this = os.getpid(), s.st_ino, s.st_size, s.st_mtime_ns
     if _open.get(path, (0,))[0] != this:
         if path in _open: _open[path][1].close()  # of an older file, or inherited from the process that forked this one
-        env = optional("lmdb", "LMDB").open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
+        env = optional("lmdb", "LMDB").open(str(path), subdir=False, readonly=True, lock=False, readahead=False)
         pages, page = env.info()["last_pgno"] + 1, env.stat()["psize"]
-        if pages * page > s.st_size: raise ValueError(f"{path} is cut off: {s.st_size} bytes, expected {pages * page}")
+        if pages * page > s.st_size: raise ValueError(f"it is cut off: {s.st_size} bytes, expected {pages * page}")
         _open[path] = this, env, env.begin()
     return _open[path][2]
 
 # %% ../../nbs/3_data/02_read.ipynb #838cb3ec
-def open_lmdb(path:Path)->LMDBSource:
-    "The images of an LMDB (data.mdb, or its folder); `ValueError` if it can't be read or is empty."
-    lmdb, path = optional("lmdb", "LMDB"), path.resolve().parent if path.name == "data.mdb" else path.resolve()
-    try:
+class Store:
+    "The values of an LMDB by their keys."
+    def __init__(self, path:Path):
+        self.paths = [path]
         with lmdb_reader(path).cursor() as c:
-            keys = [k.decode("utf-8", "surrogateescape") for k in c.iternext(keys=True, values=False)]
-    except lmdb.Error as e: raise ValueError(f"{path} can't be read as LMDB: {e}") from None
-    names = [k for k in keys if k not in NO_IMAGES]
-    if not names: raise ValueError(f"no images in {path}: the LMDB has {len(keys)} keys")
-    found = folder_classes(names, path)
-    keep = found.pop("keep")
-    for k in ("labels", "held_out"): found[k] = None if found[k] is None else found[k][keep]
-    return LMDBSource(path.stem, "LMDB", [n for n, k in zip(names, keep) if k], files=[path], **found)
+            self.names = [k.decode("utf-8", "surrogateescape") for k in c.iternext(keys=True, values=False)]
+    def read(self, k): return lmdb_reader(self.paths[0]).get(self.names[k].encode("utf-8", "surrogateescape"))
 
-# %% ../../nbs/3_data/02_read.ipynb #14448592
-def shard_examples(path:Path)->dict: # key -> {extension: place}
-    "Examples of one shard, in order."
-    entries = [e for e in tar_entries(path) if not os.path.basename(e[0]).startswith(("_", "."))]
-    inside(sorted(n for n, _ in entries), path)
-    found: dict = {}
-    for n, place in entries:
-        folder, slash, base = n.rpartition("/")
-        stem, _, ext = base.partition(".")
-        found.setdefault(folder + slash + stem, {})[ext.lower()] = place
-    return found
-
-def shard_label(text:bytes, ext:str, where:str)->str|None: # None: it gives none
-    "The label that an example's .cls or .json gives."
-    if ext == "cls": return as_text(text, where).strip()
-    said = read_json(text, where)
-    found = [said[k] for k in ("label", "cls", "class") if k in said] if isinstance(said, dict) else [said]
-    if not found: return None  # a caption, an address: remarks that are no label
-    if not isinstance(found[0], (dict, list, float)): return str(found[0])
-    raise ValueError(f'{where}: expected {{"label": 3}}, got {text[:60]!r}')
-
-# %% ../../nbs/3_data/02_read.ipynb #94ca57a2
-def open_shards(files:list)->PackSource:
-    "The examples of WebDataset shards, tars in order; `ValueError` if some have labels and some don't."
-    folder, one = files[0].resolve().parent, len(files) == 1
-    kind = f"{len(files)} WebDataset shard{'' if one else 's'}"
-    source, places, labels, lonely = PackSource(files[0].stem if one else folder.name, kind, [], files=files), [], [], 0
-    for k, path in enumerate(files):
-        for key, example in shard_examples(path).items():
-            pictures = [e for e in example if is_image_name(f"x.{e}")]
-            if len(pictures) > 1:
-                found = f"{len(pictures)} images under the key {readable(key)}: {few(pictures)}"
-                raise ValueError(f"{path} has {found}; expected one")
-            lonely += not pictures
-            if not pictures: continue
-            source.names.append(f"{path.name}/{key}.{pictures[0]}")
-            places.append((k, *example[pictures[0]][1:]))
-            for ext in [e for e in ("cls", "json") if e in example][:1]:
-                said = source.read((k, *example[ext][1:]))
-                label = shard_label(said, ext, f"{path.name}/{readable(key)}.{ext}")
-                labels += [] if label is None else [label]
-    if not places: raise ValueError(f"no images in {few([str(f) for f in files])}")
-    if labels and len(labels) != len(places):
-        raise ValueError(f"{files[0].parent}: {len(places) - len(labels)} of {len(places)} images have no label")
-    source.place = np.array(places, np.int64)
-    if labels: source.labels, source.classes = labels_of_words(labels, files[0].parent)
-    if lonely: source.notes.append(f"{lonely} keys have no image and are left alone")
-    return source
+def open_lmdb(path:Path)->FileSource:
+    "The images of an LMDB (data.mdb, or its folder); `ValueError` if it can't be read or is empty."
+    lmdb, file = optional("lmdb", "LMDB"), (path/"data.mdb" if path.is_dir() else path).resolve()
+    where = file.parent if file.name == "data.mdb" else file
+    try: box = Store(file)
+    except (lmdb.Error, ValueError) as e: raise ValueError(f"{where} can't be read as LMDB: {e}") from None
+    return _arrange(box, where, where.stem, "LMDB", is_image=lambda n: n not in HELPERS)
 
 # %% ../../nbs/3_data/02_read.ipynb #80c5e26c
-@dataclass(repr=False, eq=False)
-class LibrarySource(Source):
-    "Parts of a data set whose items are pairs of an image and a label; the first is for training."
-    parts: list = field(default_factory=list)
-    def get(self, i):
-        for p in self.parts:
-            if i < len(p): return decode(p[int(i)][0])
-            i -= len(p)
-
-def of_parts(name:str, kind:str, parts:list, labels:list, classes:list)->LibrarySource:
-    "One source of the parts, training set and perhaps test set, that a library gives, and of the labels of each."
-    y = np.concatenate([np.asarray(l, np.int64) for l in labels])
-    held = np.arange(len(y)) >= len(parts[0])
-    return LibrarySource(name, kind, numbered(name, len(y)), y, class_names([y.max()], name, list(map(str, classes))),
-                         held if held.any() else None, parts=parts)
-
-# %% ../../nbs/3_data/02_read.ipynb #33096062
 def open_torchvision(name:str, root:str="data")->LibrarySource:
     "A class of torchvision.datasets with its files in `root`; `ValueError` if there is none, or no files."
     sets = optional("torchvision.datasets", "torchvision:NAME")
@@ -828,25 +763,15 @@ def open_torchvision(name:str, root:str="data")->LibrarySource:
         raise ValueError(f"torchvision's {name} is not in {root} ({str(e).splitlines()[0]}); to fetch it: python -c "
                          f'"from torchvision.datasets import {name}; {name}({words})"') from None
     except TypeError as e: raise ValueError(f"torchvision's {name} can't be opened by name alone ({e})") from None
-    return of_parts(name, "torchvision", parts, [_targets(p) for p in parts], getattr(parts[0], "classes", []))
+    classes = list(map(str, getattr(parts[0], "classes", [])))
+    return _of_parts(LibrarySource(name, "torchvision", []), name, parts, [_targets(p) for p in parts], classes)
 
 def _targets(part):
     for attribute in ("targets", "labels", "_labels"):
         if hasattr(part, attribute): return getattr(part, attribute)
-    found = [part[i][1] for i in range(len(part))]
-    if all(isinstance(y, (int, np.integer)) for y in found): return found
-    raise ValueError(f"torchvision's {type(part).__name__} gives {type(found[0]).__name__}s where classes are expected")
+    return [part[i][1] for i in range(len(part))]
 
 # %% ../../nbs/3_data/02_read.ipynb #17b5c00d
-class Rows:
-    "A table of `datasets` as pairs of the bytes of an image and a label."
-    def __init__(self, table, image, label): self.table, self.image, self.label = table, image, label
-    def __len__(self): return len(self.table)
-    def __getitem__(self, i):
-        row = self.table[i]
-        said = row[self.image]
-        return said["bytes"] or said["path"] or b"", row[self.label] if self.label else 0
-
 def open_table(name:str, builder:str="")->LibrarySource:
     """A data set that `datasets` reads: the first column of images, and the first of classes if there is one.
 
@@ -854,16 +779,15 @@ def open_table(name:str, builder:str="")->LibrarySource:
     sets = optional("datasets", "Parquet, Arrow or hub:NAME")
     try: found = sets.load_dataset(builder, data_files=name) if builder else sets.load_dataset(name)
     except Exception as e: raise ValueError(f"{name} can't be opened by datasets: {str(e).splitlines()[0]}") from None
-    parts = [found[k] for k in sorted(found, key=lambda k: not k.startswith("train"))]
-    columns = parts[0].features
+    tables = [found[k] for k in sorted(found, key=lambda k: not k.startswith("train"))]
+    columns = tables[0].features
     pictures = [k for k, v in columns.items() if isinstance(v, sets.Image) or isinstance(v, dict) and "bytes" in v]
     label = next((k for k, v in columns.items() if isinstance(v, sets.ClassLabel)), "")
     if not pictures: raise ValueError(f"{name} has no column of images, but {few(list(columns))}")
-    parts = [Rows(p.cast_column(pictures[0], sets.Image(decode=False)), pictures[0], label) for p in parts]
-    labels = [p.table[label] if label else [0] * len(p) for p in parts]
-    source = of_parts(Path(name).stem, "datasets", parts, labels, columns[label].names if label else [])
-    if not label: source.labels, source.classes = None, []
-    return source
+    def content(rows): return {0: [v["bytes"] or v["path"] or b"" for v in rows[pictures[0]]]}
+    parts = [t.cast_column(pictures[0], sets.Image(decode=False)).with_transform(content) for t in tables]
+    source = LibrarySource(Path(name).stem, "datasets", [])
+    return _of_parts(source, name, parts, [t[label] for t in tables if label], columns[label].names if label else None)
 
 # %% ../../nbs/3_data/02_read.ipynb #b2ea563d
 def folder_kind(path:Path)->tuple: # the function that opens it, what to give it
@@ -875,8 +799,9 @@ def folder_kind(path:Path)->tuple: # the function that opens it, what to give it
     if idx: return open_idx, [path/n if n in names else path/f"{n}.gz" for n in sorted(idx)]  # one of both forms
     if "data_batch_1" in names or {"train", "test", "meta"} <= names and (path/"train").is_file():
         return open_cifar, path
-    if shards := sorted(path/n for n in names if n.endswith(".tar")): return open_shards, shards
-    if npzs := [path/n for n in names if re.fullmatch(r"sample_\d+\.npz", n)]: return open_npzs, npzs
+    if shards := sorted(path/n for n in names if n.endswith(".tar")): return open_archive, shards
+    npzs = [path/n for n in names if re.fullmatch(r"sample_\d+\.npz", n)]
+    if npzs: return open_npz, *sorted(npzs, key=lambda p: int(p.stem.rpartition("_")[2]))
     for below in ("raw", "cifar-10-batches-py", "cifar-100-python"):
         if below in names and names <= {below, "processed"}: return folder_kind(path/below)
     return open_folder, path
@@ -891,16 +816,13 @@ def file_kind(path:Path)->tuple: # the function that opens it, what to give it
         except (EOFError, zlib.error, OSError) as e: raise ValueError(f"{path} can't be read as gz: {e}") from None
     if head[:4] in (b"PK\3\4", b"PK\5\6"):
         first = head[30:30 + int.from_bytes(head[26:28], "little")]  # the name of the first member
-        return (open_npz if first.endswith(b".npy") or path.suffix == ".npz" else open_pack), path
+        return (open_npz, path) if first.endswith(b".npy") or path.suffix == ".npz" else (open_archive, [path])
     if unpacked[:3] == b"\0\0\x08": return open_idx, [path]
     if head[16:20] == b"\xde\xc0\xef\xbe": return open_lmdb, path
-    if head[:4] == b"PAR1": return (lambda p: open_table(str(p), "parquet")), path
-    if head[:6] == b"ARROW1": return (lambda p: open_table(str(p), "arrow")), path
-    if unpacked[257:262] == b"ustar" and unpacked is not head or head[:6] == b"\xfd7zXZ\0" or head[:3] == b"BZh":
-        return open_cifar, path
-    if head[257:262] == b"ustar":
-        partners = any({"cls", "json"} & set(e) and len(e) > 1 for e in shard_examples(path).values())
-        return (open_shards, [path]) if partners else (open_pack, path)
+    if head[:4] == b"PAR1": return open_table, str(path), "parquet"
+    if head[:6] == b"ARROW1": return open_table, str(path), "arrow"
+    if head[257:262] == b"ustar": return open_archive, [path]
+    if unpacked[257:262] == b"ustar" or head[:6] == b"\xfd7zXZ\0" or head[:3] == b"BZh": return open_cifar, path
     raise ValueError(f"can't read {path}, begins with {head[:8]!r}: expected {EXPECTED}")
 
 # %% ../../nbs/3_data/02_read.ipynb #b1ff5d24
@@ -917,23 +839,30 @@ def open_digits()->ArraySource:
 def open_source(
     path:str|Path, # what `EXPECTED` lists
     labels:str|Path|None=None, # a labels file, "name,class" a line, for folders, zips and tars
+    background:str="white", # colour under transparent pixels, a name or #rrggbb
 )->Source:
     """Images from whatever they are kept in.
 
     Raises `FileNotFoundError` if there is nothing, `ValueError` if what is there can't be used."""
+    if str(path) == "emoji": path = Path(str(resources.files("ctm_nb.data") / "emoji.zip"))
     word, _, rest = str(path).partition(":")
-    if str(path) == "digits": return open_digits()
-    if str(path) == "emoji": return open_pack(Path(str(resources.files("ctm_nb.data") / "emoji.zip")))
-    if word == "torchvision": return open_torchvision(*rest.split(":"))
-    if word == "hub": return open_table(rest)
-    if shards := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(path)):
+    shards, here = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(path)), Path(path).expanduser()
+    opener: Any = {"torchvision": open_torchvision, "hub": open_table}.get(word)
+    what: list = rest.split(":")
+    if opener: pass
+    elif str(path) == "digits": opener, what = open_digits, []
+    elif shards:
         begin, first, last, end = shards.groups()
         numbers = range(int(first), int(last) + 1)
-        return open_shards([Path(f"{begin}{k:0{len(first)}}{end}").expanduser() for k in numbers])
-    path = Path(path).expanduser()
-    if not path.exists(): raise FileNotFoundError(f"no data at {path}: expected {EXPECTED}")
-    opener, what = (folder_kind if path.is_dir() else file_kind)(path)
-    if labels is None: return opener(what)
-    if opener not in (open_folder, open_pack):
-        raise ValueError(f"a labels file goes with a folder, a zip or a tar of images, not with {path}")
-    return opener(what, (Path(labels).read_bytes(), labels))
+        opener, what = open_archive, [[Path(f"{begin}{k:0{len(first)}}{end}").expanduser() for k in numbers]]
+    elif here.exists(): opener, *what = (folder_kind if here.is_dir() else file_kind)(here)
+    else: raise FileNotFoundError(f"no data at {here}: expected {EXPECTED}")
+    if labels is not None:
+        if opener not in (open_folder, open_archive) or opener is open_archive and len(what[0]) > 1:
+            raise ValueError(f"a labels file goes with a folder, a zip or a tar of images, not with {path}")
+        what.append((Path(labels).read_bytes(), labels))
+    try: ImageColor.getrgb(background)
+    except ValueError: raise ValueError(f"background must be a colour, grey or #ff8000, got {background!r}") from None
+    source = opener(*what)
+    source.background = background
+    return source

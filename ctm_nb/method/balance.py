@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['alone', 'n_processes', 'average', 'average_gradients', 'last_layer_gradient', 'balance', 'adaptive_weight',
-           'BalancedGradients']
+           'BalancedGradients', 'ApartGradients']
 
 # %% ../../nbs/1_method/07_balance.ipynb #fc9b5583
 from contextlib import contextmanager
@@ -147,3 +147,31 @@ def combine(self: BalancedGradients,
     average_gradients(self.params)
     self.sums, self.losses = {}, {}
     return numbers
+
+# %% ../../nbs/1_method/07_balance.ipynb #156f5819
+class ApartGradients(BalancedGradients):
+    "The same, with weights of each micro-batch's own on each rank.  # CTM [R]"
+    def __init__(self,
+        params,  # parameters that learn
+        last_layer: Tensor,  # the one at which the losses are balanced
+        **bounds: tuple,  # of the weights, see `combine`
+    ):
+        super().__init__(params, last_layer)
+        self.bounds, self.total, self.numbers = bounds, [], {}
+
+    def add(self, losses: dict, share: float = 1., scale: float | Tensor = 1.):
+        "Differentiate and weigh the losses of a micro-batch."
+        super().add(losses, 1., scale)
+        with alone(): found = super().combine(scale, **self.bounds)
+        for name, v in found.items(): self.numbers[name] = self.numbers.get(name, 0.) + share * v
+        grads = torch._foreach_mul([p.grad for p in self.params], share)
+        if self.total: torch._foreach_add_(self.total, grads)
+        else: self.total = list(grads)
+
+    def combine(self, *_, **__) -> dict:  # "loss_NAME" and "lambda_NAME", means over micro-batches and ranks
+        "Leave the mean over the ranks in `.grad`, and start over."
+        for p, g in zip(self.params, self.total): p.grad = g
+        average_gradients(self.params)
+        numbers = dict(zip(self.numbers, average(*self.numbers.values())))
+        self.total, self.numbers = [], {}
+        return numbers

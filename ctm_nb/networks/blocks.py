@@ -123,6 +123,7 @@ class Conventions:
     time_scale: float = 1.  # factor on c_noise before it is embedded
     label: str = "before"  # the class joins "before" the embedding's dense layers, "after" them, or "after_t": t's only
     taps: tuple = (1, 1)  # filter for changes of resolution
+    wide_start: bool = False  # the first convolution has the first level's width, not `model_channels`
     picture_path: bool = False  # the shrunken input joins every level of the encoder
     scale_shift: bool = False  # the times scale and shift the normalised activations; False: shift, then normalise
     skip_scale: float = math.sqrt(.5)  # factor on the sum of a shortcut and its block
@@ -131,6 +132,7 @@ class Conventions:
     group_channels: int = 4  # a group has at least so many channels
     attention_everywhere: bool = False  # in the decoder, in every block of a resolution; False: only in its last
     channels_per_head: int | None = None  # of the attention; None: one head
+    uneven_heads: bool = False  # c_out // channels_per_head heads, no attention where that is 0; False: it must divide
     three_first: bool = False  # layout of queries, keys and values
     glorot: bool = True  # fresh weights by Glorot's rule, else PyTorch's own
     out_names: tuple = ("dec", "aux_norm", "aux_conv")  # where the last two layers are kept

@@ -50,13 +50,15 @@ class UNet(Network):
         dropout: float = 0.,  # probability in [0, 1)
         augment_dim: int = 0,  # width of EDM's augmentation label; 0: none
         channels_per_head: int | None = None,  # of the attention; None: the family's
+        stem: int | None = None,  # channels of the first convolution; None: the family's
     ):
         super().__init__()
         self.config = dict(
             image_size=image_size, channels=channels, n_classes=n_classes, s_branch=s_branch,
             model_channels=model_channels, channel_mult=tuple(channel_mult), n_blocks=n_blocks,
             attention=tuple(attention), dropout=dropout, augment_dim=augment_dim,
-            channels_per_head=channels_per_head or self.conventions.channels_per_head)
+            channels_per_head=channels_per_head or self.conventions.channels_per_head,
+            stem=stem or model_channels * (channel_mult[0] if self.conventions.wide_start else 1))
         levels = len(channel_mult)
         if image_size % (least := 2 ** (levels - 1)):
             raise ValueError(f"image_size must be divisible by {least} for {levels} levels, got {image_size}")
@@ -77,13 +79,14 @@ class NCSNpp(UNet):
 class ADM(UNet):
     "ADM of Dhariwal & Nichol (2021) in EDM's configuration: ImageNet 64x64."
     conventions = Conventions(embedding="cos", label="after", scale_shift=True, skip_scale=1., skip_conv=False,
-                              eps=1e-5, attention_everywhere=True, channels_per_head=64, glorot=False,
-                              out_names=("", "out_norm", "out_conv"))
+                              eps=1e-5, attention_everywhere=True, channels_per_head=64, glorot=False, wide_start=True,
+                              uneven_heads=True, out_names=("", "out_norm", "out_conv"))
 
 # %% ../../nbs/2_networks/02_unet.ipynb #4742fcf7
 class OpenAIUNet(UNet):
     "The U-Net of the consistency models and the released CTM on ImageNet 64x64: ADM, with 250 ln t and 32 groups."
-    conventions = replace(ADM.conventions, time_scale=1000., label="after_t", group_channels=1, three_first=True)
+    conventions = replace(ADM.conventions, time_scale=1000., label="after_t", group_channels=1, three_first=True,
+                          uneven_heads=False)
 
     @property
     def balance_layer(self) -> nn.Parameter:
@@ -140,17 +143,17 @@ def embed(self: UNet,
 @patch
 def _block(self: UNet, c_in: int, c_out: int, how: str | None = None, attention: bool = False) -> ResBlock:
     c, per_head = self.config, self.config["channels_per_head"] or c_out
-    if attention and c_out % per_head:
+    heads = c_out // per_head if attention else 0
+    if attention and c_out % ((heads or 1) if self.conventions.uneven_heads else per_head):
         raise ValueError(f"channels_per_head must divide the {c_out} channels of every block with attention, "
                          f"got {per_head} (unless given, the family's)")
-    heads = c_out // per_head if attention else 0
     return ResBlock(c_in, c_out, 4 * c["model_channels"], how, c["dropout"], c["s_branch"], heads, self.conventions)
 
 # %% ../../nbs/2_networks/02_unet.ipynb #feb78138
 @patch
 def _build_encoder(self: UNet):
     c, k = self.config, self.conventions
-    self.enc, self._stack, width, picture = nn.ModuleDict(), [], c["model_channels"], c["channels"]
+    self.enc, self._stack, width, picture = nn.ModuleDict(), [], c["stem"], c["channels"]
     for level, mult in enumerate(c["channel_mult"]):
         res = c["image_size"] >> level
         at = f"{res}x{res}"

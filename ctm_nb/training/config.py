@@ -6,13 +6,13 @@
 __all__ = ['AT_LEAST_1', 'NOT_NEGATIVE', 'POSITIVE', 'FRACTION', 'OBJECTIVES', 'OPTIMIZERS', 'FEATURES', 'MICRO',
            'STAGES', 'TOGETHER', 'one_of', 'need', 'DataConfig', 'NetworkConfig', 'OptimConfig', 'TeacherConfig',
            'DistillConfig', 'GanConfig', 'EvaluateConfig', 'RunConfig', 'Config', 'Span', 'schedule', 'stage_at',
-           'Phase', 'phases', 'teacherless', 'parse_value', 'set_value', 'make_config', 'check_config']
+           'phases', 'teacherless', 'set_value', 'make_config', 'check_config']
 
 # %% ../../nbs/6_training/02_config.ipynb #67deb94a
 import difflib
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -48,6 +48,7 @@ class DataConfig:
     group: str = ""  # regular expression: images in whose names it finds the same are held out together
     use_labels: bool = True  # false: an unconditional model, whatever labels there are
     flip: bool = False  # mirror half of the images
+    background: str = "white"  # colour that transparent pixels show, a name or #rrggbb
     skip_broken: bool = False  # leave out what can't be read, instead of stopping before training
 
 # %% ../../nbs/6_training/02_config.ipynb #bce87631
@@ -80,7 +81,7 @@ class OptimConfig:
     ema: float = need(.999, FRACTION)  # rate of the EMA that samples are drawn with
     emas: tuple = need((), FRACTION)  # rates of further EMAs that checkpoints keep
     ema_warmup: bool = True  # EMAs follow faster at first (see `EMA`); false: at a fixed rate, as published
-    clip: float | None = need(None, POSITIVE)  # largest gradient norm; None: no limit
+    balance_rows: int | None = need(None, AT_LEAST_1)  # images whose losses are weighed together; None: the batch
 
 # %% ../../nbs/6_training/02_config.ipynb #608bb842
 @dataclass
@@ -133,14 +134,11 @@ class GanConfig(OptimConfig):
     width: int = need(64, AT_LEAST_1)  # features of the discriminator's heads; "published": the least
     strength: float = need(1., NOT_NEGATIVE)  # of the augmentation
     loss: str = need("hinge", one_of(*GAN_LOSSES))
-    r1: float = need(0., NOT_NEGATIVE)  # weight of the slope penalty
-    low: float = need(.01, NOT_NEGATIVE)  # smallest weight of the adversary
-    high: float = 10.  # largest weight of the adversary
+    high: float = need(10., (lambda v: v >= .01, "at least .01"))  # largest weight of the adversary, .01 the smallest
     start: int = need(0, NOT_NEGATIVE)  # steps before there is an adversary
     head_start: int = need(0, NOT_NEGATIVE)  # steps that the discriminator then has to itself
     first: str = need("discriminator", one_of("student", "discriminator"))  # who moves then; "student" as published
     d_lr: float = need(2e-3, POSITIVE)  # learning rate of the discriminator
-    d_betas: tuple = need((.5, .9), FRACTION)  # of its optimizer, RAdam
     target_ema: float = need(.999, FRACTION)  # rate of the EMA inside the loss
 
 # %% ../../nbs/6_training/02_config.ipynb #7be9dcd7
@@ -174,9 +172,9 @@ class RunConfig:
     log_every: int = need(20, AT_LEAST_1)  # steps between lines of metrics.jsonl
     sample_every: int = need(500, AT_LEAST_1)  # steps between sample grids
     keep: int = need(2, AT_LEAST_1)  # newest checkpoints that stay
-    keep_best: int = need(1, NOT_NEGATIVE)  # and the best of each stage, where scores were taken on the way
-    score_every: int = need(0, NOT_NEGATIVE)  # steps between scores on the way; 0: only at the end
-    score_n: int = need(1000, (lambda v: v >= 10, "at least 10"))  # samples a sampler for those
+    minutes: float = need(0., NOT_NEGATIVE)  # of the whole command (--minutes); 0: as many as the steps take
+    before: int = need(0, NOT_NEGATIVE)  # steps of the shorter run that this one goes on from
+    plan: str = ""  # what was measured and chosen for those minutes, see `budget`
 
 # %% ../../nbs/6_training/02_config.ipynb #c1f0ed81
 @dataclass
@@ -195,11 +193,11 @@ STAGES = {"teacher": "teacher", "ctm_dsm": "distill", "ctm_dsm_gan": "gan"}  # n
 
 @dataclass(frozen=True)
 class Span:
-    "The steps of a run that belong to one stage."
-    stage: str  # a key of STAGES
-    first: int  # steps of the run before it begins
-    end: int  # steps of the run when it is over
-    batch: int  # images a step
+    "The steps of a run that belong to one stage, or those of a stage that use one matching."
+    name: str  # a key of STAGES, or one of OBJECTIVES
+    first: int  # steps before it begins
+    end: int  # steps when it is over
+    batch: int = 0  # images a step
 
 # %% ../../nbs/6_training/02_config.ipynb #5c4ed011
 def schedule(
@@ -207,7 +205,7 @@ def schedule(
 ) -> dict:  # stage -> Span, in order; only the stages that have steps
     "Which steps of a run belong to which stage; one whose result is given has none."
     sections = asdict(config) if isinstance(config, Config) else config
-    spans, end = {}, 0
+    spans, end = {}, int((sections.get("run") or {}).get("before") or 0)
     for stage, section in STAGES.items():
         s = sections.get(section) or {}
         steps = 0 if s.get("source") else int(s.get("steps") or 0)
@@ -225,30 +223,21 @@ def stage_at(
     return next((s for s in spans if step <= s.end), spans[-1])
 
 # %% ../../nbs/6_training/02_config.ipynb #b3a833e9
-class Phase(NamedTuple):
-    "The steps of a stage that use one matching."
-    matching: str  # one of OBJECTIVES
-    first: int  # steps of the stage before it begins
-    end: int  # steps of the stage when it is over
-
 def phases(
     d: DistillConfig,  # matching, phases
     steps: int,  # of the stage
-) -> list:  # Phases, in order
+) -> list:  # Spans of the stage, in order
     "Which steps use which matching; raises ValueError if that can't be read."
     words = [w.split(":") for w in (d.phases or f"{d.matching}:1").split(",")]
     shares = [float(share) for _, share in words]
     ends = [round(steps * sum(shares[:k])) for k in range(len(shares) + 1)]
-    return [Phase(name.strip(), a, b) for (name, _), a, b in zip(words, ends, ends[1:])]
+    return [Span(name.strip(), a, b) for (name, _), a, b in zip(words, ends, ends[1:])]
 
 def teacherless(config: Config) -> bool: return config.teacher.source == "none"  # a student without a teacher?
 
 # %% ../../nbs/6_training/02_config.ipynb #88bfb4f5
-def parse_value(
-    text: str,  # as typed
-    kind,  # annotation of the field: int, float, str, bool, tuple or one of these or None
-):
-    "A typed value from its text; raises ValueError if it is not one."
+def _parse_value(text, kind):
+    "A typed value from its text, kind the annotation of its field; raises ValueError if it is not one."
     options = [a for a in getattr(kind, "__args__", (kind,)) if a is not type(None)]
     if text.lower() in ("none", "null") and options != [kind]: return None
     if options[0] is tuple:
@@ -278,7 +267,7 @@ def set_value(
         near = difflib.get_close_matches(key.lower(), folded, n=1, cutoff=0.)
         raise ValueError(f"unknown key {key!r}; the nearest is {folded[near[0]]!r}")
     section, f = known[key]
-    try: value = parse_value(text, f.type)
+    try: value = _parse_value(text, f.type)
     except ValueError as e:
         expected = e if f.type is bool else getattr(f.type, "__name__", f.type)
         raise ValueError(f"{key} must be {expected}, got {text!r}") from None
@@ -309,7 +298,7 @@ def _phases_fit(c):
     "Known matchings, positive shares that add up to one?"
     try: found = phases(c.distill, 10 ** 6)
     except ValueError: return False
-    return found[-1].end == 10 ** 6 and all(p.matching in OBJECTIVES and p.first < p.end for p in found)
+    return found[-1].end == 10 ** 6 and all(p.name in OBJECTIVES and p.first < p.end for p in found)
 
 def _dsm_first(first, *rest): return first == "dsm" and "trajectories" not in rest
 
@@ -321,7 +310,7 @@ TOGETHER = [
     ("teacher.source", lambda c: c.teacher.source or not c.distill.source,
      "given when distill.source is (an adversarial stage needs both)"),
     ("distill.phases", _phases_fit, "matchings with shares that add up to 1, e.g. trajectories:.6,soft:.4"),
-    ("distill.phases", lambda c: not teacherless(c) or _dsm_first(*(p.matching for p in phases(c.distill, 1))),
+    ("distill.phases", lambda c: not teacherless(c) or _dsm_first(*(p.name for p in phases(c.distill, 1))),
      "begun by dsm and without trajectories where there is no teacher, e.g. dsm:.5,soft:.5"),
     ("distill.distance", lambda c: not teacherless(c) or c.distill.distance != "features",
      "another than features where there is no teacher"),
@@ -337,8 +326,6 @@ TOGETHER = [
      '"teacher", names of timm networks, or both with commas'),
     ("gan.features", lambda c: not teacherless(c) or not c.gan.steps or "teacher" not in c.gan.features.split(","),
      "timm networks where there is no teacher"),
-    ("gan.low", lambda c: c.gan.low <= c.gan.high, "at most gan.high"),
-    ("gan.d_betas", lambda c: len(c.gan.d_betas) == 2, "two numbers in [0, 1)"),
     ("run.device", lambda c: _available(c.run.device), "auto or a device of this machine (cpu, cuda, cuda:1, ...)"),
     *((f"{s}.emas", lambda c, s=s: len({getattr(c, s).ema, *getattr(c, s).emas}) == 1 + len(getattr(c, s).emas),
        f"different rates, none of them {s}.ema") for s in STAGES.values()),

@@ -101,8 +101,8 @@ def costs(
     "What training on one image costs in each stage."
     d, last = config.distill, "soft"
     parts = phases(d, steps := max(d.steps, 1))
-    student = sum((p.end - p.first) / steps * student_cost(d, p.matching) for p in parts)
-    for p in parts: last = p.matching if p.matching in MATCHING else last
+    student = sum((p.end - p.first) / steps * student_cost(d, p.name) for p in parts)
+    for p in parts: last = p.name if p.name in MATCHING else last
     return {"teacher": 3., "ctm_dsm": student, "ctm_dsm_gan": (student_cost(d, last, config.gan.K) + 3) / 2}
 
 # %% ../../nbs/6_training/09_costs.ipynb #791f7481

@@ -4,24 +4,19 @@
 
 # %% auto #0
 __all__ = ['EDM', 'CTM', 'COMMANDS', 'STUDENT', 'ADVERSARY', 'CIFAR10', 'IMAGENET64', 'DIGITS', 'EMOJI', 'TINY',
-           'YOURS', 'RECIPES', 'PRESETS', 'edm_teacher', 'propose_size', 'network_words', 'choose']
+           'YOURS', 'RECIPES', 'PRESETS', 'choose']
 
 # %% ../../nbs/6_training/01_presets.ipynb #6b74c6d6
 from pathlib import Path
 
 import numpy as np
 
-from ..data.read import BrokenImage, Source, open_source
+from ..data.read import BrokenImage, open_source
 
 # %% ../../nbs/6_training/01_presets.ipynb #146fbafe
 EDM, CTM, COMMANDS = "EDM Table 7", "CTM, recipe", "CTM [R] commands"
 
-def edm_teacher(
-    batch: int,  # images a step
-    lr: float,  # learning rate of Adam
-    images: float,  # seen in training
-    half_life: float,  # of the EMA, in images
-) -> str:  # settings
+def _edm_teacher(batch, lr, images, half_life):
     "EDM's training of a teacher; what it counts in images is counted in steps here.  # EDM appendix F.2"
     steps, warmup, rate = round(images / batch), round(10e6 / batch), round(.5 ** (batch / half_life), 6)
     return (f"teacher.batch={batch} teacher.lr={lr} teacher.steps={steps} teacher.warmup={warmup} "
@@ -46,11 +41,11 @@ ADVERSARY = [
 CIFAR10 = [
     (EDM, "network.family=ddpmpp network.model_channels=128 network.channel_mult=2,2,2 network.n_blocks=4"),
     (EDM, "network.attention=16 network.dropout=.13 network.augment_dim=9 teacher.augment=.12"),
-    (EDM, edm_teacher(512, 1e-3, images=200e6, half_life=.5e6)),
+    (EDM, _edm_teacher(512, 1e-3, images=200e6, half_life=.5e6)),
     *STUDENT,
     (CTM, "distill.N=18 gan.lr=4e-4"),
     (COMMANDS, "distill.batch=256 distill.K=17 distill.emas=.9999 gan.batch=528 gan.emas=.9999"),
-    (COMMANDS, "distill.dropout=.13 distill.target_ema=.999"),
+    (COMMANDS, "distill.dropout=.13 distill.target_ema=.999 distill.balance_rows=16 gan.balance_rows=11"),
     *ADVERSARY,
 ]
 
@@ -59,10 +54,11 @@ IMAGENET64 = [
     ("ADM", "data.crop=center"),
     (EDM, "network.model_channels=192 network.channel_mult=1,2,3,4 network.n_blocks=3 network.attention=32,16,8"),
     (EDM, "network.dropout=.1 teacher.augment=0"),
-    (EDM, edm_teacher(4096, 1e-4, images=2500e6, half_life=50e6)),
+    (EDM, _edm_teacher(4096, 1e-4, images=2500e6, half_life=50e6)),
     *STUDENT,
     (CTM, "data.image_size=64 distill.N=40 gan.lr=8e-6 gan.K=20"),
     (COMMANDS, "network.family=openai distill.batch=1440 distill.K=39 distill.emas=.9999,.9999432189950708"),
+    (COMMANDS, "distill.balance_rows=18 gan.balance_rows=11"),
     (COMMANDS, "distill.target_ema=.999 gan.target_ema=.999 gan.batch=4224 gan.emas=.9999,.9999432189950708"),
     *ADVERSARY,
 ]
@@ -114,11 +110,8 @@ RECIPES = {
 PRESETS = {name: " ".join(words for _, words in recipe) for name, recipe in RECIPES.items()}
 
 # %% ../../nbs/6_training/01_presets.ipynb #42ebb5e6
-def propose_size(
-    source: Source,  # the images
-    limit: int,  # largest side that makes sense on this machine
-) -> tuple:  # image_size or None, reason
-    "The side that images should have; None: as they are."
+def _propose_size(source, limit):
+    "The side that images should have, at most the limit, or None: as they are; and the reason."
     shapes = set()
     for i in np.unique(np.linspace(0, len(source) - 1, min(64, len(source))).astype(int)):
         try: shapes.add(source.pixels(int(i)).shape[:2])
@@ -131,11 +124,8 @@ def propose_size(
     return size, f"{sizes}, the shortest side is {least}: the centre is cut out and resized to {size} x {size}"
 
 # %% ../../nbs/6_training/01_presets.ipynb #56d9341d
-def network_words(
-    n: int,  # side of the images
-    gpu: bool,  # is there one?
-) -> tuple:  # words, reason
-    "Settings of network and optimisation that suit a size; levels are halved while that is exact and leaves 4."
+def _network_words(n, gpu):
+    "Settings that suit a side n, and the reason; levels are halved while that is exact and leaves 4."
     sides = [n]
     while sides[-1] % 2 == 0 and sides[-1] >= 8: sides.append(sides[-1] // 2)
     if gpu: sides = sides[:3] if n <= 40 else sides[:4]
@@ -149,7 +139,7 @@ def network_words(
                 f"a GPU and a side of at most 40 get EDM's network for CIFAR-10 with {len(sides)} levels")
     attention = next((s for s in sides if s <= 16), sides[-1])
     words = [f"network.channel_mult={wider}", "network.dropout=.05", "teacher.augment=.15",
-             f"network.attention={attention}", *edm_teacher(256, 2e-4, images=200e6, half_life=.5e6).split()]
+             f"network.attention={attention}", *_edm_teacher(256, 2e-4, images=200e6, half_life=.5e6).split()]
     return words, f"a GPU and a side above 40 get EDM's network for FFHQ 64 x 64 with {len(sides)} levels"
 
 # %% ../../nbs/6_training/01_presets.ipynb #a30641ee
@@ -161,8 +151,8 @@ def choose(
     "What `--preset auto` means for some data, and why."
     source = open_source(path)
     given = (image_size, f"--set data.image_size={image_size}")
-    size, why = given if image_size else propose_size(source, 64 if gpu else 32)
-    words, because = network_words(size or source.pixels(0).shape[0], gpu)
+    size, why = given if image_size else _propose_size(source, 64 if gpu else 32)
+    words, because = _network_words(size or source.pixels(0).shape[0], gpu)
     start = ("cifar10-cond" if source.classes else "cifar10") if gpu else "digits"
     classes = f"{len(source.classes)} classes ({', '.join(source.classes[:5])}{', ...' * (len(source.classes) > 5)})"
     known = classes if source.classes else "no classes: an unconditional model"

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'STAGE_CLASSES', 'step_generator', 'take', 'carry_to', 'Stage', 'make_network',
-           'make_denoiser', 'TeacherStage', 'hidden', 'given', 'DistillStage', 'interval_numbers', 'interval_example',
-           'interval_losses', 'path_numbers', 'path_example', 'anchor_losses', 'path_losses', 'tangent_numbers',
-           'tangent_example', 'tangent_losses', 'noise_numbers', 'noise_example', 'noise_losses', 'Objective',
-           'GanStage', 'check_weights']
+           'make_denoiser', 'TeacherStage', 'DistillStage', 'interval_numbers', 'interval_example', 'path_numbers',
+           'path_example', 'path_losses', 'tangent_numbers', 'tangent_example', 'tangent_losses', 'noise_example',
+           'noise_losses', 'Objective', 'GanStage', 'check_weights']
 
 # %% ../../nbs/6_training/05_stages.ipynb #4a3173e0
 import copy
@@ -19,13 +18,14 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ..checkpoints.models import load
 from ..checkpoints.store import EMA
 from ..data.images import Images
 from ..evaluation.features import LPIPSDistance, TimmFeatures, backbone_file, find_weights
-from ..method.adversary import DISCRIMINATORS, TeacherFeatures, discriminator_loss, gan_loss_g, gan_turn, lazy
-from ..method.balance import BalancedGradients
+from ..method.adversary import DISCRIMINATORS, TeacherFeatures, discriminator_loss, gan_loss_g, gan_turn
+from ..method.balance import ApartGradients, BalancedGradients
 from ..method.distances import make_distance
 from ..method.distill import (MATCHING, draw_interval, dsm_loss, dsm_sigma, interval_times, solve_interval,
                                     step_losses)
@@ -36,7 +36,7 @@ from ..method.teacher import Denoiser, edm_loss, lognormal_sigma
 from ..method.trajectories import anchor_loss, draw_pair, stored_batch, trajectories_loss, trajectory
 from ..method.trajectory import CTM, student_from
 from ..networks.unet import build_network
-from .config import STAGES, Config, Phase, phases, schedule, teacherless
+from .config import STAGES, Config, Span, phases, schedule, teacherless
 from .optimizers import load_optimizer, lr_at, make_optimizer
 
 # %% ../../nbs/6_training/05_stages.ipynb #54584f7e
@@ -55,10 +55,7 @@ def take(
     rows: slice | Tensor,  # which rows
 ):  # the same tree
     "These rows of every tensor, and of a range, which numbers them."
-    if torch.is_tensor(tree) or isinstance(tree, range): return tree[rows]
-    if isinstance(tree, dict): return {k: take(v, rows) for k, v in tree.items()}
-    if isinstance(tree, list): return [take(v, rows) for v in tree]
-    return tree
+    return tree_map_only((Tensor, range), lambda v: v[rows], tree)
 
 # %% ../../nbs/6_training/05_stages.ipynb #a4b7a697
 def carry_to(
@@ -66,11 +63,8 @@ def carry_to(
     device: torch.device,  # where they are wanted
 ):  # the same tree
     "Every tensor on the device; a GPU fetches them by itself and the program does not wait."
-    if torch.is_tensor(tree):
-        return tree.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tree.to(device)
-    if isinstance(tree, dict): return {k: carry_to(v, device) for k, v in tree.items()}
-    if isinstance(tree, list): return [carry_to(v, device) for v in tree]
-    return tree
+    if device.type != "cuda": return tree_map_only(Tensor, lambda v: v.to(device), tree)
+    return tree_map_only(Tensor, lambda v: v.pin_memory().to(device, non_blocking=True), tree)
 
 # %% ../../nbs/6_training/05_stages.ipynb #d9bf78ed
 class Stage:
@@ -93,65 +87,35 @@ class Stage:
         torch.manual_seed(config.run.seed + list(STAGES).index(self.name))
         self.build(parts or {})
 
-# %% ../../nbs/6_training/05_stages.ipynb #93772b86
-@patch
-def build(self: Stage, parts: dict): raise NotImplementedError  # fill `parts`, `emas`, `optimizers`
-@patch
-def draw(self: Stage, B: int, gen: torch.Generator, n: int) -> dict: raise NotImplementedError
-@patch
-def example(self: Stage, x0, y, numbers: dict, n: int, augment=None) -> dict: raise NotImplementedError
-@patch
-def losses(self: Stage, e: dict, n: int) -> dict: raise NotImplementedError
+    def build(self, parts: dict): raise NotImplementedError  # fill `parts`, `emas`, `optimizers`
+    def draw(self, B: int, gen: torch.Generator, n: int) -> dict: raise NotImplementedError
+    def example(self, x0, y, numbers: dict, n: int, augment=None) -> dict: raise NotImplementedError
+    def losses(self, e: dict, n: int) -> dict: raise NotImplementedError
 
-# %% ../../nbs/6_training/05_stages.ipynb #bee8ce44
-@patch
-def learner(self: Stage, n: int) -> str: return "model"  # name of the network that learns in a step
-@patch
-def kinds(self: Stage) -> list: return [0]  # a step of each kind, for trying how much memory they take
-@patch
-def restarted(self: Stage) -> list: return []  # networks whose forward pass changes their buffers
-@patch
-def works_ahead(self: Stage, n: int) -> bool: return False  # does `example` take half of the cores?
-@patch
-def inherit(self: Stage, before: Stage): pass  # what goes on from the stage before, besides its networks
+    def learner(self, n: int) -> str: return "model"  # name of the network that learns in a step
+    def lr(self, n: int) -> float: return lr_at(self.optim, n)  # its learning rate
+    def kinds(self) -> list: return [0]  # a step of each kind, for trying how much memory they take
+    def works_ahead(self, n: int) -> bool: return False  # does `example` take half of the cores?
+    def inherit(self, before: "Stage"): pass  # what goes on from the stage before, besides its networks
 
 # %% ../../nbs/6_training/05_stages.ipynb #39ed9d59
 @patch
-def learn(self: Stage,
-    model: torch.nn.Module,  # on its device
-):
-    "Take the network that this stage trains."
+def learn(self: Stage, model: torch.nn.Module, name: str, **averages: float):
+    "Take the network that this stage trains, and let EMAs of these names and of the stage's rates follow it."
     o, self.parts["model"] = self.optim, model
     self.optimizers["model"] = make_optimizer(o.optimizer, model, o.lr, (.9, o.beta2), model.net.last_layer)
-
-# %% ../../nbs/6_training/05_stages.ipynb #907d0bab
-@patch
-def average(self: Stage,
-    name: str,  # of the first EMA's part; the others are called NAME-RATE
-    rate: float,  # in [0, 1)
-    *others: float,  # in [0, 1)
-):
-    "Let EMAs follow the model."
-    for k, r in ((name, rate), *((f"{name}-{r}", r) for r in others)):
-        self.emas[k] = EMA(self.parts["model"], r, self.optim.ema_warmup)
+    for k, rate in {**averages, name: o.ema, **{f"{name}-{r}": r for r in o.emas}}.items():
+        self.emas[k] = EMA(model, rate, o.ema_warmup)
         self.parts[k] = self.emas[k].module
-
-# %% ../../nbs/6_training/05_stages.ipynb #14cdafe2
-@patch
-def lr(self: Stage,
-    n: int,  # step within the stage
-) -> float:
-    "Learning rate of the network that learns in a step."
-    return lr_at(self.optim, n)
 
 # %% ../../nbs/6_training/05_stages.ipynb #e75487a9
 @patch
-def gradients(self: Stage,
-    n: int,  # step within the stage
-) -> BalancedGradients:
+def gradients(self: Stage, n: int) -> BalancedGradients:
     "Where the gradients of a step are summed."
     module = self.parts[part := self.learner(n)]
-    return BalancedGradients(module.parameters(), module.net.balance_layer if part == "model" else None)
+    if part != "model": return BalancedGradients(module.parameters())
+    if not self.optim.balance_rows: return BalancedGradients(module.parameters(), module.net.balance_layer)
+    return ApartGradients(module.parameters(), module.net.balance_layer, **self.bounds)
 
 # %% ../../nbs/6_training/05_stages.ipynb #38896ab4
 def make_network(
@@ -170,61 +134,48 @@ def make_denoiser(config: Config, data: Images) -> Denoiser:
     return Denoiser(make_network(config, data), n.sigma_data, n.sigma_min, n.sigma_max)
 
 # %% ../../nbs/6_training/05_stages.ipynb #2e9f53a9
+def _hidden(y, numbers): return y if y is None or "hide" not in numbers else torch.where(numbers["hide"], -1, y)
+
 class TeacherStage(Stage):
     "A denoiser and its EMA."
     name = "teacher"
 
     def build(self, parts: dict):
         self.augment = self.optim.augment
-        self.learn(make_denoiser(self.config, self.data).to(self.device))
-        self.average("teacher", self.optim.ema, *self.optim.emas)
+        model = make_denoiser(self.config, self.data).to(self.device)
+        if known := parts.get("teacher"): model.load_state_dict(known.state_dict())  # a longer run goes on
+        self.learn(model, "teacher")
+        if student := parts.get("ctm"): self.parts["ctm"] = student.to(self.device).eval().requires_grad_(False)
 
-# %% ../../nbs/6_training/05_stages.ipynb #9403e630
-@patch
-def draw(self: TeacherStage, B: int, gen: torch.Generator, n: int) -> dict:
-    "Noise levels, noise, and which images lose their label."
-    c = self.optim
-    numbers = {"sigma": lognormal_sigma(torch.randn(B, generator=gen), c.P_mean, c.P_std),
-               "eps": torch.randn(B, *self.shape, generator=gen)}
-    if c.label_dropout: numbers["hide"] = torch.rand(B, generator=gen) < c.label_dropout
-    return numbers
+    def draw(self, B: int, gen: torch.Generator, n: int) -> dict:
+        "Noise levels, noise, and which images lose their label."
+        c = self.optim
+        numbers = {"sigma": lognormal_sigma(torch.randn(B, generator=gen), c.P_mean, c.P_std),
+                   "eps": torch.randn(B, *self.shape, generator=gen)}
+        if c.label_dropout: numbers["hide"] = torch.rand(B, generator=gen) < c.label_dropout
+        return numbers
 
-# %% ../../nbs/6_training/05_stages.ipynb #767f3c35
-def hidden(
-    y: Tensor | None,  # (B,) class indices, or None
-    numbers: dict,  # of a step; "hide" (B,) bool, if labels are dropped
-) -> Tensor | None:  # -1 where the label is dropped
-    "Labels as the networks are conditioned on them."
-    return y if y is None or "hide" not in numbers else torch.where(numbers["hide"], -1, y)
+    def example(self, x0: Tensor, y: Tensor | None, numbers: dict, n: int, augment=None) -> dict:
+        "Images with their noise levels and noise; one without its label has the class -1."
+        return {"x0": x0, **numbers, "y": _hidden(y, numbers), "augment": augment}
 
-# %% ../../nbs/6_training/05_stages.ipynb #d3fd2b8e
-@patch
-def example(self: TeacherStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int, augment=None) -> dict:
-    "Images with their noise levels and noise."
-    return {"x0": x0, "sigma": numbers["sigma"], "eps": numbers["eps"], "y": hidden(y, numbers), "augment": augment}
-
-# %% ../../nbs/6_training/05_stages.ipynb #14f3c0f7
-@patch
-def losses(self: TeacherStage, e: dict, n: int) -> dict:  # name -> scalar
-    "EDM's denoising loss.  # EDM Eq. 8"
-    model, inputs = self.parts["model"], {k: v for k, v in e.items() if k != "augment"}
-    D = model if e["augment"] is None else partial(model, augment=e["augment"])
-    return {"edm": edm_loss(D, **inputs, sigma_data=model.sigma_data).mean()}
+    def losses(self, e: dict, n: int) -> dict:  # name -> scalar
+        "EDM's denoising loss.  # EDM Eq. 8"
+        model = self.parts["model"]
+        D = model if e["augment"] is None else partial(model, augment=e["augment"])
+        inputs = {k: e[k] for k in ("x0", "sigma", "eps", "y")}
+        return {"edm": edm_loss(D, **inputs, sigma_data=model.sigma_data).mean()}
 
 # %% ../../nbs/6_training/05_stages.ipynb #8670360e
-def given(
-    config: Config,  # of the run
-    data: Images,  # training images
-    which: str,  # "teacher" or "ctm"
-) -> Denoiser | CTM:
+@patch
+def given(self: Stage, which: str) -> Denoiser | CTM:  # "teacher" or "ctm"
     "The model that the configuration names as the result of a stage; raises ValueError if it doesn't fit the data."
-    section = {"teacher": "teacher", "ctm": "distill"}[which]
-    source, shape = getattr(config, section).source, (data.channels, data.image_size, data.image_size)
-    m = load(source, which=which)
-    if m.data_shape != shape:
+    section, data = {"teacher": "teacher", "ctm": "distill"}[which], self.data
+    m = load(source := getattr(self.config, section).source, which=which)
+    if m.data_shape != self.shape:
         grey = "; data.channels=3 keeps grey images as the teacher takes them" * (m.channels == 3 > data.channels)
-        raise ValueError(f"{section}.source={source} draws pictures of shape {m.data_shape}, the data have {shape}; "
-                         f"data.image_size={m.image_size} would resize them{grey}")
+        raise ValueError(f"{section}.source={source} draws pictures of shape {m.data_shape}, the data have "
+                         f"{self.shape}; data.image_size={m.image_size} would resize them{grey}")
     if m.n_classes not in (0, data.n_classes):
         raise ValueError(f"{section}.source={source} knows {m.n_classes} classes, the data have {data.n_classes}")
     return m
@@ -235,68 +186,58 @@ class DistillStage(Stage):
     name, evaluates = "ctm_dsm", ("teacher", "model", "target")
 
     def build(self, parts: dict):
-        teacher = None if teacherless(self.config) else parts.get("teacher") or given(self.config, self.data, "teacher")
+        teacher = None if teacherless(self.config) else parts.get("teacher") or self.given("teacher")
         self.freeze(teacher or make_denoiser(self.config, self.data))
-        self.start(student_from(self.parts["teacher"], self.optim.init))
+        self.start(copy.deepcopy(parts.get("ctm")) or student_from(self.parts["teacher"], self.optim.init))
 
-# %% ../../nbs/6_training/05_stages.ipynb #cbb8175c
-@patch
-def freeze(self: DistillStage, teacher: Denoiser):
-    "Take the teacher and what is made of it."
-    d = self.config.distill
-    self.parts["teacher"] = teacher = teacher.to(self.device).eval().requires_grad_(False)
-    self.paths: dict = {}  # place in memory and rows -> number of the batch, its trajectories
-    self.bounds = {"anchor": (0., 1.)}  # it starts at zero
-    self.grid = dict(sigma_min=teacher.sigma_min, sigma_max=teacher.sigma_max)
-    self.times = rho_grid(d.N, **self.grid).float().to(self.device)  # (N,) of stored trajectories
-    lpips = LPIPSDistance(d.weights or None, pooling=d.pooling) if d.distance == "lpips" else None
-    self.distance = make_distance(lpips or d.distance, teacher)
+    def freeze(self, teacher: Denoiser):
+        "Take the teacher and what is made of it."
+        d = self.config.distill
+        self.parts["teacher"] = teacher = teacher.to(self.device).eval().requires_grad_(False)
+        self.paths: dict = {}  # place in memory and rows -> number of the batch, its trajectories
+        self.bounds = {"anchor": (0., 1.)}  # it starts at zero
+        self.grid = dict(sigma_min=teacher.sigma_min, sigma_max=teacher.sigma_max)
+        self.times = rho_grid(d.N, **self.grid).float().to(self.device)  # (N,) of stored trajectories
+        lpips = LPIPSDistance(d.weights or None, pooling=d.pooling) if d.distance == "lpips" else None
+        self.distance = make_distance(lpips or d.distance, teacher)
 
-@patch
-def start(self: DistillStage, student: CTM):
-    "Take the student and its EMAs."
-    if p := self.config.distill.dropout: student.net.set_dropout(p)
-    self.learn(student.to(self.device).requires_grad_(True).train(p > 0))
-    self.average("target", self.optim.target_ema)
-    self.parts["target"].train(p > 0)
-    if teacherless(self.config): self.parts["teacher"] = self.parts["target"]  # D(x, t) = g(x, t, t)
-    self.average("ctm", self.optim.ema, *self.optim.emas)
+    def start(self, student: CTM):
+        "Take the student and its EMAs."
+        if p := self.config.distill.dropout: student.net.set_dropout(p)
+        student = student.to(self.device).requires_grad_(True).train(p > 0)
+        self.learn(student, "ctm", target=self.optim.target_ema)
+        self.parts["target"].train(p > 0)
+        if teacherless(self.config): self.parts["teacher"] = self.parts["target"]  # D(x, t) = g(x, t, t)
+
+    def phase(self, n: int) -> Span:
+        "The phase of distillation that a step belongs to."
+        found = phases(self.config.distill, self.optim.steps)
+        return next((p for p in found if n < p.end), found[-1])
 
 # %% ../../nbs/6_training/05_stages.ipynb #cb87f6a0
-@patch
-def phase(self: DistillStage,
-    n: int,  # step within the stage
-) -> Phase:  # matching, first, end
-    "The phase that a step belongs to."
-    found = phases(self.config.distill, self.optim.steps)
-    return next((p for p in found if n < p.end), found[-1])
-
-@patch
-def normal(self: DistillStage, B: int, gen: torch.Generator) -> Tensor:
-    "Noise for a batch."
-    return torch.randn(B, *self.shape, generator=gen)
-
 @patch
 def denoising(self: DistillStage, B: int, gen: torch.Generator) -> dict:
     "Noise levels and noise of the denoising loss, and which images lose their label."
     sigma = dsm_sigma(torch.randn(B, generator=gen), torch.rand(B, generator=gen), **self.grid).float()
-    numbers, dropped = {"sigma": sigma, "eps": self.normal(B, gen)}, self.config.distill.label_dropout
+    numbers = {"sigma": sigma, "eps": torch.randn(B, *self.shape, generator=gen)}
+    dropped = self.config.distill.label_dropout
     return numbers | ({"hide": torch.rand(B, generator=gen) < dropped} if dropped else {})
 
 def interval_numbers(stage: DistillStage, B: int, gen: torch.Generator, n: int) -> dict:
     "Times, noise, and the teacher's timesteps.  # CTM: training step"
     d = stage.config.distill
-    i, k, j = draw_interval(B, d.N, stage.optim.K or d.K, gen, stage.phase(n).matching, d.k_power)
+    i, k, j = draw_interval(B, d.N, stage.optim.K or d.K, gen, stage.phase(n).name, d.k_power)
     u, s = (grid_time(v, d.N, **stage.grid).float() for v in (i + k, j))
     times = interval_times(i, k, d.N, d.solver, d.max_evals, **stage.grid).float()
-    return dict(u=u, s=s, times=times.T, start=stage.normal(B, gen)) | stage.denoising(B, gen)
+    start = torch.randn(B, *stage.shape, generator=gen)
+    return dict(u=u, s=s, times=times.T, start=start) | stage.denoising(B, gen)
 
 # %% ../../nbs/6_training/05_stages.ipynb #641fe891
 def interval_example(stage: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int) -> dict:
     "All of a distillation step that does not involve the student."
     teacher, times = stage.parts["teacher"], numbers["times"].T  # (steps+1, B)
     e = {"x0": x0, "y": y, "x_t": perturb(x0, times[0], numbers["start"]), "t": times[0]}
-    e |= {k: numbers[k] for k in ("u", "s", "sigma", "eps")}
+    e |= {k: numbers[k] for k in ("u", "s", "sigma", "eps", "looks") if k in numbers}
     if stage.learner(n) != "model": return e | {"x_u": None, "teacher_evals": 0}
     solver = solver_name(stage.config.distill.solver)
     x_u = solve_interval(teacher.D, e["x_t"], times, y, solver)
@@ -311,15 +252,14 @@ def of_student(self: DistillStage, e: dict, adversary=None) -> dict:  # name -> 
                        compare_at=d.compare_at, dsm=d.dsm, adversary=adversary,
                        skip=not (self.config.run.compile or d.dropout))
 
-def interval_losses(stage: DistillStage, e: dict, n: int) -> dict: return stage.of_student(e)
-
 # %% ../../nbs/6_training/05_stages.ipynb #f175e287
 def path_numbers(stage: DistillStage, B: int, gen: torch.Generator, n: int) -> dict:
     "Which batch of trajectories, its noise and labels, and the places of each jump."
     d, p = stage.config.distill, stage.phase(n)
     number, place, fresh = stored_batch(n - p.first, p.end - p.first, d.stored // B, d.reuse)
-    own = step_generator(stage.config.run.seed, number, p.first, 1)
-    numbers = {"number": number, "place": place, "fresh": fresh, "rows": range(B), "start": stage.normal(B, own)}
+    own = step_generator(stage.config.run.seed, number, p.first + stage.config.run.before, 1)
+    numbers = {"number": number, "place": place, "fresh": fresh, "rows": range(B),
+               "start": torch.randn(B, *stage.shape, generator=own)}
     if stage.data.labels is not None and stage.parts["teacher"].n_classes:
         labels = stage.data.labels[torch.randint(len(stage.data), (B,), generator=own)]
         numbers["of_path"] = torch.where(torch.rand(B, generator=own) < d.label_dropout, -1, labels)
@@ -341,13 +281,8 @@ def path_example(stage: DistillStage, x0: Tensor, y: Tensor | None, numbers: dic
     return e | {"teacher_evals": evals if numbers["fresh"] else 0}
 
 # %% ../../nbs/6_training/05_stages.ipynb #80e63de0
-def anchor_losses(
-    stage: DistillStage,
-    e: dict,  # x0, y, sigma, eps
-    every: int,  # one row of so many
-    *points,  # x_t, t, labels and, where it is known, D(x_t, t) of each row
-) -> dict:  # name -> scalar
-    "What holds g(x, t, t)."
+def _anchor_losses(stage, e, every, *points):
+    "What holds g(x, t, t), in one row of so many; points: x_t, t, labels and, where it is known, D(x_t, t)."
     d, student, teacher = stage.config.distill, stage.parts["model"], stage.parts["teacher"]
     few = lambda v: None if v is None else v[::d.anchor_rows or every]
     if not d.dsm: return {}
@@ -363,13 +298,13 @@ def path_losses(stage: DistillStage, e: dict, n: int) -> dict:
     path, i, y = e["path"], e["i"], e["y_path"]
     each = torch.arange(len(path), device=path.device)
     loss = trajectories_loss(stage.parts["model"], path, stage.times, i, e["j"], y, stage.distance)
-    return {"ctm": loss.mean()} | anchor_losses(stage, e, 4, path[each, i], e["t"], y)
+    return {"ctm": loss.mean()} | _anchor_losses(stage, e, 4, path[each, i], e["t"], y)
 
 # %% ../../nbs/6_training/05_stages.ipynb #bfd42205
 def tangent_numbers(stage: DistillStage, B: int, gen: torch.Generator, n: int) -> dict:
     "Times and noise."
     t, s = (v.float() for v in draw_times(B, gen, **stage.grid))
-    return {"t": t, "s": s, "start": stage.normal(B, gen)} | stage.denoising(B, gen)
+    return {"t": t, "s": s, "start": torch.randn(B, *stage.shape, generator=gen)} | stage.denoising(B, gen)
 
 def tangent_example(stage: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int) -> dict:
     "A noisy image and the teacher's prediction."
@@ -383,13 +318,9 @@ def tangent_losses(stage: DistillStage, e: dict, n: int) -> dict:
     p, (x_t, t, y, D_x) = stage.phase(n), (e[k] for k in ("x_t", "t", "y", "D_x"))
     r = ramp((n - p.first) / (p.end - p.first))
     loss = eulerian_loss(stage.parts["model"], x_t, t, e["s"], D_x, y, r)
-    return {"ctm": loss.mean()} | anchor_losses(stage, e, 1, x_t, t, y, D_x)
+    return {"ctm": loss.mean()} | _anchor_losses(stage, e, 1, x_t, t, y, D_x)
 
 # %% ../../nbs/6_training/05_stages.ipynb #e2247e7b
-def noise_numbers(stage: DistillStage, B: int, gen: torch.Generator, n: int) -> dict:
-    "Noise levels and noise."
-    return stage.denoising(B, gen)
-
 def noise_example(stage: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int) -> dict:
     "Clean images and what is added."
     return {"x0": x0, "y": y, "sigma": numbers["sigma"], "eps": numbers["eps"], "teacher_evals": 0}
@@ -407,26 +338,25 @@ class Objective(NamedTuple):
     losses: Callable  # (stage, example, n) -> name -> scalar
 
 OBJECTIVES = {
-    **dict.fromkeys(MATCHING, Objective(interval_numbers, interval_example, interval_losses)),
+    **dict.fromkeys(MATCHING, Objective(interval_numbers, interval_example, lambda stage, e, n: stage.of_student(e))),
     "trajectories": Objective(path_numbers, path_example, path_losses),
     "eulerian": Objective(tangent_numbers, tangent_example, tangent_losses),
-    "dsm": Objective(noise_numbers, noise_example, noise_losses),
+    "dsm": Objective(lambda stage, B, gen, n: stage.denoising(B, gen), noise_example, noise_losses),
 }
 
 # %% ../../nbs/6_training/05_stages.ipynb #89d44b6a
 @patch
-def objective(self: DistillStage, n: int) -> Objective: return OBJECTIVES[self.phase(n).matching]
+def objective(self: DistillStage, n: int) -> Objective: return OBJECTIVES[self.phase(n).name]
 
 @patch
 def draw(self: DistillStage, B: int, gen: torch.Generator, n: int) -> dict:
-    "What a step draws."
     return self.objective(n).numbers(self, B, gen, n)
 
 @patch
 def example(self: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int, augment=None) -> dict:
     "All of a step that does not involve the student."
-    y = hidden(y, numbers) if self.parts["teacher"].n_classes else None
-    if self.phase(n).matching != "trajectories": self.paths.clear()
+    y = _hidden(y, numbers) if self.parts["teacher"].n_classes else None
+    if self.phase(n).name != "trajectories": self.paths.clear()
     return self.objective(n).example(self, x0, y, numbers, n)
 
 @patch
@@ -435,7 +365,7 @@ def losses(self: DistillStage, e: dict, n: int) -> dict: return self.objective(n
 def kinds(self: DistillStage) -> list: return [p.first for p in phases(self.config.distill, self.optim.steps)]
 @patch
 def works_ahead(self: DistillStage, n: int) -> bool:
-    return self.phase(n).matching != "trajectories" and not teacherless(self.config)
+    return self.phase(n).name != "trajectories" and not teacherless(self.config)
 
 # %% ../../nbs/6_training/05_stages.ipynb #9faf9c4a
 class GanStage(DistillStage):
@@ -444,17 +374,22 @@ class GanStage(DistillStage):
 
     def build(self, parts: dict):
         g = self.optim
-        student = copy.deepcopy(parts.get("ctm")) or given(self.config, self.data, "ctm")
+        student = copy.deepcopy(parts.get("ctm")) or self.given("ctm")
         own = student if teacherless(self.config) else None
-        self.freeze(own or parts.get("teacher") or given(self.config, self.data, "teacher"))
+        self.freeze(own or parts.get("teacher") or self.given("teacher"))
         self.start(student)
-        self.bounds = {"gan": (g.low, g.high)}
+        self.bounds = {"gan": (.01, g.high)}
         teacher = self.parts["teacher"]
         own = lambda f: TeacherFeatures(teacher, g.levels) if f == "teacher" else TimmFeatures(f, g.weights or None)
         networks = [own(f.strip()) for f in g.features.split(",")]
         about = teacher.data_shape, teacher.n_classes, g.width, g.strength, self.config.run.seed
         self.parts["discriminator"] = d = DISCRIMINATORS[g.discriminator](networks, *about).to(self.device)
-        self.optimizers["discriminator"] = make_optimizer("radam", d, g.d_lr, g.d_betas)
+        self.optimizers["discriminator"] = make_optimizer("radam", d, g.d_lr, (.5, .9))
+
+    def phase(self, n: int) -> Span:
+        "The last matching by intervals: the adversary's steps are made of its estimates."
+        names = [p.name for p in phases(self.config.distill, self.optim.steps) if p.name in MATCHING]
+        return Span(names[-1] if names else "soft", 0, self.optim.steps)
 
 # %% ../../nbs/6_training/05_stages.ipynb #97a837d1
 @patch
@@ -470,48 +405,19 @@ def inherit(self: GanStage, before: Stage):
 
 # %% ../../nbs/6_training/05_stages.ipynb #1cba5c1f
 @patch
-def phase(self: GanStage, n: int) -> Phase:
-    "The last matching by intervals: the adversary's steps are made of its estimates."
-    names = [p.matching for p in phases(self.config.distill, self.optim.steps) if p.matching in MATCHING]
-    return Phase(names[-1] if names else "soft", 0, self.optim.steps)
-
-@patch
-def turn(self: GanStage,
-    n: int,  # step within the stage
-) -> str:  # "ctm_dsm", "discriminator" or "ctm_dsm_gan"
+def turn(self: GanStage, n: int) -> str:  # "ctm_dsm", "discriminator" or "ctm_dsm_gan"
     "What a step minimises: see `gan_turn`."
     return gan_turn(n, self.optim.start, self.optim.head_start, self.optim.first)
-
-@patch
-def works_ahead(self: GanStage, n: int) -> bool: return not teacherless(self.config)
 @patch
 def learner(self: GanStage, n: int) -> str: return "discriminator" if self.turn(n) == "discriminator" else "model"
 @patch
-def restarted(self: GanStage) -> list: return [self.parts["discriminator"].heads]  # their spectral and batch norms
+def kinds(self: GanStage) -> list: return [n := self.optim.start + self.optim.head_start, n + 1]  # two turns
 
-# %% ../../nbs/6_training/05_stages.ipynb #ed13d593
 @patch
 def lr(self: GanStage, n: int) -> float:
     "Learning rate of the network that learns in a step."
     g = self.optim
     return lr_at(g, n) * (g.d_lr / g.lr if self.learner(n) == "discriminator" else 1)
-
-# %% ../../nbs/6_training/05_stages.ipynb #e793d531
-@patch
-def r1(self: GanStage,
-    n: int,  # step within the stage, a turn of the discriminator
-) -> float:
-    "Weight of the slope penalty in a step."
-    g = self.optim
-    first = g.start + g.head_start + (g.first == "student")  # turn of the discriminator after its head start
-    return lazy(n - first % 2, g.r1)
-
-@patch
-def kinds(self: GanStage) -> list:
-    "The first turn of the discriminator, that of the student, and one with a slope penalty if there is any."
-    first = self.optim.start + self.optim.head_start
-    charged = [n for n in range(first, first + 33) if self.learner(n) == "discriminator" and self.r1(n)]
-    return sorted({first, first + 1, *charged[:1]})
 
 # %% ../../nbs/6_training/05_stages.ipynb #f7e5217d
 @patch
@@ -522,11 +428,6 @@ def draw(self: GanStage, B: int, gen: torch.Generator, n: int) -> dict:
     if turn == "discriminator": numbers["looks"] = [look(), look()]
     if turn == "ctm_dsm_gan": numbers["looks"] = look()
     return numbers
-
-@patch
-def example(self: GanStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int, augment=None) -> dict:
-    "As in distillation; the discriminator's numbers go along."
-    return DistillStage.example(self, x0, y, numbers, n) | {"looks": numbers.get("looks")}
 
 # %% ../../nbs/6_training/05_stages.ipynb #33173162
 @patch
@@ -539,7 +440,7 @@ def losses(self: GanStage, e: dict, n: int) -> dict:  # name -> scalar
         return self.of_student(e, adversary)
     student, target = self.parts["model"], self.parts["target"]
     return {"d": discriminator_loss(student, target, discriminator, e["x_t"], e["t"], e["s"], e["x0"], e["y"],
-                                    numbers=e["looks"], r1=self.r1(n), loss=loss)}
+                                    numbers=e["looks"], loss=loss)}
 
 # %% ../../nbs/6_training/05_stages.ipynb #a264ec23
 def check_weights(
@@ -548,9 +449,8 @@ def check_weights(
     "Raise ValueError or FileNotFoundError for published weights that a later stage needs and does not find."
     stages, d, g = schedule(config), config.distill, config.gan
     if d.distance == "lpips" and stages.keys() & {"ctm_dsm", "ctm_dsm_gan"}: backbone_file(folder=d.weights or None)
-    networks = [f.strip() for f in g.features.split(",")] if "ctm_dsm_gan" in stages else []
-    for name in networks:
-        if name != "teacher": find_weights(name, g.weights or None)
+    for f in g.features.split(",") if "ctm_dsm_gan" in stages else ():
+        if (name := f.strip()) != "teacher": find_weights(name, g.weights or None)
 
 # %% ../../nbs/6_training/05_stages.ipynb #1b98b466
 STAGE_CLASSES = {c.name: c for c in (TeacherStage, DistillStage, GanStage)}

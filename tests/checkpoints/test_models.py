@@ -10,6 +10,7 @@ import torch
 from ctm_nb.training.config import make_config
 from ctm_nb.data.images import ImageData
 from ctm_nb.method.teacher import Denoiser
+from ctm_nb.method.sampling import sample
 from ctm_nb.checkpoints.models import (
     _foreign_state, _from_state, _infer_network, describe, load, save_model)
 from ctm_nb.networks.unet import FAMILIES, build_network, network_config
@@ -289,7 +290,8 @@ def test_public_names_that_cannot_be_loaded_are_refused_before_any_download(monk
         ("inception-2015-12-05", None, "can't be loaded: TorchScript"),
         ("cd-imagenet64-lpips", "ctm", "consistency model, not a ctm"),
         ("edm-cifar10-32x32-cond-vp", "ctm", "is a teacher, not a ctm"),
-        ("baseline-imagenet-64x64-cond-adm", None, "can't be loaded: not loadable here"),
+        ("cd-imagenet64-lpips", "teacher", "consistency model, not a teacher"),
+        ("edm-imagenet64-openai", "cm", "is a teacher, not a cm"),
     ):
         with pytest.raises(ValueError, match=message):
             load(name, which=which)
@@ -308,6 +310,17 @@ def test_runs_of_before_the_preconditioning_was_recorded(tmp_path):
     )
     assert describe(load(tmp_path / "run")) == describe(m)
     with pytest.raises(ValueError, match="can't be given"): load(tmp_path / "run", image_size=8)
+
+
+@pytest.mark.parametrize("family", ["adm", "openai"])
+def test_runs_of_before_the_first_convolution_was_wider(tmp_path, family):
+    m = small(family=family, model_channels=16, channel_mult=(2, 2), channels_per_head=8, stem=16)
+    about = describe(m)
+    assert about["network"].pop("stem") == 16
+    models = {"ctm": {"part": "ctm", "description": about}}
+    save_checkpoint(tmp_path / "run" / "checkpoints", 1, {"ctm": m.state_dict()}, {}, {"models": models})
+    again = load(tmp_path / "run")
+    assert describe(again) == describe(m) and torch.equal(sample(again, 2), sample(m, 2))
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mlp"])
@@ -361,3 +374,199 @@ def test_full_size_networks_build_and_run(preset, side, n_classes, published, te
     with torch.no_grad():
         out = Denoiser(net).D(torch.randn(1, 3, side, side), 1.0, torch.tensor([3]) if n_classes else None)
     assert out.shape == (1, 3, side, side) and torch.isfinite(out).all() and out.std() > 0
+
+
+def block(c_in, c_out, c_emb, heads, names):
+    "Weights of one residual block in the layout of EDM's ADM, or of OpenAI's, name -> shape."
+    norm0, conv0, affine, norm1, conv1, skip, norm2, qkv, proj = names
+    found = {f"{norm0}.weight": (c_in,), f"{norm0}.bias": (c_in,), f"{conv0}.weight": (c_out, c_in, 3, 3),
+             f"{conv0}.bias": (c_out,), f"{affine}.weight": (2 * c_out, c_emb), f"{affine}.bias": (2 * c_out,),
+             f"{norm1}.weight": (c_out,), f"{norm1}.bias": (c_out,), f"{conv1}.weight": (c_out, c_out, 3, 3),
+             f"{conv1}.bias": (c_out,)}
+    if c_in != c_out: found |= {f"{skip}.weight": (c_out, c_in, 1, 1), f"{skip}.bias": (c_out,)}
+    if not heads: return found
+    return found | {f"{norm2}.weight": (c_out,), f"{norm2}.bias": (c_out,), f"{qkv}.weight": (3 * c_out, c_out, 1, 1),
+                    f"{qkv}.bias": (3 * c_out,), f"{proj}.weight": (c_out, c_out, 1, 1), f"{proj}.bias": (c_out,)}
+
+
+def random_state(shapes, prefix=""):
+    g = torch.Generator().manual_seed(0)
+    return {prefix + k: .1 * torch.randn(v, generator=g) for k, v in shapes.items()}
+
+
+def adm_state(size, base, mult, n_blocks, attention, n_classes=0, outputs=3):
+    "Random weights as EDM's ADM names and shapes them: attention in channels // 64 heads, none where that is 0."
+    emb, shapes, stack, width = 4 * base, {}, [base * mult[0]], base * mult[0]
+    inner = "norm0 conv0 affine norm1 conv1 skip norm2 qkv proj".split()
+    def add(name, c_in, c_out, attend=False):
+        shapes.update(block(c_in, c_out, emb, attend and c_out // 64, [f"{name}.{k}" for k in inner]))
+        return c_out
+    for i, n in (0, base), (1, emb): shapes |= {f"map_layer{i}.weight": (emb, n), f"map_layer{i}.bias": (emb,)}
+    if n_classes: shapes["map_label.weight"] = emb, n_classes
+    for level, m in enumerate(mult):
+        at = f"{size >> level}x{size >> level}"
+        if level == 0: shapes |= {f"enc.{at}_conv.weight": (width, 3, 3, 3), f"enc.{at}_conv.bias": (width,)}
+        else: stack.append(add(f"enc.{at}_down", width, width))
+        for i in range(n_blocks):
+            width = add(f"enc.{at}_block{i}", width, base * m, size >> level in attention)
+            stack.append(width)
+    for level, m in reversed(list(enumerate(mult))):
+        at = f"{size >> level}x{size >> level}"
+        if level == len(mult) - 1: add(f"dec.{at}_in1", add(f"dec.{at}_in0", width, width, True), width)
+        else: add(f"dec.{at}_up", width, width)
+        for i in range(n_blocks + 1):
+            width = add(f"dec.{at}_block{i}", width + stack.pop(), base * m, size >> level in attention)
+    shapes |= {"out_norm.weight": (width,), "out_norm.bias": (width,), "out_conv.weight": (outputs, width, 3, 3),
+               "out_conv.bias": (outputs,)}
+    return random_state(shapes, "model.")
+
+
+def openai_state(size, base, mult, n_blocks, attention, n_classes=0):
+    "Random weights as OpenAI's U-Net numbers and shapes them."
+    emb, shapes, stack, width, n = 4 * base, {}, [base * mult[0]], base * mult[0], 0
+    inner = "in_layers.0 in_layers.2 emb_layers.1 out_layers.0 out_layers.3 skip_connection".split()
+    def add(name, c_in, c_out, attend=False, at=0):
+        names = [f"{name}.{at}.{k}" for k in inner] + [f"{name}.{at + 1}.{k}" for k in ("norm", "qkv", "proj_out")]
+        shapes.update(block(c_in, c_out, emb, attend, names))
+        return c_out
+    for i, c in (0, base), (2, emb): shapes |= {f"time_embed.{i}.weight": (emb, c), f"time_embed.{i}.bias": (emb,)}
+    if n_classes: shapes["label_emb.weight"] = n_classes, emb
+    shapes |= {"input_blocks.0.0.weight": (width, 3, 3, 3), "input_blocks.0.0.bias": (width,)}
+    for level, m in enumerate(mult):
+        for i in range(n_blocks + (level > 0)):
+            n, down = n + 1, level > 0 and i == 0
+            attend = not down and size >> level in attention
+            width = add(f"input_blocks.{n}", width, width if down else base * m, attend)
+            stack.append(width)
+    add("middle_block", width, width, True)
+    add("middle_block", width, width, at=2)
+    n = -1
+    for level, m in reversed(list(enumerate(mult))):
+        for _ in range(n_blocks + 1):
+            n, attend = n + 1, size >> level in attention
+            width = add(f"output_blocks.{n}", width + stack.pop(), base * m, attend)
+        if level: add(f"output_blocks.{n}", width, width, at=1 + attend)
+    shapes |= {"out.0.weight": (width,), "out.0.bias": (width,), "out.2.weight": (3, width, 3, 3), "out.2.bias": (3,)}
+    return random_state(shapes)
+
+
+@pytest.mark.parametrize("base, mult", [(32, (2, 2, 2)), (96, (1, 2)), (16, (2, 4)), (16, (1, 2, 2)), (80, (2, 3))])
+def test_adm_of_any_width_from_edm_s_layout(tmp_path, base, mult):
+    "`--cres=2,2,2`, `--cbase=96`, levels of less than 64 channels, levels that 64 does not divide."
+    import foreign_files as ff
+    state = adm_state(16, base, mult, 1, (16, 8), n_classes=5)
+    heads = lambda channels: channels // 64
+    pickled = ff.make_edm_pickle(tmp_path / "x.pkl", state, "EDMPrecond", "DhariwalUNet", num_heads=heads)
+    torch.save(state, tmp_path / "x.pt")
+    x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([1., 40.]), torch.tensor([4, 0])
+    m, bare = load(pickled), load(tmp_path / "x.pt")
+    assert (m.net.config["model_channels"], m.net.config["channel_mult"], m.n_classes) == (base, mult, 5)
+    for name, b in m.net.named_modules():
+        if hasattr(b, "heads") and b.heads: assert b.heads == b.conv1.weight.shape[0] // 64, name
+    assert sum(p.numel() for p in m.parameters()) == sum(v.numel() for v in state.values())
+    assert torch.isfinite(m.D(x, t, y)).all() and torch.equal(m.D(x, t, y), bare.D(x, t, y))
+    student = student_from(m).eval()
+    assert (student.g(x, t, t / 2, y) - m.D(x, t, y)).norm() < 1e-6 * m.D(x, t, y).norm()
+
+
+@pytest.mark.parametrize("base, mult", [(32, (2, 2, 4)), (64, (1, 2)), (64, (2, 3))])
+def test_openai_networks_whose_first_level_is_wider(tmp_path, base, mult):
+    state = openai_state(16, base, mult, 1, (8, 4), n_classes=5)
+    torch.save(state, tmp_path / "x.pt")
+    m = load(tmp_path / "x.pt", image_size=16)
+    assert (m.net.config["model_channels"], m.net.config["channel_mult"], m.n_classes) == (base, mult, 5)
+    back = _foreign_state(m)
+    assert back.keys() == state.keys() and all(torch.equal(back[k], v) for k, v in state.items())
+    assert m.about.endswith("3 x 16 x 16, heads of 64 channels (assumed)")
+    assert load(tmp_path / "x.pt", image_size=16, channels_per_head=32).about.endswith("5 classes, 3 x 16 x 16")
+
+
+def test_the_width_of_ncsnpp_is_half_of_its_embedding():
+    m = small(Denoiser, family="ncsnpp", model_channels=16, channel_mult=(2, 2))
+    found, _ = _infer_network(_foreign_state(m))
+    assert (found["model_channels"], found["channel_mult"]) == (16, (2, 2)) and found["family"] == "ncsnpp"
+
+
+def test_a_student_of_a_teacher_with_augmentation_is_exported_without_its_layer(tmp_path):
+    "sony's program builds the student without `map_augment` and refuses a file that has it; the teacher keeps it."
+    found, _ = states("ctm_dsm_step_8")
+    teacher = _from_state(found["teacher"]).eval()
+    student = student_from(teacher).eval()
+    assert "map_augment.weight" in student.net.state_dict()
+    for name, m in (("teacher", teacher), ("student", student)): save_model(m, tmp_path / f"{name}.pt")
+    keys = {name: torch.load(tmp_path / f"{name}.pt").keys() for name in ("teacher", "student")}
+    assert keys["teacher"] == found["teacher"].keys() and keys["student"] == found["student"].keys()
+    again = load(tmp_path / "student.pt", which="ctm")
+    assert torch.equal(sample(again, 3, y=[0, 1, 2]), sample(student, 3, y=[0, 1, 2]))
+
+
+@pytest.mark.parametrize("class_name, config, low, high", [
+    ("EDMPrecond", {}, .002, 80.), ("EDMPrecond", dict(sigma_min=0, sigma_max=float("inf")), .002, 80.),
+    ("EDMPrecond", dict(sigma_min=.01, sigma_max=40.), .01, 40.),
+    ("VEPrecond", dict(sigma_min=.02, sigma_max=100), .02, 80.),
+    ("VEPrecond", dict(sigma_min=.02, sigma_max=50), .02, 50.),
+    ("VPPrecond", dict(sigma_min=.001, sigma_max=152.), .002, 80.)])
+def test_sigma_range_of_an_edm_pickle_is_never_wider_than_the_file_s(tmp_path, class_name, config, low, high):
+    "Where EDM's generate.py samples: 80 to 0.002, as far as the file goes."
+    import foreign_files as ff
+    path = ff.make_edm_pickle(tmp_path / "x.pkl", _foreign_state(small(Denoiser)), class_name, "SongUNet", **config)
+    m = load(path)
+    assert (m.sigma_min, m.sigma_max) == (low, high)
+    assert load(path, sigma_max=60.).sigma_max == 60.
+
+
+def test_a_file_without_any_sigma_is_refused(tmp_path):
+    import foreign_files as ff
+    state = _foreign_state(small(Denoiser))
+    path = ff.make_edm_pickle(tmp_path / "x.pkl", state, "EDMPrecond", "SongUNet", sigma_min=90., sigma_max=95.)
+    with pytest.raises(ValueError, match="sigma_max must be above sigma_min, the file has 80 and 90"): load(path)
+
+
+def test_an_iddpm_network_is_its_formula(tmp_path):
+    "EDM Table 1, column iDDPM: noise predicted by half of the channels, the index of the nearest level as time."
+    import foreign_files as ff
+    state = adm_state(16, 16, (1, 4), 1, (8,), n_classes=3, outputs=6)
+    alpha = lambda j: (torch.tensor(j / 1000 / 1.008) * np.pi / 2).sin() ** 2
+    u = torch.zeros(1001)
+    for j in range(1000, 0, -1): u[j - 1] = ((u[j] ** 2 + 1) / (alpha(j - 1) / alpha(j)).clip(min=.001) - 1).sqrt()
+    write = lambda name, u: ff.make_edm_pickle(
+        tmp_path / name, {**state, "u": u}, "iDDPMPrecond", "DhariwalUNet", num_heads=lambda c: c // 64,
+        sigma_min=float(u[999]), sigma_max=float(u[0]))
+    m = load(write("x.pkl", u))
+    assert (m.kind, m.sigma_max) == ("iddpm", 80.) and m.sigma_min == pytest.approx(.0064, rel=.02)
+    net = build_network(**network_config(m.net)).eval()
+    mean = {k.removeprefix("model."): v[:3] if "out_conv" in k else v for k, v in state.items()}
+    net.load_state_dict({**net.state_dict(), **mean})
+    x, t, y = torch.randn(4, 3, 16, 16), torch.tensor([.0064, .3, 5., 79.]), torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        c_noise = 999 - (u - t[:, None]).abs().argmin(1).float()
+        F = net(x / (1 + t ** 2).sqrt()[:, None, None, None], c_noise, y=y)
+    expected = x - t[:, None, None, None] * F
+    assert (m.D(x, t, y) - expected).norm() < 1e-5 * expected.norm()
+    again = load(save_model(m, tmp_path / "own.safetensors"))
+    assert torch.equal(again.D(x, t, y), m.D(x, t, y))
+    assert torch.isfinite(sample(again, 2, steps=3, solver="heun")).all()
+    with pytest.raises(ValueError, match="the noise levels u must be those of iDDPM"): load(write("y.pkl", 1.1 * u))
+
+
+@pytest.mark.parametrize("name", ["cd_imagenet64_lpips.pt", "ct_imagenet64.pt", "cd-imagenet64-l2.safetensors"])
+def test_a_consistency_model_given_as_file_is_no_teacher(tmp_path, name):
+    from safetensors.torch import save_file
+    state = openai_state(8, 64, (1,), 1, (8,))
+    write = save_file if name.endswith("tensors") else torch.save
+    write(state, tmp_path / name)
+    with pytest.raises(ValueError, match='consistency model by its name, not a teacher; which="cm" loads it'):
+        load(tmp_path / name, which="teacher", image_size=8)
+    for which in ("cm", None):
+        m = load(tmp_path / name, which=which, image_size=8)
+        assert isinstance(m, Denoiser) and "consistency model, loaded as a denoiser" in m.about
+    (tmp_path / name).rename(tmp_path / "edm_imagenet64_ema.pt")
+    assert type(load(tmp_path / "edm_imagenet64_ema.pt", which="teacher", image_size=8)) is Denoiser
+
+
+def test_networks_of_the_catalogue_are_not_assumed(tmp_path, monkeypatch):
+    torch.save(openai_state(64, 64, (1, 1, 1, 1), 1, ()), tmp_path / "x.pt")
+    monkeypatch.setattr("ctm_nb.checkpoints.models.fetch", lambda name: tmp_path / "x.pt")
+    for name, which in (("edm-imagenet64-openai", "teacher"), ("cd-imagenet64-l2", "cm")):
+        about = load(name, which=which).about
+        assert "assumed" not in about and about.endswith("no classes, 3 x 64 x 64")

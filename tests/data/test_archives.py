@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ctm_nb.data.convert import store
-from ctm_nb.data.read import open_pack, read_entry, zip_entries
+from ctm_nb.data.read import open_archive, read_entry, zip_entries
 
 
 def by_zipfile(path):
@@ -19,7 +19,7 @@ def by_zipfile(path):
 
 def by_us(path):
     with open(path, "rb") as f:
-        return {n: read_entry(f.fileno(), *place[1:]) for n, place in zip_entries(path)}
+        return {n: read_entry(f.fileno(), *place) for n, place in zip_entries(path)}
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -53,7 +53,7 @@ def test_damaged_archives_are_errors_and_nothing_else(tmp_path):
             del data[rng.randrange(len(data)) :]
         path.write_bytes(data)
         try:
-            s = open_pack(path)
+            s = open_archive([path])
         except ValueError:
             refused += 1
             continue
@@ -87,7 +87,7 @@ def test_the_order_is_folder_by_folder(tmp_path):
     names = list({"/".join(rng.choice(parts) for _ in range(3)) + ".png" for _ in range(200)})
     with open(tmp_path / "a.zip", "wb") as f:
         store(f, ((n, b"") for n in names))
-    assert list(open_pack(tmp_path / "a.zip").names) == sorted(names, key=lambda n: n.split("/"))
+    assert list(open_archive([tmp_path / "a.zip"]).names) == sorted(names, key=lambda n: n.split("/"))
 
 
 MEMORY = """

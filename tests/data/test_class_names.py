@@ -11,7 +11,7 @@ from PIL import Image
 import ctm_nb.data.images
 from ctm_nb.commands.train import ctm_nb_train
 from ctm_nb.commands.sample import ctm_nb_sample
-from ctm_nb.data.images import digits, heading, named_grid
+from ctm_nb.data.images import digits, named_grid
 from ctm_nb.checkpoints.models import load
 
 
@@ -42,8 +42,11 @@ def run(tmp_path_factory):
 def written(monkeypatch):
     "What is written over columns."
     seen = []
-    real = heading
-    monkeypatch.setattr(ctm_nb.data.images, "heading", lambda names, *a: seen.append(names) or real(names, *a))
+    real = ctm_nb.data.images._words
+    def words(names, size, limit):
+        if names and limit == 104: seen.append(names)
+        return real(names, size, limit)
+    monkeypatch.setattr(ctm_nb.data.images, "_words", words)
     return seen
 
 

@@ -325,21 +325,14 @@ def test_turns():
 
 @pytest.mark.parametrize("first", ["student", "discriminator"])
 @pytest.mark.parametrize("start, head_start", [(0, 0), (0, 5), (3, 4), (0, 8)])
-def test_the_penalty_falls_on_turns_of_the_discriminator(start, head_start, first, monkeypatch):
+def test_both_turns_are_tried_for_memory(start, head_start, first):
     from ctm_nb.training import stages
     from ctm_nb.training.config import make_config
-    words = ["gan.steps=80", "gan.r1=1", f"gan.start={start}", f"gan.head_start={head_start}",
-             f"gan.first={first}"]
-    config, cpu, charged = make_config("tiny", words), torch.device("cpu"), []
+    words = ["gan.steps=80", f"gan.start={start}", f"gan.head_start={head_start}", f"gan.first={first}"]
+    config, cpu = make_config("tiny", words), torch.device("cpu")
     teacher = stages.TeacherStage(config, digits(), cpu).parts["teacher"]
     stage = stages.GanStage(config, digits(), cpu, {"teacher": teacher, "ctm": student_from(teacher)})
-    monkeypatch.setattr(stages, "discriminator_loss", lambda *_, r1, **__: charged.append(r1 > 0))
-    nothing = dict.fromkeys(("x_t", "t", "s", "x0", "y", "looks"))
-    for n in range(start, 80):
-        if stage.turn(n) == "discriminator": stage.losses(nothing, n)
-    assert sum(charged) >= (80 - start - head_start) // 16
-    kinds = {stage.turn(n): stage.r1(n) for n in stage.kinds()}  # tried for memory: both turns, with the penalty
-    assert set(kinds) == {"discriminator", "ctm_dsm_gan"} and kinds["discriminator"] > 0
+    assert {stage.turn(n) for n in stage.kinds()} == {"discriminator", "ctm_dsm_gan"}
 
 
 # ---- the published discriminator

@@ -5,9 +5,11 @@ from runs import newest
 
 from ctm_nb.checkpoints.models import load
 from ctm_nb.data.batches import Batches
+from ctm_nb.method.balance import ApartGradients
 from ctm_nb.method.sampling import sample
 from ctm_nb.networks.unet import ADM, DDPMpp, OpenAIUNet
 from ctm_nb.training.config import make_config
+from ctm_nb.training.stages import take
 from ctm_nb.training.trainer import Trainer
 
 SHORT = ["teacher.steps=1", "distill.steps=4", "distill.optimizer=radam", "distill.lr=.01", "gan.steps=4",
@@ -154,3 +156,23 @@ def test_a_student_without_a_teacher_resumes_exactly(tmp_path):
     (["gan.steps=2"], "gan.features must be timm networks where there is no teacher")])
 def test_what_needs_a_teacher_is_refused_without_one(words, message):
     with pytest.raises(ValueError, match=message): make_config("tiny", [*ALONE, *words])
+
+
+def test_losses_are_weighed_within_groups_of_rows(tmp_path):
+    "The gradient of a step is the mean of those of its groups, each with its own weight."
+    words = ["distill.batch=12", "run.micro_batch=5", "distill.optimizer=adamw"]
+    whole, apart = (trainer(tmp_path / k, *words, *more) for k, more in (("a", []), ("b", ["distill.balance_rows=4"])))
+    for t in (whole, apart): t.train_step()
+    for t in (whole, apart): t.begin("ctm_dsm", t.parts)
+    assert len(apart.rows) == 3 and len(whole.rows) == 3 and type(apart.now.gradients(0)) is ApartGradients
+    material, now, lambdas, total = whole.material_of(1), whole.now, [], 0
+    for k in range(3):
+        e = whole.example_of(1, take(material, slice(4 * k, 4 * k + 4)))
+        gradients = now.gradients(0)
+        gradients.add(now.losses(e, 0))
+        lambdas.append(float(gradients.combine()["lambda_dsm"]))
+        total = total + torch.cat([p.grad.flatten() for p in now.parts["model"].parameters()]) / 3
+    numbers = apart.gradient()
+    got = torch.cat([p.grad.flatten() for p in apart.parts["model"].parameters()])
+    assert torch.allclose(got, total, atol=1e-6) and abs(float(numbers["lambda_dsm"]) - sum(lambdas) / 3) < 1e-5
+    assert abs(float(whole.gradient()["lambda_dsm"]) - sum(lambdas) / 3) > 1e-3

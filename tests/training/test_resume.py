@@ -16,7 +16,7 @@ from PIL import Image
 from runs import COMMAND, ENV, assert_same, compute_alike, newest
 
 import ctm_nb.training.trainer as training
-from ctm_nb.checkpoints.store import CheckpointError
+from ctm_nb.checkpoints.store import CheckpointError, save_checkpoint
 from ctm_nb.training.config import make_config
 from ctm_nb.training.trainer import Trainer, changes
 
@@ -25,7 +25,7 @@ TINY = ["teacher.steps=8", "distill.steps=6", "teacher.batch=8", "distill.batch=
         "run.log_every=3", "run.sample_every=100", "evaluate.n=0"]
 
 
-def start(folder, *more, previous=False): return Trainer(make_config("tiny", [*TINY, *more]), folder, previous)
+def start(folder, *more): return Trainer(make_config("tiny", [*TINY, *more]), folder)
 
 
 def walk(trainer, step):
@@ -97,18 +97,18 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(whole, tmp_path):
 
 # ---- damaged
 
-def test_damage_is_named_and_the_previous_one_used_only_if_asked(whole, tmp_path, caplog):
+def test_damage_is_named_and_the_previous_one_used_only_if_it_is_moved_away(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "d")
     part = tmp_path / "d" / "checkpoints" / "step_00000014" / "model.safetensors"
     data = bytearray(part.read_bytes())
     data[-3] ^= 1
     part.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"step_00000014/model.safetensors: expected sha256 .* --from-previous"):
+    message = r"step_00000014/model.safetensors: expected sha256 .* move the folder step_00000014 away"
+    with pytest.raises(CheckpointError, match=message):
         start(tmp_path / "d")
-    again = start(tmp_path / "d", previous=True)
-    assert again.step == 8 and any("damaged, passed over" in r.message for r in caplog.records)
-    left = sorted(p.name for p in (tmp_path / "d" / "checkpoints").iterdir())
-    assert left == ["damaged-step_00000014", "step_00000008"]
+    part.parent.rename(part.parent.with_name("damaged"))
+    again = start(tmp_path / "d")
+    assert again.step == 8
     walk(again, 14)
     assert_same(tmp_path / "d", whole)
 
@@ -120,10 +120,12 @@ def test_a_missing_part_is_named_and_nothing_starts_over(whole, tmp_path, name):
     log = (tmp_path / "l" / "metrics.jsonl").read_text()
     with pytest.raises(CheckpointError, match=f"step_00000014/{name}: expected a readable file"):
         start(tmp_path / "l")
-    if name != "ctm.safetensors":  # the teacher's checkpoint has no such part
-        with pytest.raises(CheckpointError, match="no checkpoint that can be read: step_00000014, step_00000008"):
-            start(tmp_path / "l", previous=True)
     assert (tmp_path / "l" / "metrics.jsonl").read_text() == log
+    (tmp_path / "l" / "checkpoints" / "step_00000014").rename(tmp_path / "l" / "away")
+    if name == "ctm.safetensors": assert start(tmp_path / "l").step == 8  # the teacher's checkpoint has no such part
+    else:
+        with pytest.raises(CheckpointError, match=f"step_00000008/{name}: expected a readable file"):
+            start(tmp_path / "l")
 
 
 def test_scores_without_checkpoints_are_not_trained_over(tmp_path):
@@ -211,19 +213,23 @@ def test_a_setting_that_a_new_version_adds_counts_as_its_default():
     assert changes(old, labels, 20)[1] == ["data.use_labels: True -> False"]
 
 
-def test_a_run_of_the_version_before_goes_on_unless_its_settings_are_gone(tmp_path):
+def test_a_run_of_another_version_goes_on_without_the_settings_that_are_gone(tmp_path, caplog):
     "As its config.json and checkpoint.json have them: settings that are no longer there, a solver's former name."
-    walk(start(tmp_path / "a"), 11)
     new = asdict(make_config("tiny", TINY))
-    def older(**values): return {**new, "distill": {**new["distill"], "solver": "dpm", **values}}
-    assert new["distill"]["solver"] == "dpmpp_2m" and not {"pairs", "spacing"} & new["distill"].keys()
-    assert changes(older(pairs=1, spacing="grid"), new, 11) == ([], [])
-    for gone in (dict(pairs=4), dict(spacing="curved")):
-        key, value = next(iter(gone.items()))
-        assert changes(older(**gone), new, 11)[1][0].startswith(f"distill.{key}: {value} -> this version no longer has")
-    config = tmp_path / "a" / "config.json"
-    config.write_text(json.dumps(older(pairs=1, spacing="grid")))
-    assert start(tmp_path / "a").step == 11 and "pairs" not in json.loads(config.read_text())["distill"]
+    gone = {"distill": dict(solver="dpm", pairs=4, spacing="curved"), "gan": dict(r1=.5), "run": dict(score_every=10)}
+    older = {k: {**v, **gone.get(k, {})} for k, v in new.items()}
+    said = "no longer a setting, ignored: distill.pairs=4, distill.spacing=curved, gan.r1=0.5, run.score_every=10"
+    assert new["distill"]["solver"] == "dpmpp_2m" and changes(older, new, 11) == ([said], [])
+    straight, old = walk(start(tmp_path / "b"), 14), start(tmp_path / "a")
+    walk(old, 11)
+    c = newest(tmp_path / "a")
+    save_checkpoint(c.path.parent, 11, c.models, c.state, {**c.meta, "config": older}, replace=True)
+    (config := tmp_path / "a" / "config.json").write_text(json.dumps(older))
+    again = start(tmp_path / "a")
+    assert again.step == 11 and f"from step 11 on: {said}" in caplog.text
+    assert json.loads(config.read_text()) == json.loads(json.dumps(new))
+    walk(again, 14), straight.save()
+    assert_same(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_state_that_lacks_something_is_refused(tmp_path):
