@@ -15,29 +15,16 @@ import torch
 from ctm_nb.commands.evaluate import ctm_nb_evaluate
 from ctm_nb.data.images import digits
 from ctm_nb.evaluation.draw import make_recipe
-from ctm_nb.method.teacher import Denoiser
 from ctm_nb.evaluation.features import ClassifierExtractor
-from ctm_nb.checkpoints.models import describe, load
+from ctm_nb.checkpoints.models import load
 from ctm_nb.evaluation.metrics import FeatureStats, train_classifier
-from ctm_nb.networks.unet import DDPMpp, init_
 from ctm_nb.evaluation.reference import (Collected, Ranks, image_samples, build_reference, _extract, _joined,
                                          process_group, read_reference)
 from ctm_nb.evaluation.search import beside, _ledger_file, search_times, stored_times
-from ctm_nb.checkpoints.store import save_checkpoint
-from ctm_nb.method.trajectory import student_from
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    torch.manual_seed(0)
-    teacher = Denoiser(DDPMpp(8, 1, 10, model_channels=8, channel_mult=(1, 1), n_blocks=1, attention=()))
-    init_(teacher.net.out_layers[1], 1.)
-    models = {"teacher": teacher, "ctm": student_from(teacher)}
-    described = {k: {"part": k, "description": describe(m, list("0123456789"))} for k, m in models.items()}
-    meta = {"models": described}
-    save_checkpoint(folder / "checkpoints", 1, {k: m.state_dict() for k, m in models.items()}, {}, meta)
-    return folder
+def run(tmp_path_factory, untrained_run): return untrained_run(tmp_path_factory.mktemp("run"), 1, "0123456789")
 
 
 @pytest.fixture(scope="module")
