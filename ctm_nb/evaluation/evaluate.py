@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'METRICS', 'NEED_POINTS', 'LOWER', 'INCEPTION_NAMES', 'Evaluator', 'extend_scores', 'drawn_samples',
-           'Request', 'sampler_settings', 'Subject', 'open_subject', 'run_evaluator', 'find_reference', 'evaluate',
-           'text_table', 'report', 'plan']
+           'Request', 'sampler_settings', 'Subject', 'open_subject', 'kept_reference', 'run_evaluator',
+           'find_reference', 'evaluate', 'text_table', 'report', 'plan']
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #0537b479
 import hashlib, json, logging
@@ -289,7 +289,7 @@ def open_subject(r: Request) -> Subject:
     return Subject(name, tuple(m.data_shape), None, m, sampler_settings(r, m), bytes, reading)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #45ab864d
-def _kept_reference(data, real, seed: int, most: int) -> Path:  # in the cache folder; it need not exist
+def kept_reference(data, real, seed: int, most: int) -> Path:  # in the cache folder; it need not exist
     "Where a reference with its classifier is kept: other images or another training, another file."
     made_of = __version__, torch.__version__, data.sha256(), real.sha256(), seed, most
     return cache_folder() / f"reference-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]}.npz"
@@ -312,7 +312,7 @@ def run_evaluator(
     own, path, first = features == "train", None, ranks.rank == 0
     split = split or ("held_out" if own else "train")
     real = splits[split]
-    if own and keep and first: path = _kept_reference(splits["train"], real, seed, most)
+    if own and keep and first: path = kept_reference(splits["train"], real, seed, most)
     known: Any = None
     try: known = read_reference(path) if path and path.exists() else None
     except ValueError as e: log.warning("%s; it is made again", e)
