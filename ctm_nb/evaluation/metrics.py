@@ -243,7 +243,8 @@ def _calibrate(net: FeatureClassifier, data: Images) -> FeatureClassifier:
     "Set the normalisation so that each feature has mean 0 and variance 1 on `data`."
     net.eval()
     device, stats = net.norm.running_mean.device, FeatureStats(net.dim)
-    for i in torch.arange(len(data)).split(500): stats.update(net.body(data.x0(i).to(device)).mean((2, 3)))
+    n = min(len(data), 10000)
+    for i in (torch.arange(n) * len(data) // n).split(500): stats.update(net.body(data.x0(i).to(device)).mean((2, 3)))
     variance = stats.cov.diag()
     net.norm.running_mean.copy_(stats.mean)
     net.norm.running_var.copy_(variance.clamp(min=1e-3 * variance.mean()))    # a dead feature stays small

@@ -133,7 +133,8 @@ def test_lite0_takes_the_tensors_in_their_order(tmp_path, monkeypatch):
     net = timm.create_model(LITE, pretrained=False)
     path = tmp_path / "efficientnet-lite0-0.pth"
     torch.save(renamed(net), path)
-    monkeypatch.setattr(features.metadata, "files", lambda package: [SimpleNamespace(suffix=".pth", locate=lambda: path)])
+    file = SimpleNamespace(suffix=".pth", locate=lambda: path)
+    monkeypatch.setattr(features.metadata, "files", lambda package: [file])
     monkeypatch.setattr(socket.socket, "connect", no_network)
     found = load_extractor("lite0")
     assert len(renamed(net)) == 296 and found.features_id == f"lite0-{features.file_hash(path)[:12]}"
