@@ -71,6 +71,7 @@ def test_the_settings_of_the_real_run_are_possible(monkeypatch):
     preset, words = gpu.RUN
     config = make_config(preset, [*words, "data.source=x", "teacher.steps=5", "distill.steps=5"])
     assert list(schedule(config)) == ["teacher", "ctm_dsm"] and config.distill.distance == "features"
+    assert config.distill.balance_rows is None and config.distill.dropout == 0  # whole batches, at full speed
     assert sum(gpu.LIMITS.values()) < gpu.WHOLE < 600 and set(gpu.unconfirmed(Path("nowhere"))) == set(gpu.FILES)
 
 
