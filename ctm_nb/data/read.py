@@ -671,6 +671,7 @@ def _cifar_files(path:Path)->dict: # base name -> bytes
     if files: return files
     raise ValueError(f"{path} is a compressed tar and not CIFAR's for Python: unpack it and give the folder")
 
+# %% ../../nbs/3_data/02_read.ipynb #975a8899
 def open_cifar(where:Path)->ArraySource:
     "CIFAR-10 or CIFAR-100 for Python, a folder or cifar-10-python.tar.gz; `ValueError` for any other compressed tar."
     files, x, y = _cifar_files(where), [], []
@@ -825,6 +826,7 @@ def open_digits()->ArraySource:
     return ArraySource("digits", "embedded", numbered("digits", len(d)), y, d.classes, held_out_mask(y, 4),
                        images=d.images.permute(0, 2, 3, 1).numpy())
 
+# %% ../../nbs/3_data/02_read.ipynb #c020abf2
 def open_source(
     path:str|Path, # what `EXPECTED` lists
     labels:str|Path|None=None, # a labels file, "name,class" a line, for folders, zips and tars
