@@ -52,6 +52,7 @@ def rebuild(
     d = dict(description)
     kind, classes, network, precondition = (d.pop(k, None) for k in ("kind", "classes", "network", "preconditioning"))
     if kind not in KINDS: raise ValueError(f"kind of model must be one of {sorted(KINDS)}, got {kind!r}")
+    if "model_channels" in network: network = {"stem": network["model_channels"], **network}  # as it was without a word
     with torch.device("cpu" if state is None else "meta"):
         m = KINDS[kind](build_network(**network), **d, kind=precondition or "edm")
     if state is not None: m.load_state_dict(_fitting(m, state), assign=True)
@@ -211,11 +212,10 @@ def _from_edm(n, which=None, **architecture):
 # %% ../../nbs/4_checkpoints/05_models.ipynb #14dd535d
 def _first_half(state):
     "The weights of an iDDPM network without those of its variance, the second half of what it predicts."
-    state, last = dict(state), ("model.out_conv.weight", "model.out_conv.bias")
-    u = state.pop("u", iddpm_levels())
+    u = state.get("u", iddpm_levels())
     if u.shape != (1001,) or not torch.allclose(u.double(), iddpm_levels(), rtol=1e-2, atol=1e-6):
         raise ValueError("the noise levels u must be those of iDDPM's cosine schedule, the file has others")
-    return state | {k: state[k].chunk(2)[0] for k in last if k in state}
+    return {k: v.chunk(2)[0] if "out_conv." in k else v for k, v in state.items() if k != "u"}
 
 # %% ../../nbs/4_checkpoints/05_models.ipynb #fdbc06fe
 def _range(settings):

@@ -96,7 +96,7 @@ def plan(
     return "\n".join([
         f"data      {train.name}: {len(train)} training images, {size}, {classes}",
         f"network   {config.network.family}, {weights / 1e6:.2f} M parameters{given}",
-        *_stages(config, stage), *estimate(only, train, images_per_sec),
+        *_stages(config, stage), *estimate(only, train, images_per_sec)[:1 if minutes else None],
         *([f"budget    {config.run.minutes:g} min: {minutes}"] if minutes else []),
         f"disk      about {weights * 4 * copies / 2**20:.0f} MiB a checkpoint, {config.run.keep} are kept",
         f"scores    {scored}", f"writes    {folder}/ ({place(config, folder)})"])
@@ -173,7 +173,7 @@ def _minutes(a, config, folder):
     from ctm_nb.evaluation.reference import launched
     from ctm_nb.training.report import read_json
     saved = read_json(folder / "config.json", {})
-    minutes = a.minutes or saved.get("run", {}).get("minutes", 0)
+    minutes = a.minutes or config.run.minutes or saved.get("run", {}).get("minutes", 0)
     typed = [w for w in a.set if w.partition("=")[0].endswith(".steps") and not w.startswith("evaluate")]
     default = not saved and not typed and _preset(a) == "auto" and _on_cpu(config)
     if launched()[1] == 1: return minutes or 30 * default

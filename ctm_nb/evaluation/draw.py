@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['log', 'WRITERS', 'OTHER_FILES', 'FEW', 'write_npz', 'write_zip', 'write_tree', 'write_grid', 'read_recipe',
-           'save_samples', 'class_list', 'timesteps_of', 'make_recipe', 'out_of_memory', 'free_memory', 'Drawer',
-           'drawer_of', 'assemble', 'weights_hash', 'all_parts', 'missing_parts', 'draw_parts', 'draw_samples']
+           'class_list', 'timesteps_of', 'make_recipe', 'out_of_memory', 'free_memory', 'Drawer', 'drawer_of',
+           'weights_hash', 'missing_parts', 'draw_parts', 'draw_samples']
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #df8c91dc
 import gc
 import difflib, hashlib, io, json, logging, math, shutil, warnings, zipfile
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from tqdm import tqdm
 from ..data.convert import png, write_edm_zip
 from ..data.files import atomic_write, publish, temp_name
 from ..data.images import named_grid, to_uint8
-from ..method.guidance import candidates, guide, guide_free, keep_best, on_denoised
-from ..method.sampling import Churn, check_request, default_times, evaluations, sample
+from ..method.guidance import candidates, guide_free, keep_best
+from ..method.sampling import check_request, default_times, evaluations, sample
 from ..method.solvers import solver_name
 from ..method.teacher import Model
 from ..method.trajectory import is_ctm
@@ -78,10 +77,8 @@ def _writer_of(out: Path):  # write(path, images, labels, recipe)
     return WRITERS.get(end, write_tree)
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #9f6ca947
-def read_recipe(
-    out: Path,  # a file or folder written here
-) -> dict | None:  # None if there is none in it
-    "The recipe inside a set of samples."
+def read_recipe(out: Path) -> dict | None:  # None if there is none in it
+    "The recipe inside a file or folder that was written here."
     try:
         if out.is_dir(): return json.loads((out / "sampler.json").read_text())
         if out.suffix == ".npz": return json.loads(str(np.load(out)["sampler"]))
@@ -90,36 +87,26 @@ def read_recipe(
     except (OSError, KeyError, ValueError, AttributeError, zipfile.BadZipFile): return None
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #1bf20e7b
-def _refuse_existing(out: Path, overwrite: bool):
+def _refuse_existing(out: Path):
     "Raise FileExistsError where something would be lost."
-    if overwrite or not out.exists() or (out.is_dir() and not any(out.iterdir())): return
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())): return
     raise FileExistsError(f"{out} exists; choose another name or pass --overwrite")
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #d13e90e1
-def save_samples(
-    out: Path,  # the final file or folder
-    images: np.ndarray,  # (n, H, W, C) uint8
-    labels: np.ndarray | None,  # (n,) class indices, -1 for none
-    recipe: dict,  # goes into the file
-    overwrite: bool = False,  # replace what is there
-):
+def _save_samples(out: Path, images: np.ndarray, labels: np.ndarray | None, recipe: dict, overwrite: bool = False):
     "Write a set as one file or folder that appears whole or not at all."
     temp = temp_name(out)
     try:
         _writer_of(out)(temp, images, labels, recipe)
-        _refuse_existing(out, overwrite)
+        if not overwrite: _refuse_existing(out)
         publish(temp, out)
     finally:
         if temp.is_dir(): shutil.rmtree(temp)
         else: temp.unlink(missing_ok=True)
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #d3370bca
-def class_list(
-    spec: str,  # "all", "none" (no label) or names and indices, separated by commas
-    n_classes: int,  # of the model
-    names: list | tuple = (),  # of its classes, if it knows them
-) -> list | None:  # class indices; None for a model without classes
-    "Classes by name or index; ValueError with the nearest name for an unknown one."
+def class_list(spec: str, n_classes: int, names: list | tuple = ()) -> list | None:  # None for a model without classes
+    "Indices of classes by name or index, with commas; all, or none; ValueError with the nearest for an unknown name."
     if not n_classes and spec in ("all", "none"): return None
     if not n_classes: raise ValueError(f"classes {spec!r} were asked for, but this model has none")
     if spec in ("all", "none"): return list(range(n_classes)) if spec == "all" else [-1]
@@ -135,15 +122,11 @@ def _class_index(word, names, n_classes):
     raise ValueError(f"unknown class {word!r}: {hint}")
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #504c33e4
-def timesteps_of(
-    m: Model,  # a model
-    checkpoint: str,  # where it came from
-    solver: str,  # "ctm" or one of the solvers
-    steps: int | None = None,  # jumps or solver steps; None: 1 for jumps, 18 for solvers
-    gamma: float | None = None,  # share of fresh noise; None: 0, or what goes with stored times
-    times: str | None = None,  # decreasing, with commas, the end is added; "auto": those of a search; None: the grid
-) -> tuple:  # timesteps (n+1,), gamma
-    "The sampler's timesteps, and with how much noise; `ValueError` if times and steps contradict each other."
+def timesteps_of(m: Model, checkpoint: str, solver: str, steps=None, gamma=None, times: str | None = None) -> tuple:
+    """The sampler's timesteps (n+1,), and gamma; `ValueError` if times and steps contradict each other.
+
+    `times` are decreasing numbers with commas, and the end is added; or "auto": those of a search; or None: the grid,
+    of 1 jump or 18 solver steps if `steps` is None. `gamma` None is 0, or what goes with the times of a search."""
     if times == "auto":
         found = stored_times(checkpoint, steps)
         return found["times"], found["gamma"] if gamma is None else gamma
@@ -159,14 +142,6 @@ def timesteps_of(
         raise ValueError(f"times {t} are {len(t) - 1} steps, got steps={steps}")
     return t, gamma or 0.
 
-# %% ../../nbs/5_evaluation/05_draw.ipynb #da056967
-def _churn_of(spec: str | None) -> Churn:
-    "The noise of solver \"edm\" in words; `ValueError` for anything else."
-    try: return Churn(*[float(v) for v in spec.split(",")] if spec else [])
-    except (ValueError, TypeError) as e:
-        known = str(e) if str(e).startswith("S_") else f"churn must be S_churn[,S_min,S_max,S_noise], got {spec!r}"
-        raise ValueError(known) from None
-
 # %% ../../nbs/5_evaluation/05_draw.ipynb #033818f7
 def _classifier_source(path: str | Path, m: Model) -> dict:  # fit for JSON: reference, features, n_classes
     "The classifier of a reference; ValueError or FileNotFoundError if there is none, or none for this model."
@@ -178,28 +153,13 @@ def _classifier_source(path: str | Path, m: Model) -> dict:  # fit for JSON: ref
     if shape != expected:
         raise ValueError(f"the classifier must take pictures of shape {expected} as the model draws them, "
                          f"got one for {shape}")
-    if m.n_classes not in (0, n_classes):
+    if m.n_classes != n_classes:
         raise ValueError(f"the classifier must know the model's {m.n_classes} classes, got one of {n_classes}")
     return {"reference": str(Path(path).resolve()), "features": r.features, "n_classes": n_classes}
 
-# %% ../../nbs/5_evaluation/05_draw.ipynb #8e37ccdf
-def _guided_model(
-    m: Model, guidance: float | None, classifier_guidance: float | None, n_classes: int | None = None, net=None,
-):
-    "The model with its guidance; ValueError for scales below 0, or for both kinds at once."
-    if guidance is not None and classifier_guidance is not None:
-        raise ValueError(f"guidance={guidance} and classifier_guidance={classifier_guidance} can't be combined; "
-                         "leave one out")
-    if guidance is not None: return guide_free(m, guidance)
-    if classifier_guidance is None: return m
-    if n_classes is None: raise ValueError("classifier guidance needs the number of the classifier's classes, got None")
-    return guide(m, on_denoised(m, lambda x0: net(x0).log_softmax(1)), n_classes, classifier_guidance)
-
 # %% ../../nbs/5_evaluation/05_draw.ipynb #c073dfc9
 @torch.no_grad()
-def _class_log_probs(
-    net: FeatureClassifier, images: torch.Tensor, labels: torch.Tensor, batch_size: int = 500,
-) -> torch.Tensor:
+def _class_log_probs(net: FeatureClassifier, images: torch.Tensor, labels: torch.Tensor, batch_size=500):
     "Log-probability of each picture's own class."
     device, out = net.norm.running_mean.device, []
     for x, y in zip(images.split(batch_size), labels.split(batch_size)):
@@ -228,50 +188,31 @@ def make_recipe(
     classes: str = "all",  # see `class_list`; sample i is of the (i mod count)-th
     seed: int = 0,  # of the noise
     guidance: float | None = None,  # scale of classifier-free guidance; None: without
-    churn: str | None = None,  # S_churn[,S_min,S_max,S_noise] for solver "edm"
-    classifier: str | None = None,  # a reference .npz with a classifier, for the next two
-    classifier_guidance: float | None = None,  # scale of a classifier's push; None: without
     reject: float | None = None,  # draws for each sample that is kept, >= 1; None: all are kept
+    classifier: str | None = None,  # for that: a reference .npz with a classifier
 ) -> dict:
     "Everything that the samples depend on; ValueError for the first thing that makes no sense."
     if len(m.data_shape) != 3: raise ValueError(f"only pictures can be written, this model draws shape {m.data_shape}")
     if seed < 0: raise ValueError(f"seed must be >= 0, got seed={seed}")
+    if reject is not None and not 1 <= reject < math.inf:
+        raise ValueError(f"reject must be >= 1 and finite, got reject={reject}")
+    if bool(classifier) != (reject is not None):
+        raise ValueError(f"reject needs a classifier, and a classifier reject, got {reject=}, {classifier=}")
+    if reject and not m.n_classes: raise ValueError(f"reject={reject:g} needs a model with classes, this one has none")
     solver = solver_name(solver, ("ctm", "edm")) if solver else "ctm" if is_ctm(m) else "heun"
     t, gamma = timesteps_of(m, checkpoint, solver, steps, gamma, times)
     check_request(m, n, 1 if steps is None else steps, gamma, solver, torch.tensor(t, dtype=torch.float64))
-    if churn and solver != "edm": raise ValueError(f'churn is for solver "edm", got solver={solver!r}')
-    about = _check_guidance(m, classifier, classifier_guidance, reject)
-    if guidance is not None: _warn_unlabelled(m, checkpoint)
-    guided = _guided_model(m, guidance, classifier_guidance, about and about["n_classes"])
-    names = [str(c) for c in getattr(m, "classes", None) or range(guided.n_classes)]
-    recipe = {**_origin(checkpoint), "n": n, "solver": solver, "times": t, "gamma": gamma, "seed": seed,
-              "classes": class_list(classes, guided.n_classes, names), "class_names": names,
-              "churn": vars(_churn_of(churn)) if solver == "edm" else None, "guidance": guidance, "classifier": about,
-              "classifier_guidance": classifier_guidance, "reject": reject,
-              "evaluations": evaluations(solver, torch.tensor(t)) * (1 if guided is m else 2)}
+    about = _classifier_source(classifier, m) if classifier else None
+    if guidance is not None:
+        guide_free(m, guidance)  # refuses what can't be
+        _warn_unlabelled(m, checkpoint)
+    path = find_checkpoint(checkpoint) if (Path(checkpoint) / "checkpoints").is_dir() else Path(checkpoint)
+    names = [str(c) for c in getattr(m, "classes", None) or range(m.n_classes)]
+    recipe = {"checkpoint": str(path), "n": n, "solver": solver, "times": t, "gamma": gamma, "seed": seed,
+              "classes": class_list(classes, m.n_classes, names), "class_names": names, "guidance": guidance,
+              "classifier": about, "reject": reject,
+              "evaluations": evaluations(solver, torch.tensor(t)) * (1 if guidance is None else 2)}
     return {**recipe, "draws": len(_wanted(recipe)[0])}
-
-# %% ../../nbs/5_evaluation/05_draw.ipynb #482c5693
-def _check_guidance(m, classifier, classifier_guidance, reject):
-    "The classifier that is needed, if any; ValueError for what makes no sense."
-    if reject is not None and not 1 <= reject < math.inf:
-        raise ValueError(f"reject must be >= 1 and finite, got reject={reject}")
-    needed = classifier_guidance is not None or reject is not None
-    if bool(classifier) != needed:
-        raise ValueError("classifier_guidance and reject need a classifier, and a classifier needs one of them, got "
-                         f"{classifier_guidance=}, {reject=}, {classifier=}")
-    if reject is not None and not m.n_classes and classifier_guidance is None:
-        raise ValueError(f"reject={reject:g} needs a model with classes, this one has none; classifier_guidance would "
-                         "give it some")
-    return _classifier_source(str(classifier), m) if needed else None
-
-# %% ../../nbs/5_evaluation/05_draw.ipynb #21bb0c59
-def _origin(checkpoint):
-    "The very checkpoint, and when it was saved."
-    path = Path(checkpoint)
-    if (path / "checkpoints").is_dir(): path = find_checkpoint(path)  # a run's newest
-    saved = datetime.fromtimestamp(path.stat().st_mtime).isoformat(" ") if path.exists() else None
-    return {"checkpoint": str(path), "saved": saved}
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #21327380
 def _labels_of(recipe: dict, ids) -> torch.Tensor | None:  # (B,) int64; None for a model without classes
@@ -289,9 +230,7 @@ def _wanted(recipe: dict) -> tuple:  # sample numbers (draws,), their classes (d
     raise ValueError(f"reject={recipe['reject']:g} needs a class for every sample, got classes none")
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #0a626392
-def out_of_memory(
-    error: BaseException,  # what was raised
-) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     "Did a device, or the computer, run out of memory?"
     words = ("out of memory", "not enough memory", "can't allocate memory")
     said = isinstance(error, RuntimeError) and any(w in str(error) for w in words)
@@ -305,10 +244,7 @@ def free_memory():
 # %% ../../nbs/5_evaluation/05_draw.ipynb #1c5a6815
 class Drawer:
     "A function of sample numbers, called with as many at a time as memory allows."
-    def __init__(self,
-        f,  # f(ids (B,)) -> (B, ...) tensor
-        size: int,  # samples at a time, at first; >= 1
-    ):
+    def __init__(self, f, size: int):  # f(ids (B,)) -> (B, ...) tensor; samples at a time, at first
         if size < 1: raise ValueError(f"batch_size must be >= 1, got batch_size={size}")
         self.f, self.size = f, size
 
@@ -331,20 +267,17 @@ class Drawer:
         return torch.cat(out)
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #1dbbd3a6
-def drawer_of(
-    m,  # the model of the recipe
-    recipe: dict,  # from `make_recipe`
-    batch_size: int | None = None,  # samples at a time; None: 256, or what memory allows
-):  # draw(rows, done) -> dict of images (B, H, W, C) uint8 and, for a choice, log_probs (B,)
-    "Draws any of all the draws of a recipe; `done` is called with the size of every finished batch."
+def drawer_of(m, recipe: dict, batch_size: int | None = None):  # draw(rows, done) -> dict of arrays
+    """Draws any of the draws of a recipe; `done` is called with the size of every finished batch.
+
+    The arrays are images (B, H, W, C) uint8 and, where the classifier chooses among them, log_probs (B,)."""
     (ids, y), about = _wanted(recipe), recipe["classifier"]
     net: Any = read_reference(about["reference"]).net if about else None
-    if net: net.requires_grad_(False).to(next(m.parameters()).device)
-    guided = _guided_model(m, recipe["guidance"], recipe["classifier_guidance"], about and about["n_classes"], net)
+    if net: net.to(next(m.parameters()).device)
+    guided = m if recipe["guidance"] is None else guide_free(m, recipe["guidance"])
     settings = {k: recipe[k] for k in ("gamma", "solver", "times", "seed")}
-    churn = Churn(**recipe["churn"]) if recipe["churn"] else None
     def pictures(ids):
-        x = sample(guided, ids=ids, y=_labels_of(recipe, ids), churn=churn, **settings)
+        x = sample(guided, ids=ids, y=_labels_of(recipe, ids), **settings)
         return to_uint8(x).permute(0, 2, 3, 1)
     draw = Drawer(pictures, 256 if batch_size is None else batch_size)
     def draw_rows(rows, done=lambda n: None):
@@ -354,30 +287,24 @@ def drawer_of(
     return draw_rows
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #3d0be2a6
-def assemble(
-    recipe: dict,  # from `make_recipe`
-    parts: list,  # from `draw_part`, or the same as open npz files, in order
-) -> tuple[np.ndarray, np.ndarray | None, dict]:  # images (n, H, W, C) uint8, labels (n,), recipe with what was kept
-    "All samples in order, or those that a classifier prefers."
+def _assemble(recipe: dict, parts: list) -> tuple[np.ndarray, np.ndarray | None, dict]:
+    "Images (n, H, W, C), labels (n,) and recipe of all parts that were drawn, or of what a classifier prefers."
     (ids, y), rows = _wanted(recipe), torch.arange(recipe["n"])
     if recipe["reject"]:
         log_probs = torch.from_numpy(np.concatenate([part["log_probs"] for part in parts]))
         rows = keep_best(_labels_of(recipe, range(recipe["n"])), y, log_probs)
         recipe = {**recipe, "kept": ids[rows].tolist()}
-    images: Any = None
+    images = np.empty((recipe["n"], *parts[0]["images"].shape[1:]), np.uint8)
     at = 0
     for part in parts:
         x = part["images"]
-        if images is None: images = np.empty((recipe["n"], *x.shape[1:]), np.uint8)
         here = ((rows >= at) & (rows < at + len(x))).numpy()
         images[here] = x[rows.numpy()[here] - at]
         at += len(x)
     return images, None if y is None else y[rows].numpy(), recipe
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #8554f657
-def weights_hash(
-    m: torch.nn.Module,  # a model
-) -> str:  # 64 hexadecimal digits
+def weights_hash(m: torch.nn.Module) -> str:  # 64 hexadecimal digits
     "Fingerprint of parameters and buffers."
     h = hashlib.sha256()
     for name, v in sorted(m.state_dict().items()):
@@ -386,10 +313,9 @@ def weights_hash(
     return h.hexdigest()
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #4df23168
-def _with_parts(recipe: dict, m: Model, size: int | None = None) -> dict:
+def _with_parts(recipe: dict, m: Model) -> dict:
     "A recipe that is worked off in parts."
-    size = size or min(256, max(8, math.ceil(recipe["draws"] / 16)))
-    return {**recipe, "weights": weights_hash(m), "part": size}
+    return {**recipe, "weights": weights_hash(m), "part": min(256, max(8, math.ceil(recipe["draws"] / 16)))}
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #e0a92684
 def _open_parts(out: Path, recipe: dict) -> Path:  # the folder of the parts
@@ -399,27 +325,21 @@ def _open_parts(out: Path, recipe: dict) -> Path:  # the folder of the parts
     file = folder / "recipe.json"
     if not file.exists(): atomic_write(file, json.dumps(recipe, indent=1).encode())
     then = json.loads(file.read_text())
-    differing = [k for k in now if then.get(k) != now[k] and k not in ("checkpoint", "saved")]
+    differing = [k for k in now if then.get(k) != now[k] and k != "checkpoint"]
     if not differing: return folder
     changes = "; ".join(f"{k}: {then.get(k)} -> {now[k]}" for k in differing)
     raise ValueError(f"{folder} holds parts of other samples ({changes}): repeat that command, or remove the folder")
 
-def all_parts(folder: Path, recipe: dict) -> list:  # of files, there or not
+def _all_parts(folder: Path, recipe: dict) -> list:  # of files, there or not
     return [folder / f"part_{p:06d}.npz" for p in range(math.ceil(recipe["draws"] / recipe["part"]))]
 
 def missing_parts(folder: Path, recipe: dict) -> list:  # numbers of the parts that are not there
-    return [p for p, file in enumerate(all_parts(folder, recipe)) if not file.exists()]
+    return [p for p, file in enumerate(_all_parts(folder, recipe)) if not file.exists()]
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #79f6760d
-def draw_parts(
-    draw,  # from `drawer_of`
-    recipe: dict,  # from `_with_parts`
-    folder: Path,  # of the parts
-    ranks: Ranks = Ranks(),  # the processes that share the work
-    progress: bool = False,  # show a bar
-):
+def draw_parts(draw, recipe: dict, folder: Path, ranks: Ranks = Ranks(), progress: bool = False):
     "Draw this process's share of what is missing."
-    files, size, n = all_parts(folder, recipe), recipe["part"], recipe["draws"]
+    files, size, n = _all_parts(folder, recipe), recipe["part"], recipe["draws"]
     mine = [p for p in missing_parts(folder, recipe) if p % ranks.world == ranks.rank]
     left = sum(min(size, n - p * size) for p in mine)
     with tqdm(total=left, desc="samples", disable=not progress) as bar:
@@ -457,18 +377,18 @@ def draw_samples(
     if not overwrite and _is_complete(out, recipe):
         log.info("%s is complete", out)
         return recipe
-    _refuse_existing(out, overwrite)
+    if not overwrite: _refuse_existing(out)
     draw = drawer_of(m, recipe, batch_size)
     with process_group() as ranks:
         if recipe["draws"] <= FEW and ranks.world == 1:
             with tqdm(total=recipe["draws"], desc="samples") as bar: part = draw(slice(None), bar.update)
-            save_samples(out, *assemble(recipe, [part]), overwrite=overwrite)
+            _save_samples(out, *_assemble(recipe, [part]), overwrite=overwrite)
             return recipe
         plan = _with_parts(recipe, m)
         folder = _open_parts(out, plan)
         draw_parts(draw, plan, folder, ranks, progress=ranks.rank == 0)
         if ranks.gather(None):  # the first, when all are there
-            parts = [np.load(f) for f in all_parts(folder, plan)]
-            save_samples(out, *assemble(plan, parts), overwrite=overwrite)
+            parts = [np.load(f) for f in _all_parts(folder, plan)]
+            _save_samples(out, *_assemble(plan, parts), overwrite=overwrite)
             shutil.rmtree(folder)
     return recipe

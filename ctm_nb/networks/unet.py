@@ -50,13 +50,15 @@ class UNet(Network):
         dropout: float = 0.,  # probability in [0, 1)
         augment_dim: int = 0,  # width of EDM's augmentation label; 0: none
         channels_per_head: int | None = None,  # of the attention; None: the family's
+        stem: int | None = None,  # channels of the first convolution; None: the family's
     ):
         super().__init__()
         self.config = dict(
             image_size=image_size, channels=channels, n_classes=n_classes, s_branch=s_branch,
             model_channels=model_channels, channel_mult=tuple(channel_mult), n_blocks=n_blocks,
             attention=tuple(attention), dropout=dropout, augment_dim=augment_dim,
-            channels_per_head=channels_per_head or self.conventions.channels_per_head)
+            channels_per_head=channels_per_head or self.conventions.channels_per_head,
+            stem=stem or model_channels * (channel_mult[0] if self.conventions.wide_start else 1))
         levels = len(channel_mult)
         if image_size % (least := 2 ** (levels - 1)):
             raise ValueError(f"image_size must be divisible by {least} for {levels} levels, got {image_size}")
@@ -151,12 +153,11 @@ def _block(self: UNet, c_in: int, c_out: int, how: str | None = None, attention:
 @patch
 def _build_encoder(self: UNet):
     c, k = self.config, self.conventions
-    self.enc, self._stack, width, picture = nn.ModuleDict(), [], c["model_channels"], c["channels"]
+    self.enc, self._stack, width, picture = nn.ModuleDict(), [], c["stem"], c["channels"]
     for level, mult in enumerate(c["channel_mult"]):
         res = c["image_size"] >> level
         at = f"{res}x{res}"
         if level == 0:
-            width *= mult if k.wide_start else 1
             self.enc[f"{at}_conv"] = init_(ResampleConv(c["channels"], width, 3), glorot=k.glorot)
         else:
             self.enc[f"{at}_down"] = self._block(width, width, "down")

@@ -82,7 +82,6 @@ class OptimConfig:
     emas: tuple = need((), FRACTION)  # rates of further EMAs that checkpoints keep
     ema_warmup: bool = True  # EMAs follow faster at first (see `EMA`); false: at a fixed rate, as published
     balance_rows: int | None = need(None, AT_LEAST_1)  # images whose losses are weighed together; None: the batch
-    clip: float | None = need(None, POSITIVE)  # largest gradient norm; None: no limit
 
 # %% ../../nbs/6_training/02_config.ipynb #608bb842
 @dataclass
@@ -135,13 +134,11 @@ class GanConfig(OptimConfig):
     width: int = need(64, AT_LEAST_1)  # features of the discriminator's heads; "published": the least
     strength: float = need(1., NOT_NEGATIVE)  # of the augmentation
     loss: str = need("hinge", one_of(*GAN_LOSSES))
-    low: float = need(.01, NOT_NEGATIVE)  # smallest weight of the adversary
-    high: float = 10.  # largest weight of the adversary
+    high: float = need(10., (lambda v: v >= .01, "at least .01"))  # largest weight of the adversary, .01 the smallest
     start: int = need(0, NOT_NEGATIVE)  # steps before there is an adversary
     head_start: int = need(0, NOT_NEGATIVE)  # steps that the discriminator then has to itself
     first: str = need("discriminator", one_of("student", "discriminator"))  # who moves then; "student" as published
     d_lr: float = need(2e-3, POSITIVE)  # learning rate of the discriminator
-    d_betas: tuple = need((.5, .9), FRACTION)  # of its optimizer, RAdam
     target_ema: float = need(.999, FRACTION)  # rate of the EMA inside the loss
 
 # %% ../../nbs/6_training/02_config.ipynb #7be9dcd7
@@ -329,8 +326,6 @@ TOGETHER = [
      '"teacher", names of timm networks, or both with commas'),
     ("gan.features", lambda c: not teacherless(c) or not c.gan.steps or "teacher" not in c.gan.features.split(","),
      "timm networks where there is no teacher"),
-    ("gan.low", lambda c: c.gan.low <= c.gan.high, "at most gan.high"),
-    ("gan.d_betas", lambda c: len(c.gan.d_betas) == 2, "two numbers in [0, 1)"),
     ("run.device", lambda c: _available(c.run.device), "auto or a device of this machine (cpu, cuda, cuda:1, ...)"),
     *((f"{s}.emas", lambda c, s=s: len({getattr(c, s).ema, *getattr(c, s).emas}) == 1 + len(getattr(c, s).emas),
        f"different rates, none of them {s}.ema") for s in STAGES.values()),

@@ -24,14 +24,13 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c
 
 def orthogonalise(
     M: Tensor,  # (..., n, m) matrices
-    rounds: int = 5,  # of the polynomial
     dtype: torch.dtype = torch.bfloat16,  # to compute in
 ) -> Tensor:  # (..., n, m) in that dtype, singular values near 1
     "U V^T of M = U S V^T, nearly, by products of matrices alone."
     (a, b, c), tall = NEWTON_SCHULZ, M.shape[-2] > M.shape[-1]
     X = (M.mT if tall else M).to(dtype)
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # singular values in [0, 1]
-    for _ in range(rounds):
+    for _ in range(5):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return X.mT if tall else X

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'STAGE_CLASSES', 'step_generator', 'take', 'carry_to', 'Stage', 'make_network',
            'make_denoiser', 'TeacherStage', 'DistillStage', 'interval_numbers', 'interval_example', 'path_numbers',
-           'path_example', 'path_losses', 'tangent_numbers', 'tangent_example', 'tangent_losses', 'noise_numbers',
-           'noise_example', 'noise_losses', 'Objective', 'GanStage', 'check_weights']
+           'path_example', 'path_losses', 'tangent_numbers', 'tangent_example', 'tangent_losses', 'noise_example',
+           'noise_losses', 'Objective', 'GanStage', 'check_weights']
 
 # %% ../../nbs/6_training/05_stages.ipynb #4a3173e0
 import copy
@@ -237,7 +237,7 @@ def interval_example(stage: DistillStage, x0: Tensor, y: Tensor | None, numbers:
     "All of a distillation step that does not involve the student."
     teacher, times = stage.parts["teacher"], numbers["times"].T  # (steps+1, B)
     e = {"x0": x0, "y": y, "x_t": perturb(x0, times[0], numbers["start"]), "t": times[0]}
-    e |= {k: numbers[k] for k in ("u", "s", "sigma", "eps")}
+    e |= {k: numbers[k] for k in ("u", "s", "sigma", "eps", "looks") if k in numbers}
     if stage.learner(n) != "model": return e | {"x_u": None, "teacher_evals": 0}
     solver = solver_name(stage.config.distill.solver)
     x_u = solve_interval(teacher.D, e["x_t"], times, y, solver)
@@ -321,10 +321,6 @@ def tangent_losses(stage: DistillStage, e: dict, n: int) -> dict:
     return {"ctm": loss.mean()} | _anchor_losses(stage, e, 1, x_t, t, y, D_x)
 
 # %% ../../nbs/6_training/05_stages.ipynb #e2247e7b
-def noise_numbers(stage: DistillStage, B: int, gen: torch.Generator, n: int) -> dict:
-    "Noise levels and noise."
-    return stage.denoising(B, gen)
-
 def noise_example(stage: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int) -> dict:
     "Clean images and what is added."
     return {"x0": x0, "y": y, "sigma": numbers["sigma"], "eps": numbers["eps"], "teacher_evals": 0}
@@ -345,7 +341,7 @@ OBJECTIVES = {
     **dict.fromkeys(MATCHING, Objective(interval_numbers, interval_example, lambda stage, e, n: stage.of_student(e))),
     "trajectories": Objective(path_numbers, path_example, path_losses),
     "eulerian": Objective(tangent_numbers, tangent_example, tangent_losses),
-    "dsm": Objective(noise_numbers, noise_example, noise_losses),
+    "dsm": Objective(lambda stage, B, gen, n: stage.denoising(B, gen), noise_example, noise_losses),
 }
 
 # %% ../../nbs/6_training/05_stages.ipynb #89d44b6a
@@ -382,13 +378,13 @@ class GanStage(DistillStage):
         own = student if teacherless(self.config) else None
         self.freeze(own or parts.get("teacher") or self.given("teacher"))
         self.start(student)
-        self.bounds = {"gan": (g.low, g.high)}
+        self.bounds = {"gan": (.01, g.high)}
         teacher = self.parts["teacher"]
         own = lambda f: TeacherFeatures(teacher, g.levels) if f == "teacher" else TimmFeatures(f, g.weights or None)
         networks = [own(f.strip()) for f in g.features.split(",")]
         about = teacher.data_shape, teacher.n_classes, g.width, g.strength, self.config.run.seed
         self.parts["discriminator"] = d = DISCRIMINATORS[g.discriminator](networks, *about).to(self.device)
-        self.optimizers["discriminator"] = make_optimizer("radam", d, g.d_lr, g.d_betas)
+        self.optimizers["discriminator"] = make_optimizer("radam", d, g.d_lr, (.5, .9))
 
     def phase(self, n: int) -> Span:
         "The last matching by intervals: the adversary's steps are made of its estimates."
@@ -415,8 +411,6 @@ def turn(self: GanStage, n: int) -> str:  # "ctm_dsm", "discriminator" or "ctm_d
 @patch
 def learner(self: GanStage, n: int) -> str: return "discriminator" if self.turn(n) == "discriminator" else "model"
 @patch
-def works_ahead(self: GanStage, n: int) -> bool: return not teacherless(self.config)
-@patch
 def kinds(self: GanStage) -> list: return [n := self.optim.start + self.optim.head_start, n + 1]  # two turns
 
 @patch
@@ -434,11 +428,6 @@ def draw(self: GanStage, B: int, gen: torch.Generator, n: int) -> dict:
     if turn == "discriminator": numbers["looks"] = [look(), look()]
     if turn == "ctm_dsm_gan": numbers["looks"] = look()
     return numbers
-
-@patch
-def example(self: GanStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int, augment=None) -> dict:
-    "As in distillation; the discriminator's numbers go along."
-    return DistillStage.example(self, x0, y, numbers, n) | {"looks": numbers.get("looks")}
 
 # %% ../../nbs/6_training/05_stages.ipynb #33173162
 @patch
@@ -460,9 +449,8 @@ def check_weights(
     "Raise ValueError or FileNotFoundError for published weights that a later stage needs and does not find."
     stages, d, g = schedule(config), config.distill, config.gan
     if d.distance == "lpips" and stages.keys() & {"ctm_dsm", "ctm_dsm_gan"}: backbone_file(folder=d.weights or None)
-    networks = [f.strip() for f in g.features.split(",")] if "ctm_dsm_gan" in stages else []
-    for name in networks:
-        if name != "teacher": find_weights(name, g.weights or None)
+    for f in g.features.split(",") if "ctm_dsm_gan" in stages else ():
+        if (name := f.strip()) != "teacher": find_weights(name, g.weights or None)
 
 # %% ../../nbs/6_training/05_stages.ipynb #1b98b466
 STAGE_CLASSES = {c.name: c for c in (TeacherStage, DistillStage, GanStage)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .optimizers import set_lr
-from .runtime import Guard, Scaler, only_if, step_if
+from .runtime import Guard, Scaler
 from .stages import Stage
 
 # %% ../../nbs/6_training/06_step.ipynb #2f9c6426
@@ -53,26 +53,20 @@ def apply_gradient(
     guard: Guard,  # of the run
     step: int,  # of the run
     scaler: Scaler | None = None,  # whose factor the gradient carries
-    wait: bool = True,  # know the guard's decision before the step
-) -> dict:  # the numbers, "grad_norm" or "grad_norm_d", "lr"; nothing was changed if `guard.look()` says so
-    "One optimizer step and what follows it, unless the guard objects."
+    wait: bool = True,  # for the guard's decision, and make no bad step
+) -> dict:  # the numbers, "grad_norm" or "grad_norm_d", "lr"; see `guard.look()`
+    "One optimizer step and what follows it; where it waits, unless the guard objects."
     part, lr = stage.learner(n), stage.lr(n)
     module, optimizer, student = stage.parts[part], stage.optimizers[part], part == "model"
     emas = stage.emas.values() if student else ()
     grads = [p.grad for p in module.parameters() if p.grad is not None]
     if scaler: torch._foreach_mul_(grads, 1 / scaler.scale)
     norm = torch.nn.utils.get_total_norm(grads)
-    if student and stage.optim.clip:
-        torch.nn.utils.clip_grads_with_norm_(module.parameters(), stage.optim.clip, norm)
     losses = [v for k, v in numbers.items() if k.startswith("loss")]
     good = guard.judge(step, losses, norm, scaler and scaler.scale)
     if scaler: scaler.update(good)
     set_lr(optimizer, lr)
-    if wait and good:
+    if not wait or good:
         optimizer.step()
         for ema in emas: ema.update(module)
-    if not wait:
-        step_if(optimizer, good)
-        for ema in emas:
-            with only_if(good, lambda: [*ema.module.parameters(), *ema.module.buffers()]): ema.update(module)
     return {**numbers, "grad_norm" if student else "grad_norm_d": norm, "lr": lr}

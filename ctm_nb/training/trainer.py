@@ -44,8 +44,8 @@ from ..method.solvers import OLD_NAMES
 from .config import STAGES, Config, schedule, stage_at, teacherless
 from .optimizers import load_optimizer
 from .report import write_report
-from .runtime import (Guard, Scaler, Signals, autocast, check_equal, choose_precision, compile_networks,
-                                     join, prepare, share_weights, unpacks)
+from .runtime import (Guard, Scaler, Signals, autocast, choose_precision, compile_networks, join,
+                                     prepare, unpacks)
 from .stages import STAGE_CLASSES, Stage, carry_to, check_weights, step_generator, take
 from .step import apply_gradient, gradient, same_start
 
@@ -169,8 +169,8 @@ class Trainer:
         if e.n and e.features != "train": load_extractor(e.features, e.weights or None)  # raises what it lacks
         self.config, self.folder, self.here = config, Path(folder), join(config.run.device)
         self.device, self.plan = self.here.device, schedule(config)
-        self.wait = self.device.type != "cuda"  # know the guard's decision before a step
         self.precision, self.threads = choose_precision(config.run.precision, self.device), torch.get_num_threads()
+        self.wait = self.device.type != "cuda" or self.precision == "fp16"  # know the guard's decision before a step
         for span in self.plan.values(): self.here.share(span.batch)  # raises ValueError for an uneven one
         self.state = RunState(scaler=Scaler(self.device) if self.precision == "fp16" else None)
         self.guard, self.total = Guard(self.device), max(s.end for s in self.plan.values())
@@ -211,16 +211,13 @@ def stage(self: Trainer) -> str:  # a key of config.STAGES
 
 # %% ../../nbs/6_training/08_trainer.ipynb #90269288
 @patch
-def begin(self: Trainer,
-    stage: str,  # a key of config.STAGES
-    parts: dict,  # networks of the stage before, by name
-):
-    "Build the networks, EMAs and optimizers of a stage."
+def begin(self: Trainer, stage: str, parts: dict):
+    "Build the networks, EMAs and optimizers of a stage from the networks of the one before, by name."
     c, here, span = self.config, self.here, self.plan[stage]
     self.state.stage = now = STAGE_CLASSES[stage](c, self.data, self.device, parts)
     self.state.window = []
     prepare(self.parts.values(), self.device)
-    share_weights(self.parts.values(), here)
+    here.same_weights(self.parts.values())
     self.batches = Batches(self.data, span.batch, c.run.seed, flip=c.data.flip or now.augment > 0, p=now.augment,
                            rank=here.rank, world=here.world, device=self.device)
     self.ahead = Ahead(self._prepare_step, 0 if teacherless(c) else span.end)  # 0: a target that moves can't wait
@@ -257,7 +254,6 @@ def load(self: RunState, c: Checkpoint):  # of the stage in memory
 @patch
 def resume(self: Trainer, c: Checkpoint):
     "Continue from a checkpoint; raises ValueError if this configuration or these images may not."
-    copy = lambda k: {n: v.clone() for n, v in c.models[k].items()}
     changed = check_changes(c.meta, self.config, self.precision, c.step, str(self.folder))
     if c.meta["data_sha256"] != self.data_sha256:
         raise ValueError(f"{c.path} was trained on other images than {self.config.data.source!r} holds now")
@@ -265,8 +261,9 @@ def resume(self: Trainer, c: Checkpoint):
     changed += [f"{k}: {then[k] or 'none'} -> {now[k] or 'none'}" for k in now if k in then and then[k] != now[k]]
     self.changes = c.meta.get("changes", []) + ([{"step": c.step, "what": changed}] if changed else [])
     for change in changed: log.warning("from step %d on: %s", c.step, change)
-    models = {k: about["description"] for k, about in c.meta["models"].items() if k in KINDS}
-    self.state.step, parts = c.step, {k: rebuild(d, copy(k)) for k, d in models.items()}
+    parts = {k: rebuild(about["description"], {n: v.clone() for n, v in c.models[k].items()})
+             for k, about in c.meta["models"].items() if k in KINDS}
+    self.state.step = c.step
     if _goes_on(c.meta["config"], asdict(self.config), c.step):
         self.state.seconds, self.state.logged_at = c.state["seconds"], c.state["logged_at"]
         return self.begin(self.stage, parts)
@@ -299,7 +296,7 @@ def restore(self: Trainer):
 def save(self: Trainer) -> Path:  # the checkpoint's folder
     "Write a checkpoint of everything; keep the newest few."
     self.look()
-    check_equal(self.parts, self.here)
+    self.here.check_equal(self.parts)
     folder = self.folder / "checkpoints"
     if not self.here.main: return folder / f"step_{self.step:08d}"
     models = {k: {"part": k, "description": describe(m, self.data.classes)} for k, m in self.parts.items()
@@ -410,7 +407,7 @@ def choose_micro(self: Trainer):
     "Find out how many images this process takes at a time; raises MemoryError if not even one fits."
     B, wanted = self.share.stop - self.share.start, self.now.optim.balance_rows or self.config.run.micro_batch
     self.micro = B if wanted == "auto" else min(int(wanted), B)
-    if wanted != "auto" or self.wait: return  # a CPU has room
+    if wanted != "auto" or self.wait and self.precision != "fp16": return  # a CPU has room
     while True:
         try: self._rehearse(self.micro)
         except Exception as e:
@@ -430,10 +427,9 @@ def _back_off(self: Trainer, may: bool = True):
     for m in self.parts.values(): m.zero_grad(set_to_none=True)
     free_memory()
     if not may or self.micro == 1:
-        fewer = f"--micro-batch {self.micro // 2} (was {self.micro}; the gradient stays that of the whole batch), or "
-        half = "--set run.precision=bf16, or " if self.precision == "fp32" and self.device.type == "cuda" else ""
-        raise MemoryError(f"out of memory on {self.device}; what would help: {fewer if self.micro > 1 else ''}{half}"
-                          "more processes (torchrun --nproc_per_node N), or a smaller network "
+        raise MemoryError(f"out of memory on {self.device}; what would help: --micro-batch {max(1, self.micro // 2)} "
+                          f"(was {self.micro}; the gradient stays that of the whole batch), run.precision=bf16 on a "
+                          "GPU, more processes (torchrun --nproc_per_node N), or a smaller network "
                           "(network.model_channels) or smaller images (data.image_size)")
     self.micro = (self.micro + 1) // 2
 
@@ -464,17 +460,15 @@ def look(self: Trainer):
     values = iter(torch.stack(waiting).tolist() if waiting else [])
     s.window = [{k: next(values) if torch.is_tensor(v) else v for k, v in row.items()} for row in s.window]
     if bad is None: return
-    updates = 0 if self.wait else sum(now.learner(n - self.begun_at) == "model" for n in range(bad, s.step))
-    for ema in now.emas.values(): ema.n_updates -= updates  # the step counts where the weights stand
     numbers, s.window, s.step = s.window[bad - s.step], s.window[:bad - s.step], bad
     wrong = ", ".join(k for k, v in numbers.items() if not isinstance(v, str) and not math.isfinite(v))
-    raise FloatingPointError(f"{wrong} not finite at step {bad} ({now.name}, lr {numbers['lr']:.2g}): stopped before "
-                             f"the update; the last checkpoint is good. A lower {STAGES[now.name]}.lr may help")
+    raise FloatingPointError(f"{wrong} not finite at step {bad} ({now.name}, lr {numbers['lr']:.2g}): stopped; "
+                             f"the last checkpoint is good. A lower {STAGES[now.name]}.lr may help")
 
 # %% ../../nbs/6_training/08_trainer.ipynb #3b13d7cd
 @patch
 def train_step(self: Trainer) -> dict:  # numbers of this step; on a GPU, tensors that the program has not waited for
-    "One step of whichever stage it is; FloatingPointError, with nothing changed, where a number is not finite."
+    "One step of whichever stage it is; FloatingPointError where a number is not finite (on a CPU nothing is changed)."
     if self.stage != (before := self.now).name:
         self.begin(self.stage, self.parts)
         self.now.inherit(before)

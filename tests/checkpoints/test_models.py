@@ -312,6 +312,17 @@ def test_runs_of_before_the_preconditioning_was_recorded(tmp_path):
     with pytest.raises(ValueError, match="can't be given"): load(tmp_path / "run", image_size=8)
 
 
+@pytest.mark.parametrize("family", ["adm", "openai"])
+def test_runs_of_before_the_first_convolution_was_wider(tmp_path, family):
+    m = small(family=family, model_channels=16, channel_mult=(2, 2), channels_per_head=8, stem=16)
+    about = describe(m)
+    assert about["network"].pop("stem") == 16
+    models = {"ctm": {"part": "ctm", "description": about}}
+    save_checkpoint(tmp_path / "run" / "checkpoints", 1, {"ctm": m.state_dict()}, {}, {"models": models})
+    again = load(tmp_path / "run")
+    assert describe(again) == describe(m) and torch.equal(sample(again, 2), sample(m, 2))
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mlp"])
 @pytest.mark.parametrize("s_branch", [False, True])
 @pytest.mark.parametrize("n_classes", [0, 5])

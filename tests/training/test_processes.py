@@ -24,7 +24,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 # RAdam's first steps are plain momentum: differences of rounding stay what they are; Adam would make steps of them
 SHORT = ["teacher.steps=3", "teacher.batch=12", "teacher.label_dropout=.3", "teacher.optimizer=radam", "teacher.lr=.05",
          "distill.steps=3", "distill.batch=12", "distill.label_dropout=.3", "distill.optimizer=radam", "distill.lr=.02",
-         "gan.steps=6", "gan.batch=12", "gan.r1=.1", "gan.optimizer=radam", "gan.lr=.02", "evaluate.n=0",
+         "gan.steps=6", "gan.batch=12", "gan.optimizer=radam", "gan.lr=.02", "evaluate.n=0",
          "network.augment_dim=9", "teacher.augment=.12"]
 
 
@@ -255,35 +255,20 @@ def test_running_ahead_computes_the_same(tmp_path, optimizer):
     assert_close(follow(words, tmp_path / "a"), follow(words, tmp_path / "b", ahead), at=0, weights=0)
 
 
-def stopped_at(step, words, folder, wait):
-    "Where a run stands after a step of nothing but NaN: step, updates of the EMAs, weights and optimizers."
-    t = Trainer(make_config("tiny", [*words, "run.log_every=1000"]), folder)
-    good = t.material_of
-    t.wait, t.material_of = wait, lambda n: {**(m := good(n)), "x0": m["x0"] * (float("nan") if n == step else 1)}
-    with pytest.raises(FloatingPointError, match=f"step {step} "):
-        for _ in range(t.total): t.train_step()
-    numbers = {(k, n): v for k, m in t.parts.items() for n, v in m.named_parameters()}
-    for k, o in t.now.optimizers.items():
-        numbers |= {(k, i, n): v for i, s in o.state_dict()["state"].items() for n, v in s.items()}
-    return t.step, {k: e.n_updates for k, e in t.now.emas.items()}, numbers
-
-
-@pytest.mark.parametrize("step", [4, 9])
-@pytest.mark.parametrize("optimizer", ["adamw", "radam", "muon"])
-def test_running_ahead_stops_at_the_same(tmp_path, optimizer, step):
-    "Weights, EMAs and optimizers are those before the broken step, however many steps were tried after it."
-    words = with_optimizer(optimizer)
-    *place, a = stopped_at(step, words, tmp_path / "a", True)
-    *same, b = stopped_at(step, words, tmp_path / "b", False)
-    assert place == same and place[0] == step and len(a) > 100 and a.keys() == b.keys()
-    for k in a: assert torch.equal(a[k], b[k]), k
-
-
-def test_a_clipped_gradient_is_no_longer_than_asked(tmp_path):
-    t = Trainer(make_config("tiny", [*SHORT, "teacher.clip=.01", "teacher.optimizer=radam"]), tmp_path)
-    numbers = t.train_step()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in t.parts["model"].parameters() if p.grad is not None])
-    assert numbers["grad_norm"] > .011 and abs(float(norm) - .01) < 1e-4
+def test_running_ahead_stops_at_the_same(tmp_path):
+    "A program that does not wait names the broken step, however many it made after it; none of them is saved."
+    for wait in (True, False):
+        t = Trainer(make_config("tiny", [*SHORT, "run.log_every=1000"]), tmp_path / str(wait))
+        while t.step < 8: t.train_step()
+        t.save()
+        good, t.wait = t.material_of, wait
+        t.material_of = lambda n, good=good: {**(m := good(n)), "x0": m["x0"] * (float("nan") if n == 9 else 1)}
+        with pytest.raises(FloatingPointError, match="step 9 "):
+            while t.step < t.total: t.train_step()
+        assert t.step == 9
+        with pytest.raises(FloatingPointError, match="step 9 "): t.save()
+        again = Trainer(make_config("tiny", SHORT), tmp_path / str(wait))
+        assert again.step == 8 and all(p.isfinite().all() for m in again.parts.values() for p in m.parameters())
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_at_the_start(tmp_path, monkeypatch):
@@ -400,4 +385,4 @@ def test_gpu_stops_before_a_broken_step(tmp_path):
     t.material_of = spoiled
     with pytest.raises(FloatingPointError, match="step 6"):
         for _ in range(10): t.train_step()
-    assert t.step == 6 and all(v.isfinite().all() for m in t.parts.values() for v in m.state_dict().values())
+    assert t.step == 6

@@ -1,0 +1,238 @@
+"""A run of so many minutes ends in time on a machine that changes its mind, killed or not, and says what can't be."""
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import assert_same, newest
+
+import ctm_nb.training.budget as module
+from ctm_nb.commands.train import ctm_nb_train
+from ctm_nb.training.budget import SCORES, BudgetTrainer, Speed, _as_config, _fit_scores, budget, recipe
+from ctm_nb.training.config import make_config
+from ctm_nb.training.runtime import Signals
+from ctm_nb.training.trainer import Trainer, open_images
+
+STAGES = ["teacher", "ctm_dsm"]
+WORDS = ["teacher.batch=4", "distill.batch=4", "distill.max_evals=1", "evaluate.n=0", "run.log_every=1000",
+         "run.save_every=1000", "run.sample_every=1000"]
+SPEED = Speed({"teacher": 1., "ctm_dsm": 1.2}, .1, 1., .001, .001, .005)
+
+
+class Clock:
+    "Seconds that only steps let pass: each as many as measured, times a factor of the step."
+    def __init__(self, factor=lambda step: 1.): self.now, self.factor = 0., factor
+    def __call__(self): return self.now
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch):
+    "What is measured, and how long a step then takes."
+    step = Trainer.train_step
+    def train_step(self):
+        before, found = self.step, step(self)
+        if isinstance(self, BudgetTrainer) and isinstance(self.clock, Clock):
+            self.clock.now += SPEED.step[self.now.name] * self.clock.factor(before)
+        return found
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(Trainer, "save_grid", lambda self, final=False: None)
+    monkeypatch.setattr(module, "measure", lambda *_: SPEED)
+
+
+def planned(folder, minutes=2., words=WORDS, clock=None, stages=STAGES):
+    config = make_config("tiny", words)
+    return budget(config, words, minutes, folder, stages, 0., clock=clock or Clock())[0]
+
+
+def finish(folder, minutes=2., factor=lambda step: 1.):
+    clock = Clock(factor)
+    trainer = BudgetTrainer(planned(folder, minutes, clock=clock), folder, began=0., clock=clock)
+    trainer.run("ctm_dsm")
+    return trainer
+
+
+# ---- in time
+
+@pytest.mark.parametrize("factor", [
+    lambda step: 1., lambda step: 3., lambda step: .4, lambda step: 1. if step < 40 else 2.5,
+    lambda step: 2. if step < 30 else .7, lambda step: 1. + .8 * np.sin(step / 3)])
+def test_it_ends_in_time_on_any_machine(tmp_path, factor):
+    t = finish(tmp_path / "r", factor=factor)
+    assert abs(t.clock.now + SPEED.end - 120) <= 12
+    assert t.step == t.total and newest(t.folder).step == t.step
+    teacher = sum(SPEED.step["teacher"] * factor(step) for step in range(t.ends["teacher"]))
+    assert .4 < teacher / t.clock.now < .7  # about half of the time
+
+
+def test_rates_warm_ups_and_checkpoints_follow_the_steps(tmp_path):
+    c = planned(tmp_path / "r", 60, [])
+    assert c.teacher.ema == round(1 - 10 / c.teacher.steps, 5) and c.distill.target_ema == .99
+    assert 1900 < c.teacher.steps < 2000 and 1300 < c.distill.steps < 1400
+    assert c.run.save_every == c.run.sample_every == 55  # a minute
+    short = planned(tmp_path / "r", 2, ["teacher.ema=.5"])
+    assert short.teacher.ema == .5 and short.distill.ema < .9 and short.run.minutes == 2
+
+
+def test_recipe_by_length():
+    assert "distill.phases=" in recipe(60) and "distill.phases=trajectories:.6,soft:.4" in recipe(1800)
+    for seconds in (60, 1800): make_config("digits", recipe(seconds))
+
+
+def test_scores_take_a_tenth_at_most(tmp_path, monkeypatch):
+    monkeypatch.setenv("CTM_NB_CACHE", str(tmp_path))
+    splits = open_images(make_config("digits"))
+    for seconds in (5, 120, 600, 6000):
+        c = make_config("digits")
+        cost = _fit_scores(c, splits, SPEED, SCORES * seconds, set())
+        assert cost <= 1.25 * SCORES * seconds and (c.evaluate.n == 0) == (seconds < 120)
+    assert (c.evaluate.n, c.evaluate.classifier) == (5000, 60000)
+    c = make_config("digits", ["evaluate.n=77"])
+    _fit_scores(c, splits, SPEED, 1., {"evaluate.n"})
+    assert c.evaluate.n == 77 and c.evaluate.classifier < 60000
+
+
+# ---- killed
+
+def again(folder, whole, clock):
+    "The run in `folder`, with the decisions that `whole` has made."
+    saved = json.loads((whole / "config.json").read_text())
+    return BudgetTrainer(_as_config(saved, []), folder, began=0., clock=clock)
+
+
+@pytest.mark.parametrize("stops", [(3, 10, 11), (45, 60), (66, 67, 80)])
+def test_killed_and_resumed_it_is_the_same_run(tmp_path, stops):
+    whole = finish(tmp_path / "whole", factor=lambda step: 1. + .5 * np.sin(step))
+    for stop in stops:
+        t = again(tmp_path / "parts", whole.folder, Clock(lambda step: 7.))  # what a clock says no longer counts
+        with Signals() as signals:
+            while t.step < stop: t.advance(stop, signals)
+        for _ in range(min(3, t.total - t.step)): t.train_step()  # lost
+    again(tmp_path / "parts", whole.folder, Clock()).run("ctm_dsm")
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+    plans = [json.loads((tmp_path / k / "config.json").read_text()) for k in ("parts", "whole")]
+    assert plans[0] == plans[1]
+
+
+def test_a_decision_is_kept_before_it_is_acted_upon(tmp_path):
+    clock = Clock(lambda step: 2.)
+    t = BudgetTrainer(planned(tmp_path / "r", clock=clock), tmp_path / "r", began=0., clock=clock)
+    with Signals() as signals: t.advance(t.total, signals)
+    row = json.loads(json.loads((t.folder / "config.json").read_text())["run"]["plan"])["steps"][-1]
+    assert row == [t.step, t.config.teacher.steps, t.config.distill.steps, 0] and newest(t.folder).step == t.step
+    saved = newest(t.folder).meta["config"]["teacher"]["steps"]
+    assert saved > t.config.teacher.steps  # of before the decision
+    other = again(t.folder, t.folder, Clock())  # killed right after it
+    assert (other.step, other.config.teacher.steps) == (t.step, t.config.teacher.steps)
+
+
+def test_earlier_sittings_count(tmp_path):
+    config = planned(tmp_path / "r")
+    t = BudgetTrainer(config, tmp_path / "r", began=0., clock=Clock())
+    with Signals() as signals: t.advance(t.total, signals)
+    t.state.seconds = 60.
+    t.save()
+    assert again(t.folder, t.folder, Clock()).spent == 60.
+
+
+# ---- longer
+
+def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path):
+    short, folder = finish(tmp_path / "r"), tmp_path / "r"
+    before, parts = short.step, {k: {n: v.clone() for n, v in short.parts[k].state_dict().items()}
+                                 for k in ("teacher", "ctm")}
+    config = planned(folder, 4.)
+    assert config.run.before == before and config.run.minutes == 4
+    t = BudgetTrainer(config, folder, began=0., clock=Clock())
+    assert (t.step, t.stage, t.begun_at) == (before, "teacher", before)
+    same = lambda part, name: all(torch.equal(v, parts[name][k]) for k, v in t.parts[part].state_dict().items())
+    assert same("model", "teacher") and same("ctm", "ctm")
+    with Signals() as signals:
+        while t.step < before + 20: t.advance(before + 20, signals)
+    t = again(folder, folder, t.clock)  # interrupted
+    t.began = 0.
+    assert same("ctm", "ctm") and t.step == before + 20 and not same("model", "teacher")
+    with Signals() as signals:
+        while t.stage == "teacher": t.advance(t.total, signals)
+    t.train_step()
+    assert t.now.name == "ctm_dsm"
+    t.run("ctm_dsm")
+    steps = [line["step"] for line in t.log.read()]
+    assert steps == sorted(set(steps)) and max(steps) == t.step > before + 40
+    assert abs(t.clock.now - 120) < 15  # the additional minutes
+    assert planned(folder, 4.).run.plan == _as_config(json.loads((folder / "config.json").read_text()), []).run.plan
+
+
+def test_a_longer_run_that_is_killed_is_the_same_run(tmp_path):
+    for k in ("whole", "parts"): finish(tmp_path / k)
+    whole = finish(tmp_path / "whole", 4., lambda step: 1. + .5 * np.sin(step))
+    for stop in (whole.begun_at - 20, whole.begun_at + 3):
+        t = again(tmp_path / "parts", whole.folder, Clock())
+        with Signals() as signals:
+            while t.step < stop: t.advance(stop, signals)
+    again(tmp_path / "parts", whole.folder, Clock()).run("ctm_dsm")
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
+# ---- what can't be
+
+def refused(*about, **more):
+    with pytest.raises(ValueError) as e: planned(*about, **more)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def test_what_can_not_be_is_said_in_a_line(tmp_path):
+    text = refused(tmp_path / "r", .1)
+    least = float(re.search(r"at least ([\d.]+) here", text)[1])
+    assert not (tmp_path / "r").exists()
+    planned(tmp_path / "r", least)
+    refused(tmp_path / "r", .7 * least)
+    assert "teacher.steps" in refused(tmp_path / "r", 2., [*WORDS, "teacher.steps=7"])
+    Trainer(make_config("tiny", WORDS), tmp_path / "plain")
+    assert "without --minutes" in refused(tmp_path / "plain")
+    BudgetTrainer(planned(tmp_path / "begun"), tmp_path / "begun", clock=Clock())
+    assert "not finished" in refused(tmp_path / "begun", 3.)
+    finish(tmp_path / "done")
+    assert "at least 2" in refused(tmp_path / "done", 1.)
+    assert planned(tmp_path / "done").run.minutes == 2  # nothing to do, and nothing wrong
+    with pytest.raises(ValueError, match="distill.lr"):
+        BudgetTrainer(planned(tmp_path / "done", 2., [*WORDS, "distill.lr=.5"]), tmp_path / "done", clock=Clock())
+
+
+# ---- the command
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    def run(*words):
+        try: ctm_nb_train([*map(str, words)])
+        except SystemExit as e: return e.code, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+    return run
+
+
+def test_own_pictures_get_half_an_hour_on_a_cpu(tmp_path, shell):
+    for i in range(20):
+        folder = tmp_path / "pics" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)).save(folder / f"{i}.png")
+    code, out, err = shell("--data", "pics", "--dry-run")
+    assert code == 0, err
+    assert "budget    30 min" in out and "run.minutes=30" in out and "teacher.optimizer=muon" in out
+    out = shell("--data", "pics", "--dry-run", "--set", "teacher.steps=50")[1]  # as ever
+    assert "budget" not in out and "teacher.steps=50" in out
+    assert [p.name for p in Path().iterdir()] == ["pics"]
+
+
+def test_the_command_keeps_its_minutes(tmp_path, shell, monkeypatch):
+    code, out, err = shell("--preset", "tiny", "--minutes", 2, "--dry-run", "--set", *WORDS)
+    assert code == 0 and "budget    2 min" in out and not list(tmp_path.iterdir()), err
+    assert shell("--minutes", "0")[0] == 2 and shell("--minutes", "x")[0] == 2
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "x")
+    code, _, err = shell("--preset", "tiny", "--minutes", 2)
+    assert code == 2 and "one process" in err and err.count("\n") == 1
