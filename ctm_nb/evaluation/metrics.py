@@ -260,9 +260,7 @@ def train_classifier(
     progress:bool=False, # show a bar with the remaining time
     **architecture, # width and dim of `FeatureClassifier`
 )->FeatureClassifier: # in evaluation mode, calibrated
-    """Train the classifier in whose features samples of `data`'s kind are scored.
-
-    Raises `ValueError` if `data` has no labels or fewer images than two."""
+    "Train the classifier in whose features samples of such data are scored; `ValueError` without labels."
     if data.labels is None:
         raise ValueError(f"data must be labelled to train a classifier, got {data.name!r} without labels: score it in "
                          "features of your own")
