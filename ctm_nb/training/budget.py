@@ -175,7 +175,7 @@ def plan_budget(
         if ENOUGH * (wide := measured()).step["teacher"] > seconds / 2: break
         speed, config.network.model_channels = wide, only.network.model_channels
     scores = _fit_scores(config, splits, speed, SCORES * seconds, given) if scored else 0.
-    reserve, opened = scores + speed.end + 1, clock() - began
+    reserve, opened = scores + speed.end + 2 * speed.pause + 2, clock() - began
     whole, left = sum(SHARES[s] for s in stages), seconds - opened - reserve
     least = max(LEAST * speed.step[s] * whole / SHARES[s] for s in stages)
     if left < least:
