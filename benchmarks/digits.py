@@ -111,7 +111,8 @@ def one_variant(name, seed, teacher, out):
 
     from ctm_nb.training.config import make_config
     from ctm_nb.data.batches import load_data
-    from ctm_nb.evaluation.evaluate import image_samples, run_evaluator
+    from ctm_nb.evaluation.evaluate import run_evaluator
+    from ctm_nb.evaluation.reference import image_samples
     from ctm_nb.method.sampling import sample
     from ctm_nb.training.trainer import Trainer
 

@@ -842,7 +842,8 @@ NETWORK = ("network.model_channels=64 network.channel_mult=2,2,2 network.n_block
 TEACHER = "teacher.batch=256 teacher.lr=1e-3 teacher.warmup=100 teacher.decay=cosine teacher.beta2=.99 teacher.ema=.999"
 STUDENT = ("distill.batch=128 distill.optimizer=adamw distill.lr=4e-4 distill.warmup=50 distill.decay=linear "
            "distill.beta2=.99 distill.ema=.99 distill.emas= distill.solver=dpmpp_2m distill.max_evals=5 "
-           "distill.distance=features distill.init=teacher distill.target_ema=.99 distill.k_power=.5 gan.steps=0")
+           "distill.distance=features distill.init=teacher distill.target_ema=.99 distill.k_power=.5 "
+           "distill.balance_rows=none distill.dropout=0 distill.ema_warmup=true gan.steps=0 gan.init=ema")
 RUN = ("cifar10-cond", f"{NETWORK} {TEACHER} {STUDENT} evaluate.n=5000 run.log_every=50".split())
 DRY_RUN = ("tiny", "network.attention=8 data.flip=true evaluate.n=16 run.log_every=2".split())
 RESERVE, TEACHER_SHARE = (15, .5) if DRY else (75, .62)  # seconds for grid and scores; of the rest, the teacher's

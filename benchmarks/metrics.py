@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ctm_nb.evaluation.metrics import FeatureStats, frechet_gaussians, inception_score, precision_recall
-from ctm_nb.evaluation.metrics import authenticity, density_coverage, kernel_distance
+from ctm_nb.evaluation.metrics import kernel_distance
 
 RESULTS = Path(__file__).resolve().parents[1] / "nbs" / "results" / "metrics"
 
@@ -87,8 +87,6 @@ def main():
     del probs
     samples, reference = samples.to(a.device), reference.to(a.device)
     timed("kernel distance, 100 subsets", lambda: kernel_distance(reference, samples))
-    timed("density and coverage", lambda: density_coverage(reference, samples))
-    timed("authenticity", lambda: authenticity(reference, samples))
     timed("precision and recall", lambda: precision_recall(reference, samples))
 
 

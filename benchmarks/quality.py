@@ -65,7 +65,7 @@ def distances(trainer, evaluator, seed, n):
     "Frechet distances of one, two and four steps."
     import torch
 
-    from ctm_nb.evaluation.evaluate import image_samples
+    from ctm_nb.evaluation.reference import image_samples
     from ctm_nb.method.sampling import sample
 
     y = trainer.data.labels[torch.arange(n) * len(trainer.data) // n]

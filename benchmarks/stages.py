@@ -79,7 +79,7 @@ def scores_of(model, data, evaluator, n, seed, ways):
     "The four scores for each way of drawing."
     import torch
 
-    from ctm_nb.evaluation.evaluate import image_samples
+    from ctm_nb.evaluation.reference import image_samples
     from ctm_nb.method.sampling import sample
 
     y = data.labels[torch.arange(n) * len(data) // n]

@@ -41,7 +41,8 @@ def measure(run, noise_seeds, n, rows, save):
 
     from ctm_nb.data.batches import load_data
     from ctm_nb.checkpoints.models import find_checkpoint, load
-    from ctm_nb.evaluation.evaluate import image_samples, run_evaluator
+    from ctm_nb.evaluation.evaluate import run_evaluator
+    from ctm_nb.evaluation.reference import image_samples
     from ctm_nb.method.sampling import default_times, evaluations, sample
 
     torch.set_flush_denormal(True)

@@ -27,15 +27,14 @@ def evaluate_parser() -> Parser:
     p.add_argument("--dry-run", action="store_true", help="say what would be done")
     add = p.add_argument_group("compared with").add_argument
     add("--ref", required=True,
-        help="a reference .npz (ours, EDM's, ADM's), a public name of one, or a data set (digits, a folder, ...)")
+        help="a reference .npz (ours, EDM's, ADM's), a public name of one, or a data set (digits, a folder, ...), read "
+        "as a run reads its own, at the size of the samples")
     add("--features", help="train, inception, cleanfid, lite0, timm:NAME or a TorchScript file (default: the "
         "reference's; for a data set: train)")
     add("--weights", metavar="FOLDER",
         help="where the weights of inception, cleanfid, lite0 or timm lie (default: the cache, or where pip put them)")
     add("--ref-split", choices=("train", "held_out", "all"),
         help="part of a data set that is the reference (default: held_out for --features train, else all)")
-    add("--ref-size", type=ranged(1), metavar="PIXELS",
-        help="crop and resize a data set to this side (default: as its images are)")
     add("--save-ref", type=Path, metavar="NPZ", help="keep the reference, with its feature classifier if it has one")
     _score_flags(p.add_argument_group("scores").add_argument)
     drawing = p.add_argument_group("how a checkpoint draws; every combination is a row").add_argument
@@ -46,13 +45,12 @@ def evaluate_parser() -> Parser:
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #c872b5c0
 def _score_flags(add):
-    add("--metrics", metavar="M,M", help="of fid, sfid, is, pr, dc, kid, acc, auth (default: fid, and pr and "
-        "acc where possible); of a checkpoint also bpd")
+    add("--metrics", metavar="M,M", help="of fid, sfid, is, pr, kid, acc (default: fid, pr where possible, and with "
+        "a classifier of the data acc and is); of a checkpoint also bpd")
     add("-n", type=ranged(2), metavar="N", help="samples to score (default: all there are; of a checkpoint 50000)")
     add("--batch", type=ranged(1), default=500, metavar="B", help="images at a time (default: 500)")
     add("--tol", type=ranged(1e-15, kind=float), default=1e-4, metavar="X",
         help="of bpd: largest error of a step of the solver (default: 1e-4)")
-    add("--probes", type=ranged(1), default=1, metavar="K", help="of bpd: random vectors an image (default: 1)")
     add("--search", action="store_true", help="search good times for each of --steps, score them with fresh noise, "
         "and store them for --times auto; the same command continues")
     add("--tries", type=ranged(2), default=40, metavar="N",
@@ -70,7 +68,7 @@ def request_of(
     metrics = [w.strip() for w in a.metrics.split(",")] if a.metrics else None
     steps, first = a.steps or ([2] if a.search else [1, 2]), (metrics or ["fid"])[0]
     if a.n is not None and a.n < 6 and metrics != ["bpd"]:
-        raise ValueError(f"-n must be >= 6 (density needs 5 neighbours), got {a.n}")
+        raise ValueError(f"-n must be >= 6, got {a.n}")
     if a.search and min(steps) < 2:
         raise ValueError(f"--search needs --steps >= 2 (one jump has no timestep to be moved), got {min(steps)}")
     if a.search and len(a.gamma or [0]) > 1: raise ValueError(f"--search takes one --gamma, or none, got {a.gamma}")

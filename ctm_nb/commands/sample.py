@@ -24,16 +24,13 @@ def sample_parser() -> Parser:
     add("--out", type=Path, required=True, metavar="OUT",
         help="NAME.zip (EDM's form), NAME.npz (ADM's), NAME.png (one grid), or a folder; never overwritten unasked")
     draw_flags(add)
-    add("--churn", metavar="S,...", help="S_churn[,S_min,S_max,S_noise] of the solver edm (default: 40,0.05,50,1.003)")
     add("--classes", default="all", metavar="CLASSES",
         help="names or indices, e.g. cat,dog or 0,1; all: every class in turn; none: without label (default: all)")
     add("--guidance", type=float, metavar="W",
         help="scale of classifier-free guidance, for models trained with labels dropped; doubles the evaluations")
-    add("--classifier-guidance", type=float, metavar="W",
-        help="scale of the push by a classifier, for any model, labelled or not; doubles the evaluations")
     add("--reject", type=float, metavar="RATIO",
         help="draw RATIO times as many, keep those of each class that the classifier likes best")
-    add("--classifier", metavar="REF", help="for these two: a reference of ctm_nb_evaluate --features train --save-ref")
+    add("--classifier", metavar="REF", help="for that: a reference of ctm_nb_evaluate --features train --save-ref")
     add("--batch-size", type=ranged(1), metavar="B", help="samples at a time (default: as many as memory allows)")
     add("--overwrite", action="store_true", help="replace OUT")
     return p

@@ -46,6 +46,7 @@ def look_through(
             yield from answers
             bar.update(len(answers))
 
+# %% ../../nbs/3_data/04_batches.ipynb #ae162a09
 def decode_all(
     source:Source, # of the images
     size:int|None=None, # side to crop and resize to; None: as they are
@@ -115,6 +116,7 @@ class StreamData(Images):
         pixels = [self.source.pixels(i, self.image_size, self.crop) for i in self.positions[np.asarray(idx)]]
         return np.ascontiguousarray(np.stack([one_mode(a, self.channels == 1) for a in pixels]).transpose(0, 3, 1, 2))
 
+# %% ../../nbs/3_data/04_batches.ipynb #13200f86
 @patch
 def sha256(self:StreamData,
     workers:int|None=None, # processes; None: all cores if there are many images
@@ -191,6 +193,7 @@ def load_splits(
     good, how = ~np.isin(np.arange(len(source)), list(broken)), (side, channels, crop, key)
     return Splits(lambda split: _cut(source, split, good & split_mask(held, split), images, how))
 
+# %% ../../nbs/3_data/04_batches.ipynb #46e79ec2
 def _cut(source, split, mask, images, how):
     "The images of a split, in memory or on a stream."
     if not mask.any():

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .batches import decode_all, look_through
-from .files import naming, publish, temp_name, write_atomically
+from .files import atomic_write, naming, publish, temp_name
 from .images import named_grid, split_mask
 from .read import (CROPS, BrokenImage, Source, as_image, complain, decode, held_out_of, in_order, is_grey,
     one_mode, open_image, readable, standardise, workers_for)
@@ -144,11 +144,10 @@ def store(f, entries):
 
 def write_edm_zip(f, blobs, labels, classes):
     "EDM's zip of PNGs, image by image; labels, and the names of their classes, as for `dataset_json`."
-    def entries():
-        for n, blob in enumerate(blobs): yield edm_name(n), blob
-        yield "dataset.json", dataset_json(labels, classes)
-    store(f, entries())
+    pictures = ((edm_name(n), blob) for n, blob in enumerate(blobs))
+    store(f, chain(pictures, [("dataset.json", dataset_json(labels, classes))]))
 
+# %% ../../nbs/3_data/05_convert.ipynb #1acd381d
 def write_folder(path:Path, blobs, labels, classes):
     "PNGs in a sub-folder a class, as a folder that appears when it is whole."
     temp, folders = temp_name(path), [re.sub(r"[^\w .+-]", "_", c).strip("._- ")[:60] or "class" for c in classes]
@@ -162,6 +161,12 @@ def write_folder(path:Path, blobs, labels, classes):
     finally: shutil.rmtree(temp, ignore_errors=True)
 
 # %% ../../nbs/3_data/05_convert.ipynb #db7b75ae
+def _encoded(source, kept, size, crop, grey, level, workers):
+    "The images as PNGs, one by one."
+    def encode(positions): return [png(one_mode(source.pixels(i, size, crop), grey), level) for i in positions]
+    parts = np.split(kept, range(128, len(kept), 128))
+    return chain.from_iterable(in_order(encode, parts, workers_for(len(kept), workers)))
+
 def check_destination(dst:Path, overwrite:bool):
     "Raise if the destination can't or must not be written; a file may be replaced if asked to."
     if dst.suffix.lower() not in (".zip", ".npz", ""):
@@ -199,15 +204,11 @@ def convert(
     labels, side = None if source.labels is None else source.labels[kept], size or source.pixels(kept[0]).shape[0]
     if images is not None:
         more = {} if labels is None else {"arr_1": labels, "classes": np.array(source.classes)}
-        write_atomically(dst, lambda f: np.savez(f, arr_0=images[kept].transpose(0, 2, 3, 1), **more))
+        atomic_write(dst, lambda f: np.savez(f, arr_0=images[kept].transpose(0, 2, 3, 1), **more))
     else:
-        def encode(positions):
-            pixels = (source.pixels(i, size, crop) for i in positions)
-            return [png(one_mode(a, c == 1), 0 if dst.suffix else 6) for a in pixels]
-        parts = in_order(encode, np.split(kept, range(128, len(kept), 128)), workers_for(len(kept), workers))
-        blobs = chain.from_iterable(parts)
+        blobs = _encoded(source, kept, size, crop, c == 1, 0 if dst.suffix else 6, workers)
         blobs = tqdm(blobs, f"writing {dst.name}", len(kept), unit=" images", delay=2, disable=None)
-        if dst.suffix: write_atomically(dst, lambda f: write_edm_zip(f, blobs, labels, source.classes))
+        if dst.suffix: atomic_write(dst, lambda f: write_edm_zip(f, blobs, labels, source.classes))
         else: write_folder(dst, blobs, labels, source.classes)
     left_out = {readable(source.names[i]): readable(why) for i, why in broken.items()}
     return {"images": len(kept), "left_out": left_out, "channels": c, "size": side}

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['log', 'METRICS', 'NEED_POINTS', 'LOWER', 'INCEPTION_NAMES', 'Evaluator', 'extend_scores', 'drawn_samples',
-           'Request', 'sampler_settings', 'Subject', 'open_subject', 'find_reference', 'evaluate', 'text_table',
-           'report', 'plan', 'kept_reference', 'run_evaluator', 'image_samples']
+           'Request', 'sampler_settings', 'Subject', 'open_subject', 'kept_reference', 'run_evaluator',
+           'find_reference', 'evaluate', 'text_table', 'report', 'plan']
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #0537b479
-import hashlib, json, logging, sys
+import hashlib, json, logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import torch
 from fastcore.basics import patch
 
 from .. import __version__
-from ..data.batches import load_data
+from ..data.batches import load_splits
+from ..data.files import atomic_write, cache_folder
 from ..data.images import to_uint8
 from ..method.flow import rho_grid
 from ..method.sampling import check_request, evaluations, sample
@@ -28,13 +29,11 @@ from ..method.trajectory import is_ctm
 from ..checkpoints.catalogue import CATALOGUE, fetch
 from ..checkpoints.models import find_checkpoint, load
 from ..checkpoints.store import load_checkpoint
-from ..data.files import atomic_write, cache_folder
-from .metrics import (authenticity, class_accuracy, density_coverage, frechet_gaussians,
-                                       inception_score, kernel_distance, precision_recall, train_classifier, warn_rank)
+from .metrics import (class_accuracy, frechet_gaussians, inception_score, kernel_distance,
+                      precision_recall, train_classifier, warn_rank)
 from .features import ClassifierExtractor, Extractor, load_extractor
-from .reference import (Collected, Ranks, Reference, SampleSet, array_samples, build_reference,
-                                         collect, data_samples, is_reference_file, open_samples, process_group,
-                                         read_reference)
+from .reference import (Collected, Ranks, Reference, SampleSet, build_reference, collect, data_samples,
+                        is_reference_file, open_samples, process_group, read_reference)
 from .search import SEARCH_SEED, aligned, beside, confirm, search_table, search_times, store_times
 from .draw import timesteps_of, weights_hash
 from .likelihood import likelihood_record
@@ -48,30 +47,23 @@ def _spatial(r, g):
     if len(mean) != m: raise ValueError(f"maps must have {len(mean)} values as in the reference {r.name}, got {m}")
     return frechet_gaussians(mean, cov, g.spatial.mean, g.spatial.cov)
 
-# %% ../../nbs/5_evaluation/07_evaluate.ipynb #3dbc2c91
-def _inception(r, g):
-    "Averaged over parts of 5,000, by custom."
-    return inception_score(g.probs / g.probs.sum(1, keepdim=True), splits=max(1, g.n // 5000))
-
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #34169342
 def _accuracy(r, g):
     if g.labels is None or g.probs is None:
         raise ValueError("acc needs labels of the samples (arr_1, dataset.json, or a checkpoint with classes) and a "
                          "classifier")
-    return class_accuracy(g.probs / g.probs.sum(1, keepdim=True), g.labels)
+    return class_accuracy(g.probs, g.labels)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #559dfac1
 METRICS = {  # word -> names of the values, function(reference, collected)
     "fid": ("frechet_distance", lambda r, g: frechet_gaussians(r.mean, r.cov, g.stats.mean, g.stats.cov)),
     "sfid": ("spatial_frechet_distance", _spatial),
-    "is": ("inception_score", _inception),
-    "pr": ("precision recall", lambda r, g: precision_recall(r.points, g.points, k=3)),
-    "dc": ("density coverage", lambda r, g: density_coverage(r.points, g.points, k=5)),
+    "is": ("inception_score", lambda r, g: inception_score(g.probs, splits=max(1, g.n // 5000))),  # as is custom
+    "pr": ("precision recall", lambda r, g: precision_recall(r.points, g.points)),
     "kid": ("kernel_distance kernel_distance_error", lambda r, g: kernel_distance(r.points, g.points)),
     "acc": ("class_accuracy", _accuracy),
-    "auth": ("authenticity", lambda r, g: authenticity(r.points, g.points)),
 }
-NEED_POINTS = {"pr", "dc", "kid", "auth"}  # of the reference
+NEED_POINTS = {"pr", "kid"}  # of the reference
 LOWER = ("fid", "sfid", "kid")  # better when smaller, and nothing else: what a search can minimise
 INCEPTION_NAMES = {"frechet_distance": "fid", "spatial_frechet_distance": "sfid", "kernel_distance": "kid",
                    "kernel_distance_error": "kid_error"}
@@ -82,20 +74,16 @@ class Evaluator:
     "Scores sets of samples against one reference, in one feature space."
     reference: Reference             # what is compared with
     extractor: Extractor             # the feature network, the same in every process
-    metrics: list | None = None      # words of METRICS; None: fid, and pr and acc where possible
+    metrics: list | None = None      # words of METRICS; None: fid, pr with points, and of a classifier acc and is
     device: str = "cpu"              # where the feature network is
     batch: int = 500                 # images at a time
-    extra: tuple = ()                # words beside the default ones
     progress: bool = True            # show a bar
     ranks: Ranks = Ranks()           # the processes that share the work
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #fe2d0470
 @patch
-def check(self: Evaluator,
-    metrics: list, # words of METRICS
-    shape: tuple | None = None, # (C, H, W) of the samples, if known
-):
-    "Everything that can be checked without features; `ValueError` says what doesn't fit."
+def check(self: Evaluator, metrics: list, shape: tuple | None = None):
+    "Everything that can be checked without features; `ValueError` says what doesn't fit; `shape` is (C, H, W)."
     r, features = self.reference, self.extractor
     r.check(features.features_id, shape)
     if NEED_POINTS & set(metrics) and not r.has_points: r.get_points(features)  # says what is missing
@@ -112,9 +100,9 @@ def check(self: Evaluator,
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #a2f28619
 @patch
 def collect(self: Evaluator,
-    samples: SampleSet, # finished, or drawn as they are read
-    metrics: list | None = None, # words that will be computed; None: the evaluator's
-)->Collected|None: # in the first process; None in the others
+    samples: SampleSet,  # finished, or drawn as they are read
+    metrics: list | None = None,  # words that will be computed; None: the evaluator's
+) -> Collected | None:  # in the first process; None in the others
     "What the scores need of a set, from all processes; `ValueError` for labels that the reference doesn't know."
     r, words = self.reference, set(metrics or self.metrics or ["pr"] * self.reference.has_points)
     if samples.labels is not None and r.net is not None and (top := int(samples.labels.max())) >= r.net.n_classes:
@@ -132,7 +120,8 @@ def score(self: Evaluator,
     "The scores of a set; `ValueError` if samples and reference don't fit, or a score's needs aren't met."
     r, words, values = self.reference, metrics or self.metrics, {}
     if not words:
-        words = ["fid", *["pr"] * r.has_points, *["acc"] * (r.net is not None and got.labels is not None), *self.extra]
+        own = r.net is not None
+        words = ["fid", *["pr"] * r.has_points, *["acc"] * (own and got.labels is not None), *["is"] * own]
     self.check(words, got.shape)
     if (d := len(r.mean)) != len(got.stats.mean):
         raise ValueError(f"features must be {d} as in the reference {r.name}, got {len(got.stats.mean)}")
@@ -164,19 +153,13 @@ def as_records(self: Evaluator,
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #908f13e8
 @patch
-def records(self: Evaluator,
-    samples: SampleSet, # finished, or drawn as they are read
-    *about, # sampler, seed and checkpoint, see `as_records`
-)->list: # records; of several processes, the first has them
-    "Score a set."
+def records(self: Evaluator, samples: SampleSet, *about) -> list:
+    "Score a set; `about` goes to `as_records`: sampler, seed, checkpoint. Of several processes, the first has records."
     got = self.collect(samples)
     return [] if got is None else self.as_records(self.score(got), got.n, *about)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #e507afae
-def extend_scores(
-    path, # scores.json; created if it isn't there
-    new:list, # records
-)->list: # all records, old and new
+def extend_scores(path, new: list) -> list:  # all records, old and new
     "Write records into a file of records; `ValueError` if it holds something else, which is then left alone."
     path, old = Path(path), []
     if path.exists():
@@ -218,9 +201,8 @@ class Request:
     features: str | None = None     # see `load_extractor`, or "train"; None: the file's, for a data set "train"
     weights: str | None = None      # folder of published weights; None: the cache
     ref_split: str | None = None    # of a data set; None: "held_out" for features "train", else "all"
-    ref_size: int | None = None     # crop and resize a data set to this side; None: as its images are
     save_ref: Path | None = None    # keep the reference in this file
-    metrics: list | None = None     # words of METRICS, or bpd; None: fid, and pr and acc where possible
+    metrics: list | None = None     # words of METRICS, or bpd; None: see `Evaluator`
     n: int | None = None            # samples to score; None: all there are, of a model 50,000
     seed: int = 0                   # of the noise, and of a classifier that is trained for its features
     batch: int = 500                # images at a time
@@ -235,20 +217,10 @@ class Request:
     tries: int = 40                 # scores that a search may compute
     search_n: int | None = None     # samples in each; None: n, at most 5,000
     tol: float = 1e-4               # of bpd
-    probes: int = 1                 # of bpd
 
-    @property
-    def words(self): return self.metrics and [w for w in dict.fromkeys(self.metrics) if w != "bpd"]  # of samples
-    @property
-    def bpd(self): return "bpd" in (self.metrics or [])
-    @property
-    def n_drawn(self): return self.n or 50000
-    @property
-    def n_searched(self): return self.search_n or min(self.n_drawn, 5000)
-    @property
-    def trains_features(self): return self.features in (None, "train")
-    @property
-    def split(self): return self.ref_split or ("held_out" if self.trains_features else "all")
+    def __post_init__(self):
+        self.words = self.metrics and [w for w in dict.fromkeys(self.metrics) if w != "bpd"]  # of samples
+        self.bpd, self.trains = "bpd" in (self.metrics or []), self.features in (None, "train")
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #b9175500
 def _is_checkpoint(what: str) -> bool:
@@ -259,10 +231,7 @@ def _is_checkpoint(what: str) -> bool:
     return what in CATALOGUE and CATALOGUE[what].kind in ("teacher", "ctm", "cm")
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #43ad5fe8
-def sampler_settings(
-    r: Request,  # solver, steps, gammas, times; what
-    m: Model,  # a model
-) -> list:  # of dicts for `sample`: solver, steps, gamma, and times if they are not the default
+def sampler_settings(r: Request, m: Model) -> list:  # of dicts for `sample`: solver, steps, gamma, perhaps times
     "Every combination that was asked for; `ValueError` names one that this model can't use."
     def one(solver, steps, gamma):
         if not r.times: return dict(solver=solver, steps=steps, gamma=(gamma or 0.) if steps > 1 else 0.)
@@ -287,13 +256,12 @@ class Subject:
     shape: tuple                        # (C, H, W)
     samples: SampleSet | None = None    # finished samples, or
     model: Any = None                   # a model,
-    settings: list = field(default_factory=list)  # and how it is drawn from
-    bytes: str = "round"                # see `to_uint8`
+    settings: list = field(default_factory=list)  # how it is drawn from,
+    bytes: str = "round"                # see `to_uint8`,
+    reading: dict = field(default_factory=dict)   # and how its run read images, see `load_splits`
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #d127402c
-def open_subject(
-    r: Request,  # what was asked for
-) -> Subject:
+def open_subject(r: Request) -> Subject:
     "The samples, or the model with its sampler settings; `ValueError` for what makes no sense."
     for word in r.words or []:
         if word not in METRICS: raise ValueError(f"metrics must be of {', '.join([*METRICS, 'bpd'])}, got {word!r}")
@@ -306,28 +274,77 @@ def open_subject(
         s = open_samples(r.what)
         if s.n < (r.n or 6):
             raise ValueError(f"{r.what} has too few samples: {r.n or 'at least 6'} are needed, got {s.n}")
-        return Subject(r.what, tuple(s.read(slice(0, 1)).shape[1:]), replace(s, n=r.n or s.n))
+        shape = tuple(s.read(slice(0, 1)).shape[1:])
+        return Subject(r.what, shape, replace(s, n=r.n or s.n), reading={"image_size": shape[2]})
     m = load(r.what, device=r.device, which=r.which)
     if r.search and not is_ctm(m):
         raise ValueError("--search finds times of jumps, and this model is a teacher; expected a CTM")
     name, meta = r.what, {}
     if Path(r.what).is_dir(): meta = load_checkpoint(name := str(find_checkpoint(r.what)), parts=[]).meta
-    bytes = r.bytes or (meta.get("config") or {}).get("evaluate", {}).get("bytes", "round")
-    return Subject(name, tuple(m.data_shape), model=m, settings=sampler_settings(r, m), bytes=bytes)
+    config = meta.get("config") or {}
+    data, bytes = config.get("data", {}), r.bytes or config.get("evaluate", {}).get("bytes", "round")
+    words = ["crop", "channels", "skip_broken"]
+    if r.ref == data.get("source"): words += ["labels", "group"]  # about these very files
+    reading = {"image_size": m.data_shape[-1], **{k: data[k] for k in words if data.get(k)}}
+    return Subject(name, tuple(m.data_shape), None, m, sampler_settings(r, m), bytes, reading)
+
+# %% ../../nbs/5_evaluation/07_evaluate.ipynb #45ab864d
+def kept_reference(data, real, seed: int, most: int) -> Path:  # in the cache folder; it need not exist
+    "Where a reference with its classifier is kept: other images or another training, another file."
+    made_of = __version__, torch.__version__, data.sha256(), real.sha256(), seed, most
+    return cache_folder() / f"reference-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]}.npz"
+
+# %% ../../nbs/5_evaluation/07_evaluate.ipynb #d223f4ca
+def run_evaluator(
+    splits,  # splits["train"] and that of the reference; labelled for features "train"
+    features: str = "train",  # see `load_extractor`, or "train"
+    weights: str | None = None,  # folder of published weights; None: the cache
+    device: str = "cpu",  # where the feature network goes
+    batch: int = 500,  # images at a time
+    progress: bool = False,  # show a bar while the reference is made
+    seed: int = 0,  # of the classifier
+    most: int = 60000,  # images that it sees in training
+    keep: bool = False,  # classifier and reference in the cache folder, by what they are made of
+    split: str | None = None,  # of the reference; None: "held_out" for features "train", else "train"
+    ranks: Ranks = Ranks(),  # the processes that share the work
+) -> Evaluator:
+    "What scores a run, or any samples of such data."
+    own, path, first = features == "train", None, ranks.rank == 0
+    split = split or ("held_out" if own else "train")
+    real = splits[split]
+    if own and keep and first: path = kept_reference(splits["train"], real, seed, most)
+    known: Any = None
+    try: known = read_reference(path) if path and path.exists() else None
+    except ValueError as e: log.warning("%s; it is made again", e)
+    known, name = ranks.send(known), f"{real.name}, {split.replace('_', ' ')}"
+    learn = lambda: train_classifier(splits["train"], seed, most=most, device=device, progress=progress).cpu()
+    if known: extractor: Extractor = ClassifierExtractor(known.net).to(device)
+    elif own: extractor = ClassifierExtractor(ranks.send(learn() if first else None)).to(device)
+    else: extractor = load_extractor(features, weights, device)
+    reference = known or build_reference(extractor, real, name, device, batch, progress=progress, ranks=ranks)
+    if path and not known:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            reference.save(path)
+        except OSError as e: log.warning("%s can't be kept: %s", path, e.strerror)  # no reason to stop
+    reference.name = name
+    return Evaluator(reference, extractor, device=device, batch=batch, progress=False, ranks=ranks)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #c4ad22de
-def find_reference(
-    r: Request,  # what was asked for
-    shape: tuple,  # (C, H, W) of the samples
-    ranks: Ranks = Ranks(),  # the processes that share the work
-) -> tuple:  # Reference, Extractor; the same in every process
-    "The reference and the feature network; `ValueError` if they don't belong together, or neither tells which."
+def find_reference(r: Request, subject: Subject, ranks: Ranks = Ranks()) -> Evaluator:  # the same in every process
+    "What scores a request; `ValueError` if reference and features don't belong together, or neither tells which."
     path = fetch(r.ref) if r.ref in CATALOGUE else Path(r.ref).expanduser()
-    if not is_reference_file(path): return _reference_from_data(r, shape, ranks)
+    if not is_reference_file(path):
+        split = r.ref_split or ("held_out" if r.trains else "all")
+        splits = load_splits(r.ref, **subject.reading)
+        found = run_evaluator(splits, r.features or "train", r.weights, r.device, r.batch, True, r.seed, keep=r.search,
+                              split=split, ranks=ranks)
+        found.reference.check(found.extractor.features_id, subject.shape)
+        return replace(found, metrics=r.words, progress=True)
     reference = read_reference(path)
     made = reference.features
     kind = made.rpartition("-")[0] or made
-    if reference.net is not None and r.trains_features: extractor = ClassifierExtractor(reference.net.to(r.device))
+    if reference.net is not None and r.trains: extractor: Extractor = ClassifierExtractor(reference.net.to(r.device))
     elif r.features == "train":
         raise ValueError(f"--features train: the reference {reference.name} was made in {made}; give the data set as "
                          "--ref to train on it")
@@ -335,37 +352,13 @@ def find_reference(
         raise ValueError(f"--features must name the TorchScript file in whose features the reference {reference.name} "
                          f"was made ({made})")
     else: extractor = load_extractor(r.features or kind, r.weights, r.device)
-    reference.check(extractor.features_id, shape)
-    return reference, extractor
-
-# %% ../../nbs/5_evaluation/07_evaluate.ipynb #87673488
-def _reference_from_data(r, shape, ranks):
-    "A reference from images; one with a classifier of its own is kept from one attempt of a search to the next."
-    data, kept, first = load_data(r.ref, r.split, r.ref_size), None, ranks.rank == 0
-    side = data.image_size
-    if tuple(shape[1:]) != (side, side):
-        raise ValueError(f"samples must be {side} x {side} as in the reference {r.ref}, got {shape[1]} x {shape[2]}")
-    if r.search and r.trains_features:  # another file for other images, another split or seed
-        mark = hashlib.sha256(f"{r.split} {r.seed} {data.sha256()}".encode()).hexdigest()[:8]
-        kept = beside(r.what, "search") / f"reference-{mark}.npz"
-    known = ranks.send(read_reference(kept) if kept and kept.exists() and first else None)
-    if known: return known, ClassifierExtractor(known.net).to(r.device)
-    if r.trains_features:
-        learn = lambda: train_classifier(load_data(r.ref, "train", r.ref_size), r.seed, device=r.device,
-                                         progress=sys.stderr.isatty()).cpu()
-        extractor: Extractor = ClassifierExtractor(ranks.send(learn() if first else None)).to(r.device)
-    else: extractor = load_extractor(r.features, r.weights, r.device)
-    reference = build_reference(extractor, data, f"{data.name}, {r.split}", r.device, r.batch, progress=True,
-                                ranks=ranks)
-    if kept and first:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        reference.save(kept)
-    return reference, extractor
+    reference.check(extractor.features_id, subject.shape)
+    return Evaluator(reference, extractor, r.words, r.device, r.batch, ranks=ranks)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #f2bacbdd
 def _search_model(evaluator: Evaluator, r: Request, m) -> list:
     "Search the times of a model, or go on where it was interrupted."
-    word, seed, n = (r.metrics or ["fid"])[0], r.seed + SEARCH_SEED, r.n_searched
+    word, seed, n = (r.metrics or ["fid"])[0], r.seed + SEARCH_SEED, r.search_n or min(r.n or 50000, 5000)
     quiet, counts = replace(evaluator, progress=False), evaluator.reference.label_counts
     def one(times, gamma):
         drawn = drawn_samples(m, n, dict(solver="ctm", times=times, gamma=gamma), counts, seed)
@@ -378,24 +371,22 @@ def _search_model(evaluator: Evaluator, r: Request, m) -> list:
             for steps in r.steps]
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #26464ff4
-def evaluate(
-    r: Request,  # what was asked for
-    subject: Subject | None = None,  # if it is open already
-) -> tuple[list, list]:  # records, and what a search found; of several processes, the first has them
-    "Score samples, or a model with all sampler settings that were asked for, after a search of them if need be."
+def evaluate(r: Request, subject: Subject | None = None) -> tuple[list, list]:
+    """Score samples, or a model with all sampler settings that were asked for, after a search of them if need be.
+
+    Returns records, and what a search found; of several processes, the first has them."""
     subject, rows, found = subject or open_subject(r), [], []
     with process_group() as ranks:
         if r.bpd and ranks.rank == 0:  # one process is enough
             split = r.ref_split or "held_out"
-            data = load_data(r.ref, split, r.ref_size)
-            data.name = f"{data.name}, {split}"
-            rows.append(likelihood_record(subject.model, data, subject.name, r.n, r.tol, r.probes, r.seed, r.batch,
+            data = load_splits(r.ref, **subject.reading)[split]
+            data.name = f"{data.name}, {split.replace('_', ' ')}"
+            rows.append(likelihood_record(subject.model, data, subject.name, r.n, r.tol, r.seed, r.batch,
                                           progress=True))
         if r.words == []: return rows, found
-        reference, extractor = find_reference(r, subject.shape, ranks)
-        evaluator = Evaluator(reference, extractor, r.words, r.device, r.batch, ranks=ranks)
+        evaluator = find_reference(r, subject, ranks)
         evaluator.check(r.words or [])
-        if r.save_ref and ranks.rank == 0: reference.save(r.save_ref)
+        if r.save_ref and ranks.rank == 0: evaluator.reference.save(r.save_ref)
         if subject.samples: return rows + evaluator.records(subject.samples, None, None, subject.name), found
         settings = subject.settings
         if r.search:
@@ -404,14 +395,12 @@ def evaluate(
                 default = dict(solver="ctm", steps=f["steps"], gamma=(r.gammas or [0.])[0])
                 settings += [default, {**default, "gamma": f["gamma"], "times": f["times"]}]
         for sampler in ({**s, "bytes": subject.bytes} for s in settings):
-            samples = drawn_samples(subject.model, r.n_drawn, sampler, reference.label_counts, r.seed)
+            samples = drawn_samples(subject.model, r.n or 50000, sampler, evaluator.reference.label_counts, r.seed)
             rows += evaluator.records(samples, sampler, r.seed, subject.name)
     return rows, found
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #c6e1f382
-def text_table(
-    rows:list, # records
-)->str: # lines of equal width
+def text_table(rows: list) -> str:
     "Records as a table for a terminal, a row for each sampler, checkpoint, n and seed."
     if not rows: return "no scores"
     table: dict[tuple, dict] = {}
@@ -436,13 +425,8 @@ def _row_name(r):
     return s["solver"], str(evaluations(s["solver"], torch.arange(s["steps"], -1, -1))), gamma, times
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #f9151870
-def report(
-    r: Request,  # what was asked for
-    rows: list,  # from `evaluate`
-    found: list,  # from `evaluate`
-    out: Path | None = None,  # file of records to extend; None: none
-) -> str:
-    "Write what was found; the table, and what was written, as text."
+def report(r: Request, rows: list, found: list, out: Path | None = None) -> str:
+    "What `evaluate` returned as text; its records go into a file, and what a search found beside the checkpoint."
     lines = []
     for group in ([a for a in rows if not a["features"]], [a for a in rows if a["features"]]):
         if not group: continue
@@ -468,96 +452,28 @@ def _report_search(r: Request, rows: list, found: list) -> str:
     return f"\n{search_table(entries)}\n\nstored in {place} for ctm_nb_sample --times auto"
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #2ec41283
-def plan(
-    r: Request,  # what was asked for
-    subject: Subject,  # opened
-    writes: list,  # names of files
-) -> str:
-    "What would be done, as text."
-    lines, from_file = [], is_reference_file(Path(r.ref).expanduser())
+def plan(r: Request, subject: Subject, writes: list) -> str:
+    "What would be done and which files written, as text."
+    lines, own = [], not (r.ref in CATALOGUE or is_reference_file(Path(r.ref).expanduser()))
     if r.bpd: lines.append(f"likelihood bpd of images of {r.ref}, {r.ref_split or 'held_out'}, under {subject.name}")
     if r.words == []: return lines[0]
-    if r.search:
-        lines.append(f"search     up to {r.tries} scores of {r.n_searched} samples for each number of steps, then both "
-                     "default and found times")
+    if r.search: lines.append(f"search     up to {r.tries} scores for each number of steps")
     if subject.samples: lines.append(f"samples    {subject.samples.n} in {r.what}")
     else:
-        more = lambda a: f" gamma {a['gamma']:g}" * (a["solver"] == "ctm") + f" at {a.get('times')}" * ("times" in a)
-        drawn = [f"{a['solver']} {a['steps']}{more(a)}" for a in subject.settings]
-        lines.append(f"samples    {r.n_drawn} of {subject.name}, drawn in {len(drawn)} ways: {', '.join(drawn)}")
-    return "\n".join([*lines,
-        f"reference  {r.ref}, " + ("a file of statistics" if from_file else f"data, split {r.split}"),
-        f"features   {r.features or ('those of the reference' if from_file else 'train')}",
-        f"metrics    {','.join(r.words or []) or 'fid, and pr and acc where possible'}",
+        drawn = "; ".join(", ".join(f"{k} {v}" for k, v in s.items()) for s in subject.settings)
+        lines.append(f"samples    {r.n or 50000} of {subject.name}: {drawn}")
+    split = f", split {r.ref_split or ('held_out' if r.trains else 'all')}" if own else ""
+    return "\n".join([*lines, f"reference  {r.ref}{split}",
+        f"features   {r.features or ('train' if own else 'those of the reference')}",
+        f"metrics    {','.join(r.words or ['those that are possible'])}",
         f"writes     {', '.join(map(str, writes)) or 'nothing'}"])
-
-# %% ../../nbs/5_evaluation/07_evaluate.ipynb #45ab864d
-def kept_reference(
-    data, real,  # training images, images of the reference
-    seed: int,  # of the classifier
-    most: int,  # images that it sees in training
-) -> Path:  # in the cache folder; it need not exist
-    "Where a reference with its classifier is kept: other images or another training, another file."
-    made_of = __version__, torch.__version__, data.sha256(), real.sha256(), seed, most
-    return cache_folder() / f"reference-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]}.npz"
-
-# %% ../../nbs/5_evaluation/07_evaluate.ipynb #3c8a3aea
-def _read_kept(path: Path | None) -> Any:  # Reference, or None
-    "What is kept there, if it is whole."
-    try: return read_reference(path) if path and path.exists() else None
-    except ValueError as e: log.warning("%s; it is made again", e)
-
-def _keep(reference: Reference, path: Path):
-    "A cache that can't be written is no reason to stop."
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        reference.save(path)
-    except OSError as e: log.warning("%s can't be kept: %s", path, e.strerror)
-
-# %% ../../nbs/5_evaluation/07_evaluate.ipynb #d223f4ca
-def run_evaluator(
-    splits,  # splits["train"], and for features "train" splits["held_out"], both labelled
-    features: str = "train",  # see `load_extractor`, or "train"
-    weights: str | None = None,  # folder of published weights; None: the cache
-    device: str = "cpu",  # where the feature network goes
-    batch: int = 500,  # images at a time
-    progress: bool = False,  # show a bar while the reference is made
-    seed: int = 0,  # of the classifier
-    most: int = 60000,  # images that it sees in training
-    keep: bool = False,  # classifier and reference in the cache folder, by what they are made of
-) -> Evaluator:
-    "What scores a run, or any samples of such data."
-    own, data = features == "train", splits["train"]
-    real, name = (splits["held_out"], "held out") if own else (data, "train")
-    path = kept_reference(data, real, seed, most) if own and keep else None
-    known = _read_kept(path)
-    if known: extractor: Extractor = ClassifierExtractor(known.net.to(device))
-    elif own: extractor = ClassifierExtractor(train_classifier(data, seed, most=most, device=device, progress=progress))
-    else: extractor = load_extractor(features, weights, device)
-    name = f"{data.name}, {name}"
-    reference = known or build_reference(extractor, real, name, device, batch, progress=progress)
-    if path and not known: _keep(reference, path)
-    reference.name = name
-    return Evaluator(reference, extractor, device=device, batch=batch, extra=("is",) if own else (), progress=False)
-
-# %% ../../nbs/5_evaluation/07_evaluate.ipynb #6154463b
-def image_samples(
-    x: torch.Tensor,  # (N, C, H, W) samples: uint8, or float in [-1, 1]
-    y=None,  # (N,) classes they were drawn as; None: without class accuracy
-) -> SampleSet:
-    "Samples in memory, rounded to 8 bits, because that is how they are saved and how real images come."
-    if not torch.isfinite(x).all(): raise ValueError("x must be finite, got NaN or infinity")
-    images = (x if x.dtype == torch.uint8 else to_uint8(x)).cpu()
-    return array_samples(images, None if y is None else torch.as_tensor(y).cpu())
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #ea62578a
 @patch
-def floor(self: Evaluator,
-    splits,  # see `run_evaluator`
-) -> list:  # records, of real images; none where the training images are the reference
+def floor(self: Evaluator, splits) -> list:  # records; none if training images are the reference
     "The training images, scored like samples, and how well the classifier reads the held-out ones."
     if self.reference.net is None: return []
     held_out = splits["held_out"]
     got: Any = collect(self.extractor, data_samples(held_out), self.device, self.batch, keep=False)  # one process
-    accuracy = {"classifier_accuracy": class_accuracy(got.probs / got.probs.sum(1, keepdim=True), held_out.labels)}
+    accuracy = {"classifier_accuracy": class_accuracy(got.probs, held_out.labels)}
     return [*self.as_records(accuracy, got.n), *self.records(data_samples(splits["train"], most=10000))]

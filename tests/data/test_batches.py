@@ -176,7 +176,7 @@ def test_unchanged_images_are_exactly_unchanged():
     assert (
         0.4 < still.float().mean() < 0.8 and torch.equal(y[still], x[still]) and not torch.equal(y[~still], x[~still])
     )
-    assert draw_parameters(stream_uniforms(0, 0, 50), 1.0)[:, 2:].all()
+    assert draw_parameters(stream_uniforms(0, 0, 50), 1.0)[:, [2, 3, 5, 6, 7]].all()  # a direction may be 0
 
 
 def test_image_data_and_stream_answer_the_same(zipped):

@@ -149,6 +149,17 @@ def test_colour_modes():
     assert r > 200 and g < 60 and b < 60
 
 
+def test_what_is_transparent_shows_the_background(tmp_path):
+    write(tmp_path / "d", {"a.png": png(np.zeros((4, 4, 4), np.uint8)), "b.png": png()})
+    source = open_source(tmp_path / "d", background="#102030")
+    assert source.pixels(0)[0, 0].tolist() == [16, 32, 48] and np.array_equal(source.pixels(1), PIXELS)
+    assert "1 images have transparent pixels, put on #102030" in report(survey(source))
+    for in_memory in (True, False):
+        red, white = (load_splits(tmp_path / "d", in_memory=in_memory, background=c)["all"] for c in ("red", "white"))
+        assert red.take([0])[0, :, 0, 0].tolist() == [255, 0, 0] and white.take([0]).min() == 255
+    refuse("background must be a colour, grey or #ff8000, got 'blurple'", tmp_path / "d", background="blurple")
+
+
 @pytest.mark.parametrize("orientation, corner", [(1, (0, 0)), (3, (3, 7)), (6, (0, 3)), (8, (7, 0))])
 def test_photographs_stand_upright(orientation, corner):
     "The dark corner of the stored picture is at `corner` (row, column) of the upright one."
@@ -295,6 +306,8 @@ def test_shards_with_contradictions(tmp_path):
     refuse(
         f"{tmp_path}/d.tar holds '0.png' twice", shard("d.tar", [("0.png", png()), ("0.png", png()), ("0.cls", b"1")])
     )
+    dots = open_source(shard("f.tar", [("a.0.png", png()), ("a.0.cls", b"1"), ("a.1.png", png()), ("a.1.cls", b"0")]))
+    assert dots.labels.tolist() == [1, 0]
     words = open_source(shard("e.tar", [("0.png", png()), ("0.cls", b"dog\n"), ("1.png", png()), ("1.cls", b"cat")]))
     assert words.classes == ["cat", "dog"] and words.labels.tolist() == [1, 0]
 

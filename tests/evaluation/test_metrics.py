@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from ctm_nb.data.images import ImageData, digits
-from ctm_nb.evaluation.evaluate import image_samples, run_evaluator
+from ctm_nb.evaluation.evaluate import run_evaluator
 from ctm_nb.evaluation.features import ClassifierExtractor
-from ctm_nb.evaluation.metrics import (FeatureStats, as_probs, class_accuracy, frechet_distance, frechet_gaussians,
-                                       inception_score, knn_radii, precision_recall, train_classifier)
-from ctm_nb.evaluation.reference import array_samples
+from ctm_nb.evaluation.metrics import (FeatureStats, _as_probs, class_accuracy, frechet_distance, frechet_gaussians,
+                                       inception_score, _knn_radii, precision_recall, train_classifier)
+from ctm_nb.evaluation.reference import image_samples
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "metrics.npz"
 
@@ -113,13 +113,13 @@ def test_precision_recall_against_all_pairs(monkeypatch):
     ra, rb = (np.sort(dist(x, x), 1)[:, 4] for x in (a, b))
     expect = (dist(b, a) <= ra).any(1).mean(), (dist(a, b) <= rb).any(1).mean()
     assert precision_recall(a, b, k=4) == pytest.approx(expect, abs=1e-12)
-    monkeypatch.setattr(m.distance_blocks, "__defaults__", (200,))        # blocks of two rows: the same
+    monkeypatch.setattr(m._distance_blocks, "__defaults__", (200,))        # blocks of two rows: the same
     assert precision_recall(a, b, k=4) == pytest.approx(expect, abs=1e-12)
 
 
 def test_duplicates_have_radius_zero_and_hold_themselves():
     x = np.repeat(cloud(5) * 1e3 + .1, 4, 0)
-    assert knn_radii(torch.from_numpy(x), 3).max() == 0
+    assert _knn_radii(torch.from_numpy(x), 3).max() == 0
     assert precision_recall(x, x) == (1., 1.)
 
 
@@ -164,7 +164,7 @@ def test_bad_arguments_are_refused(scored):
     with pytest.raises(ValueError, match="k must be >= 1, got 0"): precision_recall(cloud(), cloud(), k=0)
     with pytest.raises(ValueError, match="at least 6 are needed, got 5"): precision_recall(cloud(), cloud(5), k=5)
     with pytest.raises(ValueError, match="splits must be between 1 and"): inception_score(np.eye(3), splits=4)
-    with pytest.raises(ValueError, match="row 1"): as_probs([[1., 0.], [.5, .6]])
+    with pytest.raises(ValueError, match="row 1"): _as_probs([[1., 0.], [.5, .6]])
     with pytest.raises(ValueError, match="a class for each of the 3"): class_accuracy(np.eye(3), [0, 1])
     with pytest.raises(ValueError, match="same features, got 3 and 2"): FeatureStats(3).merge(FeatureStats(2))
     with pytest.raises(ValueError, match="finite"): FeatureStats(6).update(NAN)
@@ -217,4 +217,4 @@ def test_records_are_complete(scored):
     assert record["sampler"] == sampler and record["features"].startswith("classifier64-")
     with pytest.raises(ValueError, match="finite"):
         evaluator.extractor.net.norm.running_mean += float("nan")
-        evaluator.collect(array_samples(splits["held_out"].images))
+        evaluator.collect(image_samples(splits["held_out"].images))

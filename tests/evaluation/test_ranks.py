@@ -15,29 +15,16 @@ import torch
 from ctm_nb.commands.evaluate import ctm_nb_evaluate
 from ctm_nb.data.images import digits
 from ctm_nb.evaluation.draw import make_recipe
-from ctm_nb.method.teacher import Denoiser
 from ctm_nb.evaluation.features import ClassifierExtractor
-from ctm_nb.checkpoints.models import describe, load
+from ctm_nb.checkpoints.models import load
 from ctm_nb.evaluation.metrics import FeatureStats, train_classifier
-from ctm_nb.networks.unet import DDPMpp, init_
-from ctm_nb.evaluation.reference import (Collected, Ranks, array_samples, build_reference, extract, joined,
+from ctm_nb.evaluation.reference import (Collected, Ranks, image_samples, build_reference, _extract, _joined,
                                          process_group, read_reference)
 from ctm_nb.evaluation.search import beside, _ledger_file, search_times, stored_times
-from ctm_nb.checkpoints.store import save_checkpoint
-from ctm_nb.method.trajectory import student_from
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    torch.manual_seed(0)
-    teacher = Denoiser(DDPMpp(8, 1, 10, model_channels=8, channel_mult=(1, 1), n_blocks=1, attention=()))
-    init_(teacher.net.out_layers[1], 1.)
-    models = {"teacher": teacher, "ctm": student_from(teacher)}
-    described = {k: {"part": k, "description": describe(m, list("0123456789"))} for k, m in models.items()}
-    meta = {"models": described}
-    save_checkpoint(folder / "checkpoints", 1, {k: m.state_dict() for k, m in models.items()}, {}, meta)
-    return folder
+def run(tmp_path_factory, untrained_run): return untrained_run(tmp_path_factory.mktemp("run"), 1, "0123456789")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +81,7 @@ def merged_in_a_group(x):
         parts, whole = ranks.gather(got), FeatureStats(x.shape[1]).update(x)
         if ranks.rank: assert parts is None
         else:
-            every = joined(parts)
+            every = _joined(parts)
             assert every.n == len(x) and torch.equal(every.points, torch.from_numpy(x))
             assert (every.stats.mean - whole.mean).abs().max() < 1e-10
             assert (every.stats.cov - whole.cov).abs().max() < 1e-10
@@ -116,10 +103,10 @@ def test_shares_cover_everything_once():
 
 def test_joined_needs_images_that_differ(ref):
     net = ClassifierExtractor(read_reference(ref).net)
-    one = extract(net, array_samples(digits().images[:1]).batches())
-    with pytest.raises(ValueError, match="at least 2 are needed, got 1"): joined([one])
-    with pytest.raises(ValueError, match="constant: all 3 images"): joined([one, one, one], "f")
-    assert joined([one, extract(net, array_samples(digits().images[5:6]).batches())]).n == 2
+    one = _extract(net, image_samples(digits().images[:1]).batches())
+    with pytest.raises(ValueError, match="at least 2 are needed, got 1"): _joined([one])
+    with pytest.raises(ValueError, match="constant: all 3 images"): _joined([one, one, one], "f")
+    assert _joined([one, _extract(net, image_samples(digits().images[5:6]).batches())]).n == 2
 
 
 def test_two_processes_score_as_one(run, ref, tmp_path, capfd):
@@ -238,7 +225,6 @@ def test_other_settings_are_other_ledgers(tmp_path):
                                             (["--times", "x"], "got 'x'"),
                                             (["--times", "auto", "--steps", "9"], "times"),
                                             (["--seed", "-1"], "--seed must be >= 0, got -1"),
-                                            (["--ref-size", "0"], "--ref-size must be >= 1, got 0"),
                                             (["--solver", "rk4"], "got 'rk4'"), (["--gamma", "nan"], "--gamma"),
                                             (["--steps", "1.5"], "whole numbers"), (["-n", "2"], "-n must be >= 6")])
 def test_mistakes_are_one_line(run, ref, capsys, words, message):

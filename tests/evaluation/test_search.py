@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from ctm_nb.evaluation.search import Ledger, coordinate_search, search_times, store_times, stored_times
+from ctm_nb.evaluation.search import _Ledger, _coordinate_search, search_times, store_times, stored_times
 
 
 def test_search_finds_resumes_and_respects_its_budget(tmp_path):
@@ -21,7 +21,7 @@ def test_search_finds_resumes_and_respects_its_budget(tmp_path):
     assert search(3, 60, tmp_path) == found and len(calls) == len(found["curve"]) - 10
     (book,) = tmp_path.iterdir()
     book.write_text("{")
-    with pytest.raises(ValueError, match="not the ledger"): Ledger(score, 3, book)
+    with pytest.raises(ValueError, match="not the ledger"): _Ledger(score, 3, book)
     assert search(1, 9)["times"] == [80., .002]
     with pytest.raises(FloatingPointError, match="nan"): search_times(lambda *_: float("nan"), 2, .002, 80.)
 
@@ -30,7 +30,7 @@ def test_fixed_gamma_is_kept():
     found = search_times(lambda times, gamma: times[1] + gamma, 2, .002, 80., 8, gamma=.3)
     assert found["gamma"] == .3
     seen = []
-    coordinate_search(lambda v: seen.append(v[0]) or abs(v[0] - .61), [.5], 1)
+    _coordinate_search(lambda v: seen.append(v[0]) or abs(v[0] - .61), [.5], 1)
     assert min(abs(v - .61) for v in seen) < .01 and all(0 < v < 1 for v in seen)
 
 

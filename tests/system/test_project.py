@@ -69,9 +69,7 @@ def test_requirements_cover_the_imports():
         | set(sys.stdlib_module_names)
         | {CFG["lib_path"]}
     )
-    optional = {n.replace("clean-fid", "cleanfid") for n in names["optional_requirements"]} | {
-        "IPython"
-    }  # comes with ipywidgets
+    optional = names["optional_requirements"] | {"IPython"}  # comes with ipywidgets
     for path in (ROOT/CFG["lib_path"]).rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):

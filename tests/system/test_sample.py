@@ -17,13 +17,9 @@ from ctm_nb.evaluation import draw
 from ctm_nb.commands.sample import ctm_nb_sample
 from ctm_nb.evaluation.draw import (Drawer, draw_parts, draw_samples, drawer_of, make_recipe, missing_parts,
                                     _open_parts, _with_parts)
-from ctm_nb.method.teacher import Denoiser
-from ctm_nb.checkpoints.models import describe, load
-from ctm_nb.networks.unet import DDPMpp, init_
+from ctm_nb.checkpoints.models import load
 from ctm_nb.evaluation.reference import Ranks
 from ctm_nb.evaluation.search import store_times
-from ctm_nb.checkpoints.store import save_checkpoint
-from ctm_nb.method.trajectory import student_from
 
 CODE = "from ctm_nb.commands.sample import ctm_nb_sample; ctm_nb_sample()"
 WORDS = ["-n", "78", "--which", "teacher", "--solver", "heun", "--steps", "8", "--classes", "dog,cat", "--device",
@@ -31,15 +27,7 @@ WORDS = ["-n", "78", "--which", "teacher", "--solver", "heun", "--steps", "8", "
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    torch.manual_seed(0)
-    teacher = Denoiser(DDPMpp(8, 3, 3, model_channels=8, channel_mult=(1, 1), n_blocks=1, attention=()))
-    init_(teacher.net.out_layers[1], 1.)
-    models = {"teacher": teacher, "ctm": student_from(teacher)}
-    meta = {"models": {k: {"part": k, "description": describe(m, ["cat", "dog", "cow"])} for k, m in models.items()}}
-    save_checkpoint(folder / "checkpoints", 1, {k: m.state_dict() for k, m in models.items()}, {}, meta)
-    return folder
+def run(tmp_path_factory, untrained_run): return untrained_run(tmp_path_factory.mktemp("run"), 3, ["cat", "dog", "cow"])
 
 
 def images_of(path):
@@ -121,7 +109,6 @@ def test_ranks_of_torchrun_share_the_work(run, tmp_path):
         (["--batch-size", "none"], "--batch-size must be a whole number, got 'none'"),
         (["--seed", "-4"], "--seed must be >= 0, got -4"),
         (["--guidance", "-2"], "scale=-2"),
-        (["--churn", "a", "--solver", "edm"], "'a'"),
         (["--out", "no/such/x.zip"], "no folder"),
     ],
 )

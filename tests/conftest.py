@@ -1,0 +1,26 @@
+"""What tests of several rooms start from."""
+import pytest
+
+
+@pytest.fixture(scope="session")
+def untrained_run():
+    "A function of folder, channels and names of classes that writes a run with an untrained teacher and student."
+    import torch
+
+    from ctm_nb.checkpoints.models import describe
+    from ctm_nb.checkpoints.store import save_checkpoint
+    from ctm_nb.method.teacher import Denoiser
+    from ctm_nb.method.trajectory import student_from
+    from ctm_nb.networks.unet import DDPMpp, init_
+
+    def write(folder, channels, classes):
+        torch.manual_seed(0)
+        net = DDPMpp(8, channels, len(classes), model_channels=8, channel_mult=(1, 1), n_blocks=1, attention=())
+        teacher = Denoiser(net)
+        init_(teacher.net.out_layers[1], 1.)
+        models = {"teacher": teacher, "ctm": student_from(teacher)}
+        meta = {"models": {k: {"part": k, "description": describe(m, list(classes))} for k, m in models.items()}}
+        save_checkpoint(folder / "checkpoints", 1, {k: m.state_dict() for k, m in models.items()}, {}, meta)
+        return folder
+
+    return write
