@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DISCRIMINATORS', 'GAN_LOSSES', 'augment', 'FeatureNetwork', 'TeacherFeatures', 'CrossMixing', 'TokenMaps',
            'SpectralConv', 'head_widths', 'ScaleHead', 'RandomProjection', 'Head', 'Discriminator',
-           'ProjectedDiscriminator', 'gan_loss_g', 'gan_loss_d', 'discriminator_loss', 'gan_turn', 'lazy']
+           'ProjectedDiscriminator', 'gan_loss_g', 'gan_loss_d', 'discriminator_loss', 'gan_turn']
 
 # %% ../../nbs/1_method/08_adversary.ipynb #2c59eaf2
 import math
@@ -457,12 +457,3 @@ def gan_turn(
     n = step - start
     if n < 0: return "ctm_dsm"
     return "discriminator" if n < warmup or (n - warmup) % 2 == (first == "student") else "ctm_dsm_gan"
-
-# %% ../../nbs/1_method/08_adversary.ipynb #f7f8d7f3
-def lazy(
-    step: int,  # of the stage
-    weight: float,  # of a penalty if it were charged at every discriminator step
-    every: int = 16,  # steps between two charges
-) -> float:  # weight * every, or 0
-    "A penalty charged seldom and then `every` times as high (Karras et al. 2020): the same on average."
-    return weight * every if weight and step % every == 0 else 0.

@@ -175,7 +175,7 @@ def plan_budget(
         if ENOUGH * (wide := measured()).step["teacher"] > seconds / 2: break
         speed, config.network.model_channels = wide, only.network.model_channels
     scores = _fit_scores(config, splits, speed, SCORES * seconds, given) if scored else 0.
-    reserve, opened = scores + speed.end + 1, clock() - began
+    reserve, opened = scores + speed.end + 2 * speed.pause + 2, clock() - began
     whole, left = sum(SHARES[s] for s in stages), seconds - opened - reserve
     least = max(LEAST * speed.step[s] * whole / SHARES[s] for s in stages)
     if left < least:
@@ -319,7 +319,7 @@ def chosen(self: BudgetTrainer) -> list:  # step of the run, steps of each stage
     "The steps with which the run ends in time if nothing changes."
     about, (step, worked) = self.about, self.mark
     if self.step - step >= 4: self.slow = (self.worked - worked) / (self.step - step) / about["costs"][self.now.name]
-    left = about["seconds"] - self.spent - (self.clock() - self.began) - self.slow * about["reserve"]
+    left = about["seconds"] - self.spent - (self.clock() - self.began) - max(1., self.slow) * about["reserve"]
     todo = {s: p.end - max(p.first, self.step) for s, p in self.plan.items() if s in about["costs"]}
     need = self.slow * sum(n * about["costs"][s] for s, n in todo.items() if n > 0)
     share, row = max(left / need, .05), [self.step]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EDM', 'CTM', 'COMMANDS', 'STUDENT', 'ADVERSARY', 'CIFAR10', 'IMAGENET64', 'DIGITS', 'EMOJI', 'TINY',
-           'YOURS', 'RECIPES', 'PRESETS', 'choose']
+           'YOURS', 'RECIPES', 'PRESETS', 'OWN_PICTURES', 'choose']
 
 # %% ../../nbs/6_training/01_presets.ipynb #6b74c6d6
 from pathlib import Path
@@ -143,6 +143,10 @@ def _network_words(n, gpu):
     return words, f"a GPU and a side above 40 get EDM's network for FFHQ 64 x 64 with {len(sides)} levels"
 
 # %% ../../nbs/6_training/01_presets.ipynb #a30641ee
+OWN_PICTURES = """distill.distance=features distill.init=teacher distill.dropout=0 distill.ema_warmup=true
+    distill.balance_rows=none gan.balance_rows=none gan.ema_warmup=true gan.init=ema gan.features=teacher
+    gan.discriminator=small data.flip=false"""
+
 def choose(
     path: str | Path,  # the data
     gpu: bool,  # is there one?
@@ -157,9 +161,8 @@ def choose(
     classes = f"{len(source.classes)} classes ({', '.join(source.classes[:5])}{', ...' * (len(source.classes) > 5)})"
     known = classes if source.classes else "no classes: an unconditional model"
     rest = f"everything else as in the preset {start}"
-    if gpu:  # what needs no download
-        words += ["distill.distance=features", "gan.features=teacher", "distill.init=teacher", "data.flip=false"]
-        words += ["gan.discriminator=small"]
+    if gpu:
+        words += OWN_PICTURES.split()
         rest += ", but nothing is mirrored, and distances and the adversary look through the teacher's encoder"
     reasons = [f"{source.name} ({source.kind}) has {len(source)} images and {known}", why, because, rest]
     sized = [f"data.image_size={size}"] if size else []
