@@ -102,7 +102,8 @@ def ctm_nb_evaluate(
         r = request_of(a)
         from ctm_nb.evaluation import evaluate as work
         subject = work.open_subject(r)
-        if a.dry_run: return print(work.plan(r, subject, [f for f in (a.out, a.save_ref, r.nearest) if f])) if first else None
+        files = [f for f in (a.out, a.save_ref, r.nearest) if f]
+        if a.dry_run: return print(work.plan(r, subject, files)) if first else None
         rows, found = work.evaluate(r, subject)
         if first: print(work.report(r, rows, found, a.out))
 

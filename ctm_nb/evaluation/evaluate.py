@@ -308,9 +308,9 @@ def open_subject(r: Request) -> Subject:
     "The samples, or the model with its sampler settings; `ValueError` for what makes no sense."
     for word in r.words or []:
         if word not in METRICS: raise ValueError(f"metrics must be of {', '.join([*METRICS, 'bpd'])}, got {word!r}")
-    for asked, words in ((r.bpd, "--metrics bpd needs images"), (r.nearest, "--nearest needs training pictures")):
+    for asked, need in ((r.bpd, "--metrics bpd needs images"), (r.nearest, "--nearest needs training pictures")):
         if asked and (r.ref in CATALOGUE or is_reference_file(Path(r.ref).expanduser())):
-            raise ValueError(f"{words}: --ref must be a data set (digits, a folder, a zip, ...), got statistics: {r.ref}")
+            raise ValueError(f"{need}: --ref must be a data set (digits, a folder, ...), got statistics: {r.ref}")
     if r.nearest and r.words == []: raise ValueError("--nearest needs scores of samples, got --metrics bpd alone")
     if not _is_checkpoint(r.what):
         if r.bpd: raise ValueError(f"--metrics bpd needs a model: a run, a checkpoint or a public name, got {r.what}")

@@ -322,6 +322,6 @@ def nearer_share(
     held_out: torch.Tensor, # (m,) the same of held-out pictures
 )->tuple: # share of pairs in [0, 1], and its standard error where there is no memory
     "How often a sample is nearer to the training pictures than a held-out picture is, Eqs. (11) and (12)."
-    h, n, m = held_out.sort().values, len(samples), len(held_out)
-    below, upto = (torch.searchsorted(h, samples, right=right).double().mean() for right in (False, True))
+    h, y, n, m = held_out.sort().values, samples.contiguous(), len(samples), len(held_out)
+    below, upto = (torch.searchsorted(h, y, right=right).double().mean() for right in (False, True))
     return 1 - (below + upto).item() / (2 * m), ((n + m + 1) / (12 * n * m)) ** .5
