@@ -182,7 +182,7 @@ def _nearest_grid(samples, training, distances, ids, most=16):
     for i in shown:
         y = None if samples.labels is None else int(samples.labels[i])
         images += [samples.read(slice(i, i + 1)), training.data.take(ids[i].numpy())]
-        words += ["sample" if y is None else classes.get(y, str(y)), *(f"{d:.3g}" for d in distances[i].tolist())]
+        words += ["drawn" if y is None else classes.get(y, str(y)), *(f"{d:.3g}" for d in distances[i].tolist())]
     beside = [f"nearer than {nearer_share(distances[i, :1], training.held_out)[0]:.0%} of held-out" for i in shown]
     return named_grid(torch.cat([x.expand(-1, 3, -1, -1) for x in images]), 1 + ids.shape[1], words, beside)
 
