@@ -106,7 +106,7 @@ def live(folder, words, kind="none", at=0, share=0.0):
             os.dup2(out, 1), os.dup2(out, 2)
             count = arm(kind, at, share)
             line = ["--preset", "tiny", "--stage", "all", "--runs", str(folder.parent), "--name", folder.name]
-            train(train_parser().parse_args([*line, "--set", *words]))
+            train(train_parser().parse_args([*line, "--set", *words]), time.perf_counter())
             (folder.parent / "counts.json").write_text(json.dumps(count))
             code = 0
         except BaseException:
