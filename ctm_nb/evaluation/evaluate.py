@@ -30,8 +30,8 @@ from ..method.trajectory import is_ctm
 from ..checkpoints.catalogue import CATALOGUE, fetch
 from ..checkpoints.models import find_checkpoint, load
 from ..checkpoints.store import load_checkpoint
-from .metrics import (class_accuracy, frechet_gaussians, inception_score, kernel_distance, nearer_share,
-                      nearest_points, precision_recall, train_classifier, warn_rank)
+from .metrics import (class_accuracy, frechet_gaussians, inception_score, kernel_distance,
+                      nearer_share, nearest_points, precision_recall, train_classifier, warn_rank)
 from .features import ClassifierExtractor, Extractor, load_extractor
 from .reference import (Collected, Ranks, Reference, SampleSet, build_reference, collect, data_samples,
                         is_reference_file, open_samples, process_group, read_reference)
