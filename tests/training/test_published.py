@@ -37,14 +37,15 @@ def test_presets_ask_for_it(preset):
 
 @pytest.mark.parametrize("warmup", [False, True])
 def test_the_ema_after_n_steps_is_its_closed_form(tmp_path, warmup):
-    t = trainer(tmp_path, f"distill.ema_warmup={warmup}", "distill.ema=.9", "distill.target_ema=.8")
+    t = trainer(tmp_path, f"distill.ema_warmup={warmup}", "distill.ema=.9", "distill.target_ema=.8",
+                "distill.emas=.7")
     t.train_step()
     t.begin("ctm_dsm", t.parts)
     path = [weights(t.parts["model"]).double()]
     for _ in range(4):
         t.train_step()
         path.append(weights(t.parts["model"]).double())
-    for name, rate in (("ctm", .9), ("target", .8)):
+    for name, rate in (("ctm", .9), ("target", .8), ("ctm-0.7", .7)):
         fixed = rate ** 4 * path[0] + (1 - rate) * sum(rate ** (3 - i) * v for i, v in enumerate(path[1:]))
         same = torch.allclose(weights(t.parts[name]).double(), fixed, atol=1e-6)
         assert same != warmup and (path[0] - path[-1]).abs().max() > 1e-3, name
@@ -145,6 +146,7 @@ def test_stages_weigh_at_that_layer(tmp_path, rows):
         gradients, net = t.now.gradients(1), t.parts["model"].net
         assert t.now.learner(1) == "model" and gradients.params[gradients.place] is net.balance_layer, stage
         assert net.balance_layer is not net.last_layer
+    assert t.now.bounds == {"gan": (.01, 10.)} and getattr(gradients, "bounds", t.now.bounds) == t.now.bounds
 
 
 def test_half_of_the_stretches_run_along_the_axes():
