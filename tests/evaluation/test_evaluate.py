@@ -365,6 +365,7 @@ def test_scores_say_how_samples_became_bytes(tmp_path):
     from ctm_nb.checkpoints.store import save_checkpoint
     from ctm_nb.commands.evaluate import evaluate_parser, request_of
     from ctm_nb.data.images import to_uint8
+    from ctm_nb.evaluation.draw import draw_samples
     from ctm_nb.evaluation.evaluate import evaluate, open_subject
     from ctm_nb.method.sampling import sample
     from ctm_nb.method.trajectory import CTM
@@ -378,6 +379,10 @@ def test_scores_say_how_samples_became_bytes(tmp_path):
         [str(tmp_path / "run"), "--ref", "digits", "--metrics", "fid", "-n", "60", "--steps", "1", *more]))
     assert [r["sampler"]["bytes"] for r in evaluate(ask())[0]] == ["truncate"]
     assert open_subject(ask("--bytes", "round")).bytes == "round"
+    for words, expected in (({}, "truncate"), ({"bytes": "round"}, "round")):  # and so are samples written
+        recipe = draw_samples(str(tmp_path / "run"), tmp_path / f"{expected}.npz", 20, device="cpu", **words)
+        written = torch.from_numpy(np.load(tmp_path / f"{expected}.npz")["arr_0"]).permute(0, 3, 1, 2)
+        assert recipe["bytes"] == expected and torch.equal(written, to_uint8(sample(m, 20), expected))
     how = dict(solver="ctm", steps=1, gamma=0.)
     x = sample(m, 20, **how)
     drawn = [drawn_samples(m, 20, {**how, "bytes": b}).read(slice(20)) for b in ("round", "truncate")]

@@ -316,6 +316,7 @@ def test_both_turns_are_tried_for_memory(start, head_start, first):
     teacher = stages.TeacherStage(config, digits(), cpu).parts["teacher"]
     stage = stages.GanStage(config, digits(), cpu, {"teacher": teacher, "ctm": student_from(teacher)})
     assert {stage.turn(n) for n in stage.kinds()} == {"discriminator", "ctm_dsm_gan"}
+    assert (stage.turn(start + head_start) == "discriminator") == (first == "discriminator")
 
 
 # ---- the published discriminator
