@@ -22,7 +22,7 @@ test: $(VENV)/.dev ## install, then check, nbtest and pytest
 browser: $(VENV)/.browser ## the explorer in a real browser, after installing one (apt as root, else the driver's own)
 	CTM_BROWSER=1 $(BIN)/python -m pytest tests/system/test_browser.py
 
-check: $(VENV)/.dev ## would export change a file? style, types, the floors of the rooms, figures
+check: $(VENV)/.dev ## would export change a file? style, types, the order of the rooms, figures
 	$(BIN)/python .ci/check.py
 	$(BIN)/ruff check ctm_nb tests benchmarks docs .ci setup.py
 	$(BIN)/ruff check --isolated --line-length 120 --select E501,E702 nbs

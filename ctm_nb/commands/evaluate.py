@@ -51,12 +51,23 @@ def _score_flags(add):
     add("--batch", type=ranged(1), default=500, metavar="B", help="images at a time (default: 500)")
     add("--tol", type=ranged(1e-15, kind=float), default=1e-4, metavar="X",
         help="of bpd: largest error of a step of the solver (default: 1e-4)")
+    add("--nearest", action="store_true", help="look for the training pictures of --ref nearest to each sample: is it "
+        "memory? The share of samples nearer than held-out pictures (1/2 without memory, 1 for copies), and 16 of the "
+        "first row beside their neighbours, in samples/nearest.png of a run, else NAME.nearest.png beside --out or "
+        "the samples")
     add("--search", action="store_true", help="search good times for each of --steps, score them with fresh noise, "
         "and store them for --times auto; the same command continues")
     add("--tries", type=ranged(2), default=40, metavar="N",
         help="scores that a search may compute for each number of steps (default: 40)")
     add("--search-n", type=ranged(6), metavar="N",
         help="samples in each score of a search (default: -n, but at most 5000)")
+
+# %% ../../nbs/7_commands/03_evaluate.ipynb #5314f8f7
+def _sheet(a):
+    "Where the nearest training pictures are drawn."
+    path = Path(a.what).expanduser()
+    if (path / "checkpoints").is_dir(): return path / "samples" / "nearest.png"
+    return (a.out or path).with_suffix(".nearest.png")
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #9060fb3d
 def request_of(
@@ -78,7 +89,7 @@ def request_of(
         raise ValueError(f"--search minimises the first of --metrics, one of {', '.join(LOWER)}, got {first!r}")
     same = {k: v for k, v in vars(a).items() if k in Request.__dataclass_fields__}
     return Request(**{**same, "metrics": metrics, "steps": steps, "gammas": a.gamma,
-                      "device": str(pick_device(a.device))})
+                      "nearest": _sheet(a) if a.nearest else None, "device": str(pick_device(a.device))})
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #62b62378
 def ctm_nb_evaluate(
@@ -91,7 +102,8 @@ def ctm_nb_evaluate(
         r = request_of(a)
         from ctm_nb.evaluation import evaluate as work
         subject = work.open_subject(r)
-        if a.dry_run: return print(work.plan(r, subject, [f for f in (a.out, a.save_ref) if f])) if first else None
+        files = [f for f in (a.out, a.save_ref, r.nearest) if f]
+        if a.dry_run: return print(work.plan(r, subject, files)) if first else None
         rows, found = work.evaluate(r, subject)
         if first: print(work.report(r, rows, found, a.out))
 

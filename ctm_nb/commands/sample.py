@@ -31,6 +31,8 @@ def sample_parser() -> Parser:
     add("--reject", type=float, metavar="RATIO",
         help="draw RATIO times as many, keep those of each class that the classifier likes best")
     add("--classifier", metavar="REF", help="for that: a reference of ctm_nb_evaluate --features train --save-ref")
+    add("--bytes", choices=("round", "truncate"), help="how samples become bytes: the nearest, or the one below "
+        "as in the published code (default: as the run's configuration says; round)")
     add("--batch-size", type=ranged(1), metavar="B", help="samples at a time (default: as many as memory allows)")
     add("--overwrite", action="store_true", help="replace OUT")
     return p

@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 from ..data.convert import png, write_edm_zip
 from ..data.files import atomic_write, publish, temp_name
-from ..data.images import named_grid, to_uint8
+from ..data.images import BYTES, named_grid, to_uint8
 from ..method.guidance import candidates, guide_free, keep_best
 from ..method.sampling import check_request, default_times, evaluations, sample
 from ..method.solvers import solver_name
 from ..method.teacher import Model
 from ..method.trajectory import is_ctm
 from ..checkpoints.models import find_checkpoint, load
+from ..checkpoints.store import load_checkpoint
 from .metrics import FeatureClassifier
 from .reference import Ranks, pick_device, process_group, read_reference
 from .search import stored_times
@@ -177,6 +178,13 @@ def _check_guidance(m: Model, guidance: float, checkpoint: str | Path):
         warnings.warn("guidance needs a model that was trained with labels dropped, and this one was not: its run has "
                       f"{stage}.label_dropout=0", RuntimeWarning, stacklevel=4)
 
+# %% ../../nbs/5_evaluation/05_draw.ipynb #b16d20d1
+def _bytes_of(checkpoint: Path) -> str:  # a key of BYTES
+    "How a run has its samples become bytes."
+    if not (checkpoint / "checkpoint.json").exists(): return "round"
+    config = load_checkpoint(checkpoint, parts=[]).meta.get("config") or {}
+    return config.get("evaluate", {}).get("bytes", "round")
+
 # %% ../../nbs/5_evaluation/05_draw.ipynb #f999b7cc
 def make_recipe(
     m: Model,  # the model
@@ -191,6 +199,7 @@ def make_recipe(
     guidance: float | None = None,  # scale of classifier-free guidance; None: without
     reject: float | None = None,  # draws for each sample that is kept, >= 1; None: all are kept
     classifier: str | None = None,  # for that: a reference .npz with a classifier
+    bytes: str | None = None,  # see `to_uint8`; None: as the run's configuration says, else "round"
 ) -> dict:
     "Everything that the samples depend on; ValueError for the first thing that makes no sense."
     if len(m.data_shape) != 3: raise ValueError(f"only pictures can be written, this model draws shape {m.data_shape}")
@@ -206,10 +215,12 @@ def make_recipe(
     about = _classifier_source(classifier, m) if classifier else None
     if guidance is not None: _check_guidance(m, guidance, checkpoint)
     path = find_checkpoint(checkpoint) if (Path(checkpoint) / "checkpoints").is_dir() else Path(checkpoint)
+    if bytes is None: bytes = _bytes_of(path)
+    if bytes not in BYTES: raise ValueError(f"bytes must be one of {', '.join(BYTES)}, got {bytes!r}")
     names = [str(c) for c in getattr(m, "classes", None) or range(m.n_classes)]
     recipe = {"checkpoint": str(path), "n": n, "solver": solver, "times": t, "gamma": gamma, "seed": seed,
               "classes": class_list(classes, m.n_classes, names), "class_names": names, "guidance": guidance,
-              "classifier": about, "reject": reject,
+              "classifier": about, "reject": reject, "bytes": bytes,
               "evaluations": evaluations(solver, torch.tensor(t)) * (1 if guidance is None else 2)}
     return {**recipe, "draws": len(_wanted(recipe)[0])}
 
@@ -277,7 +288,7 @@ def drawer_of(m, recipe: dict, batch_size: int | None = None):  # draw(rows, don
     settings = {k: recipe[k] for k in ("gamma", "solver", "times", "seed")}
     def pictures(ids):
         x = sample(guided, ids=ids, y=_labels_of(recipe, ids), **settings)
-        return to_uint8(x).permute(0, 2, 3, 1)
+        return to_uint8(x, recipe["bytes"]).permute(0, 2, 3, 1)
     draw = Drawer(pictures, 256 if batch_size is None else batch_size)
     def draw_rows(rows, done=lambda n: None):
         images = draw(ids[rows], done)
@@ -323,7 +334,7 @@ def _open_parts(out: Path, recipe: dict) -> Path:  # the folder of the parts
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "recipe.json"
     if not file.exists(): atomic_write(file, json.dumps(recipe, indent=1).encode())
-    then = json.loads(file.read_text())
+    then = {"bytes": "round", **json.loads(file.read_text())}  # as it was without a word
     differing = [k for k in now if then.get(k) != now[k] and k != "checkpoint"]
     if not differing: return folder
     changes = "; ".join(f"{k}: {then.get(k)} -> {now[k]}" for k in differing)
@@ -350,7 +361,7 @@ def draw_parts(draw, recipe: dict, folder: Path, ranks: Ranks = Ranks(), progres
 # %% ../../nbs/5_evaluation/05_draw.ipynb #7c8d34a4
 def _is_complete(out: Path, recipe: dict) -> bool:
     "Are these very samples there already?"
-    then, now = read_recipe(out) or {}, json.loads(json.dumps(recipe))
+    then, now = {"bytes": "round", **(read_recipe(out) or {})}, json.loads(json.dumps(recipe))
     return all(then.get(k) == v for k, v in now.items()) and then.get("n") == now["n"]
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #33e11252

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FeatureStats', 'frechet_gaussians', 'warn_rank', 'frechet_distance', 'precision_recall', 'inception_score',
-           'class_accuracy', 'FeatureClassifier', 'train_classifier', 'kernel_distance']
+           'class_accuracy', 'FeatureClassifier', 'train_classifier', 'kernel_distance', 'nearest_points',
+           'nearer_share']
 
 # %% ../../nbs/5_evaluation/01_metrics.ipynb #5d0248cc
 import math, warnings
@@ -308,3 +309,19 @@ def kernel_distance(
     draw = lambda f: f[torch.from_numpy(rng.choice(len(f), size, replace=False)).to(f.device)]
     values = np.array([_polynomial_mmd(draw(r), draw(s)) for _ in range(subsets)])
     return float(values.mean()), float(values.std(ddof=1) / subsets**.5)
+
+# %% ../../nbs/5_evaluation/01_metrics.ipynb #a19d8641
+def nearest_points(x, among, k: int = 1) -> tuple:  # (N, d), (M, d) -> distances (N, k), rising, and rows of `among`
+    "The k nearest points of a set, for each of other points."
+    found = [d.topk(k, largest=False) for d in _distance_blocks(x, among)]
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+
+# %% ../../nbs/5_evaluation/01_metrics.ipynb #69cfc5b0
+def nearer_share(
+    samples: torch.Tensor, # (n,) distances of samples to their nearest training pictures
+    held_out: torch.Tensor, # (m,) the same of held-out pictures
+)->tuple: # share of pairs in [0, 1], and its standard error where there is no memory
+    "How often a sample is nearer to the training pictures than a held-out picture is, Eqs. (11) and (12)."
+    h, y, n, m = held_out.sort().values, samples.contiguous(), len(samples), len(held_out)
+    below, upto = (torch.searchsorted(h, y, right=right).double().mean() for right in (False, True))
+    return 1 - (below + upto).item() / (2 * m), ((n + m + 1) / (12 * n * m)) ** .5

@@ -188,12 +188,12 @@ class SpectralConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            W = self.weight.flatten(1)  # (c_out, 16 c_in)
+            M = self.weight.flatten(1)  # (c_out, 16 c_in)
             if self.training:
                 with torch.no_grad():
-                    self.v.copy_(F.normalize(W.T @ self.u, dim=0))
-                    self.u.copy_(F.normalize(W @ self.v, dim=0))
-            sigma = self.u.clone() @ W @ self.v.clone()  # the next pass changes them, this one's gradient must not
+                    self.v.copy_(F.normalize(M.T @ self.u, dim=0))
+                    self.u.copy_(F.normalize(M @ self.v, dim=0))
+            sigma = self.u.clone() @ M @ self.v.clone()  # the next pass changes them, this one's gradient must not
         return F.conv2d(x, self.weight / sigma, self.bias, self.stride, self.padding)
 
 # %% ../../nbs/1_method/08_adversary.ipynb #4d1c0e07
@@ -396,18 +396,18 @@ DISCRIMINATORS = {"small": Discriminator, "published": ProjectedDiscriminator}
 
 # %% ../../nbs/1_method/08_adversary.ipynb #12f31f98
 GAN_LOSSES = {  # h(d) of the discriminator, as above; what the student pays for the logit of its own picture
-    "hinge": (lambda d: F.relu(1 - d), lambda d: -d),  # CTM: GAN loss
+    "hinge": (lambda d: F.relu(1 - d), lambda d: -d),  # CTM: GAN loss [R]
     "softplus": (lambda d: F.softplus(-d), lambda d: F.softplus(-d))}
 
 # %% ../../nbs/1_method/08_adversary.ipynb #5395d9aa
 def gan_loss_g(
-    discriminator: Discriminator,  # its weights are not changed
+    discriminator: Discriminator,  # no weight changes, the heads' buffers do in training mode
     estimate: Tensor,  # (B, C, H, W) with gradient
     y: Tensor | None = None,  # (B,) class indices
     numbers: dict | None = None,  # from `Discriminator.draw`; None: fresh
     loss: str = "hinge",  # a key of GAN_LOSSES
 ) -> Tensor:  # (B,)
-    "Adversarial loss of the student, mean over heads.  # CTM: GAN loss"
+    "Adversarial loss of the student, mean over its logits.  # CTM: GAN loss [R]"
     return torch.stack([GAN_LOSSES[loss][1](l).mean(1) for l in discriminator(estimate, y, numbers)]).mean(0)
 
 # %% ../../nbs/1_method/08_adversary.ipynb #6b07a48d
@@ -417,18 +417,13 @@ def gan_loss_d(
     fake: Tensor,  # (B, C, H, W) the student's pictures; no gradient flows to them
     y: Tensor | None = None,  # (B,) class indices of both
     numbers=(None, None),  # of real and of fake pictures, each from `Discriminator.draw`; None: fresh
-    r1: float = 0.,  # weight of the slope at real pictures
     loss: str = "hinge",  # a key of GAN_LOSSES
 ) -> Tensor:  # (B,)
-    "Loss of the discriminator, mean over heads.  # CTM: GAN loss"
+    "Loss of the discriminator, mean over its logits.  # CTM: GAN loss [R]"
     with torch.no_grad(): mixed = [discriminator.project(x, y, n) for x, n in zip((real, fake), numbers)]
-    inputs = [z.requires_grad_() for maps in mixed[0] for z in maps] if r1 else []
     on_real, on_fake = (discriminator.logits(maps, y) for maps in mixed)
     h = GAN_LOSSES[loss][0]
-    losses = torch.stack([(h(a) + h(-b)).mean(1) for a, b in zip(on_real, on_fake)]).mean(0)
-    if not r1: return losses
-    slopes = torch.autograd.grad(sum(l.mean(1).sum() for l in on_real), inputs, create_graph=True)
-    return losses + r1 / 2 * torch.stack([g.flatten(1).square().sum(1) for g in slopes]).mean(0)
+    return torch.stack([(h(a) + h(-b)).mean(1) for a, b in zip(on_real, on_fake)]).mean(0)
 
 # %% ../../nbs/1_method/08_adversary.ipynb #d372cc51
 def discriminator_loss(
@@ -438,9 +433,9 @@ def discriminator_loss(
     x_t: Tensor,  # (B, C, H, W) where the student's jumps start
     t: Tensor,  # (B,)
     s: Tensor,  # (B,) where they land
-    x0: Tensor,  # (B, C, H, W) real pictures
+    x0: Tensor,  # (B, C, H, W) real pictures, whose noised copies x_t are
     y: Tensor | None = None,  # (B,) class indices of both
-    **options,  # numbers, r1, loss of `gan_loss_d`
+    **options,  # numbers, loss of `gan_loss_d`
 ) -> Tensor:  # scalar
     "The discriminator's turn: real pictures against the student's estimates."
     with torch.no_grad(): fake = to_end(target, student.G(x_t, t, s, y), s, y)
@@ -450,10 +445,10 @@ def discriminator_loss(
 def gan_turn(
     step: int,  # of the stage, 0, 1, ...
     start: int = 0,  # steps before there is an adversary
-    warmup: int = 0,  # steps that the discriminator then has to itself
+    head_start: int = 0,  # steps that the discriminator then has to itself
     first: str = "student",  # who moves first after them, or "discriminator"
 ) -> str:  # "ctm_dsm" (student without adversary), "discriminator" or "ctm_dsm_gan" (student with it)
     "What a step of the adversarial stage minimises."
     n = step - start
     if n < 0: return "ctm_dsm"
-    return "discriminator" if n < warmup or (n - warmup) % 2 == (first == "student") else "ctm_dsm_gan"
+    return "discriminator" if n < head_start or (n - head_start) % 2 == (first == "student") else "ctm_dsm_gan"

@@ -174,7 +174,7 @@ def _head(h):
 def _scores(records):
     "The score table of a report: metrics, rows (sampler, step, n, value by metric), about (features and reference)."
     at = lambda r: (r.get("checkpoint") or "", r.get("n_samples") or 0, r.get("features") or "")
-    rows = [dict(row, step=key[0].removeprefix("step_").lstrip("0"), n=number(key[1]))
+    rows = [dict(row, step=Path(key[0]).name.removeprefix("step_").lstrip("0"), n=number(key[1]))
             for key in sorted(set(map(at, records)), reverse=True)
             for row in score_table([r for r in records if at(r) == key])]
     drawn = [r for r in records if r["sampler"]]
@@ -187,6 +187,8 @@ def _pictures(h, most=6):
     final, grids = h.folder / "samples" / "final.png", [p for p in h.pictures if p[1].is_file()]
     some = sorted({round(i * (len(grids) - 1) / (most - 1)) for i in range(most)}) if grids else []
     found = [("at the end: the same noise and classes drawn with every sampler", final)] if final.is_file() else []
+    nearest = h.folder / "samples" / "nearest.png"
+    if nearest.is_file(): found.append(("samples, each before its nearest training pictures", nearest))
     found += [(f"step {grids[i][0]:,}", grids[i][1]) for i in some]
     return [(caption, base64.b64encode(p.read_bytes()).decode()) for caption, p in found]
 

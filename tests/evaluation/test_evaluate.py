@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from ctm_nb.commands.evaluate import ctm_nb_evaluate
-from ctm_nb.data.images import digits
+from ctm_nb.data.images import ImageData, digits
 from ctm_nb.evaluation.evaluate import (METRICS, Evaluator, Request, drawn_samples, extend_scores, _is_checkpoint,
                                         sampler_settings, text_table)
 from ctm_nb.evaluation.features import (ClassifierExtractor, InceptionExtractor, load_extractor, _resize_clean,
@@ -365,6 +365,7 @@ def test_scores_say_how_samples_became_bytes(tmp_path):
     from ctm_nb.checkpoints.store import save_checkpoint
     from ctm_nb.commands.evaluate import evaluate_parser, request_of
     from ctm_nb.data.images import to_uint8
+    from ctm_nb.evaluation.draw import draw_samples
     from ctm_nb.evaluation.evaluate import evaluate, open_subject
     from ctm_nb.method.sampling import sample
     from ctm_nb.method.trajectory import CTM
@@ -378,6 +379,10 @@ def test_scores_say_how_samples_became_bytes(tmp_path):
         [str(tmp_path / "run"), "--ref", "digits", "--metrics", "fid", "-n", "60", "--steps", "1", *more]))
     assert [r["sampler"]["bytes"] for r in evaluate(ask())[0]] == ["truncate"]
     assert open_subject(ask("--bytes", "round")).bytes == "round"
+    for words, expected in (({}, "truncate"), ({"bytes": "round"}, "round")):  # and so are samples written
+        recipe = draw_samples(str(tmp_path / "run"), tmp_path / f"{expected}.npz", 20, device="cpu", **words)
+        written = torch.from_numpy(np.load(tmp_path / f"{expected}.npz")["arr_0"]).permute(0, 3, 1, 2)
+        assert recipe["bytes"] == expected and torch.equal(written, to_uint8(sample(m, 20), expected))
     how = dict(solver="ctm", steps=1, gamma=0.)
     x = sample(m, 20, **how)
     drawn = [drawn_samples(m, 20, {**how, "bytes": b}).read(slice(20)) for b in ("round", "truncate")]
@@ -421,7 +426,8 @@ def test_a_run_s_reference_is_read_as_the_run_read_its_images(tmp_path, monkeypa
     how = dict(image_size=8, crop="resize", group="[0-9]+(?=_)") if "resize" in room.load_splits.__globals__["CROPS"] \
         else dict(image_size=8, group="[0-9]+(?=_)")
     meta = {"models": {"ctm": {"part": "ctm", "description": describe(m)}},
-            "config": {"data": {"source": str(folder), "labels": "", "channels": None, "flip": True, **how}}}
+            "config": {"data": {"source": str(folder), "labels": "", "channels": None, "flip": True,
+                                "background": "red", **how}}}
     save_checkpoint(tmp_path / "run" / "checkpoints", 1, {"ctm": m.state_dict()}, {}, meta)
     asked = lambda ref: Request(str(tmp_path / "run"), str(ref), metrics=["fid"], n=40, steps=[1])
     real = load_splits(folder, **how)
@@ -431,3 +437,44 @@ def test_a_run_s_reference_is_read_as_the_run_read_its_images(tmp_path, monkeypa
     assert records[0]["reference"]["name"] == "pictures, held out"
     subject = room.open_subject(asked("digits"))
     assert "group" not in subject.reading and subject.reading["image_size"] == 8
+    assert subject.reading["background"] == "red"  # of transparent pictures, wherever they are now
+
+
+# --- is it memory?
+
+@pytest.mark.parametrize(("copied", "expected"), [(1., 1.), (.5, .75), (0., .5)])
+def test_share_of_nearer_samples_tells_how_many_are_copies(net, copied, expected):
+    "Training pictures get 1, pictures never seen 1/2, a mixture what lies between."
+    train, held = digits("train"), digits("held_out")
+    order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
+    new, rest = order[:220], order[220:]
+    asking = Evaluator(build_reference(net, held), net, ["fid"], progress=False).remember(
+        {"train": train, "held_out": ImageData(held.images[rest], name="rest")})
+    n = round(copied * 220)
+    samples = image_samples(torch.cat([train.images[torch.arange(n) * 6], held.images[new[n:]]]))
+    row = asking.records(samples)[-1]
+    assert row["metric"] == "nearer_to_training" and row["reference"]["n"] == len(train)
+    assert row["value"] == pytest.approx(expected, abs=.02 if copied == 1 else 3 * row["standard_error"])
+    assert .01 < row["standard_error"] < .04
+
+
+def test_nearest_draws_a_sheet_and_keeps_a_record(npz, tmp_path, capsys):
+    "Samples that are the held-out pictures get one half, each is drawn before five training pictures."
+    held = digits("held_out")
+    words = [str(npz(a=held.images.permute(0, 2, 3, 1).numpy(), y=held.labels.numpy())), "--ref", "digits", "--nearest",
+             "--metrics", "fid", "--out", str(tmp_path / "scores.json")]
+    ctm_nb_evaluate([*words, "--dry-run"])
+    assert "scores.nearest.png" in capsys.readouterr().out and not (tmp_path / "scores.nearest.png").exists()
+    ctm_nb_evaluate(words)
+    assert "nearer_to_training" in capsys.readouterr().out
+    row = json.loads((tmp_path / "scores.json").read_text())[-1]
+    assert row["value"] == pytest.approx(.5, abs=1e-3) and row["reference"]["name"] == "digits, train"
+    width, height = Image.open(tmp_path / "scores.nearest.png").size
+    assert height > 16 * 32 and width > 6 * 32
+
+
+def test_nearest_needs_training_pictures(npz, ref_file, tmp_path, capsys):
+    assert "--nearest needs training pictures" in fails(capsys, npz(), "--ref", ref_file, "--nearest")
+    assert "no weights of lite0" in fails(capsys, npz(), "--ref", "digits", "--nearest", "--features", "lite0",
+                                          "--weights", tmp_path)
+    assert not list(tmp_path.glob("*.png"))

@@ -287,6 +287,10 @@ def test_each_side_draws_its_own_dropout():
         m.train()
         assert ctm_loss(student, target, *sides(e)).detach().max() > 1e-6
         m.eval()
+    denoised = lambda: dsm_loss(student, e["x0"], e["sigma"], e["eps"], e["y"])
+    assert torch.equal(denoised(), denoised())
+    student.train()
+    assert (denoised() != denoised()).all()
 
 
 # ---- DSM

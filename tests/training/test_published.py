@@ -5,9 +5,12 @@ from runs import newest
 
 from ctm_nb.checkpoints.models import load
 from ctm_nb.data.batches import Batches
+from ctm_nb.data.images import digits
 from ctm_nb.method.balance import ApartGradients
+from ctm_nb.method.distances import l2
 from ctm_nb.method.sampling import sample
 from ctm_nb.networks.unet import ADM, DDPMpp, OpenAIUNet
+from ctm_nb.training import stages
 from ctm_nb.training.config import make_config
 from ctm_nb.training.stages import take
 from ctm_nb.training.trainer import Trainer
@@ -34,17 +37,27 @@ def test_presets_ask_for_it(preset):
 
 @pytest.mark.parametrize("warmup", [False, True])
 def test_the_ema_after_n_steps_is_its_closed_form(tmp_path, warmup):
-    t = trainer(tmp_path, f"distill.ema_warmup={warmup}", "distill.ema=.9", "distill.target_ema=.8")
+    t = trainer(tmp_path, f"distill.ema_warmup={warmup}", "distill.ema=.9", "distill.target_ema=.8",
+                "distill.emas=.7")
     t.train_step()
     t.begin("ctm_dsm", t.parts)
     path = [weights(t.parts["model"]).double()]
     for _ in range(4):
         t.train_step()
         path.append(weights(t.parts["model"]).double())
-    for name, rate in (("ctm", .9), ("target", .8)):
+    for name, rate in (("ctm", .9), ("target", .8), ("ctm-0.7", .7)):
         fixed = rate ** 4 * path[0] + (1 - rate) * sum(rate ** (3 - i) * v for i, v in enumerate(path[1:]))
         same = torch.allclose(weights(t.parts[name]).double(), fixed, atol=1e-6)
         assert same != warmup and (path[0] - path[-1]).abs().max() > 1e-3, name
+
+
+@pytest.mark.parametrize("pooling", ["max", "average"])
+def test_a_stage_asks_for_the_pooling_of_its_configuration(pooling, monkeypatch):
+    asked, cpu = [], torch.device("cpu")
+    monkeypatch.setattr(stages, "LPIPSDistance", lambda folder, pooling: asked.append(pooling) or l2)
+    config = make_config("tiny", ["distill.distance=lpips", f"distill.pooling={pooling}"])
+    teacher = stages.TeacherStage(config, digits(), cpu).parts["teacher"]
+    assert stages.DistillStage(config, digits(), cpu, {"teacher": teacher}).distance is l2 and asked == [pooling]
 
 
 @pytest.mark.parametrize("p", [0., .5])
@@ -78,7 +91,8 @@ def test_half_of_the_images_are_mirrored_and_a_resume_mirrors_the_same(tmp_path)
 
 @pytest.mark.parametrize("init", ["ema", "raw"])
 def test_the_adversarial_stage_goes_on_where_the_first_stood(tmp_path, init):
-    t = trainer(tmp_path / init, f"gan.init={init}", "gan.emas=.5", "distill.emas=.5", "gan.lr=1e-12")
+    rates = ["distill.ema_warmup=false", "distill.target_ema=.8", "distill.emas=.5", "gan.emas=.5"]
+    t = trainer(tmp_path / init, f"gan.init={init}", *rates, "gan.lr=1e-12")
     while t.step < 5: t.train_step()
     before = {k: weights(t.parts[k]).clone() for k in ("model", "target", "ctm", "ctm-0.5")}
     moments = t.now.optimizers["model"].state_dict()["state"][0]["exp_avg"].clone()
@@ -88,7 +102,7 @@ def test_the_adversarial_stage_goes_on_where_the_first_stood(tmp_path, init):
     t.now.inherit(now)
     state = t.now.optimizers["model"].state_dict()["state"]
     for k, v in before.items(): assert torch.equal(weights(t.parts[k]), v if init == "raw" else before["ctm"]), k
-    assert not torch.equal(before["model"], before["ctm"])
+    assert len({float(v.double().sum()) for v in before.values()}) == 4  # each its own
     if init == "raw":
         assert torch.equal(state[0]["exp_avg"], moments)
         assert {k: e.n_updates for k, e in t.now.emas.items()} == updates
@@ -121,6 +135,18 @@ def test_the_layer_of_the_adaptive_weights():
     names = openai_names(net)
     last = max(int(v.split(".")[1]) for v in names.values() if v.startswith("output_blocks"))
     assert names["dec.16x16_block1.conv1.weight"] == f"output_blocks.{last}.0.out_layers.3.weight"
+
+
+@pytest.mark.parametrize("rows", ["none", "4"])
+def test_stages_weigh_at_that_layer(tmp_path, rows):
+    words = ["network.family=openai", "network.channels_per_head=8", "network.model_channels=32"]
+    t = trainer(tmp_path, *words, f"distill.balance_rows={rows}", f"gan.balance_rows={rows}")
+    for stage in ("ctm_dsm", "ctm_dsm_gan"):
+        t.begin(stage, t.parts)
+        gradients, net = t.now.gradients(1), t.parts["model"].net
+        assert t.now.learner(1) == "model" and gradients.params[gradients.place] is net.balance_layer, stage
+        assert net.balance_layer is not net.last_layer
+    assert t.now.bounds == {"gan": (.01, 10.)} and getattr(gradients, "bounds", t.now.bounds) == t.now.bounds
 
 
 def test_half_of_the_stretches_run_along_the_axes():
@@ -158,10 +184,13 @@ def test_what_needs_a_teacher_is_refused_without_one(words, message):
     with pytest.raises(ValueError, match=message): make_config("tiny", [*ALONE, *words])
 
 
+GROUPS = ["distill.balance_rows=4", "run.micro_batch=12"]  # the groups decide how many images are taken at a time
+
+
 def test_losses_are_weighed_within_groups_of_rows(tmp_path):
     "The gradient of a step is the mean of those of its groups, each with its own weight."
     words = ["distill.batch=12", "run.micro_batch=5", "distill.optimizer=adamw"]
-    whole, apart = (trainer(tmp_path / k, *words, *more) for k, more in (("a", []), ("b", ["distill.balance_rows=4"])))
+    whole, apart = (trainer(tmp_path / k, *words, *more) for k, more in (("a", []), ("b", GROUPS)))
     for t in (whole, apart): t.train_step()
     for t in (whole, apart): t.begin("ctm_dsm", t.parts)
     assert len(apart.rows) == 3 and len(whole.rows) == 3 and type(apart.now.gradients(0)) is ApartGradients
