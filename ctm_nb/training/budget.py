@@ -74,7 +74,8 @@ def measure(
     "Everything that a run does, in small."
     small, e, d, train = deepcopy(config), config.evaluate, config.distill, splits["train"]
     first, few, learn = phases(d, 10 ** 6)[0].name, np.arange(64) * len(train) // 64, 0.
-    small.distill.phases, small.gan.start, small.gan.head_start, small.run.before = f"{first}:1", 0, 0, 0
+    small.gan.start = small.gan.head_start = small.run.before = 0
+    small.distill.phases, small.distill.reuse = f"{first}:1", 20  # trajectories are solved in the first step alone
     for s in schedule(config): getattr(small, STAGES[s]).steps = 20
     with TemporaryDirectory() as folder:
         t, step = Trainer(small, Path(folder) / "run", splits=splits), {}
