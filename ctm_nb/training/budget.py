@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['log', 'SHARES', 'SCORES', 'SPARE', 'LEAST', 'ENOUGH', 'LONG', 'MUON', 'recipe', 'Speed', 'measure',
-           'plan_budget', 'budget', 'as_saved', 'BudgetTrainer']
+           'budget', 'as_saved', 'BudgetTrainer']
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e002
 import json
 import logging
 import time
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -20,16 +20,14 @@ from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
 
-from ..checkpoints.store import Checkpoint, atomic_write
+from ..checkpoints.store import atomic_write, step_folders
 from ..data.batches import Splits
 from ..data.images import ImageData
-from ..evaluation.evaluate import kept_reference
 from ..evaluation.features import ClassifierExtractor, Extractor, load_extractor
 from ..evaluation.metrics import train_classifier
 from ..method.sampling import sample
-from ..method.solvers import SOLVERS, solver_name
 from .config import STAGES, Config, EvaluateConfig, check_config, phases, schedule, set_value
-from .costs import student_cost
+from .costs import costs, student_cost
 from .report import duration, read_run, write_report
 from .stages import DistillStage
 from .trainer import Trainer, no_scores_because, open_images
@@ -45,40 +43,16 @@ MUON = """teacher.batch=64 teacher.optimizer=muon teacher.lr=.02 teacher.warmup=
     teacher.ema=.9999 distill.optimizer=muon distill.lr=.02 distill.warmup=50 distill.decay=linear distill.ema=.9999
     evaluate.teacher_solver=dpmpp_2m evaluate.teacher_steps=12"""
 
-def recipe(
-    seconds: float,  # of the run
-) -> list:  # words
+def recipe(seconds: float) -> list:  # words
     "What serves a run of a few minutes."
     short = "distill.phases= distill.matching=trajectories"
     return [*MUON.split(), *(short if seconds < LONG else "distill.phases=trajectories:.6,soft:.4").split()]
 
-# %% ../../nbs/6_training/10_budget.ipynb #b0d9e007
-def _solving(d, matching: str) -> float:
-    "A step on the average, beside one that solves no trajectories."
-    whole = student_cost(d, matching)
-    return whole / (whole - (matching == "trajectories") * (d.N - 1) * SOLVERS[solver_name(d.solver)] / d.reuse)
-
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e008
-def _try_steps(config: Config, splits: Splits, folder: Path, most: float, clock) -> tuple[Trainer, dict]:
-    "Some steps of every kind: two, or as many as `most` seconds hold, up to twenty; stage -> seconds of a step."
-    small, d, found = deepcopy(config), config.distill, {}
-    parts = phases(d, 10 ** 6)
-    small.distill.phases = ",".join(f"{p.name}:{1 / len(parts):.9f}" for p in parts)
-    small.gan.start, small.gan.head_start, small.run.before = 0, 0, 0
-    for s in schedule(config): getattr(small, STAGES[s]).steps = 20 * (len(parts) if s == "ctm_dsm" else 1)
-    t = Trainer(small, folder, splits=splits)
-    for stage, span in t.plan.items():
-        for k, p in enumerate(parts if stage == "ctm_dsm" else [None]):
-            t.ahead.forget()
-            t.state.step, times = span.first + 20 * k, []
-            while len(times) < 2 or len(times) < 20 and sum(times) < most:
-                began = clock()
-                t.train_step()
-                t.look()  # a GPU has computed it
-                times.append(clock() - began)
-            share = (p.end - p.first) / 10 ** 6 * _solving(d, p.name) if p else 1.
-            found[stage] = found.get(stage, 0.) + share * mean(times[1:])
-    return t, found
+def _seconds(work, *args, **kwargs) -> float:
+    began = time.perf_counter()
+    work(*args, **kwargs)
+    return time.perf_counter() - began
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e00a
 class Speed(NamedTuple):
@@ -90,42 +64,45 @@ class Speed(NamedTuple):
     look: float = 0.  # of an image in the feature network
     draw: float = 0.  # of an image drawn and looked at, all samplers together
 
+# %% ../../nbs/6_training/10_budget.ipynb #b0d9e02a
 def measure(
     config: Config,  # of a run
     splits: Splits,  # its images
     scored: bool,  # will there be scores?
-    most: float = 3.,  # seconds for each kind of step
-    clock=time.perf_counter,  # seconds
+    most: float = 3.,  # seconds for the two to twenty steps of each stage
 ) -> Speed:
     "Everything that a run does, in small."
-    def seconds(work, *args, **kwargs):
-        began = clock()
-        work(*args, **kwargs)
-        return clock() - began
+    small, e, d, train = deepcopy(config), config.evaluate, config.distill, splits["train"]
+    first, few, learn = phases(d, 10 ** 6)[0].name, np.arange(64) * len(train) // 64, 0.
+    small.distill.phases, small.gan.start, small.gan.head_start, small.run.before = f"{first}:1", 0, 0, 0
+    for s in schedule(config): getattr(small, STAGES[s]).steps = 20
     with TemporaryDirectory() as folder:
-        t, step = _try_steps(config, splits, Path(folder) / "run", most, clock)
-        for _ in range(2):  # the first time imports what is needed
-            pause = seconds(t.save) + seconds(t.save_grid)
-            found = Speed(step, pause, seconds(t.save_grid, final=True) + seconds(write_report, t.folder))
+        t, step = Trainer(small, Path(folder) / "run", splits=splits), {}
+        for stage, span in t.plan.items():
+            t.ahead.forget()
+            t.state.step, times = span.first, []
+            while len(times) < 2 or len(times) < 20 and sum(times) < most:
+                times.append(_seconds(t.train_step) + _seconds(t.look))  # look: a GPU has computed it
+            step[stage] = mean(times[1:])
+        if "ctm_dsm" in step: step["ctm_dsm"] *= costs(config)["ctm_dsm"] / student_cost(replace(d, reuse=10**9), first)
+        for _ in range(2): pause = _seconds(t.save) + _seconds(t.save_grid)  # the first time imports what is needed
+        found = Speed(step, pause, _seconds(t.save_grid, final=True) + _seconds(write_report, t.folder))
         if not scored: return found
-        e, train, samplers, learn = config.evaluate, splits["train"], t.samplers().values(), 0.
-        few = np.arange(64) * len(train) // 64
         if e.features == "train":
             some = ImageData(train.take(few), train.labels[few], train.classes)  # type: ignore[index]
-            learn = seconds(train_classifier, some, epochs=5, device=t.device) / 320
+            learn = _seconds(train_classifier, some, epochs=5, device=t.device) / 320
             extractor: Extractor = ClassifierExtractor(train_classifier(some, epochs=1))
         else: extractor = load_extractor(e.features, e.weights or None)
-        look = seconds(extractor.to(t.device), train.take(few).to(t.device)) / 64
-        draw = sum(seconds(sample, m, 16, **how) for m, how in samplers) / 16
-    return found._replace(learn=learn, look=look, draw=draw + len(samplers) * look)
+        look = _seconds(extractor.to(t.device), train.take(few).to(t.device)) / 64
+        draw = sum(_seconds(sample, m, 16, **how) / 16 + look for m, how in t.samplers().values())
+    return found._replace(learn=learn, look=look, draw=draw)
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e010
 def _fit_scores(config: Config, splits: Splits, speed: Speed, seconds: float, given: set) -> float:
     "How many samples, and how much work for the classifier, fit; the seconds that they take."
     e, train, own = config.evaluate, splits["train"], config.evaluate.features == "train"
     held_out = splits["held_out"] if own else train
-    cached = lambda: own and kept_reference(train, held_out, 0, e.classifier).exists()
-    work = lambda: 0. if cached() else speed.learn * min(6 * len(train), e.classifier)
+    work = lambda: speed.learn * min(6 * len(train), e.classifier)
     while "evaluate.classifier" not in given and work() > seconds / 2 and e.classifier > 1000: e.classifier //= 2
     fixed = work() + speed.look * (2 * len(held_out) + own * min(len(train), 10000))
     fits = [n for n in (e.n, 5000, 2000, 1000, 500, 200) if n <= e.n and fixed + n * speed.draw <= seconds / SPARE]
@@ -133,86 +110,61 @@ def _fit_scores(config: Config, splits: Splits, speed: Speed, seconds: float, gi
     return e.n and SPARE * (fixed + e.n * speed.draw)
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e013
-def _fit_steps(config: Config, stages: list, speed: Speed, seconds: float, given: set, pixels: int):
+def _fit_steps(config: Config, shares: dict, speed: Speed, seconds: float, pixels: int):
     "As many steps as fit, and what depends on their number."
-    def put(section, key, value):
-        if f"{section}.{key}" not in given: setattr(getattr(config, section), key, value)
-    every = max(40 * speed.pause, min(60., seconds / 8))  # seconds from one checkpoint to the next
-    seconds *= 1 - speed.pause / every
-    whole = sum(SHARES[s] for s in stages)
-    for s in stages:
-        o, steps = getattr(config, STAGES[s]), int(seconds * SHARES[s] / whole / speed.step[s])
-        o.steps = max(1, steps)
-        put(STAGES[s], "warmup", min(o.warmup, steps // 10))
-        for rate, most in (("ema", .9999), ("target_ema", .99)):
-            if hasattr(o, rate): put(STAGES[s], rate, min(most, round(1 - 10 / max(steps, 20), 5)))
-    period = max(1, round(every * len(stages) / sum(speed.step.values())))
-    for key in ("save_every", "sample_every"): put("run", key, period)
-    d = config.distill
-    room = min(2 ** 29 // (4 * d.N * d.batch * pixels), d.steps // d.reuse // 2)
-    put("distill", "stored", d.batch * max(4, room))
+    d, r, every = config.distill, config.run, max(40 * speed.pause, min(60., seconds / 8))  # between checkpoints
+    for s, share in shares.items():
+        o, steps = getattr(config, STAGES[s]), int(seconds * (1 - speed.pause / every) * share / speed.step[s])
+        o.steps, o.warmup, rate = max(1, steps), min(o.warmup, steps // 10), round(1 - 10 / max(steps, 20), 5)
+        o.ema = min(.9999, rate)
+        if s != "teacher": o.target_ema = min(.99, rate)
+    r.save_every = r.sample_every = max(1, round(every * len(shares) / sum(speed.step.values())))
+    d.stored = d.batch * max(4, min(2 ** 29 // (4 * d.N * d.batch * pixels), d.steps // d.reuse // 2))
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e015
-def plan_budget(
-    config: Config,  # of a run, changed
-    seconds: float,  # of the whole command
-    stages: list,  # that are to be trained
-    splits: Splits,  # its images
-    given: set,  # settings that stay as they are, "section.key"
-    began: float,  # when the command was started, by the clock
-    wider: bool = False,  # may the network become wider?
-    clock=time.perf_counter,  # seconds
-) -> str:  # what it comes to, as a line
-    "Measure and choose; raises ValueError if it can't be done in the time."
-    only = deepcopy(config)
-    for s in STAGES:
-        if s not in stages: getattr(only, STAGES[s]).steps = 0
-    scored, data = not no_scores_because(config, splits), splits["train"]
-    measured = lambda: measure(only, splits, scored, min(3., seconds / 120), clock)
+def _plan(config: Config, seconds: float, stages: list, splits: Splits, words: list, began: float, wider=False) -> str:
+    "Measure and choose, but not what was typed; what it comes to, or ValueError if it can't be done in the time."
+    only, data, scored = deepcopy(config), splits["train"], not no_scores_because(config, splits)
+    for s in STAGES.keys() - set(stages): getattr(only, STAGES[s]).steps = 0
+    measured = lambda: measure(only, splits, scored, min(3., seconds / 120))
     speed = measured()
     while wider and only.network.model_channels < 64 and 2 * ENOUGH * speed.step["teacher"] < seconds / 2:
         only.network.model_channels *= 2
         if ENOUGH * (wide := measured()).step["teacher"] > seconds / 2: break
         speed, config.network.model_channels = wide, only.network.model_channels
+    given = {w.partition("=")[0] for w in words}
     scores = _fit_scores(config, splits, speed, SCORES * seconds, given) if scored else 0.
-    reserve, opened = scores + speed.end + 2 * speed.pause + 2, clock() - began
-    whole, left = sum(SHARES[s] for s in stages), seconds - opened - reserve
-    least = max(LEAST * speed.step[s] * whole / SHARES[s] for s in stages)
+    shares = {s: SHARES[s] / sum(SHARES[k] for k in stages) for s in stages}
+    reserve, opened = scores + speed.end + 2 * speed.pause + 2, time.perf_counter() - began
+    left, least = seconds - opened - reserve, max(LEAST * speed.step[s] / v for s, v in shares.items())
     if left < least:
         enough = (opened + speed.end + 1 + least) / 60 / (1 - SCORES) * 1.1 - (seconds / 60 - config.run.minutes)
         raise ValueError(f"--minutes must be at least {enough + .05:.1f} here (opening and measuring took {opened:.0f} "
                          f"s, {LEAST} steps of each stage take {least:.0f} s), got {config.run.minutes:g}")
-    _fit_steps(config, stages, speed, left, given, data.channels * data.image_size ** 2)
+    _fit_steps(config, shares, speed, left, data.channels * data.image_size ** 2)
+    for word in words: set_value(config, word)
     steps = [config.run.before, *(getattr(config, section).steps for section in STAGES.values())]
-    config.run.plan = json.dumps({"seconds": seconds, "reserve": reserve, "earlier": 0., "costs": speed.step,
-                                  "steps": [steps]})
-    each = [f"{s} {duration(left * SHARES[s] / whole)}" for s in stages]
-    return f"{duration(opened)} to open and measure; {'; '.join(each)}; scores, picture, report {duration(reserve)}"
+    config.run.plan = json.dumps(dict(seconds=seconds, reserve=reserve, earlier=0., costs=speed.step, steps=[steps]))
+    each = "; ".join(f"{s} {duration(left * v)}" for s, v in shares.items())
+    return f"{duration(opened)} to open and measure; {each}; scores, picture, report {duration(reserve)}"
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e019
-def _as_config(saved: dict, words: list) -> Config:
-    "A configuration that was saved, changed by what was typed."
-    c = Config()
-    for section, values in saved.items():
-        for k, v in values.items():
-            if hasattr(s := getattr(c, section, None), k): setattr(s, k, tuple(v) if isinstance(v, list) else v)
-    for word in words: set_value(c, word)
-    check_config(c)
-    return c
-
 def _take_up(folder: Path, words: list, minutes: float, stages: list) -> tuple[Config, float]:
     "The configuration that goes on with a run, and seconds to plan (0: it has its plan), or ValueError."
-    h = read_run(folder)
-    had, step = h.config.get("run", {}).get("minutes", 0.), h.manifest.get("step", 0)
-    config = _as_config(h.config, words)
-    done = step and step >= max(s.end for k, s in schedule(config).items() if k in stages)
+    h, c = read_run(folder), Config()
+    for section, values in h.config.items():
+        for k, v in values.items():
+            if hasattr(s := getattr(c, section, None), k): setattr(s, k, tuple(v) if isinstance(v, list) else v)
+    had, step = c.run.minutes, h.manifest.get("step", 0)
     if not had: raise ValueError(f"{folder} holds a run without --minutes; choose another --name")
-    if had == minutes: return config, 0.
     if minutes < had: raise ValueError(f"--minutes must be at least {had:g}, as the run in {folder}, got {minutes:g}")
-    if not done: raise ValueError(f"{folder} is not finished: --minutes {had:g} does it, then a longer run goes on")
-    config.run.before, config.evaluate.n, config.evaluate.classifier = step, EvaluateConfig.n, EvaluateConfig.classifier
-    for word in words: set_value(config, word)
-    return config, 60 * (minutes - had)
+    if minutes > had:
+        if not step or step < max(s.end for k, s in schedule(c).items() if k in stages):
+            raise ValueError(f"{folder} is not finished: --minutes {had:g} does it, then a longer run goes on")
+        c.run.before, c.evaluate.n, c.evaluate.classifier = step, EvaluateConfig.n, EvaluateConfig.classifier
+    for word in words: set_value(c, word)
+    check_config(c)
+    return c, 60 * (minutes - had)
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e01a
 def budget(
@@ -221,10 +173,9 @@ def budget(
     minutes: float,  # of the whole command
     folder: Path,  # where the run lives or will live
     stages: list,  # that are to be trained
-    began: float,  # when the command was started, by the clock
+    began: float,  # when the command was started, by time.perf_counter
     ours: bool = False,  # may the recipe be changed?
     wider: bool = False,  # and the network?
-    clock=time.perf_counter,  # seconds
 ) -> tuple[Config, Splits, str]:  # the configuration with its plan, the images, the plan as a line
     "What a run of so many minutes does."
     seconds, new = 60 * minutes, not (folder / "config.json").exists()
@@ -232,17 +183,14 @@ def budget(
     typed = sorted(given & {f"{STAGES[s]}.steps" for s in stages})
     if typed: raise ValueError(f"--minutes chooses {typed[0]}; leave one of the two out")
     if not new: config, seconds = _take_up(folder, words, minutes, stages)
-    elif ours:
-        for word in recipe(seconds):
-            if word.partition("=")[0] not in given: set_value(config, word)
+    for word in [*recipe(seconds), *words] if new and ours else []: set_value(config, word)
     config.run.minutes, splits = minutes, open_images(config)
     if not seconds: return config, splits, "as planned when it was started"
     wider = wider and new and "teacher" in stages and "network.model_channels" not in given
-    return config, splits, plan_budget(config, seconds, stages, splits, given, began, wider, clock)
+    return config, splits, _plan(config, seconds, stages, splits, words, began, wider)
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e01c
 def _follow(config: Config, row: list):
-    "Take the steps of a decision."
     for section, steps in zip(STAGES.values(), row[1:]): getattr(config, section).steps = steps
 
 def as_saved(
@@ -266,38 +214,16 @@ class BudgetTrainer(Trainer):
     ):
         self.about, self.clock, self.slow = json.loads(config.run.plan), clock, 1.
         self.began = clock() if began is None else began
-        super().__init__(as_saved(config, -1), folder, splits)
-        rows = self.about["steps"]
-        if self.step == rows[0][0]: self.about["earlier"] = self.state.seconds
-        self.spent, self.worked, self.mark = self.state.seconds - self.about["earlier"], 0., (self.step, 0.)
-        self.keep()
+        saved = [int(p.name.partition("_")[2]) for p in step_folders(Path(folder) / "checkpoints")[:1]]
+        super().__init__(as_saved(config, *(saved or [-1])), folder, splits)
+        self.mark = self.step, self.state.seconds
+        if self.step == self.about["steps"][0][0]: self.about["earlier"] = self.state.seconds
+        self.spent = self.state.seconds - self.about["earlier"]  # before this sitting
         self.decide()
 
-    def keep(self):
-        "Write down what was decided."
-        self.config.run.plan = json.dumps(self.about)
-        atomic_write(self.folder / "config.json", json.dumps(asdict(self.config), indent=1).encode())
-
-    def follow(self, config: Config):
-        "Take other steps."
-        self.config, self.plan = config, schedule(config)
-        self.total = max(s.end for s in self.plan.values())
-
-    def resume(self, c: Checkpoint):
-        "As ever, with the steps that counted when the checkpoint was saved."
-        self.follow(as_saved(self.config, c.step))
-        super().resume(c)
-
-    def train_step(self) -> dict:
-        "A step by the clock."
-        began, found = self.clock(), super().train_step()
-        self.worked += self.clock() - began
-        return found
-
-    def save_grid(self, final=False) -> Path | None:
-        "A picture, but not for each decision."
-        due = final or self.step % self.config.run.sample_every == 0 or self.step in self.ends.values()
-        return super().save_grid(final) if due else None
+    def keep_up(self, end, save) -> str:
+        "As ever at the end of a stage; a decision is saved, without a picture."
+        return super().keep_up(self.ends[self.now.name], save or self.step == end)
 
     def advance(self, last, signals):
         "Train to the next decision, and make it."
@@ -314,33 +240,35 @@ def due(self: BudgetTrainer) -> int:  # step of the run
     if left < max(16, (span.end - span.first) // 16): return span.end
     return last + left // (8 if last == span.first else 2)
 
+# %% ../../nbs/6_training/10_budget.ipynb #b0d9e02b
 @patch
 def chosen(self: BudgetTrainer) -> list:  # step of the run, steps of each stage
     "The steps with which the run ends in time if nothing changes."
-    about, (step, worked) = self.about, self.mark
-    if self.step - step >= 4: self.slow = (self.worked - worked) / (self.step - step) / about["costs"][self.now.name]
-    left = about["seconds"] - self.spent - (self.clock() - self.began) - max(1., self.slow) * about["reserve"]
-    todo = {s: p.end - max(p.first, self.step) for s, p in self.plan.items() if s in about["costs"]}
-    need = self.slow * sum(n * about["costs"][s] for s, n in todo.items() if n > 0)
-    share, row = max(left / need, .05), [self.step]
-    for s, section in STAGES.items():
-        steps, n = getattr(self.config, section).steps, todo.get(s, 0)
-        row.append(steps - n + max(1, round(share * n)) if n > 0 else steps)
-    self.mark = self.step, self.worked
-    log.info("step %d: a step takes %.2f of what was measured, %.2f of the steps that are left fit", self.step,
-             self.slow, share)
-    return row
+    costs, done, worked = self.about["costs"], self.step - self.mark[0], self.state.seconds - self.mark[1]
+    if done >= 4: self.slow = worked / done / costs[self.now.name]
+    elapsed = self.spent + self.clock() - self.began
+    left = self.about["seconds"] - elapsed - max(1., self.slow) * self.about["reserve"]
+    todo = {s: max(0, p.end - max(p.first, self.step)) for s, p in self.plan.items() if s in costs}
+    share = max(left / (self.slow * sum(n * costs[s] for s, n in todo.items())), .05)
+    more = lambda n: n and max(1, round(share * n)) - n
+    self.mark = self.step, self.state.seconds
+    log.info("step %d: steps take %.2f of what was measured, %.2f of the rest fits", self.step, self.slow, share)
+    return [self.step, *(getattr(self.config, k).steps + more(todo.get(s, 0)) for s, k in STAGES.items())]
 
+# %% ../../nbs/6_training/10_budget.ipynb #b0d9e02c
 @patch
 def decide(self: BudgetTrainer):
-    "Make the decision of this step, if there is one: as it was made before, or now."
-    rows, stage = self.about["steps"], self.stage
+    "Make the decision of this step, if there is one, as it was made before or now, and write it down."
+    rows, stage, now = self.about["steps"], self.stage, self.now
     row = next((r for r in rows[1:] if r[0] == self.step), None)
-    if row is None and (self.step >= self.total or stage not in self.about["costs"] or self.step != self.due()): return
-    if row is None: rows.append(row := self.chosen())
-    self.ahead.forget()
-    _follow(self.config, row)
-    self.follow(self.config)
-    if (now := self.now).name == stage and self.ahead.end: self.ahead.end = self.plan[stage].end
-    if isinstance(now, DistillStage) and now.phase(self.step - self.begun_at).first: now.paths.clear()
-    self.keep()
+    undecided = row is None and self.step < self.total and stage in self.about["costs"]
+    if undecided and self.step == self.due(): rows.append(row := self.chosen())
+    self.config.run.plan = json.dumps(self.about)
+    if row:
+        self.ahead.forget()
+        _follow(self.config, row)
+        self.plan = schedule(self.config)
+        self.total = max(s.end for s in self.plan.values())
+        if now.name == stage and self.ahead.end: self.ahead.end = self.plan[stage].end
+        if isinstance(now, DistillStage) and now.phase(self.step - self.begun_at).first: now.paths.clear()
+    atomic_write(self.folder / "config.json", json.dumps(asdict(self.config), indent=1).encode())

@@ -1,6 +1,8 @@
 """A run of so many minutes ends in time on a machine that changes its mind, killed or not, and says what can't be."""
 import json
 import re
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from runs import assert_same, newest
 
 import ctm_nb.training.budget as module
 from ctm_nb.commands.train import ctm_nb_train
-from ctm_nb.training.budget import SCORES, BudgetTrainer, Speed, _as_config, _fit_scores, budget, recipe
+from ctm_nb.training.budget import SCORES, BudgetTrainer, Speed, _fit_scores, budget, recipe
 from ctm_nb.training.config import make_config
 from ctm_nb.training.runtime import Signals
 from ctm_nb.training.trainer import Trainer, open_images
@@ -23,33 +25,40 @@ SPEED = Speed({"teacher": 1., "ctm_dsm": 1.2}, .1, 1., .001, .001, .005)
 
 
 class Clock:
-    "Seconds that only steps let pass: each as many as measured, times a factor of the step."
-    def __init__(self, factor=lambda step: 1.): self.now, self.factor = 0., factor
+    "Seconds that only steps let pass: each as many as measured, times a factor of the step; real: steps that train."
+    def __init__(self, factor=lambda step: 1., real=True): self.now, self.factor, self.real = 0., factor, real
     def __call__(self): return self.now
 
 
-@pytest.fixture(autouse=True)
-def fake(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def fake():
     "What is measured, and how long a step then takes."
-    step = Trainer.train_step
+    step, monkeypatch = Trainer.train_step, pytest.MonkeyPatch()
+    def count(self):
+        if self.stage != self.now.name: self.begin(self.stage, self.parts)
+        self.state.step += 1
     def train_step(self):
-        before, found = self.step, step(self)
-        if isinstance(self, BudgetTrainer) and isinstance(self.clock, Clock):
-            self.clock.now += SPEED.step[self.now.name] * self.clock.factor(before)
+        if not (isinstance(self, BudgetTrainer) and isinstance(self.clock, Clock)): return step(self)
+        before, seconds = self.step, self.state.seconds
+        found = step(self) if self.clock.real else count(self)
+        taken = float(SPEED.step[self.now.name] * self.clock.factor(before))
+        self.clock.now, self.state.seconds = self.clock.now + taken, seconds + taken
         return found
     monkeypatch.setattr(Trainer, "train_step", train_step)
     monkeypatch.setattr(Trainer, "save_grid", lambda self, final=False: None)
     monkeypatch.setattr(module, "measure", lambda *_: SPEED)
+    yield
+    monkeypatch.undo()
 
 
-def planned(folder, minutes=2., words=WORDS, clock=None, stages=STAGES):
+def planned(folder, minutes=2., words=WORDS, stages=STAGES):
     config = make_config("tiny", words)
-    return budget(config, words, minutes, folder, stages, 0., clock=clock or Clock())[0]
+    return budget(config, words, minutes, folder, stages, time.perf_counter())[0]
 
 
-def finish(folder, minutes=2., factor=lambda step: 1.):
-    clock = Clock(factor)
-    trainer = BudgetTrainer(planned(folder, minutes, clock=clock), folder, began=0., clock=clock)
+def finish(folder, minutes=2., factor=lambda step: 1., real=True):
+    clock = Clock(factor, real)
+    trainer = BudgetTrainer(planned(folder, minutes), folder, began=0., clock=clock)
     trainer.run("ctm_dsm")
     return trainer
 
@@ -60,7 +69,7 @@ def finish(folder, minutes=2., factor=lambda step: 1.):
     lambda step: 1., lambda step: 3., lambda step: .4, lambda step: 1. if step < 40 else 2.5,
     lambda step: 2. if step < 30 else .7, lambda step: 1. + .8 * np.sin(step / 3)])
 def test_it_ends_in_time_on_any_machine(tmp_path, factor):
-    t = finish(tmp_path / "r", factor=factor)
+    t = finish(tmp_path / "r", factor=factor, real=False)
     assert abs(t.clock.now + SPEED.end - 120) <= 12
     assert t.step == t.total and newest(t.folder).step == t.step
     teacher = sum(SPEED.step["teacher"] * factor(step) for step in range(t.ends["teacher"]))
@@ -99,26 +108,31 @@ def test_scores_take_a_tenth_at_most(tmp_path, monkeypatch):
 def again(folder, whole, clock):
     "The run in `folder`, with the decisions that `whole` has made."
     saved = json.loads((whole / "config.json").read_text())
-    return BudgetTrainer(_as_config(saved, []), folder, began=0., clock=clock)
+    return BudgetTrainer(planned(whole, saved["run"]["minutes"]), folder, began=0., clock=clock)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    "The folder of a run of two minutes; to be copied before it is changed."
+    return finish(tmp_path_factory.mktemp("short") / "r", factor=lambda step: 1. + .5 * np.sin(step)).folder
 
 
 @pytest.mark.parametrize("stops", [(3, 10, 11), (45, 60), (66, 67, 80)])
-def test_killed_and_resumed_it_is_the_same_run(tmp_path, stops):
-    whole = finish(tmp_path / "whole", factor=lambda step: 1. + .5 * np.sin(step))
+def test_killed_and_resumed_it_is_the_same_run(tmp_path, short, stops):
     for stop in stops:
-        t = again(tmp_path / "parts", whole.folder, Clock(lambda step: 7.))  # what a clock says no longer counts
+        t = again(tmp_path / "parts", short, Clock(lambda step: 7.))  # what a clock says no longer counts
         with Signals() as signals:
             while t.step < stop: t.advance(stop, signals)
         for _ in range(min(3, t.total - t.step)): t.train_step()  # lost
-    again(tmp_path / "parts", whole.folder, Clock()).run("ctm_dsm")
-    assert_same(tmp_path / "parts", tmp_path / "whole")
-    plans = [json.loads((tmp_path / k / "config.json").read_text()) for k in ("parts", "whole")]
+    again(tmp_path / "parts", short, Clock()).run("ctm_dsm")
+    assert_same(tmp_path / "parts", short)
+    plans = [json.loads((k / "config.json").read_text()) for k in (tmp_path / "parts", short)]
     assert plans[0] == plans[1]
 
 
 def test_a_decision_is_kept_before_it_is_acted_upon(tmp_path):
     clock = Clock(lambda step: 2.)
-    t = BudgetTrainer(planned(tmp_path / "r", clock=clock), tmp_path / "r", began=0., clock=clock)
+    t = BudgetTrainer(planned(tmp_path / "r"), tmp_path / "r", began=0., clock=clock)
     with Signals() as signals: t.advance(t.total, signals)
     row = json.loads(json.loads((t.folder / "config.json").read_text())["run"]["plan"])["steps"][-1]
     assert row == [t.step, t.config.teacher.steps, t.config.distill.steps, 0] and newest(t.folder).step == t.step
@@ -139,8 +153,9 @@ def test_earlier_sittings_count(tmp_path):
 
 # ---- longer
 
-def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path):
-    short, folder = finish(tmp_path / "r"), tmp_path / "r"
+def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path, short):
+    folder = shutil.copytree(short, tmp_path / "r")
+    short = again(folder, folder, Clock())
     before, parts = short.step, {k: {n: v.clone() for n, v in short.parts[k].state_dict().items()}
                                  for k in ("teacher", "ctm")}
     config = planned(folder, 4.)
@@ -151,8 +166,7 @@ def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path):
     assert same("model", "teacher") and same("ctm", "ctm")
     with Signals() as signals:
         while t.step < before + 20: t.advance(before + 20, signals)
-    t = again(folder, folder, t.clock)  # interrupted
-    t.began = 0.
+    t = again(folder, folder, Clock())  # interrupted
     assert same("ctm", "ctm") and t.step == before + 20 and not same("model", "teacher")
     with Signals() as signals:
         while t.stage == "teacher": t.advance(t.total, signals)
@@ -161,12 +175,12 @@ def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path):
     t.run("ctm_dsm")
     steps = [line["step"] for line in t.log.read()]
     assert steps == sorted(set(steps)) and max(steps) == t.step > before + 40
-    assert abs(t.clock.now - 120) < 15  # the additional minutes
-    assert planned(folder, 4.).run.plan == _as_config(json.loads((folder / "config.json").read_text()), []).run.plan
+    assert t.spent > 15 and abs(t.spent + t.clock.now - 120) < 15  # the additional minutes
+    assert planned(folder, 4.).run.plan == json.loads((folder / "config.json").read_text())["run"]["plan"]
 
 
-def test_a_longer_run_that_is_killed_is_the_same_run(tmp_path):
-    for k in ("whole", "parts"): finish(tmp_path / k)
+def test_a_longer_run_that_is_killed_is_the_same_run(tmp_path, short):
+    for k in ("whole", "parts"): shutil.copytree(short, tmp_path / k)
     whole = finish(tmp_path / "whole", 4., lambda step: 1. + .5 * np.sin(step))
     for stop in (whole.begun_at - 20, whole.begun_at + 3):
         t = again(tmp_path / "parts", whole.folder, Clock())
@@ -195,7 +209,7 @@ def test_what_can_not_be_is_said_in_a_line(tmp_path):
     assert "without --minutes" in refused(tmp_path / "plain")
     BudgetTrainer(planned(tmp_path / "begun"), tmp_path / "begun", clock=Clock())
     assert "not finished" in refused(tmp_path / "begun", 3.)
-    finish(tmp_path / "done")
+    finish(tmp_path / "done", real=False)
     assert "at least 2" in refused(tmp_path / "done", 1.)
     assert planned(tmp_path / "done").run.minutes == 2  # nothing to do, and nothing wrong
     with pytest.raises(ValueError, match="distill.lr"):
