@@ -302,6 +302,7 @@ def _phases_fit(c):
 
 def _dsm_first(first, *rest): return first == "dsm" and "trajectories" not in rest
 
+# %% ../../nbs/6_training/02_config.ipynb #a1c29869
 TOGETHER = [
     ("data.labels", lambda c: c.data.use_labels or not c.data.labels, "empty where data.use_labels is false"),
     ("network.augment_dim", lambda c: c.network.augment_dim == 9 or not c.teacher.augment,
