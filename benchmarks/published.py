@@ -1,9 +1,11 @@
 """What rows of the published recipe do to the digits: one change at a time, the same teacher, the same steps.
 
     python benchmarks/published.py --seeds 0 1 2
+    python benchmarks/published.py --time
 
 Each seed trains a teacher, then a student for each row. The last rows take no teacher, for as long as teacher and
 student of the preset took together. A result is kept in nbs/results/digits/published.json when it is there.
+With --time, steps of a small twin of cifar10 are timed in turn, on emoji, as it is and without each of its rows.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from statistics import median, quantiles
 
 import torch
 
@@ -75,14 +78,49 @@ def of_seed(seed, done, small):
             yield {"row": name, "words": words, "seed": seed, "seconds": seconds, "scores": scores, "both": both}
 
 
+TWIN = """data.source=emoji network.model_channels=32 network.channel_mult=1,2 network.n_blocks=1 network.dropout=0
+    network.augment_dim=0 teacher.augment=0 teacher.steps=1 teacher.batch=16 distill.batch=32 distill.distance=l2
+    distill.emas= gan.emas= gan.batch=22 gan.features=lite0 evaluate.n=0 run.save_every=1000000
+    run.log_every=1000000""".split()
+WITHOUT = {
+    "as published": [],
+    "without mirror images": ["data.flip=false"],
+    "without dropout": ["distill.dropout=0"],
+    "weights of the whole batch": ["distill.balance_rows=none"],
+    "without all three": ["data.flip=false", "distill.dropout=0", "distill.balance_rows=none"],
+    "with the adversary": ["distill.steps=1"],
+}
+
+
+def step_times(rounds=10):
+    "Median processor seconds of a step of the twin, the variants in turn; with the adversary, of two turns."
+    with tempfile.TemporaryDirectory() as d:
+        runs = {name: Trainer(make_config("cifar10-cond", [*TWIN, *words]), Path(d) / str(k))
+                for k, (name, words) in enumerate(WITHOUT.items())}
+        times = {name: [] for name in runs}
+        for n in range(rounds + 2):
+            for name, t in runs.items():
+                while t.step < 2: t.train_step()
+                started = time.process_time()
+                for _ in range(2): t.train_step()
+                if n > 1: times[name].append((time.process_time() - started) / 2)
+    return {name: {"median": median(v), "quartiles": quantiles(v, n=4)[::2]} for name, v in times.items()}
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--out", type=Path, default=RESULTS)
+    p.add_argument("--time", action="store_true", help="time steps of the twin")
     p.add_argument("--set", nargs="+", default=[], help="settings for a trial, e.g. teacher.steps=5")
     a = p.parse_args(argv)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
+    if a.time:
+        found = step_times()
+        a.out.with_name("published_times.json").write_text(json.dumps(found, indent=1) + "\n")
+        for name, row in found.items(): print(f"{name:28} {row['median']:.3f} s")
+        return
     found = json.loads(a.out.read_text()) if a.out.exists() else []
     for seed in a.seeds:
         for record in of_seed(seed, {(r["row"], r["seed"]): r for r in found}, a.set):

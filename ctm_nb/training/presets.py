@@ -45,7 +45,7 @@ CIFAR10 = [
     *STUDENT,
     (CTM, "distill.N=18 gan.lr=4e-4"),
     (COMMANDS, "distill.batch=256 distill.K=17 distill.emas=.9999 gan.batch=528 gan.emas=.9999"),
-    (COMMANDS, "distill.dropout=.13 distill.target_ema=.999 distill.balance_rows=16 gan.balance_rows=11"),
+    (COMMANDS, "distill.dropout=.13 distill.balance_rows=16 gan.balance_rows=11"),
     *ADVERSARY,
 ]
 
@@ -102,8 +102,9 @@ RECIPES = {
     "mnist": [YOURS, *DIGITS, ("ours, for 28 x 28",
                                "network.channel_mult=1,2,2 network.attention=7 teacher.steps=1000 gan.steps=0")],
     "emoji": EMOJI,
-    "cifar10": [YOURS, *CIFAR10, (COMMANDS, "gan.target_ema=.9999 data.use_labels=false")],
-    "cifar10-cond": [YOURS, *CIFAR10, (COMMANDS, "gan.target_ema=.999")],
+    "cifar10": [YOURS, *CIFAR10, ("CTM [R] default", "distill.target_ema=.999"),
+                (COMMANDS, "gan.target_ema=.9999 data.use_labels=false")],
+    "cifar10-cond": [YOURS, *CIFAR10, (COMMANDS, "distill.target_ema=.999 gan.target_ema=.999")],
     "imagenet64": [YOURS, *IMAGENET64],
     "tiny": [("a trial", TINY)],
 }
