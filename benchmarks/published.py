@@ -112,12 +112,13 @@ def main(argv=None):
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--out", type=Path, default=RESULTS)
     p.add_argument("--time", action="store_true", help="time steps of the twin")
+    p.add_argument("--rounds", type=int, default=10, help="of --time")
     p.add_argument("--set", nargs="+", default=[], help="settings for a trial, e.g. teacher.steps=5")
     a = p.parse_args(argv)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     if a.time:
-        found = step_times()
+        found = step_times(a.rounds)
         a.out.with_name("published_times.json").write_text(json.dumps(found, indent=1) + "\n")
         for name, row in found.items(): print(f"{name:28} {row['median']:.3f} s")
         return
