@@ -375,13 +375,13 @@ class GanStage(DistillStage):
     def build(self, parts: dict):
         g = self.optim
         student = copy.deepcopy(parts.get("ctm")) or self.given("ctm")
-        own = student if teacherless(self.config) else None
-        self.freeze(own or parts.get("teacher") or self.given("teacher"))
+        solver = student if teacherless(self.config) else parts.get("teacher")
+        self.freeze(solver or self.given("teacher"))
         self.start(student)
         self.bounds = {"gan": (.01, g.high)}
         teacher = self.parts["teacher"]
-        own = lambda f: TeacherFeatures(teacher, g.levels) if f == "teacher" else TimmFeatures(f, g.weights or None)
-        networks = [own(f.strip()) for f in g.features.split(",")]
+        made = lambda f: TeacherFeatures(teacher, g.levels) if f == "teacher" else TimmFeatures(f, g.weights or None)
+        networks = [made(f.strip()) for f in g.features.split(",")]
         about = teacher.data_shape, teacher.n_classes, g.width, g.strength, self.config.run.seed
         self.parts["discriminator"] = d = DISCRIMINATORS[g.discriminator](networks, *about).to(self.device)
         self.optimizers["discriminator"] = make_optimizer("radam", d, g.d_lr, (.5, .9))
