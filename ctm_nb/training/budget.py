@@ -7,9 +7,7 @@ __all__ = ['log', 'SHARES', 'SCORES', 'SPARE', 'LEAST', 'ENOUGH', 'LONG', 'MUON'
            'budget', 'as_saved', 'BudgetTrainer']
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e002
-import json
-import logging
-import time
+import json, logging, time
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path

@@ -153,6 +153,6 @@ def estimate(
     what = "with the whole batch at once on one device in float32, libraries not counted (micro-batches need less)"
     out = [f"memory    {each} {what}"]
     if images_per_sec is None:
-        return [*out, "time      unknown; --measure times two steps here, --images-per-sec X takes a known speed"]
+        return [*out, "time      unknown; --measure times two steps here"]
     times = "; ".join(f"{NAMES[s]} {duration(v)}" for s, v in seconds(config, images_per_sec).items())
     return [*out, f"time      {times} on one device that trains the {NAMES[first]} on {images_per_sec:.3g} images/s"]

@@ -8,11 +8,7 @@ __all__ = ['History', 'NAMES', 'DISTANCES_OF_FRECHET', 'USUAL', 'read_json', 're
 
 # %% ../../nbs/6_training/07_report.ipynb #cdf40a69
 import base64
-import io
-import json
-import math
-import re
-import time
+import io, json, math, re, time
 from collections import namedtuple
 from importlib import resources
 from pathlib import Path

@@ -110,7 +110,7 @@ def test_joined_needs_images_that_differ(ref):
 
 
 def test_two_processes_score_as_one(run, ref, tmp_path, capfd):
-    words = (run, "--ref", ref, "--metrics", "fid,sfid,is,pr,acc", "--steps", "1,2", "--gamma", "0.5", "-n", 71,
+    words = (run, "--ref", ref, "--metrics", "fid,is,pr,acc", "--steps", "1,2", "--gamma", "0.5", "-n", 71,
              "--batch", 20, "--device", "cpu", "--out")
     command(*words, tmp_path / "one.json")
     capfd.readouterr()
@@ -216,7 +216,7 @@ def test_other_settings_are_other_ledgers(tmp_path):
 
 @pytest.mark.parametrize("words, message", [(["--search", "--steps", "1"], "--steps >= 2"),
                                             (["--search", "--gamma", "0,0.5"], "one --gamma"),
-                                            (["--search", "--metrics", "pr"], "fid, sfid, kid, got 'pr'"),
+                                            (["--search", "--metrics", "pr"], "fid, kid, got 'pr'"),
                                             (["--search", "--tries", "1"], "--tries must be >= 2, got 1"),
                                             (["--search", "--solver", "heun"], "got heun"),
                                             (["--search", "--which", "teacher"], "a teacher"),
