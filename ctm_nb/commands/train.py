@@ -199,8 +199,7 @@ def _train(a: argparse.Namespace, began: float):  # when the command was started
         return print("", what, sep="\n")
     torch.set_flush_denormal(True)
     if spent: logging.info("%g minutes: %s", minutes, spent)
-    about = config, folder, splits
-    trainer: Trainer = BudgetTrainer(*about, began) if minutes else Trainer(*about)
+    trainer: Trainer = BudgetTrainer(config, folder, splits, began) if minutes else Trainer(config, folder, splits)
     records = trainer.run(stage)
     leave()
     if not trainer.here.main: return
