@@ -76,7 +76,7 @@ def merged_in_a_group(x):
     with process_group() as ranks:
         part = ranks.part_of(len(x))
         mine = torch.from_numpy(x[part.start:part.stop])
-        got = Collected(len(mine), FeatureStats(x.shape[1]).update(mine) if len(mine) else None, None, mine, None, None,
+        got = Collected(len(mine), FeatureStats(x.shape[1]).update(mine) if len(mine) else None, mine, None, None,
                         (1, 8, 8))
         parts, whole = ranks.gather(got), FeatureStats(x.shape[1]).update(x)
         if ranks.rank: assert parts is None
