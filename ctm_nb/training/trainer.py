@@ -336,19 +336,20 @@ class Ahead:
 
 # %% ../../nbs/6_training/08_trainer.ipynb #b79003e3
 @patch
-def use_cores(self: Trainer, step: int):  # of the run, within the present stage
-    "Let this thread have its cores in a step: half, where teacher and student divide those of a CPU between them."
-    halves = self.device.type == "cpu" and self.now.works_ahead(step - self.begun_at)
-    torch.set_num_threads(max(1, self.threads // 2) if halves else self.threads)
+def shares_cores(self: Trainer, step: int) -> bool:  # step of the run, within the present stage
+    "Do teacher and student divide the cores of a CPU between them?"
+    return self.device.type == "cpu" and self.now.works_ahead(step - self.begun_at)
 
 # %% ../../nbs/6_training/08_trainer.ipynb #57f076bb
 @patch
 def _prepare_step(self: Trainer, step: int) -> list:  # one for each of `rows`
-    "What can be made of a step ahead of time: on a CPU an example, on a GPU what it is made of."
-    if self.device.type == "cuda": return [take(self.material_of(step), r) for r in self.rows]
-    self.use_cores(step)
+    "What can be made of a step ahead of time: an example where cores are shared, else what it is made of."
+    shared = self.shares_cores(step)
+    cores = max(1, self.threads // 2) if shared else 1
+    if torch.get_num_threads() != cores: torch.set_num_threads(cores)  # of this thread; for MKL, of all
     material = self.material_of(step)
-    return [self.example_of(step, take(material, r)) for r in self.rows]
+    parts = [take(material, r) for r in self.rows]
+    return [self.example_of(step, m) for m in parts] if shared else parts
 
 # %% ../../nbs/6_training/08_trainer.ipynb #78fd5cbd
 @patch(as_prop=True)
@@ -427,7 +428,7 @@ def gradient(self: Trainer) -> dict:  # losses and weights of the losses; the gr
     while True:
         try:
             made = self.ahead.take(self.step)
-            ready = self.device.type != "cuda"
+            ready = self.shares_cores(self.step)
             examples = made if ready else (self.example_of(self.step, m) for m in made)
             return self.gradient_of(self.step, examples, self.rows)
         except Exception as e:
@@ -460,7 +461,7 @@ def train_step(self: Trainer) -> dict:  # numbers of this step; on a GPU, tensor
         self.begin(self.stage, self.parts)
         self.now.inherit(before)
     s, n, started = self.state, self.step - self.begun_at, time.perf_counter()
-    self.use_cores(s.step)
+    torch.set_num_threads(max(1, self.threads // 2) if self.shares_cores(s.step) else self.threads)
     try: numbers = apply_gradient(self.now, n, self.gradient(), self.guard, s.step, s.scaler, self.wait)
     finally: torch.set_num_threads(self.threads)
     s.window.append({"stage": self.now.name, **numbers})
