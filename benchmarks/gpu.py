@@ -259,7 +259,7 @@ NETWORKS = {"ddpmpp_uncond_8": ("ddpmpp", 0, (1, 2), 16, 4), "ddpmpp_cond10_8": 
 def golden(name, where, precision="fp32"):
     "Relative distance of g from the reference implementation's, on a device."
     from ctm_nb.method.trajectory import CTM
-    from ctm_nb.networks.unet import build_network
+    from ctm_nb.networks.families import build_network
     from ctm_nb.training.runtime import autocast
     family, n_classes, mult, channels, attention = NETWORKS[name]
     z = np.load(GOLDEN / f"{name}.npz")

@@ -36,7 +36,8 @@ class PublicFile:
     how: str = ""            # what to do in the browser
 
 # %% ../../nbs/4_checkpoints/04_catalogue.ipynb #93668f47
-HOSTS = {"nvidia": "https://nvlabs-fi-cdn.nvidia.com/edm/", "openai": "https://openaipublic.blob.core.windows.net/",
+HOSTS = {"nvidia": "https://nvlabs-fi-cdn.nvidia.com/edm/", "edm2": "https://nvlabs-fi-cdn.nvidia.com/edm2/",
+         "openai": "https://openaipublic.blob.core.windows.net/",
          "drive": "https://drive.google.com/"}
 
 # %% ../../nbs/4_checkpoints/04_catalogue.ipynb #00f8936b
@@ -65,6 +66,13 @@ teacher | EDM pickle | CC BY-NC-SA 4.0, derived from MIT | nvidia:pretrained/bas
     baseline-imagenet-64x64-cond-adm    ImageNet, 1000 classes, ADM (Dhariwal, Nichol), iDDPM preconditioning (config A)
 teacher | OpenAI state dict | MIT, as its sister models | openai:consistency/*.pt
     edm-imagenet64-openai [edm_imagenet64_ema]   ImageNet, 1000 classes, EDM by OpenAI: the teacher of the released CTM
+teacher | EDM2 snapshot | CC BY-NC-SA 4.0 | edm2:posthoc-reconstructions/*.pkl
+    edm2-img64-s-1073741-0.075          ImageNet, 1000 classes, EDM2-S, 280 M parameters, FID 1.58
+    edm2-img64-m-2147483-0.060          ImageNet, 1000 classes, EDM2-M, 498 M parameters, FID 1.43
+    edm2-img64-l-1073741-0.040          ImageNet, 1000 classes, EDM2-L, 777 M parameters, FID 1.33
+    edm2-img64-xl-0671088-0.040         ImageNet, 1000 classes, EDM2-XL, 1119 M parameters, FID 1.33
+    edm2-img64-s-1073741-0.045          ImageNet, 1000 classes, EDM2-S, with its guide by autoguidance FID 1.01
+    edm2-img64-xs-0134217-0.110         ImageNet, 1000 classes, EDM2-XS, 125 M parameters, that guide
 ctm | CTM, OpenAI state dict | unknown, see https://github.com/sony/ctm | drive:file/d/*/view
     ctm-imagenet64 [17XHwI5-IDpATRnBsxjOi6YCg1oD3MGC6]   ImageNet, 1000 classes, the paper's CTM, EMA 0.999
 cm | consistency model (not a CTM) | MIT | openai:consistency/*.pt
@@ -115,6 +123,8 @@ def nearest_name(text) -> str | None: # None if nothing is close
 def _target(text):
     "Where a name or an address is downloaded from (None: by browser), and its path in the cache."
     if text in CATALOGUE: return CATALOGUE[text].url, cache_folder()/CATALOGUE[text].file
+    if text.startswith("edm2-img512-"):
+        raise ValueError(f"{text} draws latents of a VAE, this package draws pixels; edm2-img64-... draw pixels")
     if "://" not in text:
         hint = f"did you mean {near!r}?" if (near := nearest_name(text)) else "`ctm_nb_convert --list` shows all names"
         raise ValueError(f"no public file is called {text!r}; {hint}")

@@ -86,7 +86,7 @@ def plan(
     classes = f"{train.n_classes or 'no'} classes"
     if not config.data.use_labels: classes = "labels not used (data.use_labels=false)"
     if measured: images_per_sec = measure(only, train, str(pick_device(config.run.device)))
-    weights = sum(p.numel() for p in make_network(config, train).parameters())
+    with torch.device("meta"): weights = sum(p.numel() for p in make_network(config, train).parameters())
     given = " (that of the given teacher counts)" if config.teacher.source not in ("", "none") else ""
     copies = 6 + max(len(getattr(config, k).emas) for k in STAGES.values())
     student = f", student with {', '.join(map(str, e.steps))}" if stage != "teacher" else ""
@@ -110,8 +110,8 @@ def train_parser() -> Parser:
         epilog="Every value of the configuration, and what will be done: --dry-run. Exit codes: 0 done, 2 bad input, "
         "3 failed, 130 Ctrl-C, 75 stopped by SIGTERM or SIGUSR1; 75 and 130 after saving: the same command continues.")
     add = p.add_argument
-    add("--preset", help="where to start from: digits, emoji, mnist, cifar10, cifar10-cond, imagenet64, tiny (a trial "
-        "of seconds), or auto: from the data (default: digits, with --data auto)")
+    add("--preset", help="where to start from: digits, emoji, mnist, cifar10, cifar10-cond, imagenet64, "
+        "imagenet64-edm2, tiny (a trial of seconds), or auto: from the data (default: digits, with --data auto)")
     add("--data", metavar="PATH", help="images: a folder (one sub-folder a class), zip, npz, CIFAR or MNIST files, "
         "LMDB, shards, torchvision:NAME (see ctm_nb_data inspect)")
     add("--skip-broken", action="store_true", help="leave out images that can't be read, instead of stopping")

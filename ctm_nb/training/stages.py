@@ -32,10 +32,10 @@ from ..method.distill import (MATCHING, draw_interval, dsm_loss, dsm_sigma, inte
 from ..method.eulerian import draw_times, eulerian_loss, ramp
 from ..method.flow import grid_time, perturb, rho_grid
 from ..method.solvers import SOLVERS, solver_name
-from ..method.teacher import Denoiser, edm_loss, lognormal_sigma
+from ..method.teacher import Denoiser, edm_loss, lognormal_sigma, uncertainty_loss
 from ..method.trajectories import anchor_loss, draw_pair, stored_batch, trajectories_loss, trajectory
 from ..method.trajectory import CTM, student_from
-from ..networks.unet import build_network
+from ..networks.families import build_network
 from .config import STAGES, Config, Span, phases, schedule, teacherless
 from .optimizers import load_optimizer, lr_at, make_optimizer
 
@@ -103,6 +103,7 @@ class Stage:
 def learn(self: Stage, model: torch.nn.Module, name: str, **averages: float):
     "Take the network that this stage trains, and let EMAs of these names and of the stage's rates follow it."
     o, self.parts["model"] = self.optim, model
+    model.net.normalise_weights()
     self.optimizers["model"] = make_optimizer(o.optimizer, model, o.lr, (.9, o.beta2), model.net.last_layer)
     for k, rate in {**averages, name: o.ema, **{f"{name}-{r}": r for r in o.emas}}.items():
         self.emas[k] = EMA(model, rate, o.ema_warmup)
@@ -164,7 +165,10 @@ class TeacherStage(Stage):
         model = self.parts["model"]
         D = model if e["augment"] is None else partial(model, augment=e["augment"])
         inputs = {k: e[k] for k in ("x0", "sigma", "eps", "y")}
-        return {"edm": edm_loss(D, **inputs, sigma_data=model.sigma_data).mean()}
+        loss = edm_loss(D, **inputs, sigma_data=model.sigma_data)
+        if self.optim.weighting == "uncertainty":
+            loss = uncertainty_loss(loss, model.net.logvar(model.c_noise(e["sigma"], e["x0"])))
+        return {"edm": loss.mean()}
 
 # %% ../../nbs/6_training/05_stages.ipynb #8670360e
 @patch
