@@ -166,8 +166,10 @@ def test_its_preset_says_where_each_value_comes_from_and_what_it_takes(tmp_path,
     from PIL import Image
 
     from ctm_nb.training.presets import RECIPES
-    sources = {word.partition("=")[0]: source for source, words in RECIPES["imagenet64-edm2"] for word in words.split()}
-    assert "ours" in sources["distill.lr"] and sources["distill.anchor"] == "CMT" and "EDM2" in sources["teacher.source"]
+    recipe = RECIPES["imagenet64-edm2"]
+    sources = {word.partition("=")[0]: source for source, words in recipe for word in words.split()}
+    assert "ours" in sources["distill.lr"] and sources["distill.anchor"] == "CMT"
+    assert "EDM2" in sources["teacher.source"]
     for c in "ab":
         (tmp_path / "data" / c).mkdir(parents=True)
         for i in range(6): Image.new("RGB", (64, 64), (40 * i, 0, 0)).save(tmp_path / "data" / c / f"{i}.png")
