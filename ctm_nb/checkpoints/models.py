@@ -54,7 +54,7 @@ def rebuild(
     d = dict(description)
     kind, classes, network, precondition = (d.pop(k, None) for k in ("kind", "classes", "network", "preconditioning"))
     if kind not in KINDS: raise ValueError(f"kind of model must be one of {sorted(KINDS)}, got {kind!r}")
-    if "model_channels" in network: network = {"stem": network["model_channels"], **network}  # as it was without a word
+    if "augment_dim" in network: network = {"stem": network["model_channels"], **network}  # as it was without a word
     with torch.device("cpu" if state is None else "meta"):
         m = KINDS[kind](build_network(**network), **d, kind=precondition or "edm")
     if state is not None: m.load_state_dict(_fitting(m, state), assign=True)
