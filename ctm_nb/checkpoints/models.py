@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from .catalogue import CATALOGUE, fetch, nearest_name
+from .catalogue import CATALOGUE, LATENTS, fetch, nearest_name
 from .foreign import read_edm_pickle, read_safetensors, read_torch, sniff
 from .store import CheckpointError, latest_checkpoint, load_checkpoint
 from ..data.files import atomic_write
@@ -395,7 +395,7 @@ def load(
     if which is not None and which.partition("-")[0] not in (*KINDS, "cm"):
         raise ValueError(f"which must be one of cm, ctm, teacher, another EMA (ctm-0.9999) or None, got {which!r}")
     entry, name = None, str(path)
-    if not Path(path).exists() and (name in CATALOGUE or "://" in name):
+    if not Path(path).exists() and (name in CATALOGUE or "://" in name or name.startswith(LATENTS)):
         path, entry = _fetched(name, which)
         if entry and entry.file.endswith(".pt"): architecture = dict(image_size=64, channels_per_head=64) | architecture
     if not Path(path).exists():

@@ -1,5 +1,6 @@
 """EDM2's network in training: weights of unit length at every step, exact resume, micro-batches, its loss and rate."""
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -43,9 +44,8 @@ def test_every_step_leaves_weights_of_unit_length(tmp_path):
     for step in range(14):
         t.train_step()
         assert (sizes(t.parts["model"]) - 1).abs().max() < 3e-4, (step, t.stage)
-        before = weights(t.parts["model"])
-    assert t.now.name == "ctm_dsm_gan" and not torch.equal(before, weights(t.parts["ctm"]))
-    assert (sizes(t.parts["ctm"]) - 1).abs().max() > 1e-3  # averages are shorter: they see what the optimizer left
+        if step == 9: assert (sizes(t.parts["ctm"]) - 1).abs().max() > 1e-3  # an EMA sees what the optimizer left
+    assert t.now.name == "ctm_dsm_gan"
     assert t.parts["model"].net.balance_s != 0  # the student has begun to use s
 
 
@@ -137,7 +137,7 @@ def test_a_stage_whose_rate_falls_by_reference_can_be_made_longer(tmp_path):
 
 
 def test_other_numbers_of_steps_in_scores_are_no_change_of_the_run():
-    old, new = ({"evaluate": {"steps": steps}} for steps in ((1, 2), (1, 4)))
+    old, new = (asdict(make_config("tiny", [f"evaluate.steps={steps}"])) for steps in ("1,2", "1,4"))
     assert changes(old, new, 3) == (["evaluate.steps: [1, 2] -> [1, 4]"], [])
 
 
