@@ -12,7 +12,7 @@ from ctm_nb.data.images import digits
 from ctm_nb.method.sampling import sample
 from ctm_nb.method.teacher import edm_loss
 from ctm_nb.training.config import make_config
-from ctm_nb.training.costs import empty_data, memory, saved_bytes
+from ctm_nb.training.costs import empty_data, estimate, memory, saved_bytes
 from ctm_nb.training.optimizers import lr_at, make_optimizer
 from ctm_nb.training.stages import TeacherStage, step_generator
 from ctm_nb.training.trainer import Trainer, changes
@@ -173,10 +173,12 @@ def test_its_preset_says_where_each_value_comes_from_and_what_it_takes(tmp_path,
     for c in "ab":
         (tmp_path / "data" / c).mkdir(parents=True)
         for i in range(6): Image.new("RGB", (64, 64), (40 * i, 0, 0)).save(tmp_path / "data" / c / f"{i}.png")
-    ctm_nb_train(["--preset", "imagenet64-edm2", "--data", str(tmp_path / "data"), "--runs", str(tmp_path / "runs"),
-                  "--dry-run", "--images-per-sec", "100"])
+    words = ["--preset", "imagenet64-edm2", "--data", str(tmp_path / "data"), "--runs", str(tmp_path / "runs")]
+    ctm_nb_train([*words, "--dry-run"])
     out = capsys.readouterr().out
-    assert "edm2, 279.4" in out and "given: edm2-img64-s-1073741-0.075" in out and "s a step)" in out and "GiB" in out
+    assert "edm2, 279.4" in out and "given: edm2-img64-s-1073741-0.075" in out and "memory    student 3" in out
+    config = make_config("imagenet64-edm2", ["data.source=x"])
+    assert "student 18 d" in estimate(config, empty_data(3, 64, 1000), 100.)[1]
     assert not (tmp_path / "runs").exists()
 
 
