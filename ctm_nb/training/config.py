@@ -9,8 +9,7 @@ __all__ = ['AT_LEAST_1', 'NOT_NEGATIVE', 'POSITIVE', 'FRACTION', 'OBJECTIVES', '
            'phases', 'teacherless', 'set_value', 'make_config', 'check_config']
 
 # %% ../../nbs/6_training/02_config.ipynb #67deb94a
-import difflib
-import math
+import difflib, math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -144,7 +143,7 @@ class GanConfig(OptimConfig):
     target_ema: float = need(.999, FRACTION)  # rate of the EMA inside the loss
 
 # %% ../../nbs/6_training/02_config.ipynb #7be9dcd7
-FEATURES = (bool, "train (a classifier of the images), inception, cleanfid, lite0, timm:NAME or a TorchScript file")
+FEATURES = (bool, "train (a classifier of the images), inception, cleanfid, lite0 or timm:NAME")
 
 @dataclass
 class EvaluateConfig:

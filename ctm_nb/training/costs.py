@@ -157,7 +157,7 @@ def estimate(
     what = "with the whole batch at once on one device in float32, libraries not counted (micro-batches need less)"
     out = [f"memory    {each} {what}"]
     if images_per_sec is None:
-        return [*out, "time      unknown; --measure times two steps here, --images-per-sec X takes a known speed"]
+        return [*out, "time      unknown; --measure times two steps here"]
     def line(s, v): return f"{NAMES[s]} {duration(v)} ({v / (todo[s].end - todo[s].first):.2g} s a step)"
     todo = schedule(config)
     times = "; ".join(line(s, v) for s, v in seconds(config, images_per_sec).items())

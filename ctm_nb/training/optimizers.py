@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEWTON_SCHULZ', 'MOMENTUM', 'ADAM_SHARE', 'TABLES', 'OPTIMIZERS', 'DECAYS', 'orthogonalise', 'Muon',
-           'kernels', 'make_optimizer', 'lr_at', 'set_lr', 'load_optimizer']
+           'make_optimizer', 'lr_at', 'set_lr', 'load_optimizer']
 
 # %% ../../nbs/6_training/04_optimizers.ipynb #106a3864
 import math
@@ -102,15 +102,6 @@ def _adam(self: Muon, group: dict, weights: list):
 # %% ../../nbs/6_training/04_optimizers.ipynb #a5efd247
 OPTIMIZERS = {"radam": torch.optim.RAdam, "adamw": partial(torch.optim.AdamW, weight_decay=0.), "muon": Muon}
 
-# %% ../../nbs/6_training/04_optimizers.ipynb #154724e8
-def kernels(
-    name: str,  # a key of OPTIMIZERS
-    device: torch.device,  # of the weights
-) -> dict:  # options of the optimizer
-    "How an optimizer computes on a device."
-    if device.type != "cuda": return {"foreach": True}
-    return {"fused": True} if name == "adamw" else {"foreach": True, "capturable": True}
-
 # %% ../../nbs/6_training/04_optimizers.ipynb #72f2344f
 def make_optimizer(
     name: str,  # a key of OPTIMIZERS
@@ -120,9 +111,10 @@ def make_optimizer(
     last_layer: Tensor | None = None,  # weights of the output layer, which "muon" leaves to AdamW
 ) -> torch.optim.Optimizer:
     "An optimizer by its name, without weight decay."
-    device = next(model.parameters()).device
     params = _muon_groups(model, lr, last_layer) if name == "muon" else model.parameters()
-    return OPTIMIZERS[name](params, lr=lr, betas=betas, **kernels(name, device))
+    how = {"foreach": True}
+    if next(model.parameters()).is_cuda: how = {"fused": True} if name == "adamw" else {**how, "capturable": True}
+    return OPTIMIZERS[name](params, lr=lr, betas=betas, **how)
 
 # %% ../../nbs/6_training/04_optimizers.ipynb #ab04c156
 DECAYS = {  # of the share done of what follows the warm-up, and of the steps over `reference`
