@@ -22,7 +22,7 @@ from ..method.distances import DISTANCES
 from ..method.distill import MATCHING
 from ..method.solvers import SOLVERS, solver_name
 from ..method.adversary import DISCRIMINATORS, GAN_LOSSES
-from ..networks.unet import FAMILIES
+from ..networks.families import FAMILIES
 
 # %% ../../nbs/6_training/02_config.ipynb #c0f190aa
 AT_LEAST_1 = (lambda v: v >= 1, "at least 1")  # is a value possible?, and what was expected
@@ -54,7 +54,7 @@ class DataConfig:
 @dataclass
 class NetworkConfig:
     "The network of teacher and student, and the scale of the problem."
-    family: str = need("ddpmpp", one_of(*FAMILIES))  # a key of unet.FAMILIES
+    family: str = need("ddpmpp", one_of(*FAMILIES))  # a key of families.FAMILIES
     model_channels: int = need(128, (lambda v: v >= 8 and v % 8 == 0, "a multiple of 8"))  # at full resolution
     channel_mult: tuple = need((2, 2, 2), AT_LEAST_1)  # factor at each resolution
     n_blocks: int = need(4, AT_LEAST_1)  # residual blocks a resolution
@@ -75,7 +75,8 @@ class OptimConfig:
     optimizer: str = need("radam", one_of(*OPTIMIZERS))
     lr: float = need(4e-4, POSITIVE)  # peak learning rate
     warmup: int = need(0, NOT_NEGATIVE)  # steps from 0 to the peak
-    decay: str = need("constant", one_of("constant", "linear", "cosine"))  # to zero at the end
+    decay: str = need("constant", one_of("constant", "linear", "cosine", "reference"))  # of the rate after the warm-up
+    reference: int = need(35000, AT_LEAST_1)  # step after which "reference" lets it fall as 1/sqrt(step)
     beta2: float = need(.999, FRACTION)  # memory of the squared gradients
     ema: float = need(.999, FRACTION)  # rate of the EMA that samples are drawn with
     emas: tuple = need((), FRACTION)  # rates of further EMAs that checkpoints keep
@@ -90,6 +91,7 @@ class TeacherConfig(OptimConfig):
     source: str = ""  # an existing teacher: whatever `load` reads; empty: train one; "none": do without
     P_mean: float = -1.2  # of ln sigma
     P_std: float = 1.2  # of ln sigma
+    weighting: str = need("edm", one_of("edm", "uncertainty"))  # of noise levels; or learned
     augment: float = need(0., FRACTION)  # probability of each of EDM's transformations; network.augment_dim must be 9
     label_dropout: float = need(0., FRACTION)  # share of the batch without label, for classifier-free guidance
 
@@ -107,7 +109,8 @@ class DistillConfig(OptimConfig):
     matching: str = need("soft", one_of(*OBJECTIVES))  # u: "soft" (t >= u >= s), "local" (next point), "global" (s)
     phases: str = ""  # matchings in a row, each with its share of the steps: trajectories:.6,soft:.4; empty: one
     reuse: int = need(6, AT_LEAST_1)  # steps that use a batch of stored trajectories
-    stored: int = need(8192, AT_LEAST_1)  # trajectories in memory at most, of N points each
+    stored: int = need(8192, AT_LEAST_1)  # trajectories in memory at most, or in their folder, of N points each
+    trajectories: str = ""  # folder of stored trajectories, solved once for all students of a teacher; empty: in memory
     anchor: str = need("dsm", one_of("dsm", "teacher"))  # holds g(x, t, t) in trajectories and eulerian: data or D
     anchor_rows: int | None = need(None, AT_LEAST_1)  # of so many one; None: 4 with trajectories, 1 with eulerian
     compare_at: str = need("end", one_of("end", "s"))  # where the sides meet: at sigma_min, through the EMA, or at s
@@ -299,6 +302,8 @@ def _phases_fit(c):
     except ValueError: return False
     return found[-1].end == 10 ** 6 and all(p.name in OBJECTIVES and p.first < p.end for p in found)
 
+def _uses_trajectories(c): return "trajectories" in (p.name for p in phases(c.distill, 1))
+
 def _dsm_first(first, *rest): return first == "dsm" and "trajectories" not in rest
 
 # %% ../../nbs/6_training/02_config.ipynb #a1c29869
@@ -306,12 +311,17 @@ TOGETHER = [
     ("data.labels", lambda c: c.data.use_labels or not c.data.labels, "empty where data.use_labels is false"),
     ("network.augment_dim", lambda c: c.network.augment_dim == 9 or not c.teacher.augment,
      "9 for a teacher with augmentation"),
+    ("network.augment_dim", lambda c: not c.network.augment_dim or c.network.family != "edm2", "0 for edm2"),
+    ("teacher.weighting", lambda c: c.teacher.weighting == "edm" or c.network.family == "edm2",
+     "edm for a family without a log-variance (edm2 has one)"),
     ("network.sigma_min", lambda c: c.network.sigma_min < c.network.sigma_max, "below network.sigma_max"),
     ("teacher.source", lambda c: c.teacher.source or not c.distill.source,
      "given when distill.source is (an adversarial stage needs both)"),
     ("distill.phases", _phases_fit, "matchings with shares that add up to 1, e.g. trajectories:.6,soft:.4"),
     ("distill.phases", lambda c: not teacherless(c) or _dsm_first(*(p.name for p in phases(c.distill, 1))),
      "begun by dsm and without trajectories where there is no teacher, e.g. dsm:.5,soft:.5"),
+    ("distill.trajectories", lambda c: not c.distill.trajectories or _uses_trajectories(c),
+     "empty where no phase is trajectories (distill.matching, distill.phases)"),
     ("distill.distance", lambda c: not teacherless(c) or c.distill.distance != "features",
      "another than features where there is no teacher"),
     ("distill.K", lambda c: c.distill.K < c.distill.N, "below distill.N"),

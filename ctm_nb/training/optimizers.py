@@ -38,7 +38,7 @@ def orthogonalise(
 # %% ../../nbs/6_training/04_optimizers.ipynb #881490e4
 MOMENTUM = .95  # memory of the gradient that is orthogonalised
 ADAM_SHARE = .1  # learning rate of what is no matrix, as a share of the matrices'
-TABLES = ("map_label", "map_augment")  # layers that look a row up
+TABLES = ("map_label", "map_augment", "emb_label")  # layers that look a row up
 
 def _muon_groups(model, lr, last_layer=None):
     "Parameter groups of `Muon`: which are matrices, and at which rate each kind learns."
@@ -117,21 +117,22 @@ def make_optimizer(
     return OPTIMIZERS[name](params, lr=lr, betas=betas, **how)
 
 # %% ../../nbs/6_training/04_optimizers.ipynb #ab04c156
-DECAYS = {
-    "constant": lambda done: 1.,
-    "linear": lambda done: 1 - done,
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+DECAYS = {  # of the share done of what follows the warm-up, and of the steps over `reference`
+    "constant": lambda done, past: 1.,
+    "linear": lambda done, past: 1 - done,
+    "cosine": lambda done, past: (1 + math.cos(math.pi * done)) / 2,
+    "reference": lambda done, past: 1 / math.sqrt(max(past, 1)),  # EDM2
 }
 
 # %% ../../nbs/6_training/04_optimizers.ipynb #ebc1e921
 def lr_at(
-    o: OptimConfig,  # steps, lr, warmup, decay
+    o: OptimConfig,  # steps, lr, warmup, decay, reference
     n: int,  # step within the stage, 0..steps-1
 ) -> float:
-    "Learning rate: a linear warm-up, then constant or down to zero."
+    "Learning rate: a linear warm-up, then constant, down to zero, or falling as 1/sqrt(n)."
     if n < o.warmup: return o.lr * (n + 1) / o.warmup
     done = (n - o.warmup) / max(1, o.steps - o.warmup)
-    return o.lr * DECAYS[o.decay](done)
+    return o.lr * DECAYS[o.decay](done, n / o.reference)
 
 # %% ../../nbs/6_training/04_optimizers.ipynb #fb648e1c
 def set_lr(

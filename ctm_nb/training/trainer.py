@@ -69,8 +69,9 @@ def _changes(old: dict, new: dict, step: int = -1) -> tuple:  # two lists of "ke
         free = section == "evaluate" or key == "data.source" or section == "run" and name not in ("seed", "before")
         at = sections.index(section) if section in sections else -1
         counted = section != "distill" or not before["distill.phases"] and before["distill.matching"] in MATCHING
-        constant = name == "steps" and before[f"{section}.decay"] == after[f"{section}.decay"] == "constant"
-        longer = at == now >= 0 and constant and counted and b >= step - span.first
+        decays = {d.get(f"{section}.decay") for d in (before, after)}
+        endless = name == "steps" and decays in ({"constant"}, {"reference"})
+        longer = at == now >= 0 and endless and counted and b >= step - span.first
         allowed = free or at > now or longer or longer_run and key == "run.before"
         found[0 if allowed else 1].append(f"{key}: {a} -> {b}")
     return found
@@ -88,8 +89,8 @@ def check_changes(
     if refused:
         raise ValueError(
             f"{what} holds a run of another configuration ({'; '.join(refused)}); settings of a stage may change until "
-            "a stage that uses them begins, its steps also while it is in training and its decay is constant, not "
-            "below the steps done; choose another name or remove the folder")
+            "a stage that uses them begins, its steps also while it is in training and its decay is constant "
+            "or reference, not below the steps done; choose another name or remove the folder")
     if (then := meta.get("precision")) not in (None, precision):
         raise ValueError(f"{what} was trained in {then}, and run.precision={config.run.precision} means {precision} "
                          f"here; --set run.precision={then} continues it")

@@ -57,7 +57,7 @@ def test_three_modules_go_on_working(old, monkeypatch):
     "room, name",
     [
         ("data", "to_uint8"),
-        ("networks", "build_network"),
+        ("networks", "DDPMpp"),
         ("training", "Trainer"),
         ("evaluation", "score"),
         ("commands", "overview"),
@@ -78,6 +78,12 @@ def test_a_room_imports_nothing_else(room):
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
         == "[] False"
     )
+
+
+def test_what_has_moved_on_is_offered_by_its_room():
+    from ctm_nb.networks import build_network
+    from ctm_nb.networks.families import build_network as here
+    assert build_network is here
 
 
 def test_load_and_sample_are_offered_by_the_package_and_by_their_rooms():
