@@ -7,10 +7,7 @@ __all__ = ['naming', 'temp_name', 'write_synced', 'fsync_folder', 'atomic_write'
            'cache_folder']
 
 # %% ../../nbs/3_data/00_files.ipynb #ef5056a8
-import hashlib
-import os
-import shutil
-import uuid
+import hashlib, os, shutil, uuid
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,10 +16,10 @@ import platformdirs
 # %% ../../nbs/3_data/00_files.ipynb #01c6f833
 @contextmanager
 def naming(path:str|Path):
-    "An error while a file is written names the file, as an error while it is opened does."
+    "An error while a file is written names the file, not what it is called until it is whole."
     try: yield
     except OSError as e:
-        if e.errno is None or e.filename: raise
+        if e.errno is None: raise
         raise OSError(e.errno, e.strerror, str(path)) from e
 
 # %% ../../nbs/3_data/00_files.ipynb #0772cb8e
@@ -56,13 +53,11 @@ def atomic_write(
     "Give `path` the content `data` so that a reader finds the old content or the new, never a mixture."
     path = Path(path)
     temp = temp_name(path)
-    try:
-        write_synced(temp, data if callable(data) else lambda f: f.write(data))
-        os.replace(temp, path)
-    except BaseException as e:
-        temp.unlink(missing_ok=True)
-        if isinstance(e, OSError) and e.filename == str(temp): e.filename = str(path)
-        raise
+    with naming(path):
+        try:
+            write_synced(temp, data if callable(data) else lambda f: f.write(data))
+            os.replace(temp, path)
+        finally: temp.unlink(missing_ok=True)
     fsync_folder(path.parent)
     return path
 
@@ -90,9 +85,7 @@ def publish(
     if aside.exists(): discard(aside)
 
 # %% ../../nbs/3_data/00_files.ipynb #c7871edd
-def file_hash(
-    path:str|Path, # a file
-)->str: # 64 hexadecimal digits
+def file_hash(path:str|Path)->str: # 64 hexadecimal digits
     "SHA-256 of a file: what stands for public files, weights and references in records."
     h = hashlib.sha256()
     with open(path, "rb") as f:

@@ -7,8 +7,7 @@ __all__ = ['BYTES', 'Images', 'ImageData', 'to_uint8', 'held_out_mask', 'split_m
            'IndexSampler', 'named_grid']
 
 # %% ../../nbs/3_data/01_images.ipynb #9564e46a
-import hashlib
-import math
+import hashlib, math
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -178,8 +177,7 @@ class IndexSampler:
 # %% ../../nbs/3_data/01_images.ipynb #cfe06133
 @cache
 def _font(size):
-    try: import matplotlib  # brings along DejaVu, which has the letters of many alphabets
-    except ImportError: return ImageFont.load_default(size)  # of European ones
+    import matplotlib  # brings along DejaVu, which has the letters of many alphabets
     return ImageFont.truetype(str(Path(matplotlib.get_data_path())/"fonts"/"ttf"/"DejaVuSans.ttf"), size)
 
 def _words(names, size, limit):

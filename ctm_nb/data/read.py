@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'ENCODINGS', 'LANCZOS', 'CROPS', 'SUFFIXES', 'HELPERS', 'MAX_CLASSES', 'SPLITS', 'MAX_ENTRY',
            'PLAIN', 'CIFAR', 'EXPECTED', 'BrokenImage', 'open_image', 'as_image', 'standardise', 'crop_center',
-           'crop_square', 'is_grey', 'one_mode', 'decode', 'in_order', 'cores', 'workers_for', 'chunks', 'shared_array',
-           'Source', 'held_out_of', 'check_square', 'side_of', 'complain', 'is_image_name', 'is_hidden', 'readable',
-           'few', 'walk', 'distinct', 'class_names', 'folder_classes', 'read_json', 'as_text', 'FileSource', 'Folder',
-           'open_folder', 'zip_entries', 'tar_entries', 'read_entry', 'Pack', 'open_archive', 'ArraySource',
-           'LibrarySource', 'numbered', 'open_npz', 'read_idx', 'open_idx', 'ArraysOnly', 'open_cifar', 'optional',
-           'lmdb_reader', 'Store', 'open_lmdb', 'open_torchvision', 'open_table', 'folder_kind', 'file_kind',
-           'open_digits', 'open_source']
+           'crop_square', 'is_grey', 'one_mode', 'decode', 'in_order', 'cores', 'workers_for', 'shared_array', 'Source',
+           'held_out_of', 'check_square', 'side_of', 'complain', 'is_image_name', 'is_hidden', 'readable', 'reading',
+           'few', 'walk', 'distinct', 'class_names', 'folder_classes', 'FileSource', 'Folder', 'open_folder',
+           'zip_entries', 'tar_entries', 'read_entry', 'Pack', 'open_archive', 'ArraySource', 'LibrarySource',
+           'numbered', 'open_npz', 'read_idx', 'open_idx', 'ArraysOnly', 'open_cifar', 'optional', 'lmdb_reader',
+           'Store', 'open_lmdb', 'open_torchvision', 'open_table', 'folder_kind', 'file_kind', 'open_digits',
+           'open_source']
 
 # %% ../../nbs/3_data/02_read.ipynb #18fbe850
-import csv, difflib, gzip, importlib, inspect, io, json, math, mmap, os, pickle, re, struct, tarfile, warnings
+import csv, gzip, importlib, inspect, io, json, math, mmap, os, pickle, re, struct, tarfile, warnings
 import zipfile, zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
@@ -42,10 +43,8 @@ def _read_file(path:str|os.PathLike)->bytes:
     except OSError as e: raise BrokenImage(f"can't be opened ({e.strerror})") from None
 
 # %% ../../nbs/3_data/02_read.ipynb #9cc4cf85
-def open_image(
-    image, # bytes of an image file, a path, a Pillow image, or pixels (H, W, 1 or 3) uint8
-)->Image.Image: # decoded to the last pixel, in its own mode and size
-    "An image before anything is done to it; `BrokenImage` says why it can't be had."
+def open_image(image)->Image.Image: # decoded to the last pixel, in its own mode and size
+    "The bytes of a file, a path, a Pillow image or pixels (H, W, 1 or 3) uint8; `BrokenImage` says what is wrong."
     if isinstance(image, np.ndarray): return as_image(image)
     if isinstance(image, Image.Image): return image
     blob = image if isinstance(image, bytes) else _read_file(image)
@@ -58,8 +57,6 @@ def open_image(
                 raise BrokenImage(f"decompression bomb? {im.width} x {im.height} pixels, the limit is {MAX_PIXELS}")
             im.load()
     except BrokenImage: raise
-    except Image.DecompressionBombError:
-        raise BrokenImage(f"decompression bomb? more than twice the limit of {MAX_PIXELS} pixels") from None
     except UnidentifiedImageError: raise BrokenImage(f"not an image, begins with {blob[:8]!r}") from None
     except Exception as e: raise BrokenImage(f"truncated or damaged ({e})") from None  # decoders raise anything
     return im
@@ -169,8 +166,6 @@ def workers_for(n:int, workers:int|None)->int:
     "Processes for n images, if the user doesn't say: all cores if there are many."
     return workers if workers is not None else cores() if n > 2000 else 0
 
-def chunks(n:int, size:int=128)->list: return [range(i, min(i + size, n)) for i in range(0, n, size)]
-
 # %% ../../nbs/3_data/02_read.ipynb #4cf9bebf
 def shared_array(shape:tuple)->np.ndarray:
     "Bytes in memory that worker processes started later write into, and this one reads."
@@ -251,6 +246,15 @@ def readable(text:str)->str:
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
+@contextmanager
+def reading(where:str|Path):
+    "Whatever a damaged file makes its reader raise becomes one `ValueError` that names it."
+    try: yield
+    except MemoryError: raise ValueError(f"{where} asks for more memory than there is") from None
+    except Exception as e:
+        if isinstance(e, (ValueError, OSError)) and str(where) in str(e): raise
+        raise ValueError(f"{where} can't be read: {readable(str(e)) or type(e).__name__}") from e
+
 def few(names)->str:
     "The first of some names."
     return ", ".join(map(readable, list(names)[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -295,30 +299,29 @@ def class_names(labels, where, given=None)->list: # of str, one for each class
 # %% ../../nbs/3_data/02_read.ipynb #a5bf1010
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "held_out"}
 
-def _folders_at(level:int, names:list)->list:
-    "The folder at a level that each image is in, empty for one that lies above it."
-    parts = (n.split("/", level + 1) for n in names)
-    return [p[level] if len(p) > level + 1 else "" for p in parts]
-
 def folder_classes(names:list, where)->dict: # fields of a `Source`, and "keep", (N,) bool
     "Classes and split that the folders of the images mean; `ValueError` if images lie beside and inside folders."
-    tops, held, notes, keep = _folders_at(0, names), None, [], np.ones(len(names), bool)
-    is_train = {t: t.lower().startswith("train") for t in set(tops)}
-    if {t.lower() for t in is_train} <= SPLITS and any(is_train.values()):
-        held, tops = np.array([not is_train[t] for t in tops]), _folders_at(1, names)
-        inside = np.array([t != "" for t in tops])
-        if inside[~held].all() and not inside[held].all():  # labels for training only
-            keep = inside
-            notes.append(f"{(~keep).sum()} images outside of train lie in no class folder and are left out")
-        if not (held & keep).any(): held = None
-    found = sorted({t for t, k in zip(tops, keep) if k})
+    folders, held, gone, notes = [n.rpartition("/")[0] for n in names], set(), set(), []
+    paths = {f: [word for word in f.split("/") if word] for f in folders}
+    def tops(): return {p[0] if p else "" for p in paths.values()}
+    while len(tops()) == 1 and all(len(p) > 1 for p in paths.values()): paths = {f: p[1:] for f, p in paths.items()}
+    if {t.lower() for t in tops()} <= SPLITS and any(t.lower().startswith("train") for t in tops()):
+        held = {f for f, p in paths.items() if not p[0].lower().startswith("train")}
+        paths = {f: p[1:] for f, p in paths.items()}
+        if all(p for f, p in paths.items() if f not in held):  # labels for training only
+            gone = {f for f in held if not paths[f]}
+    keep = np.array([f not in gone for f in folders])
+    if gone: notes.append(f"{(~keep).sum()} images outside of train lie in no class folder and are left out")
+    folders = [f for f in folders if f not in gone]
+    top = {f: p[0] if p else "" for f, p in paths.items()}
+    found, is_held = sorted({top[f] for f in folders}), np.array([f in held for f in folders])
     if "" in found and len(found) > 1:
-        raise ValueError(f"{where} holds {tops.count('')} images beside sub-folders with images: expected one or the "
-                         "other, or a labels.csv with a line name,class for each")
+        raise ValueError(f"{where} holds {sum(not top[f] for f in folders)} images beside sub-folders with images: "
+                         "expected one or the other, or a labels.csv with a line name,class for each")
     if len(found) == 1 and found[0]: notes.append(f"all images are in one folder, {readable(found[0])}: no classes")
     number = {t: k for k, t in enumerate(found if len(found) > 1 else [])}
-    labels = np.array([number[t] for t, k in zip(tops, keep) if k], np.int64) if number else None
-    return dict(labels=labels, classes=distinct(number), held_out=held if held is None else held[keep], notes=notes,
+    labels = np.array([number[top[f]] for f in folders], np.int64) if number else None
+    return dict(labels=labels, classes=distinct(number), held_out=is_held if is_held.any() else None, notes=notes,
                 keep=keep)
 
 # %% ../../nbs/3_data/02_read.ipynb #323ac9e3
@@ -341,14 +344,9 @@ def _labels_of(pairs, names:list, where, classes=None)->tuple: # labels (N,) int
     return y.astype(np.int64), distinct(found.tolist())
 
 # %% ../../nbs/3_data/02_read.ipynb #8ec7eab0
-def read_json(text:bytes, where):
-    "What a JSON file says."
-    try: return json.loads(text)
-    except (ValueError, RecursionError) as e: raise ValueError(f"{where} can't be read as JSON: {e}") from None
-
 def _edm_pairs(text:bytes, where)->tuple: # pairs or None, names of the classes or None
     "What a dataset.json says."
-    said = read_json(text, where)
+    with reading(where): said = json.loads(text)
     said = said if isinstance(said, dict) else {"labels": said}
     pairs = said.get("labels", said)
     if pairs is None: return None, None
@@ -361,16 +359,9 @@ def _edm_pairs(text:bytes, where)->tuple: # pairs or None, names of the classes 
     return pairs, said.get("classes")
 
 # %% ../../nbs/3_data/02_read.ipynb #831ddef2
-def as_text(data:bytes, where)->str:
-    "The letters of a file; `ValueError` if it isn't UTF-8."
-    try: return data.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{where} is no text in UTF-8: {e.reason} at byte {e.start}") from None
-
 def _csv_pairs(text:bytes, where)->list:
     "The lines of a file with name,class a line, without its heading."
-    try: rows = [r for r in csv.reader(io.StringIO(as_text(text, where))) if r]
-    except csv.Error as e: raise ValueError(f"{where} can't be read as a table: {e}") from None
+    with reading(where): rows = [r for r in csv.reader(io.StringIO(text.decode("utf-8-sig"))) if r]
     if rows and not is_image_name(rows[0][0]): rows = rows[1:]
     for r in rows:
         if len(r) != 2: raise ValueError(f"{where}: expected lines of name,class, got {','.join(r)!r}")
@@ -426,40 +417,34 @@ MAX_ENTRY = 2**30  # bytes of one file in an archive
 PLAIN = -1  # an entry that begins with its first byte, as those of a tar
 
 def zip_entries(path:Path):  # yields name and (offset, stored bytes, bytes, checksum, method)
-    "All files of a zip and their places; `ValueError` for what can't be read safely."
+    "All files of a zip and their places; an error for what can't be read safely."
     room = path.stat().st_size
-    try:
-        with zipfile.ZipFile(path) as z:
-            for e in z.infolist():
-                name, inside = readable(e.filename), 0 <= e.header_offset <= room - e.compress_size
-                if "\0" in e.orig_filename: raise ValueError(f"{e.orig_filename!r} is no name of a file")
-                if e.is_dir(): continue
-                if e.flag_bits & 1: raise ValueError(f"{name} is encrypted")
-                if e.compress_type not in (0, 8):
-                    raise ValueError(f"{name} is compressed by method {e.compress_type}, expected stored or deflate")
-                if e.file_size > MAX_ENTRY:
-                    raise ValueError(f"{name} would unpack to {e.file_size} bytes, the limit is {MAX_ENTRY}")
-                if not inside or (e.compress_type == 0 and e.compress_size != e.file_size):
-                    raise ValueError(f"{name} can't have {e.compress_size} bytes at byte {e.header_offset}")
-                yield e.filename, (e.header_offset, e.compress_size, e.file_size, e.CRC, e.compress_type)
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OSError) as e:
-        raise ValueError(f"{path} can't be read as a zip: {e}") from None
+    with zipfile.ZipFile(path) as z:
+        for e in z.infolist():
+            name = readable(e.filename)
+            if e.is_dir(): continue
+            if e.flag_bits & 1: raise ValueError(f"{name} is encrypted")
+            if e.compress_type not in (0, 8):
+                raise ValueError(f"{name} is compressed by method {e.compress_type}, expected stored or deflate")
+            if e.file_size > MAX_ENTRY:
+                raise ValueError(f"{name} would unpack to {e.file_size} bytes, the limit is {MAX_ENTRY}")
+            fits = 0 <= e.header_offset <= room - e.compress_size
+            if not fits or (e.compress_type == 0 and e.compress_size != e.file_size):
+                raise ValueError(f"{name} can't have {e.compress_size} bytes at byte {e.header_offset}")
+            yield e.filename, (e.header_offset, e.compress_size, e.file_size, e.CRC, e.compress_type)
 
 # %% ../../nbs/3_data/02_read.ipynb #5b1d70a2
 def tar_entries(path:Path):  # yields name and place, as `zip_entries`
-    "All files of a tar; `ValueError` if it can't be read or its end is missing."
-    try:
-        with tarfile.open(path, "r:") as t:
-            end = 0
-            for e in t:
-                if e.isreg(): yield e.name.removeprefix("./"), (e.offset_data, e.size, e.size, 0, PLAIN)
-                end = e.offset_data + math.ceil(e.size / 512) * 512 * e.isreg()
-                vars(t)["members"] = []  # it would keep all of them
-        with open(path, "rb") as f:
-            f.seek(end)
-            if f.read(512) != bytes(512):
-                raise ValueError(f"{path} is cut off: the block of zeros that ends a tar is missing")
-    except tarfile.ReadError as e: raise ValueError(f"{path} can't be read as an uncompressed tar: {e}") from None
+    "All files of a tar; an error if it can't be read or its end is missing."
+    end = 0
+    with tarfile.open(path, "r:") as t:
+        for e in t:
+            if e.isreg(): yield e.name.removeprefix("./"), (e.offset_data, e.size, e.size, 0, PLAIN)
+            end = e.offset_data + math.ceil(e.size / 512) * 512 * e.isreg()
+            vars(t)["members"] = []  # it would keep all of them
+    with open(path, "rb") as f:
+        f.seek(end)
+        if f.read(512) != bytes(512): raise ValueError("cut off, the block of zeros that ends a tar is missing")
 
 # %% ../../nbs/3_data/02_read.ipynb #c44f1c83
 def read_entry(fd:int, offset:int, stored:int, size:int, check:int, method:int)->bytes:
@@ -493,7 +478,8 @@ class Pack:
 def _archive_entries(path:Path)->tuple: # "zip" or "tar", list of name and place
     "The files of an archive; `ValueError` for a path that leads outside of it, and for one that is there twice."
     with open(path, "rb") as f: kind = "zip" if f.read(2) == b"PK" else "tar"
-    found, seen = list((zip_entries if kind == "zip" else tar_entries)(path)), set()
+    with reading(path): found = list((zip_entries if kind == "zip" else tar_entries)(path))
+    seen: set = set()
     for n, _ in found:
         if n in seen: raise ValueError(f"{path} holds '{readable(n)}' twice")
         if n.startswith("/") or "\\" in n or ".." in n.split("/") or n[1:2] == ":":
@@ -509,8 +495,8 @@ def _example_of(name:str)->str:
 
 def _shard_label(text:bytes, where:str)->str|None: # None: it gives none
     "The label that the .cls or .json of an example gives."
-    if not where.endswith("json"): return as_text(text, where)
-    said = read_json(text, where)
+    with reading(where): said = json.loads(text) if where.endswith("json") else text.decode("utf-8-sig")
+    if isinstance(said, str): return said
     found = [said[k] for k in ("label", "cls", "class") if k in said] if isinstance(said, dict) else [said]
     if not found: return None  # a caption, an address: remarks that are no label
     if not isinstance(found[0], (dict, list, float)): return str(found[0])
@@ -591,10 +577,9 @@ def open_npz(*paths:Path)->ArraySource:
     Several are one, by their numbers, as sony's sampler leaves them. `ValueError` if one holds something else."""
     parts, labels, names, first = [], [], None, paths[0]
     for path in paths:
-        try:
-            with np.load(path) as z: a, y, classes = (z[k] if k in z else None for k in ("arr_0", "arr_1", "classes"))
+        with reading(path), np.load(path) as z:
+            a, y, classes = (z[k] if k in z else None for k in ("arr_0", "arr_1", "classes"))
             if any(isinstance(v, bytes) for v in (a, y, classes)): raise ValueError("a member is no array")
-        except Exception as e: raise ValueError(f"{path} can't be read as npz: {e}") from None  # numpy raises anything
         if a is None: raise ValueError(f"{path}: expected arr_0 uint8 (N, H, W, 1 or 3), got no arr_0")
         parts.append(a)
         if y is not None: labels.append(y)
@@ -607,9 +592,7 @@ def open_npz(*paths:Path)->ArraySource:
 # %% ../../nbs/3_data/02_read.ipynb #7f7454c0
 def read_idx(path:Path)->np.ndarray: # uint8
     "The array of an idx file, plain or gz; `ValueError` if it isn't one."
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f: data = f.read()
-    except (EOFError, zlib.error, OSError) as e: raise ValueError(f"{path} can't be read: {e}") from None
+    with reading(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f: data = f.read()
     start = 4 + 4 * data[3] if len(data) > 3 else 4
     if data[:3] != b"\0\0\x08" or len(data) < start:
         raise ValueError(f"{path}: expected an idx file of bytes, begins with {data[:4]!r}")
@@ -649,11 +632,10 @@ class ArraysOnly(pickle.Unpickler):
 
 def _unpickle_arrays(data:bytes, where)->dict: # with str keys
     "Content of a pickle of a dictionary; `ValueError` if it is or asks for anything else."
-    try:
+    with reading(where):
         found = ArraysOnly(io.BytesIO(data), encoding="bytes").load()
         if not isinstance(found, dict): raise ValueError(f"expected a dictionary, got a {type(found).__name__}")
         plain = {k: v.array() if isinstance(v, _Stub) else v for k, v in found.items()}
-    except Exception as e: raise ValueError(f"{where} can't be read: {e}") from None  # a damaged pickle raises anything
     return {k.decode("latin-1") if isinstance(k, bytes) else k: v for k, v in plain.items()}
 
 # %% ../../nbs/3_data/02_read.ipynb #4f07fb03
@@ -662,12 +644,9 @@ CIFAR = re.compile(r"(^|/)(data_batch_\d|test_batch|batches\.meta|train|test|met
 def _cifar_files(path:Path)->dict: # base name -> bytes
     "Batches and the meta file of a folder, or of the archive offered for download."
     if path.is_dir(): return {p.name: p.read_bytes() for p in path.iterdir() if CIFAR.search(p.name)}
-    try:
-        with tarfile.open(path) as t:
-            members = [e for e in t if e.isreg() and CIFAR.search(e.name) and e.size < MAX_ENTRY]
-            files = {os.path.basename(e.name): (t.extractfile(e) or io.BytesIO()).read() for e in members}
-    except (tarfile.ReadError, EOFError, zlib.error, OSError) as e:
-        raise ValueError(f"{path} can't be read as a tar: {e}") from None
+    with tarfile.open(path) as t:
+        members = [e for e in t if e.isreg() and CIFAR.search(e.name) and e.size < MAX_ENTRY]
+        files = {os.path.basename(e.name): (t.extractfile(e) or io.BytesIO()).read() for e in members}
     if files: return files
     raise ValueError(f"{path} is a compressed tar and not CIFAR's for Python: unpack it and give the folder")
 
@@ -680,10 +659,8 @@ def open_cifar(where:Path)->ArraySource:
     for n in batches:
         p = _unpickle_arrays(files[n], f"{where}/{n}")
         a, labels = p.get("data"), p.get(f"{fine}labels")
-        if not isinstance(a, np.ndarray) or a.shape[1:] != (3072,):
-            raise ValueError(f"{where}/{n}: expected data uint8 (N, 3072), got {getattr(a, 'shape', type(a).__name__)}")
-        if not isinstance(labels, list) or not all(type(k) is int and k >= 0 for k in labels):
-            raise ValueError(f"{where}/{n}: expected {fine}labels, a list of integers >= 0")
+        if not isinstance(a, np.ndarray) or a.shape[1:] != (3072,) or not isinstance(labels, list):
+            raise ValueError(f"{where}/{n}: expected data uint8 (N, 3072) and a list of {fine}labels")
         x.append(a.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))  # (N, 32, 32, 3)
         y.append(labels)
     meta = _unpickle_arrays(files.get("batches.meta" if ten else "meta", pickle.dumps({})), f"{where}/meta")
@@ -728,38 +705,24 @@ class Store:
 
 def open_lmdb(path:Path)->FileSource:
     "The images of an LMDB (data.mdb, or its folder); `ValueError` if it can't be read or is empty."
-    lmdb, file = optional("lmdb", "LMDB"), (path/"data.mdb" if path.is_dir() else path).resolve()
+    file = (path/"data.mdb" if path.is_dir() else path).resolve()
     where = file.parent if file.name == "data.mdb" else file
-    try: box = Store(file)
-    except (lmdb.Error, ValueError) as e: raise ValueError(f"{where} can't be read as LMDB: {e}") from None
-    return _arrange(box, where, where.stem, "LMDB", is_image=lambda n: n not in HELPERS)
+    return _arrange(Store(file), where, where.stem, "LMDB", is_image=lambda n: n not in HELPERS)
 
 # %% ../../nbs/3_data/02_read.ipynb #80c5e26c
 def open_torchvision(name:str, root:str="data")->LibrarySource:
     "A class of torchvision.datasets with its files in `root`; `ValueError` if there is none, or no files."
-    sets = optional("torchvision.datasets", "torchvision:NAME")
-    known = [n for n in sets.__all__ if inspect.isclass(getattr(sets, n))]
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, 1, 0.)[0]
-        raise ValueError(f"torchvision has no data set {name!r}; the nearest is {nearest}")
-    cls = getattr(sets, name)
-    takes, choices = inspect.signature(cls).parameters, [{}]
-    if "train" in takes: choices = [{"train": True}, {"train": False}]
-    elif "split" in takes: choices = [{"split": "train"}, {"split": "test"}]
-    at = {"root": root} if "root" in takes else {}
-    try: parts = [cls(**c, **at) for c in choices]
-    except (RuntimeError, FileNotFoundError) as e:
-        words = ", ".join([repr(root), *(f"{k}={v!r}" for k, v in choices[0].items()), "download=True"])
+    make = getattr(optional("torchvision.datasets", "torchvision:NAME"), name, None)
+    if not inspect.isclass(make): raise ValueError(f"torchvision has no data set {name!r}")
+    takes, choices = inspect.signature(make).parameters, {"train": (True, False), "split": ("train", "test")}
+    try: parts = [make(root, **{k: v}) for k in choices if k in takes for v in choices[k]] or [make(root)]
+    except Exception as e:
         raise ValueError(f"torchvision's {name} is not in {root} ({str(e).splitlines()[0]}); to fetch it: python -c "
-                         f'"from torchvision.datasets import {name}; {name}({words})"') from None
-    except TypeError as e: raise ValueError(f"torchvision's {name} can't be opened by name alone ({e})") from None
+                         f'"from torchvision.datasets import {name}; {name}({root!r}, download=True)"') from None
+    def targets(p): return next((getattr(p, k) for k in ("targets", "labels", "_labels") if hasattr(p, k)), None)
+    labels = [[y for _, y in p] if targets(p) is None else targets(p) for p in parts]
     classes = list(map(str, getattr(parts[0], "classes", [])))
-    return _of_parts(LibrarySource(name, "torchvision", []), name, parts, [_targets(p) for p in parts], classes)
-
-def _targets(part):
-    for attribute in ("targets", "labels", "_labels"):
-        if hasattr(part, attribute): return getattr(part, attribute)
-    return [part[i][1] for i in range(len(part))]
+    return _of_parts(LibrarySource(name, "torchvision", []), name, parts, labels, classes)
 
 # %% ../../nbs/3_data/02_read.ipynb #17b5c00d
 def open_table(name:str, builder:str="")->LibrarySource:
@@ -767,8 +730,7 @@ def open_table(name:str, builder:str="")->LibrarySource:
 
     `name` is a file of the `builder` "parquet" or "arrow", or without one a name on the Hub."""
     sets = optional("datasets", "Parquet, Arrow or hub:NAME")
-    try: found = sets.load_dataset(builder, data_files=name) if builder else sets.load_dataset(name)
-    except Exception as e: raise ValueError(f"{name} can't be opened by datasets: {str(e).splitlines()[0]}") from None
+    found = sets.load_dataset(builder, data_files=name) if builder else sets.load_dataset(name)
     tables = [found[k] for k in sorted(found, key=lambda k: not k.startswith("train"))]
     columns = tables[0].features
     pictures = [k for k, v in columns.items() if isinstance(v, sets.Image) or isinstance(v, dict) and "bytes" in v]
@@ -801,9 +763,7 @@ def file_kind(path:Path)->tuple: # the function that opens it, what to give it
     "What a file is, by its first bytes; `ValueError` if it is nothing we know."
     with open(path, "rb") as f: head = unpacked = f.read(512)
     if head[:2] == b"\x1f\x8b":
-        try:
-            with gzip.open(path) as f: unpacked = f.read(512)
-        except (EOFError, zlib.error, OSError) as e: raise ValueError(f"{path} can't be read as gz: {e}") from None
+        with gzip.open(path) as f: unpacked = f.read(512)
     if head[:4] in (b"PK\3\4", b"PK\5\6"):
         first = head[30:30 + int.from_bytes(head[26:28], "little")]  # the name of the first member
         return (open_npz, path) if first.endswith(b".npy") or path.suffix == ".npz" else (open_archive, [path])
@@ -846,14 +806,15 @@ def open_source(
         begin, first, last, end = shards.groups()
         numbers = range(int(first), int(last) + 1)
         opener, what = open_archive, [[Path(f"{begin}{k:0{len(first)}}{end}").expanduser() for k in numbers]]
-    elif here.exists(): opener, *what = (folder_kind if here.is_dir() else file_kind)(here)
-    else: raise FileNotFoundError(f"no data at {here}: expected {EXPECTED}")
+    elif not here.exists(): raise FileNotFoundError(f"no data at {here}: expected {EXPECTED}")
+    else:
+        with reading(here): opener, *what = (folder_kind if here.is_dir() else file_kind)(here)
     if labels is not None:
         if opener not in (open_folder, open_archive) or opener is open_archive and len(what[0]) > 1:
             raise ValueError(f"a labels file goes with a folder, a zip or a tar of images, not with {path}")
         what.append((Path(labels).read_bytes(), labels))
     try: ImageColor.getrgb(background)
     except ValueError: raise ValueError(f"background must be a colour, grey or #ff8000, got {background!r}") from None
-    source = opener(*what)
+    with reading(here): source = opener(*what)
     source.background = background
     return source
