@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fingerprint', 'survey', 'report', 'contact_sheet', 'png', 'edm_name', 'dataset_json', 'store',
-           'write_edm_zip', 'write_folder', 'check_destination', 'convert']
+           'write_edm_zip', 'folder_names', 'write_folder', 'check_destination', 'convert']
 
 # %% ../../nbs/3_data/05_convert.ipynb #7ebf7a19
 import hashlib, io, json, re, shutil, textwrap, zipfile
@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from .batches import decode_all, each, tried
-from .files import atomic_write, naming, publish, temp_name
+from .files import atomic_write, naming, publish, readable, temp_name
 from .images import named_grid, split_mask
 from .read import (CROPS, BrokenImage, Source, as_image, complain, decode, held_out_of, is_grey, one_mode,
-    open_image, readable, standardise)
+    open_image, standardise)
 
 # %% ../../nbs/3_data/05_convert.ipynb #389c5ef3
 def fingerprint(a:np.ndarray, label:str="")->bytes: # 32
@@ -74,7 +74,7 @@ def report(facts:dict)->str:
             more = [f"and {len(v) - 30} more"] * (len(v) > 30)
             text = f"{head:10} " + f"{len(v)}: " * (head == "classes") + ", ".join(map(str, listed[:30] + more))
             lines += textwrap.wrap(text, 100, subsequent_indent=" " * 11, break_long_words=False)
-    return "\n".join(lines)
+    return "\n".join(map(readable, lines))
 
 # %% ../../nbs/3_data/05_convert.ipynb #e141a1fd
 def contact_sheet(source:Source)->Image.Image:
@@ -127,9 +127,15 @@ def write_edm_zip(f, blobs, labels, classes):
     store(f, chain(pictures, [("dataset.json", dataset_json(labels, classes))]))
 
 # %% ../../nbs/3_data/05_convert.ipynb #1acd381d
+def folder_names(classes:list)->list: # of str
+    "Names for the folders of classes that every file system takes: whatever the classes are called, no two are alike."
+    plain = [re.sub(r"[^\w .+-]", "_", c).strip("._- ")[:60] or "class" for c in classes]
+    count = Counter(n.casefold() for n in plain)
+    return [n if count[n.casefold()] == 1 else f"{n} ({k})" for k, n in enumerate(plain)]
+
 def write_folder(path:Path, blobs, labels, classes):
     "PNGs in a sub-folder a class, as a folder that appears when it is whole."
-    temp, folders = temp_name(path), [re.sub(r"[^\w .+-]", "_", c).strip("._- ")[:60] or "class" for c in classes]
+    temp, folders = temp_name(path), folder_names(classes)
     def name(n): return f"{folders[labels[n]]}/img{n:08}.png" if folders else f"img{n:08}.png"
     try:
         with naming(path):
