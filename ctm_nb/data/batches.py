@@ -8,7 +8,6 @@ __all__ = ['log', 'each', 'tried', 'decode_all', 'remembered', 'source_key', 'St
 
 # %% ../../nbs/3_data/04_batches.ipynb #41a20b03
 import hashlib, json, logging, math, os
-from copy import copy
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from .augment import augment
 from .files import atomic_write, cache_folder
-from .images import ImageData, Images, IndexSampler, split_mask
+from .images import ImageData, Images, split_mask, stream_indices
 from .read import (CROPS, BrokenImage, Source, check_square, complain, cores, held_out_of, in_order,
     is_grey, one_mode, open_source, shared_array, side_of, workers_for)
 
@@ -246,15 +245,14 @@ class Batches:
         self.rank, self.world, self.device = rank, world, torch.device(device)
         if workers is None: workers = max(1, cores() // world)
         self.workers = 0 if data.in_memory else workers
-        self.sampler = IndexSampler(len(data), batch_size, seed)
         self.running: list | None = None  # position of the next batch from the workers, and the generator
 
 # %% ../../nbs/3_data/04_batches.ipynb #aecd8548
 @patch
 def indices(self:Batches, position:int)->torch.Tensor: # (B / W,) int64
     "Which images this process takes of the batch at a position."
-    share, self.sampler.position = self.batch_size // self.world, position
-    return self.sampler.next()[self.rank * share:(self.rank + 1) * share]
+    share = self.batch_size // self.world
+    return stream_indices(len(self.data), self.seed, position + self.rank * share, share)
 
 @patch
 def at(self:Batches, position:int)->Batch:
@@ -271,13 +269,12 @@ def at(self:Batches, position:int)->Batch:
 @patch
 def decoding(self:Batches, position:int):  # a generator of (B / W, C, H, W) uint8 arrays
     "Batches of pixels from a position on, made by processes."
-    twin, share = copy(self), self.batch_size // self.world
-    twin.sampler = copy(self.sampler)  # the other is in use
+    share = self.batch_size // self.world
     starts = range(0, share, min(64, math.ceil(share / self.workers)))  # of the pieces of a batch
     ahead = max(2, math.ceil(2 * len(starts) / self.workers))  # tasks in flight for each process: two batches
     def pieces():
         for p in count(position, self.batch_size):
-            idx = twin.indices(p).numpy()
+            idx = self.indices(p).numpy()
             yield from (idx[i:i + starts.step] for i in starts)
     done = in_order(self.data.decode, pieces(), self.workers, ahead)  # type: ignore[attr-defined]  # of a `StreamData`
     try:

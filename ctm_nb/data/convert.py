@@ -19,7 +19,7 @@ from PIL import Image
 from .batches import decode_all, each, tried
 from .files import atomic_write, naming, publish, readable, temp_name
 from .images import named_grid, split_mask
-from .read import (CROPS, BrokenImage, Source, as_image, complain, decode, held_out_of, is_grey, one_mode,
+from .read import (CROPS, Source, as_image, complain, decode, held_out_of, is_grey, one_mode,
     open_image, standardise)
 
 # %% ../../nbs/3_data/05_convert.ipynb #389c5ef3

@@ -179,7 +179,8 @@ def test_broken_images_are_listed_repaired_or_left_out(tmp_path, capsys):
         ),
         (["inspect", "digits", "--size", "0"], "--size must be >= 1, got 0"),
         (["inspect", "digits", "--workers", "-1"], "--workers must be >= 0, got -1"),
-        (["inspect", "torchvision:CIFAR11"], "torchvision:CIFAR11 can't be read: torchvision has no data set 'CIFAR11'"),
+        (["inspect", "torchvision:CIFAR11"],
+         "torchvision:CIFAR11 can't be read: torchvision has no data set 'CIFAR11'"),
     ],
 )
 def test_mistakes_on_the_command_line(words, message, capsys, tmp_path, monkeypatch):

@@ -23,7 +23,8 @@ PNG = png()
 
 def made(tmp_path, names, form="folder", **helpers):
     "Pictures of these names and helper files, as a folder or a zip."
-    files = {n: PNG for n in names} | {n.replace("_json", ".json").replace("_csv", ".csv"): t for n, t in helpers.items()}
+    texts = {n.replace("_json", ".json").replace("_csv", ".csv"): t for n, t in helpers.items()}
+    files = dict.fromkeys(names, PNG) | texts
     if form == "zip":
         with zipfile.ZipFile(tmp_path / "x.zip", "w") as z:
             for n, data in files.items(): z.writestr(n, data)
@@ -49,24 +50,25 @@ RIGHT = {  # names of the pictures, helper, its text, class of each picture, cla
                                ["1", "0"], "0 1"),
     "labels from 1": (AB, {"dataset_json": words([["a.png", 1], ["b.png", 2]])}, ["1", "2"], "1 2"),
     "labels with gaps": (AB, {"labels_csv": "a.png,900\nb.png,5\n"}, ["900", "5"], "5 900"),
-    "numbers in order": (["a.png", "b.png", "c.png"], {"labels_csv": "a.png,10\nb.png,9\nc.png,100"}, ["10", "9", "100"],
-                         "9 10 100"),
+    "numbers in order": (["a.png", "b.png", "c.png"], {"labels_csv": "a.png,10\nb.png,9\nc.png,100"},
+                         ["10", "9", "100"], "9 10 100"),
     "one-hot": (AB, {"dataset_json": words([["a.png", [0, 1, 0]], ["b.png", [1, 0, 0]]])}, ["1", "0"], "0 1"),
     "floats": (AB, {"dataset_json": words([["a.png", 1.0], ["b.png", 0.0]])}, ["1", "0"], "0 1"),
-    "given names with one that is empty": (AB, {"dataset_json": words([["a.png", 2], ["b.png", 0]], classes=["x", "y", "z"])},
-                                           ["z", "x"], "x y z"),
+    "given names with one that is empty": (
+        AB, {"dataset_json": words([["a.png", 2], ["b.png", 0]], classes=["x", "y", "z"])}, ["z", "x"], "x y z"),
     "a table with semicolons": (AB, {"labels_csv": "name;class\na.png;dog\nb.png;cat\n"}, ["dog", "cat"], "cat dog"),
     "a table with tabs": (AB, {"labels_csv": "a.png\tdog\nb.png\tcat"}, ["dog", "cat"], "cat dog"),
     "a byte order mark": (AB, {"labels_csv": "\ufeffa.png,dog\nb.png,cat"}, ["dog", "cat"], "cat dog"),
     "Latin-1": (AB, {"labels_csv": b"a.png,K\xe4fer\nb.png,x\n"}, ["Käfer", "x"], "Käfer x"),
     "a third column": (AB, {"labels_csv": "id,label,score\na.png,dog,.5\nb.png,cat,.4\n"}, ["dog", "cat"], "cat dog"),
     "ids without endings": (AB, {"labels_csv": "id,breed\na,dog\nb,cat\n"}, ["dog", "cat"], "cat dog"),
-    "columns in another order": (AB, {"metadata_csv": "text,label,file_name\nx,dog,a.png\ny,cat,b.png\n"}, ["dog", "cat"],
-                                 "cat dog"),
-    "lines of JSON": (AB, {"metadata.jsonl": '{"file_name": "a.png", "label": 1}\n{"file_name": "b.png", "label": 0}\n'},
-                      ["1", "0"], "0 1"),
-    "captions only": (["a/1.png", "b/2.png"], {"metadata_csv": "file_name,text\na/1.png,hello\nb/2.png,x\n"}, ["a", "b"],
-                      "a b"),
+    "columns in another order": (
+        AB, {"metadata_csv": "text,label,file_name\nx,dog,a.png\ny,cat,b.png\n"}, ["dog", "cat"], "cat dog"),
+    "lines of JSON": (
+        AB, {"metadata.jsonl": '{"file_name": "a.png", "label": 1}\n{"file_name": "b.png", "label": 0}\n'},
+        ["1", "0"], "0 1"),
+    "captions only": (
+        ["a/1.png", "b/2.png"], {"metadata_csv": "file_name,text\na/1.png,hello\nb/2.png,x\n"}, ["a", "b"], "a b"),
     "quoted commas": (AB, {"labels_csv": 'a.png,"dog, big"\nb.png,cat\n'}, ["dog, big", "cat"], "cat|dog, big"),
     "no endings at all": (["a/1", "a/2", "b/3"], {}, ["a", "a", "b"], "a b"),
 }
@@ -87,8 +89,10 @@ WRONG = {
     "two hot": (AB, {"dataset_json": words([["a.png", [1, 1]], ["b.png", [0, 1]]])}, r"the label \[1, 1\], expected"),
     "null": (AB, {"dataset_json": words([["a.png", None], ["b.png", 1]])}, "the label None, expected"),
     "names that are numbers": (AB, {"dataset_json": words([["a.png", 0], ["b.png", 1]], classes=[1, 2])}, "as strings"),
-    "too few names": (AB, {"dataset_json": words([["a.png", 0], ["b.png", 1]], classes=["x"])}, "but names 1 classes only"),
-    "a picture that is gone": (AB, {"dataset_json": words([["a.png", 0], ["b.png", 1], ["c.png", 1]])}, "not there: c.png"),
+    "too few names": (
+        AB, {"dataset_json": words([["a.png", 0], ["b.png", 1]], classes=["x"])}, "but names 1 classes only"),
+    "a picture that is gone": (
+        AB, {"dataset_json": words([["a.png", 0], ["b.png", 1], ["c.png", 1]])}, "not there: c.png"),
     "a line too short": (AB, {"labels_csv": "a.png,x\nb.png\n"}, "expected lines of name,class, got 'b.png'"),
     "a line that is no object": (AB, {"metadata.jsonl": "[1]\n"}, "metadata.jsonl can't be read"),
 }
@@ -149,8 +153,8 @@ def test_labels_of_shards(tmp_path):
     for empty, end in ((b"", "cls"), (b" \n", "cls"), (b'{"label": null}', "json"), (b"{}", "json")):
         with pytest.raises(ValueError, match="has no label for 1 images: a.tar/1.png"):
             classes(b"0" if end == "cls" else b'{"label": 0}', empty, b"7" if end == "cls" else b'{"label": 7}', end=end)
-    dots = shard(tmp_path / "d.tar", {"a.0.png": PNG, "a.0.json": b'{"class_id": 1}', "a.1.png": PNG, "a.1.cls": b"0"})
-    assert open_source(dots).labels.tolist() == [1, 0]
+    dots = {"a.0.png": PNG, "a.0.json": b'{"class_id": 1}', "a.1.png": PNG, "a.1.cls": b"0"}
+    assert open_source(shard(tmp_path / "d.tar", dots)).labels.tolist() == [1, 0]
 
 
 X = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)

@@ -3,10 +3,14 @@
 A trial may end in a result or in one line; a traceback, a crash or a hang is a failure. Before it starts, the script
 shows that it reports each of these three when it is planted.
 """
+import gzip
+import io
 import json
 import os
+import pickle
 import random
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -28,7 +32,7 @@ SECONDS, MEMORY = 20, 2 * 2**30
 
 
 def limited(f, *args, seconds=SECONDS, memory=MEMORY):
-    "What a function did in a child process with limits: 'ok', 'refused', 'traceback', 'crash' or 'hang', and its words."
+    "What a function does in a child process: 'ok', 'refused', 'traceback', 'crash' or 'hang', and its words."
     with tempfile.TemporaryFile() as out:
         pid = os.fork()
         if not pid:
@@ -57,7 +61,7 @@ def limited(f, *args, seconds=SECONDS, memory=MEMORY):
 
 
 def picture(rng, kind="png", side=8):
-    f = __import__("io").BytesIO()
+    f = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(f, kind)
     return f.getvalue()
 
@@ -71,9 +75,6 @@ def packed(write):
 
 def seeds():
     "Good data sets of every form: {name: (files, what is opened)}; `files` are path -> bytes."
-    import gzip
-    import pickle
-
     import lmdb
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (4, 8, 8, 3), np.uint8), np.arange(4) % 2
@@ -84,8 +85,8 @@ def seeds():
     pngs = {f"{'ab'[k % 2]}/{k}.png": picture(rng) for k in range(3)}
     labels = {"labels": [[n, k % 2] for k, n in enumerate(pngs)], "classes": ["cat", "dog"]}
     table = "file_name,label\n" + "".join(f"{n},{k % 2}\n" for k, n in enumerate(pngs))
-    helpers = {"dataset.json": json.dumps(labels), "labels.csv": table, "metadata.csv": table, "metadata.jsonl": "".join(
-        json.dumps({"file_name": n, "label": k}) + "\n" for k, n in enumerate(pngs))}
+    lines = "".join(json.dumps({"file_name": n, "label": k}) + "\n" for k, n in enumerate(pngs))
+    helpers = {"dataset.json": json.dumps(labels), "labels.csv": table, "metadata.csv": table, "metadata.jsonl": lines}
     for name, text in helpers.items(): found[name] = ({**pngs, name: text.encode()}, "")
 
     def zipped(method):
@@ -100,7 +101,7 @@ def seeds():
                 for n, data in files.items():
                     info = tarfile.TarInfo(n)
                     info.size = len(data)
-                    t.addfile(info, __import__("io").BytesIO(data))
+                    t.addfile(info, io.BytesIO(data))
         return write
 
     shard = {k: v for n in range(3) for k, v in ((f"{n}.png", picture(rng)), (f"{n}.cls", b"1"),
@@ -108,9 +109,9 @@ def seeds():
     batch = {b"data": rng.integers(0, 256, (3, 3072), np.uint8), b"labels": [0, 1, 9]}
     cifar = {f"data_batch_{k}": pickle.dumps(batch, protocol=2) for k in range(1, 6)}
     cifar |= {"test_batch": pickle.dumps(batch), "batches.meta": pickle.dumps({"label_names": list("abcdefghij")})}
-    idx = {f"{part}-{what}": gzip.compress(bytes([0, 0, 8, a.ndim]) + struct.pack(f">{a.ndim}I", *a.shape) + a.tobytes())
-           for part in ("train", "t10k") for what, a in (("images-idx3-ubyte.gz", x[..., 0]),
-                                                         ("labels-idx1-ubyte.gz", y.astype(np.uint8)))}
+    numbers = {"images-idx3-ubyte.gz": x[..., 0], "labels-idx1-ubyte.gz": y.astype(np.uint8)}
+    idx = {f"{part}-{end}": gzip.compress(struct.pack(f">{a.ndim + 1}I", 2048 + a.ndim, *a.shape) + a.tobytes())
+           for part in ("train", "t10k") for end, a in numbers.items()}
 
     def store(p):
         with lmdb.open(str(p), map_size=2**20, subdir=False, lock=False) as env, env.begin(write=True) as txn:
@@ -121,7 +122,8 @@ def seeds():
         found[name] = ({name: packed(write)}, name)
     def arrays(save): return packed(lambda p: save(open(p, "wb")))  # numpy writes where it is told to
     found["arrays.npz"] = {"x.npz": arrays(lambda f: np.savez(f, x, y))}, "x.npz"
-    found["small.npz"] = {"x.npz": arrays(lambda f: np.savez_compressed(f, arr_0=x, arr_1=y, classes=np.array(["a", "b"])))}, "x.npz"
+    named = dict(arr_0=x, arr_1=y, classes=np.array(["a", "b"]))
+    found["small.npz"] = {"x.npz": arrays(lambda f: np.savez_compressed(f, **named))}, "x.npz"
     found["floats.npy"] = {"x.npy": arrays(lambda f: np.save(f, x / 255))}, "x.npy"
     return {**found, "cifar": (cifar, ""), "idx": (idx, "")}
 
@@ -190,7 +192,7 @@ def planted():
     "The failures that the script finds where they are: a crash, a hang, a traceback, too much memory."
     found = [limited(lambda: os.kill(os.getpid(), signal.SIGSEGV))[0], limited(time.sleep, 9, seconds=1)[0],
              limited(lambda: 1 / 0)[0], limited(lambda: bytearray(3 * 2**30))[0]]
-    if found != ["crash", "hang", "traceback", "traceback"]: raise SystemExit(f"the script does not see failures: {found}")
+    if found != ["crash", "hang", "traceback", "traceback"]: raise SystemExit(f"a planted failure is not seen: {found}")
 
 
 def fuzz(n, seed, folder, size=40):
@@ -214,7 +216,7 @@ def fuzz(n, seed, folder, size=40):
             made[str(root / target)] = f"seed {seed}, number {k}: {name}, {hit}"
             count[name] = count.get(name, 0) + 1
         failures |= {made[p]: found for p, found in judged(list(map(Path, made))).items()}
-        for k in range(start, min(start + size, n)): __import__("shutil").rmtree(folder / f"{k:06}")
+        for k in range(start, min(start + size, n)): shutil.rmtree(folder / f"{k:06}")
     return failures, count
 
 
