@@ -141,7 +141,7 @@ class Splits(dict):
         super().__init__(dict.fromkeys(("train", "held_out", "all")))
         self.source, self.good, self.images, self.how = source, good, images, how
     def __getitem__(self, split) -> Images:
-        source, mask = self.source, self.good & split_mask(self.source.held_out, split)
+        source, mask = self.source, self.good & split_mask(held_out_of(self.source), split)
         if not mask.any():
             raise ValueError(f"{source.name}: the {split} split is empty; held out is the data's own test set, "
                              "or one image in 10 of each class")

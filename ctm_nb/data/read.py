@@ -437,7 +437,7 @@ def _arrange(box, where, name, kind, labels=None, is_image=is_image_name):
     top = os.path.commonprefix(images).rpartition("/")[0] + "/"  # one folder may wrap everything
     base, helper = next(((p, p + n) for n in LABEL_FILES for p in ("", top) if p + n in rest), ("", ""))
     if labels == "prefix": found = _labels_of([(n, _prefix(n)) for n in images], images, where)
-    elif labels: found = _file_labels(*labels, "", images, where)
+    elif labels: found = _file_labels(labels[0], labels[1], "", images, where)
     elif helper:
         with reading(f"{where}/{helper}"): text = box.read(rest[helper])
         found = _file_labels(text, f"{where}/{helper}", base, images, where)
@@ -729,7 +729,7 @@ def _cifar_files(path:Path)->dict: # base name -> bytes
         for e in t:
             left -= e.size
             if left < 0: raise ValueError("it unpacks to more than could be meant")
-            if e.isreg() and CIFAR.search(e.name): files[os.path.basename(e.name)] = t.extractfile(e).read()
+            if e.isreg() and CIFAR.search(e.name): files[os.path.basename(e.name)] = (t.extractfile(e) or io.BytesIO()).read()
     if files: return files
     raise ValueError(f"{path} is a compressed tar and not CIFAR's for Python: unpack it and give the folder")
 
@@ -797,8 +797,9 @@ def open_lmdb(path:Path)->FileSource:
 # %% ../../nbs/3_data/02_read.ipynb #80c5e26c
 def open_torchvision(name:str, root:str="data")->LibrarySource:
     "A class of torchvision.datasets with its files in `root`; `ValueError` if there is none, or no files."
-    make = getattr(optional("torchvision.datasets", "torchvision:NAME"), name, None)
-    if not inspect.isclass(make): raise ValueError(f"torchvision has no data set {name!r}")
+    sets = optional("torchvision.datasets", "torchvision:NAME")
+    if name not in sets.__all__: raise ValueError(f"torchvision has no data set {name!r}")
+    make = getattr(sets, name)
     takes, choices = inspect.signature(make).parameters, {"train": (True, False), "split": ("train", "test")}
     try: parts = [make(root, **{k: v}) for k in choices if k in takes for v in choices[k]] or [make(root)]
     except Exception as e:

@@ -196,7 +196,7 @@ SPEAKING = {
     "a strange label": lambda p: zipped(p / "a.zip", {bad: png(), "dataset.json": _labels([[bad, ESCAPE]])}),
     "classes": lambda p: zipped(p / "a.zip", {"a.png": png(), "dataset.json": _labels([["a.png", 0]], [ESCAPE])}),
     "no classes": lambda p: zipped(p / "a.zip", {"a.png": png(), "dataset.json": _labels([["a.png", 0]], ESCAPE)}),
-    "half a letter": lambda p: zipped(p / "a.zip", {"a.png": png(), "dataset.json": _labels([["a.png", 0]], ["\ud800"])}),
+    "half a sign": lambda p: zipped(p / "a.zip", {"a.png": png(), "dataset.json": _labels([["a.png", 0]], ["\ud800"])}),
     "a table": lambda p: zipped(p / "a.zip", {"a.png": png(), "labels.csv": f"a.png,{ESCAPE}".encode()}),
     "a line of a table": lambda p: zipped(p / "a.zip", {"a.png": png(), "labels.csv": b"a.png,a\n" + ESCAPE.encode()}),
     "an example": lambda p: tarred(p / "a.tar", {bad: png(), ESCAPE + "x.cls": b"1", ESCAPE + "x.jpg": png()}),
