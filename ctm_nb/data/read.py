@@ -729,7 +729,8 @@ def _cifar_files(path:Path)->dict: # base name -> bytes
         for e in t:
             left -= e.size
             if left < 0: raise ValueError("it unpacks to more than could be meant")
-            if e.isreg() and CIFAR.search(e.name): files[os.path.basename(e.name)] = (t.extractfile(e) or io.BytesIO()).read()
+            if not e.isreg() or not CIFAR.search(e.name): continue
+            files[os.path.basename(e.name)] = (t.extractfile(e) or io.BytesIO()).read()
     if files: return files
     raise ValueError(f"{path} is a compressed tar and not CIFAR's for Python: unpack it and give the folder")
 
