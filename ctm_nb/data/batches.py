@@ -212,7 +212,6 @@ def load_data(
     """Images from wherever they are.
 
     Raises `FileNotFoundError` if there is nothing at `source`, `ValueError` if what is there can't be used."""
-    split_mask(np.empty(0, bool), split)  # is there a split of that name?
     return load_splits(source, image_size, **reading)[split]
 
 # %% ../../nbs/3_data/04_batches.ipynb #7fd0bfbb

@@ -573,16 +573,13 @@ def open_archive(paths, labels:tuple|str|None=None)->FileSource:
     `ValueError` if it can't be read safely."""
     opened = [(p, *_archive_entries(existing(p))) for p in paths]  # the first that is missing ends it
     paths, kinds, found = map(list, zip(*opened))
-    kind, where, one = kinds[0], paths[0], len(paths) == 1
-    images = {_example_of(n) for n, _ in found[0] if is_image_name(n)} if kind == "tar" and not labels else ()
-    if one and not any(n.endswith((".cls", ".json")) and _example_of(n) in images for n, _ in found[0]):
-        entries = [(n, (0, *place)) for n, place in found[0]]
-        entries.sort(key=lambda e: e[0].replace("/", "\0"))  # folder by folder
-        return _arrange(Pack(paths, entries), where, where.stem, f"{kind} of images", labels)
-    entries = [(f"{p.name}/{n}", (k, *place)) for k, p in enumerate(paths) for n, place in found[k]]
-    if one: return _arrange(Pack(paths, entries), where, where.stem, "1 WebDataset shard")
-    folder = where.resolve().parent
-    return _arrange(Pack(paths, entries), where.parent, folder.name, f"{len(paths)} WebDataset shards")
+    where, name, kind, n = paths[0], paths[0].stem, f"{kinds[0]} of images", len(paths)
+    images = {_example_of(f) for f, _ in found[0] if is_image_name(f)} if kinds[0] == "tar" and not labels else ()
+    if n > 1: where, name, kind = where.parent, where.resolve().parent.name, f"{n} WebDataset shards"
+    elif any(f.endswith((".cls", ".json")) and _example_of(f) in images for f, _ in found[0]): kind = "1 WebDataset shard"
+    if "shard" in kind: entries = [(f"{p.name}/{f}", (k, *at)) for k, p in enumerate(paths) for f, at in found[k]]
+    else: entries = sorted(((f, (0, *at)) for f, at in found[0]), key=lambda e: e[0].replace("/", "\0"))  # by folders
+    return _arrange(Pack(paths, entries), where, name, kind, labels)
 
 # %% ../../nbs/3_data/02_read.ipynb #af1696d0
 @dataclass(repr=False, eq=False)
