@@ -574,9 +574,9 @@ def open_archive(paths, labels:tuple|str|None=None)->FileSource:
     opened = [(p, *_archive_entries(existing(p))) for p in paths]  # the first that is missing ends it
     paths, kinds, found = map(list, zip(*opened))
     where, name, kind, n = paths[0], paths[0].stem, f"{kinds[0]} of images", len(paths)
-    images = {_example_of(f) for f, _ in found[0] if is_image_name(f)} if kinds[0] == "tar" and not labels else ()
+    keys = {_example_of(f) for f, _ in found[0] if is_image_name(f)} if kinds[0] == "tar" and not labels else ()
     if n > 1: where, name, kind = where.parent, where.resolve().parent.name, f"{n} WebDataset shards"
-    elif any(f.endswith((".cls", ".json")) and _example_of(f) in images for f, _ in found[0]): kind = "1 WebDataset shard"
+    elif any(f.endswith((".cls", ".json")) and _example_of(f) in keys for f, _ in found[0]): kind = "1 WebDataset shard"
     if "shard" in kind: entries = [(f"{p.name}/{f}", (k, *at)) for k, p in enumerate(paths) for f, at in found[k]]
     else: entries = sorted(((f, (0, *at)) for f, at in found[0]), key=lambda e: e[0].replace("/", "\0"))  # by folders
     return _arrange(Pack(paths, entries), where, name, kind, labels)
