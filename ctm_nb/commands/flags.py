@@ -40,7 +40,7 @@ def one_line_errors(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except BAD as e: code, why = 2, str(e)
-    except FAILED as e: code, why = 3, str(e)
+    except FAILED as e: code, why = 3, str(e) or type(e).__name__
     except RuntimeError as e:
         if type(e).__name__ != "CheckpointError": raise  # known by name: importing it would import torch
         code, why = 3, str(e)

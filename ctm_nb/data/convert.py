@@ -26,7 +26,9 @@ from .read import (CROPS, Source, as_image, complain, decode, held_out_of, is_gr
 def fingerprint(a:np.ndarray, label:str="")->bytes: # 32
     "What an image (H, W, C) uint8 and the name of its class are, whatever file they were in."
     a = one_mode(a, is_grey(a))
-    return hashlib.sha256(repr((a.shape, label)).encode() + np.ascontiguousarray(a).tobytes()).digest()
+    h = hashlib.sha256(repr((a.shape, label)).encode())
+    h.update(np.ascontiguousarray(a))
+    return h.digest()
 
 # %% ../../nbs/3_data/05_convert.ipynb #9a3eb5a0
 def survey(
