@@ -54,6 +54,7 @@ def survey(
             levels += seen[2]
     notes, x, p = list(source.notes), np.arange(256) / 127.5 - 1, levels / max(levels.sum(), 1)
     mean = float(x @ p)
+    if copies := len(marks) - len(set(marks)): notes.append(f"{copies} images are copies of others of their class")
     if clear[True]: notes.append(f"{clear[True]} images have transparent pixels, put on {source.background}")
     return {"name": source.name, "kind": source.kind, "images": len(source),
             "held out by the data": None if source.held_out is None else int(source.held_out.sum()),
