@@ -256,13 +256,13 @@ def is_image_name(n): return os.path.splitext(n)[1].lower() in SUFFIXES
 def is_hidden(n): return any(p.startswith((".", "__")) for p in n.split("/"))
 
 @contextmanager
-def reading(where:str|Path):
-    "Whatever a damaged file makes its reader raise becomes one `ValueError` that names it."
+def reading(*files:str|Path):
+    "Whatever a damaged file makes its reader raise becomes one `ValueError` that names it, the first if it names none."
     try: yield
-    except MemoryError: raise ValueError(f"{where} asks for more memory than there is") from None
+    except MemoryError: raise ValueError(f"{files[0]} asks for more memory than there is") from None
     except Exception as e:
-        if isinstance(e, (ValueError, OSError)) and str(where) in str(e): raise
-        raise ValueError(f"{where} can't be read: {readable(str(e)) or type(e).__name__}") from e
+        if isinstance(e, (ValueError, OSError)) and any(str(f) in str(e) for f in files): raise
+        raise ValueError(f"{files[0]} can't be read: {readable(str(e)) or type(e).__name__}") from e
 
 def few(names)->str:
     "The first of some names."
@@ -376,7 +376,7 @@ def _edm_pairs(text:bytes, where, names)->tuple: # pairs or None, names of the c
         if isinstance(p[1], list) and sorted(map(str, p[1])) == ["0"] * (len(p[1]) - 1) + ["1"]: p[1] = p[1].index(1)
         if isinstance(p[1], float) and p[1].is_integer(): p[1] = int(p[1])
         if type(p[1]) is not int or p[1] < 0:
-            got = readable(str(p[1])[:40])
+            got = readable(repr(p[1])[:40])
             raise ValueError(f"{where} gives {readable(p[0])} the label {got}, expected an integer >= 0")
     return pairs, said.get("classes")
 
@@ -905,6 +905,6 @@ def open_source(
         what.append(labels if labels == "prefix" else (Path(labels).read_bytes(), labels))
     try: ImageColor.getrgb(background)
     except ValueError: raise ValueError(f"background must be a colour, grey or #ff8000, got {background!r}") from None
-    with reading(here): source = opener(*what)
+    with reading(here, labels or here): source = opener(*what)
     source.background = background
     return source

@@ -87,7 +87,7 @@ def test_class_names_that_are_no_folder_names(tmp_path):
     s = source(COLOURS[:12], ("T-shirt/top", ".hidden", "T-shirt_top", "../\n"))
     convert(s, tmp_path / "tree", workers=0)
     assert leftovers(tmp_path) == ["tree"] and leftovers(tmp_path / "tree") == [
-        "T-shirt_top", "class", "dataset.json", "hidden"
+        "T-shirt_top (0)", "T-shirt_top (2)", "class", "dataset.json", "hidden"
     ]
     back = open_source(tmp_path / "tree")
     s.classes[3] = r"../\n"  # printable

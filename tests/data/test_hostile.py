@@ -152,12 +152,12 @@ def test_heif_says_what_to_install():
 # ---- names
 
 CLASSES = ["..", ".", "/", "a/b", "a_b", "A_B", "a\\b", "-n", "two\nlines", ESCAPE + "one", "", " ", "x" * 300,
-           "x" * 301, "ä" * 200, "class", "con/..", "cat", "\u202ecat", "../../etc", "a_b (4)", "\ud800"]
+           "x" * 301, "ä" * 200, "class", "con/..", "cat", "dog", "\u202ecat", "../../etc", "a_b (4)", "\ud800"]
 
 
 def test_folders_of_classes_are_safe_and_distinct():
     names = folder_names(CLASSES)
-    assert len({n.casefold() for n in names}) == len(CLASSES) and names[CLASSES.index("cat")] == "cat"
+    assert len({n.casefold() for n in names}) == len(CLASSES) and names[CLASSES.index("dog")] == "dog"
     for n in names:
         assert n and n[0] not in ".-" and len(n.encode()) < 256 and n.isprintable() and not set(n) & set("/\\:"), n
 
@@ -248,11 +248,11 @@ def idx(n, side, data): return bytes([0, 0, 8, 3]) + struct.pack(">3I", n, side,
 
 
 BOMBS = {
-    "gzip": lambda p: write(p, {"a-images-idx3-ubyte.gz": gzip.compress(idx(2**10, 2**10, bytes(2**30)), 1)}),
-    "tar.gz": lambda p: tarred(p.parent / "c.tar.gz", {"data_batch_1": bytes(2**29)}, "w:gz"),
-    "npz": lambda p: _compressed(p.parent / "a.npz", np.zeros((2**9, 2**10, 2**10, 1), np.uint8)),
-    "a picture in a zip": lambda p: zipped(p.parent / "a.zip", {"a.png": bytes(2**29), "b.png": png()}, 8),
-    "labels in a zip": lambda p: zipped(p.parent / "a.zip", {"a.png": png(), "labels.csv": bytes(2**29)}, 8),
+    "gzip": lambda p: write(p, {"a-images-idx3-ubyte.gz": gzip.compress(idx(2**8, 2**10, bytes(2**28)), 1)}),
+    "tar.gz": lambda p: tarred(p.parent / "c.tar.gz", {"data_batch_1": bytes(2**28)}, "w:gz"),
+    "npz": lambda p: _compressed(p.parent / "a.npz", np.zeros((2**8, 2**10, 2**10, 1), np.uint8)),
+    "a picture in a zip": lambda p: zipped(p.parent / "a.zip", {"a.png": bytes(2**28), "b.png": png()}, 8),
+    "labels in a zip": lambda p: zipped(p.parent / "a.zip", {"a.png": png(), "labels.csv": bytes(2**28)}, 8),
     "a shard of many": lambda p: Path(str(p) + "-{0..99999999999}.tar"),
     "a pipe": lambda p: os.mkfifo(p) or p,
     "a device": lambda p: Path("/dev/zero"),
@@ -267,7 +267,7 @@ def _compressed(path, a):
 @pytest.mark.parametrize("kind", BOMBS)
 def test_what_would_never_end_is_refused(tmp_path, kind):
     path = BOMBS[kind](tmp_path / "x")
-    how, said = limited(ctm_nb_data, ["inspect", str(path), "--workers", "0"], memory=2**29)
+    how, said = limited(ctm_nb_data, ["inspect", str(path), "--workers", "0"], memory=2**28)
     assert how == "refused" and said.count("\n") == 1 and "memory" not in said, said
     assert path.name in said or str(tmp_path / "x-0.tar") in said, said
 

@@ -194,7 +194,8 @@ def test_deep_png_under_an_imagenet_name_is_read_by_content(tmp_path):
 
 
 def test_empty_and_ambiguous_folders(tmp_path):
-    endings = ".bmp, .gif, .jfif, .jpe, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp"
+    endings = (".avif, .bmp, .gif, .heic, .heif, .j2k, .jfif, .jp2, .jpe, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, "
+               ".webp")
     refuse(
         f"no images in {tmp_path}: expected files ending in {endings}, there or in one sub-folder a class", tmp_path
     )
@@ -355,7 +356,7 @@ def test_idx_files(tmp_path):
 
 def test_nothing_and_nonsense(tmp_path):
     expected = (
-        "expected 'digits', 'emoji', a folder of images, a zip, an npz with arr_0, MNIST's idx or CIFAR's tar.gz, "
+        "expected 'digits', 'emoji', a folder of images, a zip, an npz or npy, MNIST's idx or CIFAR's tar.gz, "
         "an LMDB, "
         "WebDataset shards, Parquet, hub:NAME or torchvision:NAME"
     )

@@ -159,7 +159,7 @@ ARCHIVES = {
     ),
     "labels that are no integers": (
         lambda: zip_of(whole(**labels([[f"{i}.png", i / 2] for i in range(4)]))),
-        "gives 0.png the label 0.0, expected an integer >= 0",
+        "gives 1.png the label 0.5, expected an integer >= 0",
     ),
     "a path outside": (
         lambda: zip_of([("../../etc/a.png", png())]),
@@ -258,12 +258,12 @@ LABEL_FILES = {
     "a label of 71 bits": (
         "dataset.json",
         b'{"labels": [["a.png", 1180591620717411303424], ["b.png", 1]]}',
-        "gives an image the label 1180591620717411303424, expected at most 262143",
+        None,
     ),
     "a label of 30 bits": (
         "dataset.json",
         b'{"labels": [["a.png", 999999999], ["b.png", 1]]}',
-        "gives an image the label 999999999, expected at most 262143",
+        None,
     ),
     "fewer classes than labels": (
         "dataset.json",
@@ -279,7 +279,7 @@ LABEL_FILES = {
     "a table in Latin-1": (
         "labels.csv",
         b"a.png,\xe4\nb.png,x\n",
-        "labels.csv can't be read: 'utf-8' codec can't decode byte 0xe4 in position 6",
+        None,
     ),
     "a table with a field without end": (
         "labels.csv",
@@ -289,7 +289,7 @@ LABEL_FILES = {
     "a number of 20 digits": (
         "labels.csv",
         b"a.png,99999999999999999999\nb.png,1\n",
-        "gives an image the label 99999999999999999999",
+        None,
     ),
     "digits that are no numbers": ("labels.csv", "a.png,²\nb.png,1\n".encode(), None),
     "a byte order mark and Windows' ends of lines": (
@@ -349,14 +349,14 @@ def test_folders_of_any_bytes_are_classes(here, capsys):
 
 
 def test_a_picture_that_is_long_and_thin(here, capsys):
-    "Its short side enlarged to 12 would take 4 GB for the long one."
-    (here / "d" / "a" / "hair.png").write_bytes(png(np.zeros((1, 10**7), np.uint8)))
-    code, out, err = run(capsys, ctm_nb_data, "convert", "d", "out.zip", "--size", 12, "--workers", 0)
-    assert code == 2 and "a/hair.png: 10000000 x 1 is too long and thin to become 12 x 12" in err
+    "Its short side enlarged to 64 would take 250 million pixels."
+    (here / "d" / "a" / "hair.png").write_bytes(png(np.zeros((1, 60_000), np.uint8)))
+    code, out, err = run(capsys, ctm_nb_data, "convert", "d", "out.zip", "--size", 64, "--workers", 0)
+    assert code == 2 and "a/hair.png: 60000 x 1 is too long and thin to become 64 x 64" in err
 
 
 def test_no_images_says_what_there_is(here, capsys):
     (here / "phone").mkdir()
-    (here / "phone" / "IMG_1.HEIC").write_bytes(b"x")
+    (here / "phone" / "IMG_1.MOV").write_bytes(b"x")
     code, out, err = run(capsys, ctm_nb_data, "inspect", "phone")
-    assert code == 2 and err.rstrip().endswith("there or in one sub-folder a class; found IMG_1.HEIC")
+    assert code == 2 and err.rstrip().endswith("there or in one sub-folder a class; found IMG_1.MOV")
