@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'METRICS', 'NEED_POINTS', 'LOWER', 'INCEPTION_NAMES', 'Training', 'Evaluator', 'extend_scores',
-           'drawn_samples', 'Request', 'sampler_settings', 'Subject', 'open_subject', 'kept_reference', 'run_evaluator',
-           'find_reference', 'evaluate', 'text_table', 'report', 'plan']
+           'drawn_samples', 'Request', 'Subject', 'open_subject', 'run_evaluator', 'evaluate', 'text_table', 'report',
+           'plan']
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #0537b479
 import hashlib, json, logging
@@ -31,8 +31,8 @@ from ..checkpoints.catalogue import CATALOGUE, fetch
 from ..checkpoints.models import find_checkpoint, load
 from ..checkpoints.store import load_checkpoint
 from .metrics import (class_accuracy, frechet_gaussians, inception_score, kernel_distance,
-                      nearer_share, nearest_points, precision_recall, train_classifier, warn_rank)
-from .features import ClassifierExtractor, Extractor, load_extractor
+                      nearer_share, nearest_points, precision_recall, train_classifier)
+from .features import ClassifierExtractor, Extractor, InceptionExtractor, load_extractor
 from .reference import (Collected, Ranks, Reference, SampleSet, build_reference, collect, data_samples,
                         is_reference_file, open_samples, process_group, read_reference)
 from .search import SEARCH_SEED, aligned, beside, confirm, search_table, search_times, store_times
@@ -40,13 +40,6 @@ from .draw import timesteps_of, weights_hash
 from .likelihood import likelihood_record
 
 log = logging.getLogger(__name__)
-
-# %% ../../nbs/5_evaluation/07_evaluate.ipynb #818551ca
-def _spatial(r, g):
-    if g.spatial is None: raise ValueError("sfid needs features with maps (train, inception), these lack; leave it out")
-    (mean, cov), m = r.spatial, len(g.spatial.mean)
-    if len(mean) != m: raise ValueError(f"maps must have {len(mean)} values as in the reference {r.name}, got {m}")
-    return frechet_gaussians(mean, cov, g.spatial.mean, g.spatial.cov)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #34169342
 def _accuracy(r, g):
@@ -58,16 +51,14 @@ def _accuracy(r, g):
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #559dfac1
 METRICS = {  # word -> names of the values, function(reference, collected)
     "fid": ("frechet_distance", lambda r, g: frechet_gaussians(r.mean, r.cov, g.stats.mean, g.stats.cov)),
-    "sfid": ("spatial_frechet_distance", _spatial),
     "is": ("inception_score", lambda r, g: inception_score(g.probs, splits=max(1, g.n // 5000))),  # as is custom
     "pr": ("precision recall", lambda r, g: precision_recall(r.points, g.points)),
     "kid": ("kernel_distance kernel_distance_error", lambda r, g: kernel_distance(r.points, g.points)),
     "acc": ("class_accuracy", _accuracy),
 }
 NEED_POINTS = {"pr", "kid"}  # of the reference
-LOWER = ("fid", "sfid", "kid")  # better when smaller, and nothing else: what a search can minimise
-INCEPTION_NAMES = {"frechet_distance": "fid", "spatial_frechet_distance": "sfid", "kernel_distance": "kid",
-                   "kernel_distance_error": "kid_error"}
+LOWER = ("fid", "kid")  # better when smaller, and nothing else: what a search can minimise
+INCEPTION_NAMES = {"frechet_distance": "fid", "kernel_distance": "kid", "kernel_distance_error": "kid_error"}
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #6d8856db
 @dataclass
@@ -76,7 +67,6 @@ class Evaluator:
     reference: Reference             # what is compared with
     extractor: Extractor             # the feature network, the same in every process
     metrics: list | None = None      # words of METRICS; None: fid, pr with points, and of a classifier acc and is
-    device: str = "cpu"              # where the feature network is
     batch: int = 500                 # images at a time
     progress: bool = True            # show a bar
     ranks: Ranks = Ranks()           # the processes that share the work
@@ -89,9 +79,6 @@ def check(self: Evaluator, metrics: list, shape: tuple | None = None):
     r, features = self.reference, self.extractor
     r.check(features.features_id, shape)
     if NEED_POINTS & set(metrics) and not r.has_points: r.get_points(features)  # says what is missing
-    if "sfid" in metrics and r.spatial is None:
-        raise ValueError(f"sfid needs statistics of maps, which the reference {r.name} lacks; leave it out or "
-                         "build the reference from images")
     if "is" in metrics and not features.has_probs:
         raise ValueError(f"is needs class probabilities, which {features.features_id} lacks; leave it out or take "
                          "train, inception or timm:NAME")
@@ -110,8 +97,8 @@ def collect(self: Evaluator,
     if samples.labels is not None and r.net is not None and (top := int(samples.labels.max())) >= r.net.n_classes:
         raise ValueError(f"labels of {samples.name} must be below {r.net.n_classes} as in the reference {r.name}, "
                          f"got {top}")
-    return collect(self.extractor, samples, self.device, self.batch, keep=bool(NEED_POINTS & words or self.training),
-                   progress=self.progress, ranks=self.ranks)
+    keep = bool(NEED_POINTS & words or self.training)
+    return collect(self.extractor, samples, self.batch, keep, self.progress, self.ranks)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #3e86239f
 @patch
@@ -127,15 +114,15 @@ def score(self: Evaluator,
     self.check(words, got.shape)
     if (d := len(r.mean)) != len(got.stats.mean):
         raise ValueError(f"features must be {d} as in the reference {r.name}, got {len(got.stats.mean)}")
-    if "fid" in words: warn_rank(got.n, d, "samples")
+    if "fid" in words: got.stats.warn_rank("samples")
     if NEED_POINTS & set(words):
-        r = replace(r, points=r.get_points(self.extractor, self.device).to(self.device))
+        r = replace(r, points=r.get_points(self.extractor).to(next(self.extractor.parameters()).device))
     for word in words:
         names, f = METRICS[word]
         values |= zip(names.split(), np.atleast_1d(f(r, got)).tolist())
     bad = {k: v for k, v in values.items() if not np.isfinite(v)}
     if bad: raise ValueError(f"scores must be finite, got {bad}")
-    own_names = INCEPTION_NAMES if self.extractor.family in ("inception", "cleanfid") else {}
+    own_names = INCEPTION_NAMES if isinstance(self.extractor, InceptionExtractor) else {}
     return {own_names.get(k, k): v for k, v in values.items()}
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #669d8685
@@ -168,8 +155,8 @@ Training = namedtuple("Training", "data points held_out")  # pictures, features 
 @patch
 def remember(self: Evaluator, splits) -> Evaluator:
     "The same, which also looks for nearest training pictures, and knows how far the held-out ones are from them."
-    both: Any = [collect(self.extractor, data_samples(splits[s]), self.device, self.batch, progress=self.progress,
-                         ranks=self.ranks) for s in ("train", "held_out")]
+    both: Any = [collect(self.extractor, data_samples(splits[s]), self.batch, True, self.progress, self.ranks)
+                 for s in ("train", "held_out")]
     points, held_out = [got and got.points for got in both]
     if points is not None: held_out = nearest_points(held_out, points)[0][:, 0]
     return replace(self, training=Training(splits["train"], points, held_out))
@@ -200,7 +187,10 @@ def nearest(self: Evaluator, samples: SampleSet, got: Collected, row: dict, shee
     return {**row, "metric": "nearer_to_training", "value": share, "standard_error": error, "reference": about}
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #e507afae
-def extend_scores(path, new: list) -> list:  # all records, old and new
+def extend_scores(
+    path,  # of a file of records, which need not exist
+    new: list,  # records
+) -> list:  # all records, old and new
     "Write records into a file of records; `ValueError` if it holds something else, which is then left alone."
     path, old = Path(path), []
     if path.exists():
@@ -273,7 +263,7 @@ def _is_checkpoint(what: str) -> bool:
     return what in CATALOGUE and CATALOGUE[what].kind in ("teacher", "ctm", "cm")
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #43ad5fe8
-def sampler_settings(r: Request, m: Model) -> list:  # of dicts for `sample`: solver, steps, gamma, perhaps times
+def _sampler_settings(r: Request, m: Model) -> list:  # of dicts for `sample`: solver, steps, gamma, perhaps times
     "Every combination that was asked for; `ValueError` names one that this model can't use."
     def one(solver, steps, gamma):
         if not r.times: return dict(solver=solver, steps=steps, gamma=(gamma or 0.) if steps > 1 else 0.)
@@ -304,7 +294,9 @@ class Subject:
     data_sha256: str | None = None      # and which, if known
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #d127402c
-def open_subject(r: Request) -> Subject:
+def open_subject(
+    r: Request,  # whose words are checked
+) -> Subject:
     "The samples, or the model with its sampler settings; `ValueError` for what makes no sense."
     for word in r.words or []:
         if word not in METRICS: raise ValueError(f"metrics must be of {', '.join([*METRICS, 'bpd'])}, got {word!r}")
@@ -330,10 +322,10 @@ def open_subject(r: Request) -> Subject:
     words = ["crop", "channels", "skip_broken", "background"]
     if r.ref == data.get("source"): words += ["labels", "group"]  # about these very files
     reading = {"image_size": m.data_shape[-1], **{k: data[k] for k in words if data.get(k)}}
-    return Subject(name, tuple(m.data_shape), None, m, sampler_settings(r, m), bytes, reading, meta.get("data_sha256"))
+    return Subject(name, tuple(m.data_shape), None, m, _sampler_settings(r, m), bytes, reading, meta.get("data_sha256"))
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #45ab864d
-def kept_reference(data, real, seed: int, most: int) -> Path:  # in the cache folder; it need not exist
+def _kept_reference(data, real, seed: int, most: int) -> Path:  # in the cache folder; it need not exist
     "Where a reference with its classifier is kept: other images or another training, another file."
     made_of = __version__, torch.__version__, data.sha256(), real.sha256(), seed, most
     return cache_folder() / f"reference-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]}.npz"
@@ -356,7 +348,7 @@ def run_evaluator(
     own, path, first = features == "train", None, ranks.rank == 0
     split = split or ("held_out" if own else "train")
     real = splits[split]
-    if own and keep and first: path = kept_reference(splits["train"], real, seed, most)
+    if own and keep and first: path = _kept_reference(splits["train"], real, seed, most)
     known: Any = None
     try: known = read_reference(path) if path and path.exists() else None
     except ValueError as e: log.warning("%s; it is made again", e)
@@ -365,17 +357,17 @@ def run_evaluator(
     if known: extractor: Extractor = ClassifierExtractor(known.net).to(device)
     elif own: extractor = ClassifierExtractor(ranks.send(learn() if first else None)).to(device)
     else: extractor = load_extractor(features, weights, device)
-    reference = known or build_reference(extractor, real, name, device, batch, progress=progress, ranks=ranks)
+    reference = known or build_reference(extractor, real, name, batch, progress=progress, ranks=ranks)
     if path and not known:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             reference.save(path)
         except OSError as e: log.warning("%s can't be kept: %s", path, e.strerror)  # no reason to stop
     reference.name = name
-    return Evaluator(reference, extractor, device=device, batch=batch, progress=False, ranks=ranks)
+    return Evaluator(reference, extractor, batch=batch, progress=False, ranks=ranks)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #c4ad22de
-def find_reference(r: Request, subject: Subject, ranks: Ranks = Ranks()) -> Evaluator:  # the same in every process
+def _find_reference(r: Request, subject: Subject, ranks: Ranks = Ranks()) -> Evaluator:  # the same in every process
     "What scores a request; `ValueError` if reference and features don't belong together, or neither tells which."
     path = fetch(r.ref) if r.ref in CATALOGUE else Path(r.ref).expanduser()
     if not is_reference_file(path):
@@ -395,12 +387,9 @@ def find_reference(r: Request, subject: Subject, ranks: Ranks = Ranks()) -> Eval
     elif r.features == "train":
         raise ValueError(f"--features train: the reference {reference.name} was made in {made}; give the data set as "
                          "--ref to train on it")
-    elif r.features is None and kind.startswith("torchscript:"):
-        raise ValueError(f"--features must name the TorchScript file in whose features the reference {reference.name} "
-                         f"was made ({made})")
     else: extractor = load_extractor(r.features or kind, r.weights, r.device)
     reference.check(extractor.features_id, subject.shape)
-    return Evaluator(reference, extractor, r.words, r.device, r.batch, ranks=ranks)
+    return Evaluator(reference, extractor, r.words, r.batch, ranks=ranks)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #f2bacbdd
 def _search_model(evaluator: Evaluator, r: Request, m) -> list:
@@ -418,10 +407,11 @@ def _search_model(evaluator: Evaluator, r: Request, m) -> list:
             for steps in r.steps]
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #26464ff4
-def evaluate(r: Request, subject: Subject | None = None) -> tuple[list, list]:
-    """Score samples, or a model with all sampler settings that were asked for, after a search of them if need be.
-
-    Returns records, and what a search found; of several processes, the first has them."""
+def evaluate(
+    r: Request,  # what is asked for
+    subject: Subject | None = None,  # opened; None: open it
+) -> tuple[list, list]:  # records, and what a search found; of several processes, the first has them
+    "Score samples, or a model with all sampler settings that were asked for, after a search of them if need be."
     subject, rows, found = subject or open_subject(r), [], []
     with process_group() as ranks:
         if r.bpd and ranks.rank == 0:  # one process is enough
@@ -431,7 +421,7 @@ def evaluate(r: Request, subject: Subject | None = None) -> tuple[list, list]:
             rows.append(likelihood_record(subject.model, data, subject.name, r.n, r.tol, r.seed, r.batch,
                                           progress=True))
         if r.words == []: return rows, found
-        evaluator = find_reference(r, subject, ranks)
+        evaluator = _find_reference(r, subject, ranks)
         evaluator.check(r.words or [])
         if r.save_ref and ranks.rank == 0: evaluator.reference.save(r.save_ref)
         if subject.samples:
@@ -448,33 +438,33 @@ def evaluate(r: Request, subject: Subject | None = None) -> tuple[list, list]:
     return rows, found
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #c6e1f382
-def text_table(rows: list) -> str:
-    "Records as a table for a terminal, a row for each sampler, checkpoint, n and seed."
+def text_table(
+    rows: list,  # records
+) -> str:
+    "A table for a terminal, a row for each sampler, a column for each score."
     if not rows: return "no scores"
-    table: dict[tuple, dict] = {}
+    table: dict[str, dict] = {}
     for r in rows:
         error = f" ± {r['standard_error']:.2g}" if r.get("standard_error") else ""
         table.setdefault(_row_name(r), {})[r["metric"]] = f"{r['value']:.4g}{error}"
-    metrics, heads = list(dict.fromkeys(r["metric"] for r in rows)), ["solver", "NFE", "gamma", "times"]
-    if all(len(name) == 1 for name in table): heads = ["samples"]
-    elif all(name[3:] in ((), ("default",)) for name in table): heads = heads[:3]
-    lines = [[*heads, *metrics]]
-    for name, cells in table.items():
-        padded = [*name, "", "", ""][:len(heads)]
-        lines.append([*padded, *(cells.get(m, "") for m in metrics)])
-    return aligned(lines)
+    metrics = list(dict.fromkeys(r["metric"] for r in rows))
+    return aligned([["sampler", *metrics], *([k, *(v.get(m, "") for m in metrics)] for k, v in table.items())])
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #c59370a2
 def _row_name(r):
     s = r["sampler"]
-    if s is None: return (r["checkpoint"] or "samples",)
-    gamma = f"{s['gamma']:.3g}" if s["solver"] == "ctm" else "-"
-    times = " ".join(f"{v:.3g}" for v in s.get("times") or ()) or "default"
-    return s["solver"], str(evaluations(s["solver"], torch.arange(s["steps"], -1, -1))), gamma, times
+    if s is None: return r["checkpoint"] or "samples"
+    times, nfe = s.get("times"), evaluations(s["solver"], torch.arange(s["steps"], -1, -1))
+    gamma = f", gamma {s['gamma']:.3g}" if s["solver"] == "ctm" else ""
+    return f"{s['solver']}, NFE {nfe}{gamma}" + (f", times {' '.join(f'{v:.3g}' for v in times)}" if times else "")
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #f9151870
-def report(r: Request, rows: list, found: list, out: Path | None = None) -> str:
-    "What `evaluate` returned as text; its records go into a file, and what a search found beside the checkpoint."
+def report(
+    r: Request,  # what was asked for
+    rows: list, found: list,  # what `evaluate` returned
+    out: Path | None = None,  # file of records, see `extend_scores`
+) -> str:
+    "What was found as text; records go into a file, and what a search found beside the checkpoint."
     lines = []
     for group in ([a for a in rows if not a["features"]], [a for a in rows if a["features"]]):
         if not group: continue
@@ -501,21 +491,25 @@ def _report_search(r: Request, rows: list, found: list) -> str:
     return f"\n{search_table(entries)}\n\nstored in {place} for ctm_nb_sample --times auto"
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #2ec41283
-def plan(r: Request, subject: Subject, writes: list) -> str:
+def plan(
+    r: Request, subject: Subject,  # what is asked for, and opened
+    writes: list,  # files
+) -> str:
     "What would be done and which files written, as text."
-    lines, own = [], not (r.ref in CATALOGUE or is_reference_file(Path(r.ref).expanduser()))
-    if r.bpd: lines.append(f"likelihood bpd of images of {r.ref}, {r.ref_split or 'held_out'}, under {subject.name}")
-    if r.words == []: return lines[0]
-    if r.search: lines.append(f"search     up to {r.tries} scores for each number of steps")
-    if subject.samples: lines.append(f"samples    {subject.samples.n} in {r.what}")
-    else:
-        drawn = "; ".join(", ".join(f"{k} {v}" for k, v in s.items()) for s in subject.settings)
-        lines.append(f"samples    {r.n or 50000} of {subject.name}: {drawn}")
-    split = f", split {r.ref_split or ('held_out' if r.trains else 'all')}" if own else ""
-    return "\n".join([*lines, f"reference  {r.ref}{split}",
-        f"features   {r.features or ('train' if own else 'those of the reference')}",
-        f"metrics    {','.join(r.words or ['those that are possible'])}",
-        f"writes     {', '.join(map(str, writes)) or 'nothing'}"])
+    own = not (r.ref in CATALOGUE or is_reference_file(Path(r.ref).expanduser()))
+    drawn = "; ".join(", ".join(f"{k} {v}" for k, v in s.items()) for s in subject.settings)
+    if subject.samples: what = f"{subject.samples.n} in {r.what}"
+    else: what = f"{r.n or 50000} of {subject.name}: {drawn}"
+    said = {
+        "likelihood": r.bpd and f"bpd of images of {r.ref}, {r.ref_split or 'held_out'}, under {subject.name}",
+        "search": r.search and f"up to {r.tries} scores for each number of steps",
+        "samples": what,
+        "reference": r.ref + f", split {r.ref_split or ('held_out' if r.trains else 'all')}" * own,
+        "features": r.features or ("train" if own else "those of the reference"),
+        "metrics": ",".join(r.metrics or ["those that are possible"]),
+        "writes": ", ".join(map(str, writes)) or "nothing"}
+    asked = said if r.words != [] else ("likelihood", "writes")
+    return "\n".join(f"{k:10} {said[k]}" for k in asked if said[k])
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #ea62578a
 @patch
@@ -523,6 +517,6 @@ def floor(self: Evaluator, splits) -> list:  # records; none if training images 
     "The training images, scored like samples, and how well the classifier reads the held-out ones."
     if self.reference.net is None: return []
     held_out = splits["held_out"]
-    got: Any = collect(self.extractor, data_samples(held_out), self.device, self.batch, keep=False)  # one process
+    got: Any = collect(self.extractor, data_samples(held_out), self.batch, keep=False)  # one process
     accuracy = {"classifier_accuracy": class_accuracy(got.probs, held_out.labels)}
     return [*self.as_records(accuracy, got.n), *self.records(data_samples(splits["train"], most=10000))]

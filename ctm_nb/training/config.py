@@ -9,8 +9,7 @@ __all__ = ['AT_LEAST_1', 'NOT_NEGATIVE', 'POSITIVE', 'FRACTION', 'OBJECTIVES', '
            'phases', 'teacherless', 'set_value', 'make_config', 'check_config']
 
 # %% ../../nbs/6_training/02_config.ipynb #67deb94a
-import difflib
-import math
+import difflib, math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -23,7 +22,7 @@ from ..method.distances import DISTANCES
 from ..method.distill import MATCHING
 from ..method.solvers import SOLVERS, solver_name
 from ..method.adversary import DISCRIMINATORS, GAN_LOSSES
-from ..networks.unet import FAMILIES
+from ..networks.families import FAMILIES
 
 # %% ../../nbs/6_training/02_config.ipynb #c0f190aa
 AT_LEAST_1 = (lambda v: v >= 1, "at least 1")  # is a value possible?, and what was expected
@@ -55,7 +54,7 @@ class DataConfig:
 @dataclass
 class NetworkConfig:
     "The network of teacher and student, and the scale of the problem."
-    family: str = need("ddpmpp", one_of(*FAMILIES))  # a key of unet.FAMILIES
+    family: str = need("ddpmpp", one_of(*FAMILIES))  # a key of families.FAMILIES
     model_channels: int = need(128, (lambda v: v >= 8 and v % 8 == 0, "a multiple of 8"))  # at full resolution
     channel_mult: tuple = need((2, 2, 2), AT_LEAST_1)  # factor at each resolution
     n_blocks: int = need(4, AT_LEAST_1)  # residual blocks a resolution
@@ -76,7 +75,8 @@ class OptimConfig:
     optimizer: str = need("radam", one_of(*OPTIMIZERS))
     lr: float = need(4e-4, POSITIVE)  # peak learning rate
     warmup: int = need(0, NOT_NEGATIVE)  # steps from 0 to the peak
-    decay: str = need("constant", one_of("constant", "linear", "cosine"))  # to zero at the end
+    decay: str = need("constant", one_of("constant", "linear", "cosine", "reference"))  # of the rate after the warm-up
+    reference: int = need(35000, AT_LEAST_1)  # step after which "reference" lets it fall as 1/sqrt(step)
     beta2: float = need(.999, FRACTION)  # memory of the squared gradients
     ema: float = need(.999, FRACTION)  # rate of the EMA that samples are drawn with
     emas: tuple = need((), FRACTION)  # rates of further EMAs that checkpoints keep
@@ -91,6 +91,7 @@ class TeacherConfig(OptimConfig):
     source: str = ""  # an existing teacher: whatever `load` reads; empty: train one; "none": do without
     P_mean: float = -1.2  # of ln sigma
     P_std: float = 1.2  # of ln sigma
+    weighting: str = need("edm", one_of("edm", "uncertainty"))  # of noise levels; or learned
     augment: float = need(0., FRACTION)  # probability of each of EDM's transformations; network.augment_dim must be 9
     label_dropout: float = need(0., FRACTION)  # share of the batch without label, for classifier-free guidance
 
@@ -142,7 +143,7 @@ class GanConfig(OptimConfig):
     target_ema: float = need(.999, FRACTION)  # rate of the EMA inside the loss
 
 # %% ../../nbs/6_training/02_config.ipynb #7be9dcd7
-FEATURES = (bool, "train (a classifier of the images), inception, cleanfid, lite0, timm:NAME or a TorchScript file")
+FEATURES = (bool, "train (a classifier of the images), inception, cleanfid, lite0 or timm:NAME")
 
 @dataclass
 class EvaluateConfig:
@@ -307,6 +308,9 @@ TOGETHER = [
     ("data.labels", lambda c: c.data.use_labels or not c.data.labels, "empty where data.use_labels is false"),
     ("network.augment_dim", lambda c: c.network.augment_dim == 9 or not c.teacher.augment,
      "9 for a teacher with augmentation"),
+    ("network.augment_dim", lambda c: not c.network.augment_dim or c.network.family != "edm2", "0 for edm2"),
+    ("teacher.weighting", lambda c: c.teacher.weighting == "edm" or c.network.family == "edm2",
+     "edm for a family without a log-variance (edm2 has one)"),
     ("network.sigma_min", lambda c: c.network.sigma_min < c.network.sigma_max, "below network.sigma_max"),
     ("teacher.source", lambda c: c.teacher.source or not c.distill.source,
      "given when distill.source is (an adversarial stage needs both)"),

@@ -38,18 +38,22 @@ def empty_data(
 def saved_bytes(
     config: Config,  # of a run
     data: Images,  # whose shape and classes the network gets
-) -> tuple:  # bytes for one image in float32, parameters
+) -> tuple:  # bytes for one image in float32, parameters, bytes for all images together
     "What a forward pass keeps for the backward pass, counted on a network without weights."
     with torch.device("meta"):
         net = make_network(config, data).train()
-        x, t = torch.empty(2, data.channels, data.image_size, data.image_size), torch.empty(2)
-        y = torch.empty(2, dtype=torch.int64) if data.n_classes else None
-        own, kept = {p.untyped_storage()._cdata for p in net.parameters()}, {}
-        def pack(v):
-            if v.untyped_storage()._cdata not in own: kept[v.untyped_storage()._cdata] = (v.untyped_storage(), v)
-            return v
-        with saved_tensors_hooks(pack, lambda v: v): net(x, t, y=y)
-    return sum(s.nbytes() for s, _ in kept.values()) // 2, sum(p.numel() for p in net.parameters())
+        own = {p.untyped_storage()._cdata for p in net.parameters()}
+        def saved(B):
+            x, t, kept = torch.empty(B, data.channels, data.image_size, data.image_size), torch.empty(B), {}
+            y = torch.empty(B, dtype=torch.int64) if data.n_classes else None
+            def pack(v):
+                if v.untyped_storage()._cdata not in own: kept[v.untyped_storage()._cdata] = (v.untyped_storage(), v)
+                return v
+            with saved_tensors_hooks(pack, lambda v: v): net(x, t, y=y)
+            return sum(s.nbytes() for s, _ in kept.values())
+        two, four = saved(2), saved(4)
+    each = (four - two) // 2
+    return each, sum(p.numel() for p in net.parameters()), two - 2 * each
 
 # %% ../../nbs/6_training/09_costs.ipynb #b3044e5b
 PASSES = {"teacher": 1, "ctm_dsm": 3, "ctm_dsm_gan": 3}  # forward passes held for the backward pass, for each image
@@ -61,13 +65,13 @@ def memory(
     half: bool = False,  # activations in 16 bits (bf16 autocast), and a 16-bit copy of the weights in use
 ) -> dict:  # stage -> bytes; only stages that have steps
     "What a step needs at its peak: copies of the weights and activations, libraries and fragmentation not counted."
-    each, parameters = saved_bytes(config, data)
+    each, parameters, fixed = saved_bytes(config, data)
     found = {}
     for stage in schedule(config):
         optim = getattr(config, STAGES[stage])
         weights = 4 * parameters * (COPIES[stage] + len(optim.emas) + .5 * half)
         activations = (micro_batch or optim.batch) * PASSES[stage] * each * (.5 if half else 1)
-        found[stage] = int(weights + activations)
+        found[stage] = int(weights + activations + PASSES[stage] * fixed)
     return found
 
 # %% ../../nbs/6_training/09_costs.ipynb #36643913
@@ -153,6 +157,8 @@ def estimate(
     what = "with the whole batch at once on one device in float32, libraries not counted (micro-batches need less)"
     out = [f"memory    {each} {what}"]
     if images_per_sec is None:
-        return [*out, "time      unknown; --measure times two steps here, --images-per-sec X takes a known speed"]
-    times = "; ".join(f"{NAMES[s]} {duration(v)}" for s, v in seconds(config, images_per_sec).items())
+        return [*out, "time      unknown; --measure times two steps here"]
+    def line(s, v): return f"{NAMES[s]} {duration(v)} ({v / (todo[s].end - todo[s].first):.2g} s a step)"
+    todo = schedule(config)
+    times = "; ".join(line(s, v) for s, v in seconds(config, images_per_sec).items())
     return [*out, f"time      {times} on one device that trains the {NAMES[first]} on {images_per_sec:.3g} images/s"]

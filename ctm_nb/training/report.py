@@ -8,11 +8,7 @@ __all__ = ['History', 'NAMES', 'DISTANCES_OF_FRECHET', 'USUAL', 'read_json', 're
 
 # %% ../../nbs/6_training/07_report.ipynb #cdf40a69
 import base64
-import io
-import json
-import math
-import re
-import time
+import io, json, math, re, time
 from collections import namedtuple
 from importlib import resources
 from pathlib import Path
@@ -145,10 +141,9 @@ USUAL = (*DISTANCES_OF_FRECHET, "precision", "recall", "class_accuracy")
 
 def markdown_table(
     rows: list[dict],  # from `score_table`
-    columns: tuple = (),  # which metrics; empty: the usual ones that are there
 ) -> str:
-    "Rows as a Markdown table."
-    columns = columns or tuple(c for c in USUAL if any(c in r for r in rows))
+    "The usual metrics that are there as a Markdown table."
+    columns = [c for c in USUAL if any(c in r for r in rows)]
     head = ["sampler", *(c.replace("_", " ") for c in columns)]
     digits = lambda c: 2 if c in DISTANCES_OF_FRECHET else 3
     cells = lambda row: [f"{row[c]:.{digits(c)}f}" if c in row else "" for c in columns]

@@ -4,9 +4,7 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'STAGE_CLASSES', 'step_generator', 'take', 'carry_to', 'Stage', 'make_network',
-           'make_denoiser', 'TeacherStage', 'DistillStage', 'interval_numbers', 'interval_example', 'path_numbers',
-           'path_example', 'path_losses', 'tangent_numbers', 'tangent_example', 'tangent_losses', 'noise_example',
-           'noise_losses', 'Objective', 'GanStage', 'check_weights']
+           'make_denoiser', 'TeacherStage', 'DistillStage', 'Objective', 'GanStage', 'check_weights']
 
 # %% ../../nbs/6_training/05_stages.ipynb #4a3173e0
 import copy
@@ -32,10 +30,10 @@ from ..method.distill import (MATCHING, draw_interval, dsm_loss, dsm_sigma, inte
 from ..method.eulerian import draw_times, eulerian_loss, ramp
 from ..method.flow import grid_time, perturb, rho_grid
 from ..method.solvers import SOLVERS, solver_name
-from ..method.teacher import Denoiser, edm_loss, lognormal_sigma
+from ..method.teacher import Denoiser, edm_loss, lognormal_sigma, uncertainty_loss
 from ..method.trajectories import anchor_loss, draw_pair, stored_batch, trajectories_loss, trajectory
 from ..method.trajectory import CTM, student_from
-from ..networks.unet import build_network
+from ..networks.families import build_network
 from .config import STAGES, Config, Span, phases, schedule, teacherless
 from .optimizers import load_optimizer, lr_at, make_optimizer
 
@@ -103,6 +101,7 @@ class Stage:
 def learn(self: Stage, model: torch.nn.Module, name: str, **averages: float):
     "Take the network that this stage trains, and let EMAs of these names and of the stage's rates follow it."
     o, self.parts["model"] = self.optim, model
+    model.net.normalise_weights()
     self.optimizers["model"] = make_optimizer(o.optimizer, model, o.lr, (.9, o.beta2), model.net.last_layer)
     for k, rate in {**averages, name: o.ema, **{f"{name}-{r}": r for r in o.emas}}.items():
         self.emas[k] = EMA(model, rate, o.ema_warmup)
@@ -164,7 +163,10 @@ class TeacherStage(Stage):
         model = self.parts["model"]
         D = model if e["augment"] is None else partial(model, augment=e["augment"])
         inputs = {k: e[k] for k in ("x0", "sigma", "eps", "y")}
-        return {"edm": edm_loss(D, **inputs, sigma_data=model.sigma_data).mean()}
+        loss = edm_loss(D, **inputs, sigma_data=model.sigma_data)
+        if self.optim.weighting == "uncertainty":
+            loss = uncertainty_loss(loss, model.net.logvar(model.c_noise(e["sigma"], e["x0"])))
+        return {"edm": loss.mean()}
 
 # %% ../../nbs/6_training/05_stages.ipynb #8670360e
 @patch
@@ -223,7 +225,7 @@ def denoising(self: DistillStage, B: int, gen: torch.Generator) -> dict:
     dropped = self.config.distill.label_dropout
     return numbers | ({"hide": torch.rand(B, generator=gen) < dropped} if dropped else {})
 
-def interval_numbers(stage: DistillStage, B: int, gen: torch.Generator, n: int) -> dict:
+def _interval_numbers(stage: DistillStage, B: int, gen: torch.Generator, n: int) -> dict:
     "Times, noise, and the teacher's timesteps.  # CTM: training step"
     d = stage.config.distill
     i, k, j = draw_interval(B, d.N, stage.optim.K or d.K, gen, stage.phase(n).name, d.k_power)
@@ -233,7 +235,7 @@ def interval_numbers(stage: DistillStage, B: int, gen: torch.Generator, n: int) 
     return dict(u=u, s=s, times=times.T, start=start) | stage.denoising(B, gen)
 
 # %% ../../nbs/6_training/05_stages.ipynb #641fe891
-def interval_example(stage: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int) -> dict:
+def _interval_example(stage: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int) -> dict:
     "All of a distillation step that does not involve the student."
     teacher, times = stage.parts["teacher"], numbers["times"].T  # (steps+1, B)
     e = {"x0": x0, "y": y, "x_t": perturb(x0, times[0], numbers["start"]), "t": times[0]}
@@ -253,7 +255,7 @@ def of_student(self: DistillStage, e: dict, adversary=None) -> dict:  # name -> 
                        skip=not (self.config.run.compile or d.dropout))
 
 # %% ../../nbs/6_training/05_stages.ipynb #f175e287
-def path_numbers(stage: DistillStage, B: int, gen: torch.Generator, n: int) -> dict:
+def _path_numbers(stage: DistillStage, B: int, gen: torch.Generator, n: int) -> dict:
     "Which batch of trajectories, its noise and labels, and the places of each jump."
     d, p = stage.config.distill, stage.phase(n)
     number, place, fresh = stored_batch(n - p.first, p.end - p.first, d.stored // B, d.reuse)
@@ -267,7 +269,7 @@ def path_numbers(stage: DistillStage, B: int, gen: torch.Generator, n: int) -> d
     return numbers | {"i": i, "j": j} | stage.denoising(B, gen)
 
 # %% ../../nbs/6_training/05_stages.ipynb #29982775
-def path_example(stage: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int) -> dict:
+def _path_example(stage: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int) -> dict:
     "The teacher's solutions from noise, made now or from memory, and two places on each."
     teacher, d, rows = stage.parts["teacher"], stage.config.distill, numbers["rows"]
     times, labels = stage.times, numbers.get("of_path")
@@ -293,7 +295,7 @@ def _anchor_losses(stage, e, every, *points):
     with torch.no_grad(): D_x = known[0] if known else teacher.D(x_t, t, y)
     return {"anchor": anchor_loss(student, x_t, t, D_x, y).mean()}
 
-def path_losses(stage: DistillStage, e: dict, n: int) -> dict:
+def _path_losses(stage: DistillStage, e: dict, n: int) -> dict:
     "From one point of a trajectory to a later one."
     path, i, y = e["path"], e["i"], e["y_path"]
     each = torch.arange(len(path), device=path.device)
@@ -301,19 +303,19 @@ def path_losses(stage: DistillStage, e: dict, n: int) -> dict:
     return {"ctm": loss.mean()} | _anchor_losses(stage, e, 4, path[each, i], e["t"], y)
 
 # %% ../../nbs/6_training/05_stages.ipynb #bfd42205
-def tangent_numbers(stage: DistillStage, B: int, gen: torch.Generator, n: int) -> dict:
+def _tangent_numbers(stage: DistillStage, B: int, gen: torch.Generator, n: int) -> dict:
     "Times and noise."
     t, s = (v.float() for v in draw_times(B, gen, **stage.grid))
     return {"t": t, "s": s, "start": torch.randn(B, *stage.shape, generator=gen)} | stage.denoising(B, gen)
 
-def tangent_example(stage: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int) -> dict:
+def _tangent_example(stage: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int) -> dict:
     "A noisy image and the teacher's prediction."
     e = {k: numbers[k] for k in ("t", "s", "sigma", "eps")}
     x_t = perturb(x0, e["t"], numbers["start"])
     with torch.no_grad(): D_x = stage.parts["teacher"].D(x_t, e["t"], y)
     return e | {"x0": x0, "y": y, "x_t": x_t, "D_x": D_x, "teacher_evals": 1}
 
-def tangent_losses(stage: DistillStage, e: dict, n: int) -> dict:
+def _tangent_losses(stage: DistillStage, e: dict, n: int) -> dict:
     "Where a jump starts must not matter."
     p, (x_t, t, y, D_x) = stage.phase(n), (e[k] for k in ("x_t", "t", "y", "D_x"))
     r = ramp((n - p.first) / (p.end - p.first))
@@ -321,11 +323,11 @@ def tangent_losses(stage: DistillStage, e: dict, n: int) -> dict:
     return {"ctm": loss.mean()} | _anchor_losses(stage, e, 1, x_t, t, y, D_x)
 
 # %% ../../nbs/6_training/05_stages.ipynb #e2247e7b
-def noise_example(stage: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int) -> dict:
+def _noise_example(stage: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int) -> dict:
     "Clean images and what is added."
     return {"x0": x0, "y": y, "sigma": numbers["sigma"], "eps": numbers["eps"], "teacher_evals": 0}
 
-def noise_losses(stage: DistillStage, e: dict, n: int) -> dict:
+def _noise_losses(stage: DistillStage, e: dict, n: int) -> dict:
     "The denoising loss alone."
     student = stage.parts["model"]
     return {"dsm": dsm_loss(student, e["x0"], e["sigma"], e["eps"], e["y"], student.sigma_data).mean()}
@@ -338,10 +340,10 @@ class Objective(NamedTuple):
     losses: Callable  # (stage, example, n) -> name -> scalar
 
 OBJECTIVES = {
-    **dict.fromkeys(MATCHING, Objective(interval_numbers, interval_example, lambda stage, e, n: stage.of_student(e))),
-    "trajectories": Objective(path_numbers, path_example, path_losses),
-    "eulerian": Objective(tangent_numbers, tangent_example, tangent_losses),
-    "dsm": Objective(lambda stage, B, gen, n: stage.denoising(B, gen), noise_example, noise_losses),
+    **dict.fromkeys(MATCHING, Objective(_interval_numbers, _interval_example, lambda stage, e, n: stage.of_student(e))),
+    "trajectories": Objective(_path_numbers, _path_example, _path_losses),
+    "eulerian": Objective(_tangent_numbers, _tangent_example, _tangent_losses),
+    "dsm": Objective(lambda stage, B, gen, n: stage.denoising(B, gen), _noise_example, _noise_losses),
 }
 
 # %% ../../nbs/6_training/05_stages.ipynb #89d44b6a
