@@ -6,12 +6,7 @@
 __all__ = ['BAD', 'FAILED', 'one_line_errors', 'Parser', 'ranged', 'draw_flags']
 
 # %% ../../nbs/7_commands/00_flags.ipynb #25ad10ef
-import argparse
-import logging
-import os
-import re
-import sys
-import warnings
+import argparse, logging, os, re, sys, warnings
 from contextlib import contextmanager
 
 from .. import __version__
@@ -97,5 +92,7 @@ def draw_flags(
         "with noise) (default: ctm; for a teacher heun)")
     add("--which", metavar="MODEL",
         help="which model of a run: ctm, teacher, or another EMA, ctm-0.9999 (default: the student if there is one)")
+    add("--bytes", choices=("round", "truncate"), help="how samples become bytes: the nearest, or the one below "
+        "as in the published code (default: as the run's configuration says; round)")
     add("--seed", type=ranged(0), default=0, metavar="N", help="of the noise (default: 0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU if there is one (default: auto)")
