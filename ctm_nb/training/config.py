@@ -109,7 +109,8 @@ class DistillConfig(OptimConfig):
     matching: str = need("soft", one_of(*OBJECTIVES))  # u: "soft" (t >= u >= s), "local" (next point), "global" (s)
     phases: str = ""  # matchings in a row, each with its share of the steps: trajectories:.6,soft:.4; empty: one
     reuse: int = need(6, AT_LEAST_1)  # steps that use a batch of stored trajectories
-    stored: int = need(8192, AT_LEAST_1)  # trajectories in memory at most, of N points each
+    stored: int = need(8192, AT_LEAST_1)  # trajectories in memory at most, or in their folder, of N points each
+    trajectories: str = ""  # folder of stored trajectories, solved once for all students of a teacher; empty: in memory
     anchor: str = need("dsm", one_of("dsm", "teacher"))  # holds g(x, t, t) in trajectories and eulerian: data or D
     anchor_rows: int | None = need(None, AT_LEAST_1)  # of so many one; None: 4 with trajectories, 1 with eulerian
     compare_at: str = need("end", one_of("end", "s"))  # where the sides meet: at sigma_min, through the EMA, or at s
@@ -301,6 +302,8 @@ def _phases_fit(c):
     except ValueError: return False
     return found[-1].end == 10 ** 6 and all(p.name in OBJECTIVES and p.first < p.end for p in found)
 
+def _uses_trajectories(c): return "trajectories" in (p.name for p in phases(c.distill, 1))
+
 def _dsm_first(first, *rest): return first == "dsm" and "trajectories" not in rest
 
 # %% ../../nbs/6_training/02_config.ipynb #a1c29869
@@ -317,6 +320,8 @@ TOGETHER = [
     ("distill.phases", _phases_fit, "matchings with shares that add up to 1, e.g. trajectories:.6,soft:.4"),
     ("distill.phases", lambda c: not teacherless(c) or _dsm_first(*(p.name for p in phases(c.distill, 1))),
      "begun by dsm and without trajectories where there is no teacher, e.g. dsm:.5,soft:.5"),
+    ("distill.trajectories", lambda c: not c.distill.trajectories or _uses_trajectories(c),
+     "empty where no phase is trajectories (distill.matching, distill.phases)"),
     ("distill.distance", lambda c: not teacherless(c) or c.distill.distance != "features",
      "another than features where there is no teacher"),
     ("distill.K", lambda c: c.distill.K < c.distill.N, "below distill.N"),

@@ -97,7 +97,8 @@ def student_cost(
     stored = matching == "trajectories"
     rows = d.dsm / (d.anchor_rows or (4 if stored else 1))
     if not stored: return 1 + 2 + 3 + 3 * rows
-    return (d.N - 1) * SOLVERS[solver_name(d.solver)] / d.reuse + 3 + (4 if d.anchor == "teacher" else 3) * rows
+    solved = 0 if d.trajectories else (d.N - 1) * SOLVERS[solver_name(d.solver)] / d.reuse  # else once, before
+    return solved + 3 + (4 if d.anchor == "teacher" else 3) * rows
 
 def costs(
     config: Config,  # of a run
