@@ -39,6 +39,8 @@ def evaluate_parser() -> Parser:
     _score_flags(p.add_argument_group("scores").add_argument)
     drawing = p.add_argument_group("how a checkpoint draws; every combination is a row").add_argument
     draw_flags(drawing, many=True)
+    drawing("--ema-lengths", type=ranged(0, 1, float, many=True), metavar="S,S", help="averages of these relative "
+        "lengths, e.g. .03,.05,.1, made of the snapshots that a run kept with teacher.profiles or distill.profiles")
     drawing("--bytes", choices=("round", "truncate"), help="how samples become bytes: the nearest, or the one below "
         "as in the published code (default: as the run's configuration says; round)")
     return p

@@ -26,8 +26,6 @@ def sample_parser() -> Parser:
     draw_flags(add)
     add("--classes", default="all", metavar="CLASSES",
         help="names or indices, e.g. cat,dog or 0,1; all: every class in turn; none: without label (default: all)")
-    add("--guidance", type=float, metavar="W",
-        help="scale of classifier-free guidance, for models trained with labels dropped; doubles the evaluations")
     add("--reject", type=float, metavar="RATIO",
         help="draw RATIO times as many, keep those of each class that the classifier likes best")
     add("--classifier", metavar="REF", help="for that: a reference of ctm_nb_evaluate --features train --save-ref")

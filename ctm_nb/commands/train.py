@@ -45,6 +45,15 @@ def _stages(config, stage):
     return [f"teacher   {teacher}", f"student   {student}", f"adversary {adversary}"]
 
 # %% ../../nbs/7_commands/01_train.ipynb #e2c66e88
+def _averages(config, weights):
+    "What the snapshots of averages take, a line if there are any; `weights` is their number in the network."
+    from ctm_nb.training.config import STAGES, schedule
+    tracked = {k: o for s in schedule(config) if (o := getattr(config, k := STAGES[s])).profiles}
+    files = {k: (min(config.run.snapshots, o.steps), len(o.profiles)) for k, o in tracked.items()}
+    each, total = ", ".join(f"{k} {n} times {m}" for k, (n, m) in files.items()), sum(n * m for n, m in files.values())
+    size = 2 * weights / 2**20  # of one, in half precision
+    return [f"averages  {each}: {total} of {size:.2g} MiB, {total * size:.2g} MiB in all"] if files else []
+
 def place(
     config,  # config.Config
     folder: Path,  # where the run will live
@@ -88,7 +97,7 @@ def plan(
     if measured: images_per_sec = measure(only, train, str(pick_device(config.run.device)))
     weights = sum(p.numel() for p in make_network(config, train).parameters())
     given = " (that of the given teacher counts)" if config.teacher.source not in ("", "none") else ""
-    copies = 6 + max(len(getattr(config, k).emas) for k in STAGES.values())
+    copies = 6 + max(len(getattr(config, k).emas + getattr(config, k).profiles) for k in STAGES.values())
     student = f", student with {', '.join(map(str, e.steps))}" if stage != "teacher" else ""
     nfe = evaluations(e.teacher_solver, torch.arange(e.teacher_steps, -1, -1))
     scored = f"none: {why}" if why else f"{e.n} samples: teacher with {nfe} evaluations{student}"
@@ -99,6 +108,7 @@ def plan(
         *_stages(config, stage), *estimate(only, train, images_per_sec)[:1 if minutes else None],
         *([f"budget    {config.run.minutes:g} min: {minutes}"] if minutes else []),
         f"disk      about {weights * 4 * copies / 2**20:.0f} MiB a checkpoint, {config.run.keep} are kept",
+        *_averages(only, weights),
         f"scores    {scored}", f"writes    {folder}/ ({place(config, folder)})"])
 
 # %% ../../nbs/7_commands/01_train.ipynb #2d2be2f7
