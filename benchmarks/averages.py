@@ -10,6 +10,7 @@ in nbs/results/digits/averages.json as they come, runs under --runs; what is the
 import argparse
 import json
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -25,10 +26,9 @@ from ctm_nb.training.trainer import Trainer, open_images
 RESULTS = Path(__file__).resolve().parents[1] / "nbs" / "results" / "digits" / "averages.json"
 WORDS = ["gan.steps=0", "evaluate.n=0", "teacher.profiles=.05,.1", "distill.profiles=.05,.1", "run.sample_every=100000",
          "run.log_every=100"]
-LENGTHS = (.015, .03, .05, .07, .09, .12, .16, .22)
-SCALES = (1.25, 1.5, 2., 3.)
-STUDENTS = {"w = 1.5": ["distill.guidance=1.5"], "w = 2": ["distill.guidance=2"],
-            "w = 1.5, no denoising loss": ["distill.guidance=1.5", "distill.dsm=false"],
+LENGTHS = (.02, .04, .06, .09, .13, .2)
+SCALES = (1.5, 2., 3.)
+STUDENTS = {"w = 2": ["distill.guidance=2"], "w = 2, no denoising loss": ["distill.guidance=2", "distill.dsm=false"],
             "w = 1, no denoising loss": ["distill.dsm=false"]}
 TEACHER = dict(solver="dpmpp_2m", steps=12)
 STUDENT = {n: dict(solver="ctm", steps=n) for n in (1, 2)}
@@ -41,21 +41,24 @@ def trained(folder, *words):
     return time.process_time() - started
 
 
-def units(seed, runs, small):
-    "Name of each result and a function that computes it: model, sampler -> what is known besides the distance."
-    base, own = runs / f"seed{seed}", [*WORDS, f"run.seed={seed}", *small]
+def lengths(base, own):
+    "Name of each result and a function that computes it: model and sampler, or what is known at once."
     yield "train", lambda: dict(seconds=trained(base, *own))
     for who, ways in {"teacher": {12: TEACHER}, "ctm": STUDENT}.items():
         for n, how in ways.items():
             yield f"{who}, {n} evaluations, fixed rate", lambda: (load(base, which=who), how)
             for s in LENGTHS:
                 yield f"{who}, {n} evaluations, length {s}", lambda: (average(base, s, who), how)
+
+
+def guided(base, own):
+    "The teacher, guided by an early snapshot, and the students of such teachers."
     early = lambda: snapshots_of(base, "teacher")[7][0]  # the fourth of sixteen, two averages each
     for w in SCALES:
         yield f"teacher guided, w = {w:g}", lambda: (autoguide(load(base, which="teacher"), load(early()), w), TEACHER)
     yield "guide alone", lambda: (load(early()), TEACHER)
     for name, words in STUDENTS.items():
-        run = runs / f"seed{seed}-{name.replace(' ', '').replace(',', '-')}"
+        run = base.with_name(f"{base.name}-{name.replace(' ', '').replace(',', '-')}")
         guide = lambda: [f"distill.guide={early()}"] if "distill.guidance" in str(words) else []
         source = [*own, "distill.profiles=", f"teacher.source={base}", *words]
         yield f"student, {name}, train", lambda: dict(seconds=trained(run, *source, *guide()))
@@ -67,15 +70,15 @@ def main(argv=None):
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--out", type=Path, default=RESULTS)
     p.add_argument("--runs", type=Path, default=Path("runs/averages"), help="folder of the runs")
-    p.add_argument("-n", type=int, default=5000, help="samples a distance")
+    p.add_argument("-n", type=int, default=2000, help="samples a distance")
     p.add_argument("--set", nargs="+", default=[], help="settings for a trial, e.g. teacher.steps=16")
     a = p.parse_args(argv)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     rows = json.loads(a.out.read_text()) if a.out.exists() else []
     done, evaluator = {(r["name"], r["seed"]) for r in rows}, None
-    for seed in a.seeds:
-        for name, work in units(seed, a.runs, a.set):
+    for units, seed in product((lengths, guided), a.seeds):
+        for name, work in units(a.runs / f"seed{seed}", [*WORDS, f"run.seed={seed}", *a.set]):
             if (name, seed) in done: continue
             found = work()
             if not isinstance(found, dict):

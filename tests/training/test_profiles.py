@@ -22,7 +22,7 @@ from ctm_nb.training.trainer import Trainer
 from ctm_nb.data.images import digits
 
 TINY = ["teacher.steps=12", "distill.steps=9", "teacher.batch=8", "distill.batch=8", "run.save_every=5",
-        "run.log_every=3", "run.sample_every=1000", "evaluate.n=0", "run.snapshots=4"]
+        "run.log_every=3", "run.sample_every=1000", "evaluate.n=0", "run.snapshots=4", "teacher.lr=.02", "distill.lr=.02"]
 PROFILES = ["teacher.profiles=.05,.1", "distill.profiles=.05,.10"]
 
 
@@ -69,7 +69,7 @@ def test_snapshots_lie_at_equal_distances_and_make_other_averages(whole, tmp_pat
             if other.step == other.ends[{"teacher": "teacher", "ctm": "ctm_dsm"}[which]]:
                 tracked, last = weights(other.parts[f"{which}-profile0.075"]), weights(other.parts["model"])
                 made = weights(average(whole, .075, which))
-                assert (made - tracked).norm() < .1 * (last - tracked).norm()
+                assert (made - tracked).norm() < .15 * (last - tracked).norm()
     with_them = {k: load(whole, which=k) for k in ("ctm-profile0.05", "ctm-profile0.1", "ctm")}
     assert len({float(weights(m).sum()) for m in with_them.values()}) == 3
 
@@ -87,9 +87,9 @@ def test_snapshots_beyond_the_checkpoint_go(whole, tmp_path):
     run = tmp_path / "r"
     shutil.copytree(whole, run)
     for p in (run / "checkpoints").iterdir():
-        if p.name > "step_00000015": shutil.rmtree(p)
+        if p.name > "step_00000020": shutil.rmtree(p)
     start(run, *PROFILES)
-    assert sorted(p.name for p in (run / "averages").iterdir())[-1] == "step_00000015"
+    assert sorted(p.name for p in (run / "averages").iterdir())[-1] == "step_00000019"
 
 
 def test_without_profiles_nothing_changes(whole, tmp_path):
