@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from ctm_nb.checkpoints import store as state
-from ctm_nb.commands.train import train, train_parser
+from ctm_nb.commands.train import _train, train_parser
 from ctm_nb.data.files import file_hash
 from ctm_nb.training.trainer import resume_point
 from ctm_nb.checkpoints.store import CheckpointError, load_checkpoint, versions
@@ -110,7 +110,7 @@ def live(folder, words, kind="none", at=0, share=0.0):
             os.dup2(out, 1), os.dup2(out, 2)
             count = arm(kind, at, share)
             line = ["--preset", "tiny", "--stage", "all", "--runs", str(folder.parent), "--name", folder.name]
-            train(train_parser().parse_args([*line, "--set", *words]), time.perf_counter())
+            _train(train_parser().parse_args([*line, "--set", *words]), time.perf_counter())
             (folder.parent / "counts.json").write_text(json.dumps(count))
             code = 0
         except BaseException:

@@ -254,13 +254,15 @@ KINDS = {"teacher": ("teacher", 0, "soft"), "discriminator": ("ctm_dsm_gan", 0, 
          "ctm_dsm, eulerian matching": ("ctm_dsm", 9, "eulerian")}  # its derivative has its whole weight
 NETWORKS = {"ddpmpp_uncond_8": ("ddpmpp", 0, (1, 2), 16, 4), "ddpmpp_cond10_8": ("ddpmpp", 10, (1, 2), 16, 4),
             "ncsnpp_cond10_8": ("ncsnpp", 10, (1, 2), 16, 4), "adm_cond10_16": ("adm", 10, (1, 2), 32, 8)}
+EDM2 = "edm2_cond10_16", "edm2_uncond_16"
 
 
 def golden(name, where, precision="fp32"):
     "Relative distance of g from the reference implementation's, on a device."
     from ctm_nb.method.trajectory import CTM
-    from ctm_nb.networks.unet import build_network
+    from ctm_nb.networks.families import build_network
     from ctm_nb.training.runtime import autocast
+    if name in EDM2: return golden_edm2(name, where, precision)
     family, n_classes, mult, channels, attention = NETWORKS[name]
     z = np.load(GOLDEN / f"{name}.npz")
     net = build_network(family, image_size=z["io.x"].shape[-1], channels=3, n_classes=n_classes, n_blocks=1,
@@ -273,10 +275,29 @@ def golden(name, where, precision="fp32"):
     with torch.no_grad(), autocast(precision, where): return off(model.g(x, t, s, y), g)
 
 
+def golden_edm2(name, where, precision):
+    "The same for D of EDM2's network, in the rows with one class or none."
+    from ctm_nb.method.teacher import Denoiser
+    from ctm_nb.networks.families import build_network
+    from ctm_nb.training.runtime import autocast
+    z = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / f"{name}.npz").items()}
+    net = build_network("edm2", image_size=16, channels=3, n_classes=10 * ("io.labels" in z), model_channels=32,
+                        channel_mult=(1, 2), n_blocks=1, attention=(8,), channels_per_head=16, logvar_channels=32)
+    net.load_state_dict({k[6:].removeprefix("unet."): v.float() for k, v in z.items() if k.startswith("state.")})
+    y = z["io.labels"] if "io.labels" in z else torch.ones(8, 1)
+    rows = (y.max(1).values == 1).nonzero()[:, 0]
+    x, t, D, y = (v[rows].to(where) for v in (z["io.x"], z["io.sigma"], z["io.D"], y.argmax(1)))
+    model = Denoiser(net).eval().to(where)
+    with torch.no_grad(), autocast(precision, where): return off(model.D(x, t, y), D)
+
+
 def golden_networks():
-    "All of them, in fp32 and bf16."
-    errors = {p: {n: golden(n, device(), p) for n in NETWORKS} for p in ("fp32", "bf16")}
-    return {"passed": max(errors["fp32"].values()) < CLOSE and max(errors["bf16"].values()) < CLOSE_BF16, **errors}
+    "All of them, in fp32 and bf16, and EDM2's in fp16 too."
+    errors = {p: {n: golden(n, device(), p) for n in (*NETWORKS, *EDM2)} for p in ("fp32", "bf16")}
+    errors["fp16"] = {n: golden(n, device(), "fp16") for n in EDM2}
+    good = max(errors["fp32"].values()) < CLOSE and max(errors["bf16"].values()) < CLOSE_BF16
+    good &= max(errors["fp16"].values()) < 1e-2 and all(errors["bf16"][n] < 2e-2 for n in EDM2)
+    return {"passed": good, **errors}
 
 
 def trainer(pictures, folder, *words, where=None):

@@ -154,7 +154,7 @@ def count(net, B):
 
 def network_section(a):
     "Forward, and forward with backward, of each network."
-    from ctm_nb.networks.unet import build_network
+    from ctm_nb.networks.families import build_network
     from ctm_nb.training.runtime import unpacks
 
     rows = {}

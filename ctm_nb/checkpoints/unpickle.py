@@ -134,6 +134,7 @@ class Stub:
     "What is left of a foreign object."
     name: str  # of its class
     state: dict = field(default_factory=dict)  # its attributes
+    version: int = 0  # of how it was pickled, for a class of EDM's
 
 # %% ../../nbs/4_checkpoints/02_unpickle.ipynb #90f6c4ae
 def _call(u):
@@ -159,6 +160,7 @@ def _build(u):
     match target, state:
         case np.dtype(), (_, "<" | "|", *_): pass
         case np.dtype(), _: raise ForeignFileError("a number that is not little-endian")
+        case Stub(name="ndarray"), tuple(): pass  # an array beside the network is not read
         case _, tuple(): raise ForeignFileError("it sets attributes in slots")
         case Stub(), dict() | None: _fill(u, target, state)
         case dict(), dict() | None: pass
@@ -310,8 +312,8 @@ def _load_from_bytes(u, arguments):
 def _persistent_object(u, arguments):
     "torch_utils.persistence._reconstruct_persistent_obj(meta), without its module_src."
     match arguments:
-        case ({"type": "class", "class_name": str(name), "version": int(), "state": dict() | None as state},):
-            _fill(u, stub := Stub(name), state)
+        case ({"type": "class", "class_name": str(name), "version": int(v), "state": dict() | None as state},):
+            _fill(u, stub := Stub(name, version=v), state)
             return stub
     raise ForeignFileError("damaged: a persistent object without class, version or state")
 
@@ -325,6 +327,9 @@ TORCH_CLASSES = {
 EDM_NAMES = {
     **TENSOR_NAMES, ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent_object,
     ("torch.storage", "_load_from_bytes"): _load_from_bytes, ("dnnlib.util", "EasyDict"): _empty(dict),
+    ("numpy", "ndarray"): _empty(lambda: Stub("ndarray")),
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): lambda u, arguments: Stub("ndarray")
+       for core in ("core", "_core")},
     **{(f"torch.nn.modules.{module}", name): _empty(lambda name=name: Stub(name))
        for module, names in TORCH_CLASSES.items() for name in names.split()}}
 
@@ -379,10 +384,11 @@ def _config_of(stub, budget):
 @dataclass
 class EdmNetwork:
     "What an EDM network pickle holds."
-    class_name: str  # of the preconditioner: EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond
-    model_class: str  # of the network in it: SongUNet, DhariwalUNet
+    class_name: str  # of the preconditioner: EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond; Precond of EDM2
+    model_class: str  # of the network in it: SongUNet, DhariwalUNet; UNet of EDM2
     state: dict[str, Tensor]  # as its state_dict() would be: "model.enc.32x32_conv.weight", ...
     config: dict  # plain settings of the preconditioner; ["modules"] those of each module that has any, by name
+    encoder: str = ""  # class of what turns pictures into what an EDM2 network draws; empty: none is named
 
 # %% ../../nbs/4_checkpoints/02_unpickle.ipynb #3855b7c2
 def edm_network(value, size: int) -> EdmNetwork:
@@ -393,10 +399,15 @@ def edm_network(value, size: int) -> EdmNetwork:
         keys = printable(list(value)[:6])
         raise ForeignFileError(f"a pickle without an entry 'ema', not of an EDM network; it has {keys}")
     ema, budget = value["ema"], Budget(2 * size)  # twice, for weights that go by two names
-    model = _section(ema, "_modules", Stub).get("model") if type(ema) is Stub else None
+    inside = _section(ema, "_modules", Stub) if type(ema) is Stub else {}
+    model = inside.get("model") or inside.get("unet")
     if model is None:
         name = printable(ema.name if type(ema) is Stub else type(ema).__name__)
         raise ForeignFileError(f"its 'ema' is a {name} without a model, not an EDM network")
+    if ema.name == "Precond" and ema.version != 6:
+        raise ForeignFileError(f"an EDM2 snapshot of version {ema.version}, expected 6")
+    encoder = value.get("encoder")
     modules = {name[:-1]: _config_of(module, budget) for name, module in _walk(ema, budget) if name}
     config = {**_config_of(ema, budget), "modules": {name: settings for name, settings in modules.items() if settings}}
-    return EdmNetwork(ema.name, model.name, _state_of(ema, budget), config)
+    return EdmNetwork(ema.name, model.name, _state_of(ema, budget), config,
+                      encoder.name if type(encoder) is Stub else "")

@@ -6,8 +6,7 @@
 __all__ = ['data_parser', 'ctm_nb_data']
 
 # %% ../../nbs/7_commands/04_data.ipynb #6c9b3ccf
-import json
-import sys
+import json, sys
 from pathlib import Path
 
 from .flags import Parser, one_line_errors, ranged
@@ -85,5 +84,3 @@ def ctm_nb_data(
         from ctm_nb.data.convert import report
         print(report(facts))
         if facts["broken"]: sys.exit(1)
-
-if __name__ == "__main__" and "__file__" in globals(): ctm_nb_data()  # python -m, torchrun -m

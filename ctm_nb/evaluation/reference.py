@@ -43,16 +43,11 @@ def batches(self: SampleSet,
     part: range | None = None,  # numbers of the samples, of step 1; None: all of them
     batch_size: int = 500,  # pictures at a time
 ):  # iterator over (b, C, H, W) uint8 and (b,) labels or None
-    "The samples in order; `ValueError` if they are not of one size."
-    part, shape = range(self.n) if part is None else part, None
+    "The samples in order."
+    part = range(self.n) if part is None else part
     for i in range(part.start, part.stop, batch_size):
         rows = slice(i, min(i + batch_size, part.stop))
-        x = self.read(rows)
-        if shape not in (None, x.shape[1:]):
-            raise ValueError(f"{self.name} must hold images of one size, got {tuple(shape)} and {tuple(x.shape[1:])} "
-                             f"(image {i})")
-        shape = x.shape[1:]
-        yield x, None if self.labels is None else self.labels[rows]
+        yield self.read(rows), None if self.labels is None else self.labels[rows]
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #b09d9c34
 def image_samples(
@@ -65,36 +60,44 @@ def image_samples(
     return SampleSet("samples", len(images), lambda s: images[s], None if y is None else torch.as_tensor(y).cpu())
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #043a45d9
-def data_samples(data, most: int | None = None) -> SampleSet:
-    "The images of a data set (see `Images`) as a sample set, or so many of them, spread over all."
+def data_samples(
+    data,  # see `Images`
+    most: int | None = None,  # so many of them, spread over all; None: all
+) -> SampleSet:
+    "The images of a data set as a sample set."
     n = min(len(data), most or len(data))
     ids = np.arange(n) * len(data) // n
     return SampleSet(data.name, n, lambda s: data.take(ids[s]), None if data.labels is None else data.labels[ids])
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #7d169cda
-def open_samples(path) -> SampleSet:  # npz with arr_0, a folder or a zip of images; in colour
+def open_samples(
+    path,  # npz with arr_0, a folder or a zip of images
+) -> SampleSet:  # in colour
     "A sample set from a path; `FileNotFoundError` or `ValueError` if it can't be had."
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no samples at {path}: expected an npz with arr_0, a folder or a zip of images")
-    source = open_source(path)
+    source, size = open_source(path), None
     def read(rows):
+        nonlocal size
         arrays: list = []
         for i in range(len(source))[rows]:
             try: a = source.pixels(i)
             except BrokenImage as e:
                 raise ValueError(f"{path.name}: {source.names[i]} can't be read as an image: {e}") from None
-            arrays.append(np.broadcast_to(a, (*a.shape[:2], 3)))
-            if a.shape[:2] != arrays[0].shape[:2]:
-                raise ValueError(f"{path.name} must hold images of one size, got {arrays[0].shape[:2]} and "
-                                 f"{a.shape[:2]} ({source.names[i]})")
+            size = size or a.shape[:2]
+            if a.shape[:2] != size:
+                raise ValueError(f"{path.name} must hold images of one size, got {size} and {a.shape[:2]} "
+                                 f"({source.names[i]})")
+            arrays.append(np.broadcast_to(a, (*size, 3)))
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)                # (b, 3, H, W)
     labelled = source.labels is not None and source.kind.startswith(("npz", "EDM"))
     return SampleSet(path.name, len(source), read, torch.from_numpy(source.labels) if labelled else None)
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #dde36f63
-def launched(env=os.environ) -> tuple[int, int, int]:  # rank, world, local_rank
+def launched() -> tuple[int, int, int]:  # rank, world, local_rank
     "What a launcher such as torchrun says in the environment about this process."
+    env = os.environ
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(env): return 0, 1, 0
     return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
 
@@ -155,20 +158,19 @@ def process_group(): # yields `Ranks`
     finally: dist.destroy_process_group()
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #3d78a05b
-Collected = namedtuple("Collected", "n stats spatial points probs labels shape")
-Collected.__doc__ = ("Features of a set: count, `FeatureStats` of features and maps, (n, d) features, "
-                     "(n, K) probabilities, (n,) labels, (C, H, W).")
+Collected = namedtuple("Collected", "n stats points probs labels shape")
+Collected.__doc__ = ("Features of a set: count, their `FeatureStats`, (n, d) features, (n, K) probabilities, "
+                     "(n,) labels, (C, H, W).")
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #deb2b935
-def _extract(extractor: Extractor, batches, device="cpu", total: int | None = None, keep=True) -> Collected:
+def _extract(extractor: Extractor, batches, total: int | None = None, keep=True) -> Collected:
     "What scores need of a set of pictures, or of one process's share of it."
-    n, shape, stats, spatial, parts = 0, None, None, None, {"points": [], "probs": [], "labels": []}
-    more = lambda s, f: None if f is None else (s or FeatureStats(f.shape[1])).update(f)
+    n, shape, stats, parts = 0, None, None, {"points": [], "probs": [], "labels": []}
     with tqdm(total=total, desc="features", unit=" images", disable=None if total else True) as bar:
         for x, y in batches:
             if extractor.channels == 1 and x.shape[1] == 3 and (x == x[:, :1]).all(): x = x[:, :1]  # grey, from a PNG
-            f, shape = extractor(x.to(device)), tuple(x.shape[1:])
-            stats, spatial = more(stats, f.pooled), more(spatial, f.spatial)
+            f, shape = extractor(x), tuple(x.shape[1:])
+            stats = (stats or FeatureStats(f.pooled.shape[1])).update(f.pooled)
             kept = slice(None) if keep is True else keep if keep is False else keep[n:n + len(x)]
             if keep is not False: parts["points"].append(f.pooled.float().cpu()[kept])
             if f.probs is not None: parts["probs"].append(f.probs.float().cpu())
@@ -176,7 +178,7 @@ def _extract(extractor: Extractor, batches, device="cpu", total: int | None = No
             n += len(x)
             bar.update(len(x))
     points, probs, labels = (torch.cat(p) if p else None for p in parts.values())
-    return Collected(n, stats, spatial, points, probs, labels, shape)
+    return Collected(n, stats, points, probs, labels, shape)
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #56f49342
 def _joined(parts: list, features_id: str = "these features") -> Collected:
@@ -184,20 +186,18 @@ def _joined(parts: list, features_id: str = "these features") -> Collected:
     parts = [p for p in parts if p.n]
     n = sum(p.n for p in parts)
     if n < 2: raise ValueError(f"too few images: at least 2 are needed, got {n}")
-    merged = lambda stats: stats[0] and reduce(FeatureStats.merge, stats, FeatureStats(len(stats[0].mean)))
     whole = lambda values: None if values[0] is None else torch.cat(values)
-    stats, spatial = (merged([getattr(p, k) for p in parts]) for k in ("stats", "spatial"))
+    stats = reduce(FeatureStats.merge, (p.stats for p in parts), FeatureStats(len(parts[0].stats.mean)))
     if not stats.scatter.trace() > 0:
         raise ValueError(f"features are constant: all {n} images give equal features in {features_id}; "
                          "images or network are broken")
     points, probs, labels = (whole([getattr(p, k) for p in parts]) for k in ("points", "probs", "labels"))
-    return Collected(n, stats, spatial, points, probs, labels, parts[0].shape)
+    return Collected(n, stats, points, probs, labels, parts[0].shape)
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #55bee4d5
 def collect(
     extractor: Extractor,  # the feature network, the same in every process
     samples: SampleSet,  # the pictures
-    device: str = "cpu",  # where the network is
     batch_size: int = 500,  # pictures at a time
     keep=True,  # keep the features themselves: all, none (False), or where this mask (n,) is true
     progress: bool = False,  # show a bar
@@ -207,7 +207,7 @@ def collect(
     part = ranks.part_of(samples.n)
     total = len(part) if progress and ranks.rank == 0 else None
     mask = keep if isinstance(keep, bool) else keep[part.start:part.stop]
-    parts = ranks.gather(_extract(extractor, samples.batches(part, batch_size), device, total, mask))
+    parts = ranks.gather(_extract(extractor, samples.batches(part, batch_size), total, mask))
     return _joined(parts, extractor.features_id) if parts else None
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #0cd7fba2
@@ -220,7 +220,6 @@ class Reference:
     n: int|None                             # images behind mean and covariance; None if a foreign file doesn't say
     mean: torch.Tensor                      # (d,) float64
     cov: torch.Tensor                       # (d, d) float64
-    spatial: tuple|None = None              # mean (m,) and covariance (m, m) of maps
     points: torch.Tensor|None = None        # (N, d) features
     shape: tuple|None = None                # (C, H, W) of the images
     label_counts: list|None = None          # images of each class
@@ -235,7 +234,6 @@ def build_reference(
     extractor: Extractor,  # the feature network, the same in every process
     data,  # the real images, see `Images`
     name: str | None = None,  # for records; None: the data's
-    device: str = "cpu",  # where the network is
     batch_size: int = 500,  # pictures at a time
     max_points: int = 10000,  # features kept for precision and its relatives, a random subset
     progress: bool = False,  # show a bar
@@ -244,12 +242,11 @@ def build_reference(
     "A reference from images."
     keep = torch.zeros(len(data), dtype=torch.bool)
     keep[torch.from_numpy(np.random.default_rng(0).permutation(len(data))[:max_points])] = True
-    got = collect(extractor, data_samples(data), device, batch_size, keep=keep, progress=progress, ranks=ranks)
+    got = collect(extractor, data_samples(data), batch_size, keep, progress, ranks)
     r = None
     if got is not None:
         r = Reference(name or data.name, data.sha256(), extractor.features_id, got.n, got.stats.mean, got.stats.cov)
         r.points, r.shape = got.points, got.shape
-        if got.spatial is not None: r.spatial = got.spatial.mean, got.spatial.cov
         if data.labels is not None: r.label_counts = data.labels.bincount(minlength=data.n_classes).tolist()
         if isinstance(extractor, ClassifierExtractor): r.net = extractor.net
     return ranks.send(r)
@@ -275,7 +272,6 @@ def save(self: Reference, path) -> Path:
     "Write the reference into an .npz file; whole or not at all."
     arrays = {"mean": self.mean, "cov": self.cov}
     if self.points is not None: arrays["points"] = self.points
-    if self.spatial: arrays["spatial_mean"], arrays["spatial_cov"] = self.spatial
     meta = {"format": FORMAT, **{k: vars(self)[k] for k in FACTS}}
     if self.net is not None:
         arrays |= {f"net.{k}": v for k, v in self.net.state_dict().items()}
@@ -294,18 +290,22 @@ def _arrays_hash(arrays):
     return h.hexdigest()
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #618578c9
-def is_reference_file(path: Path) -> bool:
+def is_reference_file(
+    path: Path,  # need not exist
+) -> bool:
     "Is this an npz with statistics, rather than one with images, or nothing?"
     if not (path.is_file() and zipfile.is_zipfile(path)): return False
     return bool({"mu.npy", "mean.npy"} & set(zipfile.ZipFile(path).namelist()))
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #e1656b50
-def read_reference(path) -> Reference:  # own npz, EDM's (mu, sigma) or ADM's (mu, sigma, mu_s, sigma_s, arr_0)
+def read_reference(
+    path,  # our own npz, EDM's (mu, sigma) or ADM's (mu, sigma, arr_0)
+) -> Reference:
     "A reference from a file; `ValueError` if it is damaged or not one."
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no reference at {path}: expected an npz of ctm_nb, EDM (mu, sigma) or ADM (mu, "
-                                "sigma, mu_s, sigma_s, arr_0)")
+                                "sigma, arr_0)")
     try:
         with np.load(path) as z: a = {k: z[k] for k in z.files}
     except Exception as e: raise ValueError(f"{path} can't be read as npz: {e}") from None  # damaged: anything
@@ -322,7 +322,6 @@ def _own_reference(path, a):
     t = {k: torch.from_numpy(v) for k, v in a.items()}
     r = Reference(**{k: meta[k] for k in FACTS}, mean=t["mean"], cov=t["cov"], points=t.get("points"))
     r.shape = tuple(r.shape) if r.shape else None
-    if "spatial_mean" in t: r.spatial = t["spatial_mean"], t["spatial_cov"]
     if "classifier" in meta:
         r.net = FeatureClassifier(**meta["classifier"]).eval()
         r.net.load_state_dict({k[4:]: v for k, v in t.items() if k.startswith("net.")})
@@ -331,15 +330,12 @@ def _own_reference(path, a):
 # %% ../../nbs/5_evaluation/03_reference.ipynb #8b7e9fc1
 def _foreign_reference(path, a):
     "EDM's or ADM's arrays as a reference."
-    def pair(mu, sigma):
-        m, s = torch.from_numpy(a[mu]).double(), torch.from_numpy(a[sigma]).double()
-        if m.ndim != 1 or s.shape != (len(m), len(m)):
-            raise ValueError(f"{path}: {mu} must be (d,) and {sigma} (d, d), got {tuple(m.shape)} and {tuple(s.shape)}")
-        if not (m.isfinite().all() and s.isfinite().all()):
-            raise ValueError(f"{path}: {mu} and {sigma} must be finite, got NaN or infinity")
-        return m, s
-    r = Reference(path.stem, file_hash(path), "inception", None, *pair("mu", "sigma"))
-    if "mu_s" in a and "sigma_s" in a: r.spatial = pair("mu_s", "sigma_s")
+    mean, cov = (torch.from_numpy(a[k]).double() for k in ("mu", "sigma"))
+    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+        raise ValueError(f"{path}: mu must be (d,) and sigma (d, d), got {tuple(mean.shape)} and {tuple(cov.shape)}")
+    if not (mean.isfinite().all() and cov.isfinite().all()):
+        raise ValueError(f"{path}: mu and sigma must be finite, got NaN or infinity")
+    r = Reference(path.stem, file_hash(path), "inception", None, mean, cov)
     if "arr_0" in a:
         x = a["arr_0"]
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3:
@@ -350,12 +346,12 @@ def _foreign_reference(path, a):
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #84853432
 @patch
-def get_points(self: Reference, extractor: Extractor, device: str = "cpu") -> torch.Tensor:  # (N, d)
+def get_points(self: Reference, extractor: Extractor) -> torch.Tensor:  # (N, d)
     "Features of reference images, computed from its images if need be; `ValueError` if the file holds neither."
     if not self.has_points:
         raise ValueError(f"reference {self.name} holds mean and covariance only: precision, recall and kernel distance "
                          "need images; give the data set, or an ADM reference with arr_0")
     if self.points is None:
-        found: Any = collect(extractor, image_samples(self.images), device, 100)  # one process
+        found: Any = collect(extractor, image_samples(self.images), 100)  # one process
         self.points = found.points
     return self.points

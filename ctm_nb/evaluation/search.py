@@ -9,6 +9,7 @@ __all__ = ['SEARCH_SEED', 'search_times', 'confirm', 'beside', 'store_times', 's
 import hashlib, json, math
 from pathlib import Path
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
@@ -43,31 +44,27 @@ def _coordinate_search(score, values: list, n_places: int):
 # %% ../../nbs/5_evaluation/04_search.ipynb #3a826481
 class _Ledger:
     "Scores by times and gamma, on disk after each evaluation."
-    def __init__(self, score, budget: int, path: Path | None = None, settings: dict | None = None, ranks=Ranks()):
-        self.score, self.budget, self.path, self.settings, self.ranks = score, budget, path, settings, ranks
+    def __init__(self, score, budget: int, path: Path | None = None, ranks=Ranks()):
+        self.score, self.budget, self.path, self.ranks = score, budget, path, ranks
         text = path.read_text() if path and path.exists() and ranks.rank == 0 else '{"tries": []}'
         try: self.tries = ranks.send(json.loads(text)["tries"])
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is not the ledger of a search; expected JSON with 'tries'") from None
-        self.known = {self.key(t["times"], t["gamma"]): t["score"] for t in self.tries}
-
-    def key(self, times, gamma): return tuple(round(v, 12) for v in (*times, gamma))
 
 # %% ../../nbs/5_evaluation/04_search.ipynb #35354743
 @patch
 def __call__(self: _Ledger, times: list, gamma: float) -> float:
     "The score, from memory if it is known; StopIteration when the budget is spent."
-    key = self.key(times, gamma)
-    if key in self.known: return self.known[key]
+    for t in self.tries:
+        if np.allclose([*t["times"], t["gamma"]], [*times, gamma], rtol=0, atol=1e-12): return t["score"]
     if len(self.tries) >= self.budget: raise StopIteration
     value = self.ranks.send(self.score(times, gamma))
     if not math.isfinite(value):
         raise FloatingPointError(f"the score of times {times} with gamma={gamma} is {value}; expected a finite number")
-    self.known[key] = value
     self.tries.append({"times": list(times), "gamma": gamma, "score": value})
     if self.path and self.ranks.rank == 0:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.path, json.dumps({"settings": self.settings, "tries": self.tries}, indent=1).encode())
+        atomic_write(self.path, json.dumps({"tries": self.tries}, indent=1).encode())
     return value
 
 # %% ../../nbs/5_evaluation/04_search.ipynb #f3b70dc5
@@ -87,11 +84,18 @@ def search_times(
     Raises ValueError for arguments out of range, FloatingPointError for a score that is not finite."""
     if steps < 1 or budget < 1: raise ValueError(f"steps and budget must be >= 1, got {steps=}, {budget=}")
     if gamma is not None and not 0 <= gamma <= 1: raise ValueError(f"gamma must be in [0, 1], got gamma={gamma}")
-    if not 0 < sigma_min < sigma_max:
-        raise ValueError(f"need 0 < sigma_min < sigma_max, got {sigma_min=}, {sigma_max=}")
     settings = {**(settings or {}), "steps": steps, "gamma": gamma, "range": [sigma_min, sigma_max]}
-    ledger = _Ledger(score, budget, _ledger_file(folder, settings) if folder else None, settings, ranks)
-    _run(ledger, steps - 1, sigma_min, sigma_max, gamma)
+    ledger, free = _Ledger(score, budget, _ledger_file(folder, settings) if folder else None, ranks), steps - 1
+    start = [(i + 1) / steps for i in range(free)] + [0.] * (gamma is None and free > 0)
+    quiet = True if ranks.rank or not folder else None
+    with tqdm(total=budget, desc="search of times", unit=" scores", disable=quiet) as bar:
+        def one(values):
+            share = values[free] if len(values) > free else gamma or 0.
+            value = ledger(_ramp_to_times(values[:free], sigma_min, sigma_max), share)
+            bar.update(len(ledger.tries) - bar.n)
+            return value
+        try: _coordinate_search(one, start, free)
+        except StopIteration: pass
     scores = [t["score"] for t in ledger.tries]
     curve = [min(scores[:i + 1]) for i in range(len(scores))]
     best = min(ledger.tries, key=lambda t: t["score"])
@@ -103,49 +107,48 @@ def _ledger_file(folder: str | Path, settings: dict) -> Path:
     mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return Path(folder) / f"{settings['steps']}-steps-{mark}.json"
 
-# %% ../../nbs/5_evaluation/04_search.ipynb #138790e4
-def _run(ledger, n_places, sigma_min, sigma_max, gamma):
-    "Fill a ledger, with a bar of the scores that were computed."
-    start = [(i + 1) / (n_places + 1) for i in range(n_places)] + [0.] * (gamma is None and n_places > 0)
-    quiet = True if ledger.ranks.rank or not ledger.path else None
-    with tqdm(total=ledger.budget, desc="search of times", unit=" scores", disable=quiet) as bar:
-        def score(values):
-            share = values[n_places] if len(values) > n_places else gamma or 0.
-            value = ledger(_ramp_to_times(values[:n_places], sigma_min, sigma_max), share)
-            bar.update(len(ledger.tries) - bar.n)
-            return value
-        try: _coordinate_search(score, start, n_places)
-        except StopIteration: pass
-
 # %% ../../nbs/5_evaluation/04_search.ipynb #4fdb40fe
 SEARCH_SEED = 10 ** 9  # is added to a seed for the samples that a search scores
 
-def confirm(found: dict, fresh_found: float, fresh_default: float, default: dict) -> dict:  # for `store_times`
-    "What is worth keeping of a search, by scores with fresh noise: the found times, or the default's times and gamma."
+def confirm(
+    found: dict,  # from `search_times`
+    fresh_found: float,  # its score with fresh noise
+    fresh_default: float,  # the default's
+    default: dict,  # its times and gamma
+) -> dict:  # for `store_times`
+    "What is worth keeping of a search, by scores with fresh noise: the found times, or the default's."
     better = fresh_found < fresh_default
     return {**found, **({} if better else default), "kept": "found" if better else "default",
             "fresh": {"default": fresh_default, "found": fresh_found},
             "searched": {k: found[k] for k in ("times", "gamma")}}
 
 # %% ../../nbs/5_evaluation/04_search.ipynb #392810b4
-def beside(checkpoint: str | Path, name: str) -> Path:
-    "Where something of this name that belongs to a run, a checkpoint's folder or its file is stored."
+def beside(
+    checkpoint: str | Path,  # a run, a checkpoint's folder or its file
+    name: str,  # of what belongs to it
+) -> Path:
+    "Where something that belongs to a checkpoint is stored."
     path = Path(checkpoint)
     return path / name if path.is_dir() else path.with_name(f"{path.name}.{name}")
 
 # %% ../../nbs/5_evaluation/04_search.ipynb #4d36a1dd
-def store_times(checkpoint: str | Path, entry: dict, **about) -> Path:  # the file
-    "Keep what `confirm` returned, and about what score; the entry for the same number of steps is replaced."
+def store_times(
+    checkpoint: str | Path,  # see `beside`
+    entry: dict,  # from `confirm`
+    **about,  # what score it was
+) -> Path:  # the file
+    "Keep what a search found; the entry for the same number of steps is replaced."
     path = beside(checkpoint, "times.json")
     stored = json.loads(path.read_text()) if path.exists() else {}
     stored[str(entry["steps"])] = {**about, **{k: v for k, v in entry.items() if k != "steps"}}
     return atomic_write(path, json.dumps(stored, indent=1).encode())
 
 # %% ../../nbs/5_evaluation/04_search.ipynb #7e22b5d8
-def stored_times(checkpoint: str | Path, steps: int | None = None) -> dict:  # with times and gamma
-    """What a search found for a run, its checkpoint's folder or file, and so many jumps (None: the only entry).
-
-    Raises ValueError if there is nothing."""
+def stored_times(
+    checkpoint: str | Path,  # a run, its checkpoint's folder or file
+    steps: int | None = None,  # jumps; None: the only entry
+) -> dict:  # with times and gamma
+    "What a search found; ValueError if there is nothing."
     places = [beside(checkpoint, "times.json")]
     if Path(checkpoint).is_dir(): places.append(Path(checkpoint).resolve().parents[1] / "times.json")  # the run's
     path = next((p for p in places if p.exists()), None)
@@ -159,13 +162,17 @@ def stored_times(checkpoint: str | Path, steps: int | None = None) -> dict:  # w
     return stored[str(steps)]
 
 # %% ../../nbs/5_evaluation/04_search.ipynb #842631c8
-def aligned(rows: list) -> str:
-    "Lists of strings, equally long, as lines of equal columns, the first one flush left."
+def aligned(
+    rows: list,  # of lists of strings, equally long
+) -> str:
+    "Lines of equal columns, the first one flush left."
     width = [max(map(len, column)) for column in zip(*rows)]
     lines = ([row[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(row[1:], width[1:]))] for row in rows)
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
-def search_table(entries: list) -> str:  # from `confirm`
+def search_table(
+    entries: list,  # from `confirm`
+) -> str:
     "The searches, a row each."
     rows = [["steps", "times", "gamma", "searched", "fresh", "default, fresh", "kept"]]
     for e in entries:

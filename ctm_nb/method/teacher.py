@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['preconditioning', 'iddpm_levels', 'noise_condition', 'Model', 'Preconditioned', 'Denoiser', 'edm_loss',
-           'lognormal_sigma']
+           'lognormal_sigma', 'uncertainty_loss']
 
 # %% ../../nbs/1_method/03_teacher.ipynb #a528266a
 import math
@@ -187,3 +187,11 @@ def lognormal_sigma(
 ) -> Tensor:  # (B,) noise levels
     "Training noise levels of EDM: ln sigma is normal.  # EDM Table 1"
     return (mean + std * z).exp()
+
+# %% ../../nbs/1_method/03_teacher.ipynb #45fe0eb9
+def uncertainty_loss(
+    loss: Tensor,  # (B,) of `edm_loss`
+    u: Tensor,  # (B,) logarithm of the loss that is expected at each noise level
+) -> Tensor:  # (B,)
+    "The loss relative to what is expected of it, which is learned too.  # EDM2: log-variance"
+    return loss / u.exp() + u

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEWTON_SCHULZ', 'MOMENTUM', 'ADAM_SHARE', 'TABLES', 'OPTIMIZERS', 'DECAYS', 'orthogonalise', 'Muon',
-           'kernels', 'make_optimizer', 'lr_at', 'set_lr', 'load_optimizer']
+           'make_optimizer', 'lr_at', 'set_lr', 'load_optimizer']
 
 # %% ../../nbs/6_training/04_optimizers.ipynb #106a3864
 import math
@@ -38,7 +38,7 @@ def orthogonalise(
 # %% ../../nbs/6_training/04_optimizers.ipynb #881490e4
 MOMENTUM = .95  # memory of the gradient that is orthogonalised
 ADAM_SHARE = .1  # learning rate of what is no matrix, as a share of the matrices'
-TABLES = ("map_label", "map_augment")  # layers that look a row up
+TABLES = ("map_label", "map_augment", "emb_label")  # layers that look a row up
 
 def _muon_groups(model, lr, last_layer=None):
     "Parameter groups of `Muon`: which are matrices, and at which rate each kind learns."
@@ -102,15 +102,6 @@ def _adam(self: Muon, group: dict, weights: list):
 # %% ../../nbs/6_training/04_optimizers.ipynb #a5efd247
 OPTIMIZERS = {"radam": torch.optim.RAdam, "adamw": partial(torch.optim.AdamW, weight_decay=0.), "muon": Muon}
 
-# %% ../../nbs/6_training/04_optimizers.ipynb #154724e8
-def kernels(
-    name: str,  # a key of OPTIMIZERS
-    device: torch.device,  # of the weights
-) -> dict:  # options of the optimizer
-    "How an optimizer computes on a device."
-    if device.type != "cuda": return {"foreach": True}
-    return {"fused": True} if name == "adamw" else {"foreach": True, "capturable": True}
-
 # %% ../../nbs/6_training/04_optimizers.ipynb #72f2344f
 def make_optimizer(
     name: str,  # a key of OPTIMIZERS
@@ -120,26 +111,28 @@ def make_optimizer(
     last_layer: Tensor | None = None,  # weights of the output layer, which "muon" leaves to AdamW
 ) -> torch.optim.Optimizer:
     "An optimizer by its name, without weight decay."
-    device = next(model.parameters()).device
     params = _muon_groups(model, lr, last_layer) if name == "muon" else model.parameters()
-    return OPTIMIZERS[name](params, lr=lr, betas=betas, **kernels(name, device))
+    how = {"foreach": True}
+    if next(model.parameters()).is_cuda: how = {"fused": True} if name == "adamw" else {**how, "capturable": True}
+    return OPTIMIZERS[name](params, lr=lr, betas=betas, **how)
 
 # %% ../../nbs/6_training/04_optimizers.ipynb #ab04c156
-DECAYS = {
-    "constant": lambda done: 1.,
-    "linear": lambda done: 1 - done,
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+DECAYS = {  # of the share done of what follows the warm-up, and of the steps over `reference`
+    "constant": lambda done, past: 1.,
+    "linear": lambda done, past: 1 - done,
+    "cosine": lambda done, past: (1 + math.cos(math.pi * done)) / 2,
+    "reference": lambda done, past: 1 / math.sqrt(max(past, 1)),  # EDM2
 }
 
 # %% ../../nbs/6_training/04_optimizers.ipynb #ebc1e921
 def lr_at(
-    o: OptimConfig,  # steps, lr, warmup, decay
+    o: OptimConfig,  # steps, lr, warmup, decay, reference
     n: int,  # step within the stage, 0..steps-1
 ) -> float:
-    "Learning rate: a linear warm-up, then constant or down to zero."
+    "Learning rate: a linear warm-up, then constant, down to zero, or falling as 1/sqrt(n)."
     if n < o.warmup: return o.lr * (n + 1) / o.warmup
     done = (n - o.warmup) / max(1, o.steps - o.warmup)
-    return o.lr * DECAYS[o.decay](done)
+    return o.lr * DECAYS[o.decay](done, n / o.reference)
 
 # %% ../../nbs/6_training/04_optimizers.ipynb #fb648e1c
 def set_lr(

@@ -7,9 +7,7 @@ __all__ = ['log', 'EXIT_CODES', 'FORMATS', 'Here', 'join', 'leave', 'Signals', '
            'autocast', 'Scaler', 'prepare', 'compile_networks', 'Guard']
 
 # %% ../../nbs/6_training/03_runtime.ipynb #af006914
-import logging
-import signal
-import threading
+import logging, signal, threading
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta

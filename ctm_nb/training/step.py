@@ -69,4 +69,5 @@ def apply_gradient(
     if not wait or good:
         optimizer.step()
         for ema in emas: ema.update(module)
+        if student: module.net.normalise_weights()
     return {**numbers, "grad_norm" if student else "grad_norm_d": norm, "lr": lr}

@@ -22,7 +22,7 @@ PARTS = {
         ["1_method"],
         "From the probability-flow ODE to a student that jumps along it: derivations that are the library's code.",
     ),
-    "Networks": (["2_networks"], "One U-Net that is DDPM++, NCSN++, ADM and OpenAI's, and its second time input."),
+    "Networks": (["2_networks"], "One U-Net that is DDPM++, NCSN++, ADM and OpenAI's, EDM2's, and their second time."),
     "Explore and experiments": (["8_explore", "9_experiments"], "Sliders over the method, and what was measured."),
     "Data": (["3_data"], "Pictures in and out: any collection, recognised by content."),
     "Checkpoints": (["4_checkpoints"], "Averages, checkpoints that survive a crash, other people's files."),

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-BUFFERS = ("resample_filter", "freqs", "u")
+BUFFERS = ("resample_filter", "freqs", "phases", "u")
 
 
 # ---- writing what EDM writes
@@ -57,6 +57,7 @@ def foreign_names():
 class Persistent(nn.Module):
     "A module that is pickled with its class's name and source text, as EDM's persistent classes are."
     source = "raise SystemExit('module_src was executed')"
+    version = 6
 
     def __init__(self, class_name, args=(), **kwargs):
         super().__init__()
@@ -65,7 +66,7 @@ class Persistent(nn.Module):
     def __reduce__(self):
         state = {k: v for k, v in self.__dict__.items() if k not in ("class_name", "args", "kwargs")}
         state.update(_init_args=self.args, _init_kwargs=EasyDict(self.kwargs))
-        meta = dict(type="class", version=6, module_src=self.source, class_name=self.class_name, state=state)
+        meta = dict(type="class", version=self.version, module_src=self.source, class_name=self.class_name, state=state)
         return _reconstruct_persistent_obj, (EasyDict(meta),)
 
 
@@ -148,6 +149,71 @@ def make_edm_pickle(
     source = f"open({str(canary)!r}, 'w').close()\nraise SystemExit('module_src was executed')"
     Persistent.source = source if not short else source[:30]
     with foreign_names(), open(path, "wb") as f: pickle.dump({**data, **(extra or {})}, f, protocol=protocol)
+    return Path(path)
+
+
+def _edm2_tree(name, state, num_heads):
+    "The modules below one name of an EDM2 network."
+    own = {k: v for k, v in state.items() if "." not in k}
+    parts = {}
+    for k, v in state.items():
+        if "." in k: parts.setdefault(k.partition(".")[0], {})[k.partition(".")[2]] = v
+    layer = "MPFourier" if "freqs" in own else "MPConv" if "weight" in own else "UNet"
+    module = nn.ModuleDict() if name in ("enc", "dec") else Persistent("Block" if "conv_res0" in parts else layer)
+    for k, v in own.items():
+        if k in BUFFERS: module.register_buffer(k, v)
+        else: module.register_parameter(k, nn.Parameter(v, requires_grad=False))
+    for k, v in parts.items(): module._modules[k] = _edm2_tree(k, v, num_heads)
+    if "conv_res0" in parts:
+        for k in ("conv_skip", "attn_qkv", "attn_proj"):
+            if k not in parts: setattr(module, k, None)
+        module.out_channels, module.num_heads = len(parts["conv_res1"]["weight"]), 0
+        if "attn_proj" in parts: module.num_heads = num_heads(len(parts["attn_proj"]["weight"]))
+        module.flavor, module.resample_mode, module.resample_filter, module.dropout = "enc", "keep", [1, 1], 0.
+        module.res_balance, module.attn_balance, module.clip_act = .3, .3, 256
+    if layer == "UNet" and "conv_res0" not in parts and name == "unet":
+        module.label_balance, module.concat_balance = .5, .5
+    if layer == "MPConv": module.out_channels = len(own["weight"])
+    return module
+
+
+def _edm2_encoder(name):
+    "What an EDM2 snapshot holds besides the network."
+    encoder = Persistent(name)
+    if name == "StabilityVAEEncoder":
+        encoder.vae_name, encoder.batch_size, encoder._vae = "stabilityai/sd-vae-ft-mse", 8, None
+        encoder.scale, encoder.bias = np.float32([.12, .11, .13, .15]), np.float32([-.7, -.35, -.02, .33])
+    return encoder
+
+
+def make_edm2_snapshot(
+    path,
+    state,
+    encoder="StandardRGBEncoder",
+    version=6,
+    canary=None,
+    num_heads=lambda channels: channels // 16,
+    **changed,
+):
+    """Write a state dict ("unet.out_gain", ...) as an EDM2 snapshot, and give back its path.
+
+    `encoder` None leaves it out; `num_heads` is a function of a block's channels; `changed` are attributes that every
+    module gets; `canary` as in `make_edm_pickle`."""
+    net = Persistent("Precond", model_channels=32, dropout=0., use_fp16=True, img_resolution=16, img_channels=3)
+    for k, v in dict(img_resolution=16, img_channels=3, use_fp16=True, sigma_data=.5).items(): setattr(net, k, v)
+    for part in ("unet", "logvar_fourier", "logvar_linear"):
+        below = {k.partition(".")[2]: v for k, v in state.items() if k.startswith(f"{part}.")}
+        net._modules[part] = _edm2_tree(part, below, num_heads)
+    for module in net.modules():
+        for k, v in changed.items():
+            if hasattr(module, k): setattr(module, k, v)
+    data = EasyDict(encoder=_edm2_encoder(encoder)) if encoder else EasyDict()
+    data.update(dataset_kwargs=EasyDict(class_name="training.dataset.ImageFolderDataset", use_labels=True),
+                loss_fn=Persistent("EDM2Loss", P_mean=-.8, P_std=1.6, sigma_data=.5), ema=net.eval())
+    Persistent.source, Persistent.version = f"open({str(canary)!r}, 'w').close()\nraise SystemExit('executed')", version
+    try:
+        with foreign_names(), open(path, "wb") as f: pickle.dump(data, f, protocol=4)
+    finally: Persistent.version = 6
     return Path(path)
 
 

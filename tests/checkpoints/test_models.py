@@ -13,7 +13,7 @@ from ctm_nb.method.teacher import Denoiser
 from ctm_nb.method.sampling import sample
 from ctm_nb.checkpoints.models import (
     _foreign_state, _from_state, _infer_network, describe, load, save_model)
-from ctm_nb.networks.unet import FAMILIES, build_network, network_config
+from ctm_nb.networks.families import FAMILIES, build_network, network_config
 from ctm_nb.checkpoints.store import save_checkpoint
 from ctm_nb.method.trajectory import CTM, student_from
 from ctm_nb.training.stages import make_network

@@ -4,7 +4,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -15,32 +14,24 @@ from torch import nn
 from ctm_nb.commands.evaluate import ctm_nb_evaluate
 from ctm_nb.data.images import ImageData, digits
 from ctm_nb.evaluation.evaluate import (METRICS, Evaluator, Request, drawn_samples, extend_scores, _is_checkpoint,
-                                        sampler_settings, text_table)
+                                        _sampler_settings, text_table)
 from ctm_nb.evaluation.features import (ClassifierExtractor, InceptionExtractor, load_extractor, _resize_clean,
-                                        _resize_tf1, _spatial_features)
+                                        _resize_tf1)
 from ctm_nb.evaluation.metrics import (FeatureStats, _distance_blocks, frechet_distance,
                                        kernel_distance, _polynomial_mmd, precision_recall, train_classifier)
-from ctm_nb.evaluation.reference import (image_samples, build_reference, collect, data_samples, open_samples,
-                                         read_reference)
+from ctm_nb.evaluation.reference import (_arrays_hash, image_samples, build_reference, collect, data_samples,
+                                         open_samples, read_reference)
 
 rng = np.random.default_rng(0)
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
-
-
-class Block(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.conv, self.rest = nn.Conv2d(4, 8, 3, 2), nn.Conv2d(8, dim, 3, 5)
-
-    def forward(self, x): return self.rest(self.conv(x).relu()).relu()
 
 
 class StandIn(nn.Module):
     "The joints of inception-2015-12-05.pt, with random weights."
     def __init__(self, dim=2048):
         super().__init__()
-        self.layers = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 5, 8), mixed_6=Block(dim),
-                                                pool2=nn.AdaptiveAvgPool2d(1)))
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 5, 8), nn.Conv2d(4, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, dim, 3, 5),
+                                    nn.ReLU(), nn.AdaptiveAvgPool2d(1))
         self.output = nn.Linear(dim, 5)
 
     def forward(self, img: torch.Tensor, return_features: bool = False):
@@ -143,17 +134,12 @@ def test_inception_by_both_ways(weights):
     a, b = load_extractor("inception", weights), load_extractor("cleanfid", weights)
     f = a(x)
     assert torch.allclose(f.pooled, a.net(x.expand(-1, 3, -1, -1), return_features=True), atol=1e-4)
-    assert f.spatial.shape[1] == 7 * 18 * 18 and a.features_id.split("-")[1] == b.features_id.split("-")[1]
+    assert a.features_id.split("-")[1] == b.features_id.split("-")[1]
     assert a.features_id != b.features_id
     logits = f.pooled @ a.net.output.weight.T  # the inception score's probabilities have no bias
     assert torch.allclose(f.probs, logits.double().softmax(1), atol=1e-6)
     direct = b.net.layers((_resize_clean(x).expand(-1, 3, -1, -1) - 128) / 128).flatten(1)
-    assert torch.allclose(b(x).pooled, direct, atol=1e-4) and b.family == "cleanfid"
-
-
-def test_spatial_features_go_by_rows_columns_channels():
-    m = torch.arange(2. * 9 * 3 * 4).view(2, 9, 3, 4)
-    assert torch.equal(_spatial_features(m), torch.from_numpy(m.numpy().transpose(0, 2, 3, 1)[..., :7].reshape(2, -1)))
+    assert torch.allclose(b(x).pooled, direct, atol=1e-4)
 
 
 @pytest.mark.parametrize("name, message", [("inception", "Inception's weights are missing.*download https"),
@@ -176,22 +162,16 @@ def test_missing_weights_offline(tmp_path, monkeypatch):
 
 def test_another_network_in_inceptions_place_is_refused(tmp_path):
     torch.jit.script(nn.Linear(2, 3)).save(tmp_path / "inception-2015-12-05.pt")
-    with pytest.raises(ValueError, match="layers.mixed_6 and output"): load_extractor("inception", tmp_path)
-    with pytest.raises(ValueError, match="layers.mixed_6 and output"): load_extractor("cleanfid", tmp_path)
+    with pytest.raises(ValueError, match="with layers and output"): load_extractor("inception", tmp_path)
+    with pytest.raises(ValueError, match="with layers and output"): load_extractor("cleanfid", tmp_path)
     (tmp_path / "inception-2015-12-05.pt").write_bytes(b"no")
     with pytest.raises(ValueError, match="can't be read as TorchScript"): load_extractor("inception", tmp_path)
 
 
-def test_torchscript_and_timm(tmp_path):
-    torch.jit.script(nn.Conv2d(3, 9, 3)).save(tmp_path / "c.pt")
-    f = load_extractor(str(tmp_path / "c.pt"))
-    x = digits("held_out").images[:2]
-    assert torch.allclose(f(x).pooled, f.net(x.expand(-1, 3, -1, -1).float() / 127.5 - 1).mean((2, 3)))
-    assert f.features_id.startswith("torchscript:c-")
-    torch.jit.script(nn.Linear(2, 3)).save(tmp_path / "l.pt")
-    with pytest.raises(ValueError, match=r"torchscript:l-.* must take pictures \(2, 3, 8, 8\)"):
-        load_extractor(str(tmp_path / "l.pt"))(x)
-    timm = pytest.importorskip("timm")
+def test_timm(tmp_path):
+    timm, x = pytest.importorskip("timm"), digits("held_out").images[:2]
+    torch.jit.script(nn.Conv2d(3, 9, 3)).save(tmp_path / "c.pt")  # somebody's own code is not run
+    with pytest.raises(ValueError, match="lite0 or timm:NAME, got '.*c.pt'"): load_extractor(str(tmp_path / "c.pt"))
     net = timm.create_model("resnet10t", pretrained=False)
     torch.save(net.state_dict(), tmp_path / "resnet10t.pth")
     out = load_extractor("timm:resnet10t", tmp_path)(x)
@@ -254,6 +234,10 @@ def test_reference_survives_and_damage_is_seen(net, ref_file, tmp_path):
     with pytest.raises(ValueError, match="is damaged"): read_reference(tmp_path / "bent.npz")
     with pytest.raises(ValueError, match="can't be compared"): r.check("inception-0")
     with pytest.raises(ValueError, match="8 x 8.*got 9 x 9"): r.check(r.features, (1, 9, 9))
+    meta = json.loads(str(a.pop("meta")))  # an older file holds statistics of maps, too
+    a |= {"spatial_mean": np.zeros(7), "spatial_cov": np.eye(7)}
+    np.savez(tmp_path / "old.npz", meta=json.dumps(meta | {"arrays_sha256": _arrays_hash(a)}), **a)
+    assert torch.equal(read_reference(tmp_path / "old.npz").cov, r.cov)
 
 
 def test_reference_of_images_that_stay_on_disk(net, tmp_path, monkeypatch):
@@ -276,13 +260,12 @@ def test_foreign_references(tmp_path):
     got = collect(e, image_samples(x))
     stats = dict(mu=got.stats.mean.numpy(), sigma=got.stats.cov.numpy())
     np.savez(tmp_path / "edm.npz", **stats)
-    np.savez(tmp_path / "adm.npz", **stats, mu_s=got.spatial.mean, sigma_s=got.spatial.cov,
-             arr_0=x.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy())
+    maps = dict(mu_s=np.zeros(7), sigma_s=np.eye(7))  # for sFID; not read
+    np.savez(tmp_path / "adm.npz", **stats, **maps, arr_0=x.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy())
     edm, adm = read_reference(tmp_path / "edm.npz"), read_reference(tmp_path / "adm.npz")
     with pytest.warns(RuntimeWarning, match="samples: 30 images"): values = Evaluator(adm, e).score(got, ["fid", "pr"])
     assert values == {"fid": pytest.approx(0, abs=1e-5), "precision": 1, "recall": 1}
     with pytest.raises(ValueError, match="mean and covariance only"): Evaluator(edm, e).score(got, ["pr"])
-    with pytest.raises(ValueError, match="reference edm lacks"): Evaluator(edm, e).score(got, ["sfid"])
     with pytest.raises(ValueError, match="can't be compared"): edm.check("cleanfid-0")
     np.savez(tmp_path / "bad.npz", mu=stats["mu"], sigma=stats["sigma"][:5])
     with pytest.raises(ValueError, match=r"mu must be \(d,\) and sigma"): read_reference(tmp_path / "bad.npz")
@@ -308,7 +291,7 @@ def test_scores_grow_and_replace(tmp_path):
 def test_samples_are_scored_and_recorded(npz, ref_file, tmp_path, capsys):
     d, out = digits("train"), tmp_path / "scores.json"
     ctm_nb_evaluate([str(npz(n=300, y=d.labels[:300].numpy())), "--ref", str(ref_file), "--metrics",
-                     "fid,sfid,is,pr,kid,acc", "--out", str(out), "-n", "250"])
+                     "fid,is,pr,kid,acc", "--out", str(out), "-n", "250"])
     rows = {r["metric"]: r for r in json.loads(out.read_text())}
     r = read_reference(ref_file)
     net = ClassifierExtractor(r.net)
@@ -363,7 +346,7 @@ def test_scores_say_how_samples_became_bytes(tmp_path):
     "The run's configuration decides, a flag overrules it; the published presets truncate."
     from ctm_nb.checkpoints.models import describe
     from ctm_nb.checkpoints.store import save_checkpoint
-    from ctm_nb.commands.evaluate import evaluate_parser, request_of
+    from ctm_nb.commands.evaluate import evaluate_parser, _request_of
     from ctm_nb.data.images import to_uint8
     from ctm_nb.evaluation.draw import draw_samples
     from ctm_nb.evaluation.evaluate import evaluate, open_subject
@@ -375,7 +358,7 @@ def test_scores_say_how_samples_became_bytes(tmp_path):
     meta = {"models": {"ctm": {"part": "ctm", "description": describe(m)}},
             "config": {"evaluate": {"bytes": "truncate"}}}
     save_checkpoint(tmp_path / "run" / "checkpoints", 1, {"ctm": m.state_dict()}, {}, meta)
-    ask = lambda *more: request_of(evaluate_parser().parse_args(
+    ask = lambda *more: _request_of(evaluate_parser().parse_args(
         [str(tmp_path / "run"), "--ref", "digits", "--metrics", "fid", "-n", "60", "--steps", "1", *more]))
     assert [r["sampler"]["bytes"] for r in evaluate(ask())[0]] == ["truncate"]
     assert open_subject(ask("--bytes", "round")).bytes == "round"
@@ -405,8 +388,8 @@ def test_drawing_in_batches_is_drawing_at_once():
     whole = ((sample(m, 10, y=y, seed=5, **sampler) + 1) * 127.5).round().clamp(0, 255)
     assert (torch.cat([x for x, _ in parts]).float() - whole).abs().max() <= 1
     request = Request("", "", solver="ctm,heun", steps=[1, 2], gammas=[0., 1.])
-    assert len(sampler_settings(request, m)) == 5 and not _is_checkpoint("nothing.npz")
-    assert set(METRICS) >= {"fid", "sfid", "is", "pr", "kid"}
+    assert len(_sampler_settings(request, m)) == 5 and not _is_checkpoint("nothing.npz")
+    assert set(METRICS) >= {"fid", "is", "pr", "kid"}
 
 
 def test_a_run_s_reference_is_read_as_the_run_read_its_images(tmp_path, monkeypatch):

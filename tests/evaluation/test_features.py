@@ -140,7 +140,7 @@ def test_lite0_takes_the_tensors_in_their_order(tmp_path, monkeypatch):
     assert len(renamed(net)) == 296 and found.features_id == f"lite0-{features.file_hash(path)[:12]}"
     for a, b in zip(found.net.state_dict().values(), net.state_dict().values(), strict=True): assert torch.equal(a, b)
     seen = found(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
-    assert (seen.pooled.shape, seen.probs.shape, seen.spatial.shape) == ((2, 1280), (2, 1000), (2, 7 * 7 * 7))
+    assert (seen.pooled.shape, seen.probs.shape) == ((2, 1280), (2, 1000))
     assert load_extractor("lite0", tmp_path).features_id == found.features_id
     for a, b in zip(TimmFeatures("lite0", tmp_path).net.parameters(), net.parameters()): assert torch.equal(a, b)
 
@@ -193,24 +193,24 @@ def test_lite0_knows_pictures_of_cifar():
 def test_lpips_is_a_distance(channels, size, B):
     pytest.importorskip("lpips")
     torch.manual_seed(0)
-    check(LPIPSDistance(net="squeeze", random=True, size=48), channels, size, B)
+    check(LPIPSDistance(random=True, size=48), channels, size, B)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_lpips_reads_torchvisions_file_and_is_the_packages_number(tmp_path, monkeypatch):
     models = pytest.importorskip("torchvision.models")
     torch.manual_seed(1)
-    state = models.squeezenet1_1(weights=None).state_dict()
-    torch.save(state, tmp_path / "squeezenet1_1-b8a52dc0.pth")
-    d = LPIPSDistance(tmp_path, net="squeeze", size=64)
+    state = {f"features.{k}": v for k, v in models.vgg16(weights=None).features.state_dict().items()}
+    torch.save(state, tmp_path / "vgg16-397923af.pth")
+    d = LPIPSDistance(tmp_path, size=64)
     named = dict(d.net.net.named_parameters())
     assert torch.equal(d.net.net.slice1[0].weight, state["features.0.weight"])
-    assert torch.equal(named["slice7.12.expand3x3.weight"], state["features.12.expand3x3.weight"])
+    assert torch.equal(named["slice5.28.weight"], state["features.28.weight"])
     monkeypatch.setenv("CTM_NB_LPIPS", str(tmp_path))
     a, b = torch.randn(2, 2, 3, 16, 16).tanh()
     big = lambda x: F.interpolate(x, size=(64, 64), mode="bilinear")
     theirs = d.net(big(a), big(b)).flatten()
-    torch.testing.assert_close(LPIPSDistance(net="squeeze", size=64)(a, b), theirs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(LPIPSDistance(size=64)(a, b), theirs, rtol=1e-4, atol=1e-6)
     assert not any(p.requires_grad for p in d.net.parameters())
     seen = []
     d.net.net.register_forward_pre_hook(lambda m, i: seen.append(tuple(i[0].shape)))
@@ -262,10 +262,9 @@ def test_missing_lpips_is_reported_at_once(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=message): LPIPSDistance()
     monkeypatch.setenv("CTM_NB_LPIPS", str(tmp_path / "mine"))
     with pytest.raises(ValueError, match="mine has none"): LPIPSDistance()
-    with pytest.raises(ValueError, match="vgg, alex, squeeze"): LPIPSDistance(net="resnet")
     assert time.monotonic() - started < 5
     (tmp_path / "vgg16-x.pth").touch()
-    assert backbone_file("vgg", tmp_path).name == "vgg16-x.pth"
+    assert backbone_file(tmp_path).name == "vgg16-x.pth"
     def absent(name): raise ImportError(f"No module named {name!r}")
     monkeypatch.setattr(features.importlib, "import_module", absent)
     with pytest.raises(ValueError, match="needs the package lpips"): LPIPSDistance(random=True)

@@ -76,7 +76,7 @@ def merged_in_a_group(x):
     with process_group() as ranks:
         part = ranks.part_of(len(x))
         mine = torch.from_numpy(x[part.start:part.stop])
-        got = Collected(len(mine), FeatureStats(x.shape[1]).update(mine) if len(mine) else None, None, mine, None, None,
+        got = Collected(len(mine), FeatureStats(x.shape[1]).update(mine) if len(mine) else None, mine, None, None,
                         (1, 8, 8))
         parts, whole = ranks.gather(got), FeatureStats(x.shape[1]).update(x)
         if ranks.rank: assert parts is None
@@ -110,7 +110,7 @@ def test_joined_needs_images_that_differ(ref):
 
 
 def test_two_processes_score_as_one(run, ref, tmp_path, capfd):
-    words = (run, "--ref", ref, "--metrics", "fid,sfid,is,pr,acc", "--steps", "1,2", "--gamma", "0.5", "-n", 71,
+    words = (run, "--ref", ref, "--metrics", "fid,is,pr,acc", "--steps", "1,2", "--gamma", "0.5", "-n", 71,
              "--batch", 20, "--device", "cpu", "--out")
     command(*words, tmp_path / "one.json")
     capfd.readouterr()
@@ -216,7 +216,7 @@ def test_other_settings_are_other_ledgers(tmp_path):
 
 @pytest.mark.parametrize("words, message", [(["--search", "--steps", "1"], "--steps >= 2"),
                                             (["--search", "--gamma", "0,0.5"], "one --gamma"),
-                                            (["--search", "--metrics", "pr"], "fid, sfid, kid, got 'pr'"),
+                                            (["--search", "--metrics", "pr"], "fid, kid, got 'pr'"),
                                             (["--search", "--tries", "1"], "--tries must be >= 2, got 1"),
                                             (["--search", "--solver", "heun"], "got heun"),
                                             (["--search", "--which", "teacher"], "a teacher"),

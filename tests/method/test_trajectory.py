@@ -9,7 +9,8 @@ from ctm_nb.method.flow import toy_mixture
 from ctm_nb.method.guidance import guide_free
 from ctm_nb.method.teacher import Denoiser
 from ctm_nb.method.trajectory import is_ctm, student_from
-from ctm_nb.networks.unet import ADM, MLP, DDPMpp, NCSNpp, OpenAIUNet, network_config
+from ctm_nb.networks.families import network_config
+from ctm_nb.networks.unet import ADM, MLP, DDPMpp, NCSNpp, OpenAIUNet
 
 SMALL = dict(model_channels=8, channel_mult=(1, 2), n_blocks=1, attention=(4,))
 WIDE = dict(model_channels=16, channel_mult=(1, 2), n_blocks=1, attention=(4,), channels_per_head=8)

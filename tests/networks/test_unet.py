@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from ctm_nb.networks.unet import ADM, DDPMpp, MLP, NCSNpp, OpenAIUNet, build_network, openai_names
+from ctm_nb.networks.families import build_network
+from ctm_nb.networks.unet import ADM, DDPMpp, MLP, NCSNpp, OpenAIUNet, openai_names
 
 SMALL = dict(model_channels=8, channel_mult=(1, 2), n_blocks=1, attention=(4,))
 IMAGE_FAMILIES = [DDPMpp, NCSNpp, ADM, OpenAIUNet]

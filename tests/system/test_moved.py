@@ -18,9 +18,9 @@ HELD = dict(word.split("=") for word in (
     "state=EMA depickle=ForeignFileError edm_pickle=read_legacy foreign=sniff download=DownloadError "
     "hub=catalogue_table interchange=load metrics=frechet_distance similarity=kernel_distance "
     "extractors=Extractor references=read_reference evaluation=score classifier=draw_samples "
-    "containers=write_npz search=search_times tuning=search_times draw=draw_samples shares=Ranks "
-    "ways=Request sides=find_reference likelihood=ode_bits scoring=evaluate auto=choose config=make_config "
-    "precision=choose_precision processes=join signals=Signals guards=Guard resume=changes "
+    "containers=WRITERS search=search_times tuning=search_times draw=draw_samples shares=Ranks "
+    "ways=Request sides=Evaluator likelihood=ode_bits scoring=evaluate auto=choose config=make_config "
+    "precision=choose_precision processes=join signals=Signals guards=Guard resume=check_changes "
     "judge=no_scores_because stages=make_network update=apply_gradient engine=open_images "
     "training=Trainer history=read_run report=write_report watch=follow scale=memory cli=ctm_nb_train "
     "cli_sample=ctm_nb_sample cli_evaluate=ctm_nb_evaluate cli_data=ctm_nb_data "
@@ -57,7 +57,7 @@ def test_three_modules_go_on_working(old, monkeypatch):
     "room, name",
     [
         ("data", "to_uint8"),
-        ("networks", "build_network"),
+        ("networks", "DDPMpp"),
         ("training", "Trainer"),
         ("evaluation", "score"),
         ("commands", "overview"),
@@ -78,6 +78,12 @@ def test_a_room_imports_nothing_else(room):
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
         == "[] False"
     )
+
+
+def test_what_has_moved_on_is_offered_by_its_room():
+    from ctm_nb.networks import build_network
+    from ctm_nb.networks.families import build_network as here
+    assert build_network is here
 
 
 def test_load_and_sample_are_offered_by_the_package_and_by_their_rooms():

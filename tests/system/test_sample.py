@@ -15,7 +15,7 @@ from PIL import Image
 
 from ctm_nb.evaluation import draw
 from ctm_nb.commands.sample import ctm_nb_sample
-from ctm_nb.evaluation.draw import (Drawer, draw_parts, draw_samples, drawer_of, make_recipe, missing_parts,
+from ctm_nb.evaluation.draw import (Drawer, _draw_parts, draw_samples, _drawer_of, make_recipe, _missing_parts,
                                     _open_parts, _with_parts)
 from ctm_nb.checkpoints.models import load
 from ctm_nb.evaluation.reference import Ranks
@@ -87,8 +87,8 @@ def test_ranks_of_torchrun_share_the_work(run, tmp_path):
     m = load(run)
     plan = _with_parts(make_recipe(m, run, 70, gamma=.2, times="80,1"), m)
     folder = _open_parts(tmp_path / "z", plan)
-    draw_parts(drawer_of(m, plan), plan, folder, Ranks(1, 2))
-    assert missing_parts(folder, plan) == [0, 2, 4, 6, 8]
+    _draw_parts(_drawer_of(m, plan), plan, folder, Ranks(1, 2))
+    assert _missing_parts(folder, plan) == [0, 2, 4, 6, 8]
     draw_samples(run, tmp_path / "z", 70, device="cpu", gamma=.2, times="80,1")
     assert not folder.exists() and {p.parent.name for p in (tmp_path / "z").rglob("*.png")} == {"cat", "dog", "cow"}
     assert len(list((tmp_path / "z").rglob("*.png"))) == 70

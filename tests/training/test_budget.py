@@ -13,7 +13,7 @@ from runs import assert_same, newest
 
 import ctm_nb.training.budget as module
 from ctm_nb.commands.train import ctm_nb_train
-from ctm_nb.training.budget import SCORES, BudgetTrainer, Speed, _fit_scores, budget, recipe
+from ctm_nb.training.budget import SCORES, BudgetTrainer, Speed, _fit_scores, budget, recipe, work
 from ctm_nb.training.config import make_config
 from ctm_nb.training.runtime import Signals
 from ctm_nb.training.trainer import Trainer, open_images
@@ -76,6 +76,18 @@ def test_it_ends_in_time_on_any_machine(tmp_path, factor):
     assert .4 < teacher / t.clock.now < .7  # about half of the time
 
 
+def test_bursts_of_solving_do_not_mislead(tmp_path, monkeypatch):
+    costs = {"teacher": 1., "trajectories": 1., "soft": 3., "solve": 8., "ctm_dsm": 2.6}
+    monkeypatch.setattr(module, "measure", lambda *_: SPEED._replace(step=costs))
+    words, clock = [*WORDS, "distill.phases=trajectories:.6,soft:.4"], Clock(real=False)
+    t = BudgetTrainer(planned(tmp_path / "r", 20., words), tmp_path / "r", began=0., clock=clock)
+    clock.factor = lambda step: work(t.config, costs, step, step + 1) / SPEED.step[t.now.name]
+    t.run("ctm_dsm")
+    assert abs(clock.now + SPEED.end - 1200) <= 24 and t.slow == pytest.approx(1)
+    planned_, *later = (np.array(row[1:3]) for row in t.about["steps"])
+    assert len(later) > 3 and all(abs(row - planned_).max() <= .06 * planned_.max() for row in later)
+
+
 def test_rates_warm_ups_and_checkpoints_follow_the_steps(tmp_path):
     c = planned(tmp_path / "r", 60, [])
     assert c.teacher.ema == round(1 - 10 / c.teacher.steps, 5) and c.distill.target_ema == .99
@@ -88,6 +100,7 @@ def test_rates_warm_ups_and_checkpoints_follow_the_steps(tmp_path):
 def test_recipe_by_length():
     assert "distill.phases=" in recipe(60) and "distill.phases=trajectories:.6,soft:.4" in recipe(1800)
     for seconds in (60, 1800): make_config("digits", recipe(seconds))
+    assert make_config("digits", ["teacher.source=none", *recipe(60, False), "distill.phases=dsm:.5,soft:.5"])
 
 
 def test_scores_take_a_tenth_at_most(tmp_path, monkeypatch):

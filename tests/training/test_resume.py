@@ -18,7 +18,7 @@ from runs import COMMAND, ENV, assert_same, compute_alike, newest
 import ctm_nb.training.trainer as training
 from ctm_nb.checkpoints.store import CheckpointError, save_checkpoint
 from ctm_nb.training.config import make_config
-from ctm_nb.training.trainer import Trainer, changes
+from ctm_nb.training.trainer import Trainer, _changes
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["teacher.steps=8", "distill.steps=6", "teacher.batch=8", "distill.batch=8", "run.save_every=4",
@@ -199,8 +199,8 @@ def test_the_precision_stays_and_its_word_may_change(tmp_path):
     message = "was trained in fp32, and run.precision=bf16 means bf16 here; --set run.precision=fp32 continues it"
     with pytest.raises(ValueError, match=message): start(tmp_path / "a", "run.precision=bf16")
     assert start(tmp_path / "a", "run.precision=fp32").step == 3
-    from ctm_nb.commands.train import place
-    said = [place(make_config("tiny", [*TINY, f"run.precision={p}"]), tmp_path / "a") for p in ("bf16", "fp32")]
+    from ctm_nb.commands.train import _place
+    said = [_place(make_config("tiny", [*TINY, f"run.precision={p}"]), tmp_path / "a") for p in ("bf16", "fp32")]
     assert said[0].startswith("refused") and "trained in fp32" in said[0]
     assert said[1].startswith("continues the run there from step 3")
 
@@ -208,9 +208,9 @@ def test_the_precision_stays_and_its_word_may_change(tmp_path):
 def test_a_setting_that_a_new_version_adds_counts_as_its_default():
     new, old = (asdict(make_config("tiny", TINY)) for _ in range(2))
     del old["data"]["use_labels"], old["distill"]["label_dropout"]
-    assert changes(old, new, 20) == ([], [])
+    assert _changes(old, new, 20) == ([], [])
     labels = {**new, "data": {**new["data"], "use_labels": False}}
-    assert changes(old, labels, 20)[1] == ["data.use_labels: True -> False"]
+    assert _changes(old, labels, 20)[1] == ["data.use_labels: True -> False"]
 
 
 def test_a_run_of_another_version_goes_on_without_the_settings_that_are_gone(tmp_path, caplog):
@@ -219,7 +219,7 @@ def test_a_run_of_another_version_goes_on_without_the_settings_that_are_gone(tmp
     gone = {"distill": dict(solver="dpm", pairs=4, spacing="curved"), "gan": dict(r1=.5), "run": dict(score_every=10)}
     older = {k: {**v, **gone.get(k, {})} for k, v in new.items()}
     said = "no longer a setting, ignored: distill.pairs=4, distill.spacing=curved, gan.r1=0.5, run.score_every=10"
-    assert new["distill"]["solver"] == "dpmpp_2m" and changes(older, new, 11) == ([said], [])
+    assert new["distill"]["solver"] == "dpmpp_2m" and _changes(older, new, 11) == ([said], [])
     straight, old = walk(start(tmp_path / "b"), 14), start(tmp_path / "a")
     walk(old, 11)
     c = newest(tmp_path / "a")
