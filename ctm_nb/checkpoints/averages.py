@@ -51,8 +51,8 @@ class Profile(EMA):
 
 # %% ../../nbs/4_checkpoints/06_averages.ipynb #fa7082ec
 def inner_product(
-    t_a: np.ndarray, gamma_a: np.ndarray,  # times > 0 and exponents of some profiles
-    t_b: np.ndarray, gamma_b: np.ndarray,  # of others; shapes broadcast
+    t_a: np.ndarray | float, gamma_a: np.ndarray | float,  # times > 0 and exponents of some profiles
+    t_b: np.ndarray | float, gamma_b: np.ndarray | float,  # of others; shapes broadcast
 ) -> np.ndarray:
     "Integral of the product of two profiles.  # EDM2: inner product of profiles"
     earlier, later = np.minimum(t_a, t_b), np.maximum(t_a, t_b)

@@ -6,8 +6,7 @@
 __all__ = ['ARCHITECTURE', 'convert_parser', 'ctm_nb_convert']
 
 # %% ../../nbs/7_commands/05_convert.ipynb #fe1864ac
-import json
-import logging
+import json, logging
 from pathlib import Path
 
 from .flags import Parser, one_line_errors
@@ -68,5 +67,3 @@ def ctm_nb_convert(
         print(m.about)
         ours = load_checkpoint(find_checkpoint(a.source), parts=[]).meta if Path(a.source).is_dir() else {}
         if to: print(f"written: {save_model(m, to, ours.get('config'), a.overwrite)}")
-
-if __name__ == "__main__" and "__file__" in globals(): ctm_nb_convert()  # python -m, torchrun -m

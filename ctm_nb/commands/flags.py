@@ -6,12 +6,7 @@
 __all__ = ['BAD', 'FAILED', 'one_line_errors', 'Parser', 'ranged', 'draw_flags']
 
 # %% ../../nbs/7_commands/00_flags.ipynb #25ad10ef
-import argparse
-import logging
-import os
-import re
-import sys
-import warnings
+import argparse, logging, os, re, sys, warnings
 from contextlib import contextmanager
 
 from .. import __version__
@@ -95,6 +90,8 @@ def draw_flags(
         "with noise) (default: ctm; for a teacher heun)")
     add("--which", metavar="MODEL",
         help="which model of a run: ctm, teacher, or another EMA, ctm-0.9999 (default: the student if there is one)")
+    add("--bytes", choices=("round", "truncate"), help="how samples become bytes: the nearest, or the one below "
+        "as in the published code (default: as the run's configuration says; round)")
     add("--guidance", type=float, metavar="W", help="scale of guidance, which doubles the evaluations: by labels, for "
         "models trained with some of them dropped, or with --guide by another model")
     add("--guide", metavar="PATH", help="for that: a worse model, an earlier or smaller one of the same pictures; the "

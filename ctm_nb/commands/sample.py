@@ -26,11 +26,6 @@ def sample_parser() -> Parser:
     draw_flags(add)
     add("--classes", default="all", metavar="CLASSES",
         help="names or indices, e.g. cat,dog or 0,1; all: every class in turn; none: without label (default: all)")
-    add("--reject", type=float, metavar="RATIO",
-        help="draw RATIO times as many, keep those of each class that the classifier likes best")
-    add("--classifier", metavar="REF", help="for that: a reference of ctm_nb_evaluate --features train --save-ref")
-    add("--bytes", choices=("round", "truncate"), help="how samples become bytes: the nearest, or the one below "
-        "as in the published code (default: as the run's configuration says; round)")
     add("--batch-size", type=ranged(1), metavar="B", help="samples at a time (default: as many as memory allows)")
     add("--overwrite", action="store_true", help="replace OUT")
     return p
@@ -48,14 +43,11 @@ def ctm_nb_sample(
         recipe = draw_samples(**a)
         if os.environ.get("RANK", "0") == "0": print(_summary(out, recipe))
 
-if __name__ == "__main__" and "__file__" in globals(): ctm_nb_sample()  # python -m, torchrun -m
-
 # %% ../../nbs/7_commands/02_sample.ipynb #19fbad84
 def _summary(out, r):
     "What was drawn, in a line; `r` is the recipe."
     plural = lambda n, what: f"{n} {what}{'s' * (n > 1)}"
     stops = ", ".join(f"{t:.4g}" for t in r["times"][:6]) + (", ..." if len(r["times"]) > 6 else "")
     how = f"gamma {r['gamma']:g}" if r["solver"] == "ctm" else f"solver {r['solver']}"
-    kept = f" kept of {r['draws']}" if r["reject"] else ""
-    return (f"{out}: {plural(r['n'], 'sample')}{kept}, {plural(r['evaluations'], 'evaluation')} each, {how}, "
+    return (f"{out}: {plural(r['n'], 'sample')}, {plural(r['evaluations'], 'evaluation')} each, {how}, "
             f"times {stops}, seed {r['seed']}")
