@@ -406,7 +406,8 @@ def load(
     except ValueError as e: raise e if str(e).startswith(str(path)) else ValueError(f"{path}: {e}") from None
     known = entry.kind if entry else "cm" if _is_consistency_model(name, m, format) else None
     if known == "cm" and which == "teacher":
-        raise ValueError(f'{path}: a consistency model by its name, not a teacher; which="cm" loads it as a denoiser')
+        raise ValueError(f'{path}: a consistency model by its name, not a teacher; which="cm" loads it as a denoiser, '
+                         "and a file that ctm_nb_convert makes of it is one, --teacher takes it")
     m.about = f"{path}: {format}, {_what_it_is(m, format, known, architecture)}"
     log.info(m.about)
     return m.to(device).eval().requires_grad_(False)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from ..data.convert import png, write_edm_zip
+from ..data.convert import folder_names, png, write_edm_zip
 from ..data.files import atomic_write, publish, temp_name
 from ..data.images import BYTES, named_grid, to_uint8
 from ..method.guidance import autoguide, guide_free
@@ -46,9 +46,8 @@ def _write_zip(path: Path, images: np.ndarray, labels: np.ndarray | None, recipe
 # %% ../../nbs/5_evaluation/05_draw.ipynb #1c61d561
 def _write_tree(path: Path, images: np.ndarray, labels: np.ndarray | None, recipe: dict):
     "A folder of PNGs, one sub-folder a class."
-    folders = ["." if labels is None else "unlabelled"] * len(images)
-    for i, y in enumerate([] if labels is None else labels):
-        if y >= 0: folders[i] = recipe["class_names"][y].replace("/", "_")
+    names = folder_names([*recipe["class_names"], "unlabelled"])  # the last is class -1
+    folders = ["."] * len(images) if labels is None else [names[y] for y in labels]
     for name in {".", *folders}: (path / name).mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images): (path / folders[i] / f"{i:06d}.png").write_bytes(png(image, 6))
     (path / "sampler.json").write_text(json.dumps(recipe, indent=1))
@@ -79,7 +78,7 @@ def _read_recipe(out: Path) -> dict | None:  # None if there is none in it
     try:
         if out.is_dir(): return json.loads((out / "sampler.json").read_text())
         if out.suffix == ".npz": return json.loads(str(np.load(out)["sampler"]))
-        if out.suffix == ".png": return json.loads(Image.open(out).info["sampler"])
+        if out.suffix == ".png": return json.loads(Image.open(out, formats=["PNG"]).info["sampler"])
         with zipfile.ZipFile(out) as z: return json.loads(z.read("sampler.json"))
     except (OSError, KeyError, ValueError, AttributeError, zipfile.BadZipFile): return None
 

@@ -132,7 +132,7 @@ class DistillConfig(OptimConfig):
 class GanConfig(OptimConfig):
     "CTM + DSM + GAN, on top of a student; the settings of CTM + DSM stay as they are under `distill`."
     steps: int = need(0, NOT_NEGATIVE)  # of student and discriminator together, they take turns; 0: no such stage
-    init: str = need("ema", one_of("ema", "raw"))  # "raw": as published, weights, optimizer and EMAs of the run go on
+    init: str = need("ema", one_of("ema", "raw"))  # "raw": as published, with optimizer and EMAs (a file has none)
     K: int | None = need(None, AT_LEAST_1)  # longest solver interval in this stage; None: as in distill
     features: str = "teacher"  # feature networks: "teacher" and names of timm's networks, with commas
     weights: str = ""  # folder of the weights of timm's networks; empty: timm's cache
