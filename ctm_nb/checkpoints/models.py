@@ -91,7 +91,7 @@ def _from_run(path, which):
     "A model of one of our runs: the student, if there is one, or `which`."
     path = find_checkpoint(path)
     described = load_checkpoint(path, parts=[]).meta.get("models", {})
-    which = which or ("ctm" if "ctm" in described else "teacher")
+    which = which or next((k for k in ("ctm", "teacher", *described) if k in described), "teacher")
     if which not in described:
         hint = f"it describes {sorted(described) or 'no models'}"
         if which == "ctm" and "teacher" in described: hint = "this is a teacher's checkpoint, not a CTM's"
