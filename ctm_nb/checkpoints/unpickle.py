@@ -17,6 +17,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from ..data.files import readable
+
 # %% ../../nbs/4_checkpoints/02_unpickle.ipynb #38c6f90c
 class ForeignFileError(ValueError):
     "A file that can't be read: `<file>: <reason>`, on one line."
@@ -24,7 +26,7 @@ class ForeignFileError(ValueError):
 # %% ../../nbs/4_checkpoints/02_unpickle.ipynb #86b8e6f8
 def printable(text, limit: int = 80) -> str:
     "Anything from a file made fit for a message: one line, no control characters, at most `limit` characters."
-    text = "".join(c if c.isprintable() else "?" for c in str(text)[:limit + 1])
+    text = readable(str(text)[:limit + 1])
     return text if len(text) <= limit else text[:limit - 3] + "..."
 
 # %% ../../nbs/4_checkpoints/02_unpickle.ipynb #ce703ad9

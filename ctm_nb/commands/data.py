@@ -22,26 +22,24 @@ def data_parser() -> Parser:
                        ("convert", "write SRC as DST: NAME.zip (EDM), NAME.npz, or a folder of PNGs")):
         add = commands.add_parser(name, help=text, description=text).add_argument
         add("src", metavar="SRC", help="any data set")
-        if name == "convert": _convert_flags(add)
+        if name == "convert":
+            add("dst", metavar="DST", type=Path, help="NAME.zip, NAME.npz or a folder; must not exist")
+            add("--split", choices=["train", "held_out", "all"],
+                help="which images (default: train where the data have a held-out set of their own, else all)")
+            add("--skip-broken", action="store_true", help="leave out images that can't be read instead of stopping")
+            add("--overwrite", action="store_true", help="replace DST, if it is a file")
         add("--size", type=ranged(1), metavar="N", help="crop and resize to N x N (default: as they are)")
         add("--crop", default="center", choices=["center", "adm", "edm", "box"],
             help="center or adm: as ADM, for ImageNet; edm: as EDM's center-crop, Lanczos; box: averaged areas "
             "(default: center)")
-        add("--labels", metavar="FILE", help="a CSV of name,class for a folder, zip or tar without labels")
+        add("--labels", metavar="FILE", help="a table of name,class for a folder, zip or tar without "
+            "labels; prefix: cat_1.png is a cat")
         add("--background", default="white", metavar="COLOUR", help="under transparent pixels (default: white)")
         add("--workers", type=ranged(0), metavar="N", help="processes (default: all cores)")
         if name == "inspect":
             add("--sheet", type=Path, metavar="FILE.png", help="also draw a contact sheet")
             add("--json", type=Path, metavar="FILE", help="also write the report as JSON")
     return p
-
-# %% ../../nbs/7_commands/04_data.ipynb #1636d979
-def _convert_flags(add):
-    add("dst", metavar="DST", type=Path, help="NAME.zip, NAME.npz or a folder; must not exist")
-    add("--split", choices=["train", "held_out", "all"],
-        help="which images (default: train where the data have a held-out set of their own, else all)")
-    add("--skip-broken", action="store_true", help="leave out images that can't be read instead of stopping")
-    add("--overwrite", action="store_true", help="replace DST, if it is a file")
 
 # %% ../../nbs/7_commands/04_data.ipynb #c1c73e29
 def _inspect(a):

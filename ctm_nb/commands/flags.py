@@ -10,6 +10,7 @@ import argparse, logging, os, re, sys, warnings
 from contextlib import contextmanager
 
 from .. import __version__
+from ..data.files import readable
 
 # %% ../../nbs/7_commands/00_flags.ipynb #deb62512
 BAD = ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError  # input
@@ -25,7 +26,8 @@ def one_line_errors(
     Exit code 2 for bad input, 3 for a failed run, 130 for Ctrl-C, 141 where nobody reads on, 75 for a signal."""
     rank, before = os.environ.get("RANK", "0"), warnings.showwarning
     logging.basicConfig(level=level if rank == "0" else logging.WARNING, format="%(message)s")
-    warnings.showwarning = lambda message, *_, **__: print(f"{command}: {message}", file=sys.stderr)
+    def shown(text): return "\n".join(map(readable, str(text).split("\n")))  # it may quote a stranger's file
+    warnings.showwarning = lambda message, *_, **__: print(f"{command}: {shown(message)}", file=sys.stderr)
     try:
         yield
         return sys.stdout.flush()
@@ -33,14 +35,14 @@ def one_line_errors(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except BAD as e: code, why = 2, str(e)
-    except FAILED as e: code, why = 3, str(e)
+    except FAILED as e: code, why = 3, str(e) or type(e).__name__
     except RuntimeError as e:
         if type(e).__name__ != "CheckpointError": raise  # known by name: importing it would import torch
         code, why = 3, str(e)
     except KeyboardInterrupt as e:
         code, why = 130, str(e) or "interrupted; the same command continues from the last checkpoint"
     finally: warnings.showwarning = before
-    print(f"{command}{'' if rank == '0' else f' (process {rank})'}: {why}", file=sys.stderr)
+    print(f"{command}{'' if rank == '0' else f' (process {rank})'}: {shown(why)}", file=sys.stderr)
     sys.exit(code)
 
 # %% ../../nbs/7_commands/00_flags.ipynb #6ab63ad4
@@ -92,5 +94,9 @@ def draw_flags(
         help="which model of a run: ctm, teacher, or another EMA, ctm-0.9999 (default: the student if there is one)")
     add("--bytes", choices=("round", "truncate"), help="how samples become bytes: the nearest, or the one below "
         "as in the published code (default: as the run's configuration says; round)")
+    add("--guidance", type=float, metavar="W", help="scale of guidance, which doubles the evaluations: by labels, for "
+        "models trained with some of them dropped, or with --guide by another model")
+    add("--guide", metavar="PATH", help="for that: a worse model, an earlier or smaller one of the same pictures; the "
+        "denoiser is then D_guide + W (D - D_guide)")
     add("--seed", type=ranged(0), default=0, metavar="N", help="of the noise (default: 0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU if there is one (default: auto)")

@@ -61,6 +61,26 @@ def _place(config, folder: Path) -> str:  # where the run will live
     except ValueError as e: return f"refused: {e}"
     return f"continues the run there from step {max(step, 0)}" + (f", with {'; '.join(allowed)}" if allowed else "")
 
+# %% ../../nbs/7_commands/01_train.ipynb #7f2d0001
+def _averages(config, weights):
+    "What the snapshots of averages take, a line if there are any; `weights` is their number in the network."
+    from ctm_nb.training.config import STAGES, schedule
+    tracked = {k: o for s in schedule(config) if (o := getattr(config, k := STAGES[s])).profiles}
+    files = {k: (min(config.run.snapshots, o.steps), len(o.profiles)) for k, o in tracked.items()}
+    each, total = ", ".join(f"{k} {n} times {m}" for k, (n, m) in files.items()), sum(n * m for n, m in files.values())
+    size = 2 * weights / 2**20  # of one, in half precision
+    return [f"averages  {each}: {total} of {size:.2g} MiB, {total * size:.2g} MiB in all"] if files else []
+
+def _paths(config, data):
+    "What a folder of trajectories takes."
+    from ctm_nb.method.solvers import SOLVERS, solver_name
+    d, files = config.distill, Path(config.distill.trajectories)
+    if not d.trajectories: return []
+    have = 64 * len(list(files.glob("*.safetensors")))
+    size = 4 * d.stored * d.N * data.channels * data.image_size ** 2 / 2 ** 20
+    return [f"paths     {d.stored} trajectories of {d.N} points in {files}: {size:.0f} MiB, {have} are there; each is "
+            f"{(d.N - 1) * SOLVERS[solver_name(d.solver)]} evaluations of the teacher"]
+
 # %% ../../nbs/7_commands/01_train.ipynb #4d426b02
 def plan(
     config,  # config.Config
@@ -83,7 +103,7 @@ def plan(
     images_per_sec = measure(only, train, str(_device(config.run.device))) if measured else None
     with torch.device("meta"): weights = sum(p.numel() for p in make_network(config, train).parameters())
     given = " (that of the given teacher counts)" if config.teacher.source not in ("", "none") else ""
-    copies = 6 + max(len(getattr(config, k).emas) for k in STAGES.values())
+    copies = 6 + max(len(getattr(config, k).emas + getattr(config, k).profiles) for k in STAGES.values())
     student = f", student with {', '.join(map(str, e.steps))}" if stage != "teacher" else ""
     nfe = evaluations(e.teacher_solver, torch.arange(e.teacher_steps, -1, -1))
     scored = f"none: {why}" if why else f"{e.n} samples: teacher with {nfe} evaluations{student}"
@@ -93,6 +113,7 @@ def plan(
         f"network   {config.network.family}, {weights / 1e6:.2f} M parameters{given}",
         *_stages(config, stage), *estimate(only, train, images_per_sec)[:1 if minutes else None],
         *([f"budget    {config.run.minutes:g} min: {minutes}"] if minutes else []),
+        *_averages(only, weights), *_paths(config, train),
         f"disk      about {weights * 4 * copies / 2**20:.0f} MiB a checkpoint, {config.run.keep} are kept",
         f"scores    {scored}", f"writes    {folder}/ ({_place(config, folder)})"])
 
@@ -114,6 +135,8 @@ def train_parser() -> Parser:
         "ctm_dsm_gan and all include an adversary (default: ctm_dsm, or ctm_dsm_gan with --student)")
     add("--teacher", metavar="PATH", help="distil this teacher instead of training one: a run, an EDM .pkl, "
         "an OpenAI .pt, or a public name (ctm_nb_convert --list); none: do without")
+    add("--trajectories", metavar="FOLDER", help="keep the teacher's solutions there, for this student and others "
+        "(distill.stored of them; with a phase trajectories)")
     add("--student", metavar="PATH", help="start the adversarial stage from this CTM instead of distilling one")
     add("--name", help="the run is written to RUNS/NAME (default: the preset's name, or the data's)")
     add("--minutes", type=ranged(.01, kind=float), metavar="N", help="steps, scores and pictures so that the whole "
@@ -136,7 +159,8 @@ def _preset(a): return a.preset or ("auto" if a.data and a.data != "digits" else
 def _words(a):
     "What was typed, as settings."
     given = {"data.source": a.data, "teacher.source": a.teacher, "distill.source": a.student,
-             "data.skip_broken": "true" if a.skip_broken else "", "run.micro_batch": a.micro_batch}
+             "distill.trajectories": a.trajectories, "data.skip_broken": "true" if a.skip_broken else "",
+             "run.micro_batch": a.micro_batch}
     none = ["distill.phases=dsm:.5,soft:.5", "gan.steps=0"] if a.teacher == "none" else []
     return [*none, *(f"{k}={v}" for k, v in given.items() if v), *a.set]
 

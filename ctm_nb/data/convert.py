@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['fingerprint', 'survey', 'report', 'contact_sheet', 'png', 'edm_name', 'dataset_json', 'store',
-           'write_edm_zip', 'write_folder', 'check_destination', 'convert']
+           'write_edm_zip', 'folder_names', 'write_folder', 'check_destination', 'convert']
 
 # %% ../../nbs/3_data/05_convert.ipynb #7ebf7a19
-import hashlib, io, json, re, shutil, zipfile
+import hashlib, io, json, re, shutil, textwrap, zipfile
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -15,19 +15,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from .batches import decode_all, look_through
-from .files import atomic_write, naming, publish, temp_name
+from .batches import decode_all, each, tried
+from .files import atomic_write, naming, publish, readable, temp_name
 from .images import named_grid, split_mask
-from .read import (CROPS, BrokenImage, Source, as_image, complain, decode, held_out_of, in_order, is_grey,
-    one_mode, open_image, readable, standardise, workers_for)
+from .read import (CROPS, Source, as_image, complain, decode, held_out_of, is_grey, one_mode,
+    open_image, standardise)
 
 # %% ../../nbs/3_data/05_convert.ipynb #389c5ef3
 def fingerprint(a:np.ndarray, label:str="")->bytes: # 32
     "What an image (H, W, C) uint8 and the name of its class are, whatever file they were in."
     a = one_mode(a, is_grey(a))
-    return hashlib.sha256(repr((a.shape, label)).encode() + np.ascontiguousarray(a).tobytes()).digest()
+    h = hashlib.sha256(repr((a.shape, label)).encode())
+    h.update(np.ascontiguousarray(a))
+    return h.digest()
 
 # %% ../../nbs/3_data/05_convert.ipynb #9a3eb5a0
 def survey(
@@ -41,76 +42,57 @@ def survey(
         im = open_image(source.get(i))
         mode, clear, im = im.mode, im.has_transparency_data, standardise(im, source.background)
         a, label = decode(im, size, crop), "" if source.labels is None else source.classes[source.labels[i]]
-        v = one_mode(a, False).reshape(-1, 3).astype(np.int64)
-        kinds = f"{im.width} x {im.height}", mode, label, is_grey(a), clear
-        return kinds, fingerprint(a, label), len(v), np.array([v.sum(0), (v * v).sum(0)], float)
-    broken, marks, pixels, sums = {}, [], 0, np.zeros((2, 3))
+        levels = np.reshape(as_image(a).histogram(), (-1, 256)).sum(0) * (3 // a.shape[2])  # grey is three channels
+        return (f"{im.width} x {im.height}", mode, label, is_grey(a), clear), fingerprint(a, label), levels
+    broken, marks, levels = {}, [], np.zeros(256, np.int64)
     counts = sizes, modes, labels, grey, clear = [Counter() for _ in range(5)]
-    for i, seen, why in look_through(source, look, workers, "looking at"):
+    for i, (seen, why) in enumerate(each(source, tried(look), workers, "looking at")):
         if why: broken[readable(source.names[i])] = readable(why)
         else:
             for counter, value in zip(counts, seen[0]): counter[value] += 1
             marks.append(seen[1])
-            pixels, sums = pixels + seen[2], sums + seen[3]
-    notes, c = list(source.notes), 3 if grey[False] else 1
+            levels += seen[2]
+    notes, x, p = list(source.notes), np.arange(256) / 127.5 - 1, levels / max(levels.sum(), 1)
+    mean = float(x @ p)
+    if copies := len(marks) - len(set(marks)): notes.append(f"{copies} images are copies of others of their class")
     if clear[True]: notes.append(f"{clear[True]} images have transparent pixels, put on {source.background}")
     return {"name": source.name, "kind": source.kind, "images": len(source),
             "held out by the data": None if source.held_out is None else int(source.held_out.sum()),
-            "sizes": _tally(sizes), "modes": _tally(modes), "channels": c,
-            "classes": {k: labels[k] for k in source.classes}, **_moments(sums / max(pixels, 1), c), "broken": broken,
-            "notes": notes, "sha256": hashlib.sha256(b"".join(sorted(marks))).hexdigest()}
-
-# %% ../../nbs/3_data/05_convert.ipynb #32f23f7a
-def _moments(means, c):
-    "Mean and standard deviation of the pixels: of each of c channels as 0..255, and of all as the model sees them."
-    def spread(s, q): return np.sqrt(np.maximum(q - s * s, 0))
-    s, q = means  # each (3,)
-    whole = {"mean": s.mean() / 127.5 - 1, "std": spread(s.mean(), q.mean()) / 127.5}
-    return {"mean": s[:c].round(3).tolist(), "std": spread(s, q)[:c].round(3).tolist(),
-            "in [-1, 1]": {k: round(float(v), 4) for k, v in whole.items()}}
-
-def _tally(counts, n=8):
-    "How often each value occurs, the n most frequent first; the rest is counted together."
-    order = sorted(counts, key=lambda k: (-counts[k], k))
-    rest = {f"{len(order) - n} others": sum(counts[k] for k in order[n:])} if len(order) > n else {}
-    return {k: counts[k] for k in order[:n]} | rest
+            "sizes": dict(sizes.most_common()), "modes": dict(modes.most_common()), "channels": 3 if grey[False] else 1,
+            "classes": {k: labels[k] for k in source.classes}, "broken": broken, "notes": notes,
+            "in [-1, 1]": {"mean": round(mean, 4), "std": round(float((x - mean) ** 2 @ p) ** .5, 4)},
+            "sha256": hashlib.sha256(b"".join(sorted(marks))).hexdigest()}
 
 # %% ../../nbs/3_data/05_convert.ipynb #98e04380
 def report(facts:dict)->str:
-    "The facts of `survey` for people."
-    f, counts, inner, own = facts, facts["classes"], facts["in [-1, 1]"], facts["held out by the data"]
-    def listed(items, n): return [("", t) for t in items[:n]] + [("", f"and {len(items) - n} more")] * (len(items) > n)
-    n, pairs = sorted(counts.values()), [f"{k}: {v}" for k, v in counts.items()]
-    sixes = ["  ".join(pairs[i:i + 6]) for i in range(0, min(len(pairs), 30), 6)]
-    if len(pairs) > 30: sixes.append(f"and {len(pairs) - 30} more")
-    held = "" if own is None else f", of which {own} are the data's own held-out set"
-    empty = f", {n.count(0)} empty" if 0 in n else ""
-    lines = [("source", f"{f['name']}, {f['kind']}"), ("images", f"{f['images']}{held}"),
-             *[(w, ", ".join(f"{k}: {v}" for k, v in f[w].items())) for w in ("sizes", "modes")],
-             ("channels", "1 (every pixel of every image is grey)" if f["channels"] == 1 else "3 (colour)"),
-             ("classes", f"{len(n)}, with {n[0]} to {n[-1]} images each{empty}" if n else "none"), *listed(sixes, 6),
-             ("mean, std", f"{f['mean']}, {f['std']} of 255; {inner['mean']}, {inner['std']} in [-1, 1]"),
-             ("broken", f"{len(f['broken'])}"), *listed([f"{k}: {v}" for k, v in f["broken"].items()], 20),
-             *[("note", v) for v in f["notes"]], ("sha256", f["sha256"])]
-    return "\n".join(f"{head:10} {text}".rstrip() for head, text in lines)
+    "The facts of `survey` for people: of what is many, the first."
+    lines = []
+    for head, v in facts.items():
+        listed = [f"{k}: {n}" for k, n in v.items()] if isinstance(v, dict) else v
+        if not isinstance(listed, list): lines.append(f"{head:10} {v}")
+        elif head in ("broken", "notes"):
+            lines += [f"{head:10} {len(v)}", *(f"{'':10} {t}" for t in listed[:20])]
+            if len(v) > 20: lines.append(f"{'':10} and {len(v) - 20} more")
+        else:
+            more = [f"and {len(v) - 30} more"] * (len(v) > 30)
+            text = f"{head:10} " + f"{len(v)}: " * (head == "classes") + ", ".join(map(str, listed[:30] + more))
+            lines += textwrap.wrap(text, 100, subsequent_indent=" " * 11, break_long_words=False)
+    return "\n".join(map(readable, lines))
 
 # %% ../../nbs/3_data/05_convert.ipynb #e141a1fd
 def contact_sheet(source:Source)->Image.Image:
     "Small pictures of everything: 16 a row, a row for each class, at most 20; without classes, ten rows."
-    names, groups = None, np.array_split(np.arange(len(source)), 10)
-    if source.labels is not None:
-        names = source.classes[:20]
-        groups = [np.flatnonzero(source.labels == k) for k in range(len(names))]
-    def small(i, side):  # None where it is broken
-        try: return as_image(one_mode(source.pixels(int(i), side, "box"), False))
-        except BrokenImage: return None
-    side = next((min(48, *im.size) for im in (small(i, None) for i in range(len(source))) if im), 48)
+    y, names = source.labels, source.classes[:20]
+    groups = [np.flatnonzero(y == k) for k in range(len(names))] or np.array_split(np.arange(len(source)), 10)
+    side = next((min(48, *a.shape[:2]) for a, why in map(tried(source.pixels), range(len(source))) if not why), 48)
+    small = tried(lambda i: one_mode(source.pixels(int(i), side, "box"), False))
     sheet = np.full((len(groups), 16, side, side, 3), 255, np.uint8)
     for row, group in zip(sheet, groups):
         spread = group[np.linspace(0, len(group) - 1, 16).astype(int)] if len(group) else []
-        for c, im in enumerate(small(i, side) for i in dict.fromkeys(spread)):
-            if im: row[c] = im
-    return named_grid(torch.from_numpy(sheet).flatten(0, 1).permute(0, 3, 1, 2), 16, rows=names)
+        for c, i in enumerate(dict.fromkeys(spread)):
+            a, why = small(i)
+            if not why: row[c] = a
+    return named_grid(torch.from_numpy(sheet).flatten(0, 1).permute(0, 3, 1, 2), 16, rows=names or None)
 
 # %% ../../nbs/3_data/05_convert.ipynb #f26115d8
 def png(a:np.ndarray, level:int=0)->bytes:
@@ -148,9 +130,15 @@ def write_edm_zip(f, blobs, labels, classes):
     store(f, chain(pictures, [("dataset.json", dataset_json(labels, classes))]))
 
 # %% ../../nbs/3_data/05_convert.ipynb #1acd381d
+def folder_names(classes:list)->list: # of str
+    "Names for the folders of classes that every file system takes: whatever the classes are called, no two are alike."
+    plain = [re.sub(r"[^\w .+-]", "_", c).strip("._- ")[:60] or "class" for c in classes]
+    count = Counter(n.casefold() for n in plain)
+    return [n if count[n.casefold()] == 1 else f"{n} ({k})" for k, n in enumerate(plain)]
+
 def write_folder(path:Path, blobs, labels, classes):
     "PNGs in a sub-folder a class, as a folder that appears when it is whole."
-    temp, folders = temp_name(path), [re.sub(r"[^\w .+-]", "_", c).strip("._- ")[:60] or "class" for c in classes]
+    temp, folders = temp_name(path), folder_names(classes)
     def name(n): return f"{folders[labels[n]]}/img{n:08}.png" if folders else f"img{n:08}.png"
     try:
         with naming(path):
@@ -161,12 +149,6 @@ def write_folder(path:Path, blobs, labels, classes):
     finally: shutil.rmtree(temp, ignore_errors=True)
 
 # %% ../../nbs/3_data/05_convert.ipynb #db7b75ae
-def _encoded(source, kept, size, crop, grey, level, workers):
-    "The images as PNGs, one by one."
-    def encode(positions): return [png(one_mode(source.pixels(i, size, crop), grey), level) for i in positions]
-    parts = np.split(kept, range(128, len(kept), 128))
-    return chain.from_iterable(in_order(encode, parts, workers_for(len(kept), workers)))
-
 def check_destination(dst:Path, overwrite:bool):
     "Raise if the destination can't or must not be written; a file may be replaced if asked to."
     if dst.suffix.lower() not in (".zip", ".npz", ""):
@@ -206,8 +188,8 @@ def convert(
         more = {} if labels is None else {"arr_1": labels, "classes": np.array(source.classes)}
         atomic_write(dst, lambda f: np.savez(f, arr_0=images[kept].transpose(0, 2, 3, 1), **more))
     else:
-        blobs = _encoded(source, kept, size, crop, c == 1, 0 if dst.suffix else 6, workers)
-        blobs = tqdm(blobs, f"writing {dst.name}", len(kept), unit=" images", delay=2, disable=None)
+        def encode(i): return png(one_mode(source.pixels(i, size, crop), c == 1), 0 if dst.suffix else 6)
+        blobs = each(source, encode, workers, "writing", kept)
         if dst.suffix: atomic_write(dst, lambda f: write_edm_zip(f, blobs, labels, source.classes))
         else: write_folder(dst, blobs, labels, source.classes)
     left_out = {readable(source.names[i]): readable(why) for i, why in broken.items()}

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['BYTES', 'Images', 'ImageData', 'to_uint8', 'held_out_mask', 'split_mask', 'digits', 'image_grid',
-           'IndexSampler', 'named_grid']
+           'epoch_order', 'stream_indices', 'named_grid']
 
 # %% ../../nbs/3_data/01_images.ipynb #9564e46a
-import hashlib
-import math
+import hashlib, math
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -143,43 +142,33 @@ def image_grid(
     return canvas.squeeze(2) if c == 1 else canvas
 
 # %% ../../nbs/3_data/01_images.ipynb #37f3af0a
-class IndexSampler:
-    """Endless shuffled indices of a data set, in batches; `position` is its whole state.
+@lru_cache(maxsize=4)
+def epoch_order(n:int, seed:int, epoch:int)->torch.Tensor: # (n,) int64, a permutation
+    "Order of n images in one epoch, a function of seed and epoch alone."
+    key = np.array([seed, epoch], np.uint64)
+    bits = np.random.Philox(key=key, counter=np.array([0, 0, 0, 1], np.uint64))  # noise never uses this counter
+    return torch.from_numpy(np.random.Generator(bits).permutation(n))
 
-    Raises `ValueError` for a size below 1 or a negative position."""
-    def __init__(self,
-        n:int, # images in the data set
-        batch_size:int, # B, images drawn at a time; may exceed n
-        seed:int=0, # 0 <= seed < 2**64
-        position:int=0, # images drawn before; give a stored position to resume
-    ):
-        if n < 1 or batch_size < 1: raise ValueError(f"n and batch_size must be >= 1, got {n=}, {batch_size=}")
-        if position < 0 or seed < 0: raise ValueError(f"position and seed must be >= 0, got {position=}, {seed=}")
-        self.n, self.batch_size, self.seed, self.position = n, batch_size, seed, position
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)  # the permutation in use
-
-    def order(self, epoch:int)->torch.Tensor: # (n,) int64, a permutation
-        "Order of the images in one epoch, a function of seed and epoch alone."
-        if epoch != self._epoch:
-            key = np.array([self.seed, epoch], np.uint64)
-            bits = np.random.Philox(key=key, counter=np.array([0, 0, 0, 1], np.uint64))  # noise never uses this counter
-            self._epoch, self._order = epoch, torch.from_numpy(np.random.Generator(bits).permutation(self.n))
-        return self._order
-
-    def next(self)->torch.Tensor: # (B,) int64
-        "The next batch of indices; moves `position` on by the batch size."
-        stop, parts = self.position + self.batch_size, []
-        while self.position < stop:
-            epoch, start = divmod(self.position, self.n)
-            parts.append(self.order(epoch)[start:start + stop - self.position])
-            self.position += len(parts[-1])
-        return torch.cat(parts)
+def stream_indices(
+    n:int, # images in the data set, >= 1
+    seed:int, # 0 <= seed < 2**64
+    position:int, # images drawn before, >= 0
+    count:int, # B, images to draw, >= 1; may exceed n
+)->torch.Tensor: # (B,) int64
+    "Which images stand at some positions of an endless shuffled stream."
+    if min(n, count) < 1 or min(seed, position) < 0:
+        raise ValueError(f"n and count must be >= 1, seed and position >= 0, got {n=}, {count=}, {seed=}, {position=}")
+    parts, stop = [], position + count
+    while position < stop:
+        epoch, start = divmod(position, n)
+        parts.append(epoch_order(n, seed, epoch)[start:start + stop - position])
+        position += len(parts[-1])
+    return torch.cat(parts)
 
 # %% ../../nbs/3_data/01_images.ipynb #cfe06133
 @cache
 def _font(size):
-    try: import matplotlib  # brings along DejaVu, which has the letters of many alphabets
-    except ImportError: return ImageFont.load_default(size)  # of European ones
+    import matplotlib  # brings along DejaVu, which has the letters of many alphabets
     return ImageFont.truetype(str(Path(matplotlib.get_data_path())/"fonts"/"ttf"/"DejaVuSans.ttf"), size)
 
 def _words(names, size, limit):

@@ -22,7 +22,7 @@ import numpy as np, torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from ..data.files import atomic_write, file_hash
+from ..data.files import atomic_write, file_hash, readable
 from ..data.images import to_uint8
 from ..data.read import BrokenImage, open_source
 from .features import ClassifierExtractor, Extractor
@@ -84,15 +84,16 @@ def open_samples(
         for i in range(len(source))[rows]:
             try: a = source.pixels(i)
             except BrokenImage as e:
-                raise ValueError(f"{path.name}: {source.names[i]} can't be read as an image: {e}") from None
+                raise ValueError(f"{path.name}: {readable(source.names[i])} can't be read as an image: {e}") from None
             size = size or a.shape[:2]
             if a.shape[:2] != size:
                 raise ValueError(f"{path.name} must hold images of one size, got {size} and {a.shape[:2]} "
-                                 f"({source.names[i]})")
+                                 f"({readable(source.names[i])})")
             arrays.append(np.broadcast_to(a, (*size, 3)))
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)                # (b, 3, H, W)
-    labelled = source.labels is not None and source.kind.startswith(("npz", "EDM"))
-    return SampleSet(path.name, len(source), read, torch.from_numpy(source.labels) if labelled else None)
+    y = source.labels if source.numbers is None else source.numbers  # as the sampler numbers its classes
+    labelled = y is not None and source.kind.startswith(("npz", "EDM"))
+    return SampleSet(path.name, len(source), read, torch.from_numpy(y) if labelled else None)
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #dde36f63
 def launched() -> tuple[int, int, int]:  # rank, world, local_rank

@@ -27,7 +27,8 @@ from ..data.images import ImageData
 from ..evaluation.features import ClassifierExtractor, Extractor, load_extractor
 from ..evaluation.metrics import train_classifier
 from ..method.sampling import sample
-from .config import STAGES, Config, EvaluateConfig, Span, check_config, phases, schedule, set_value
+from .config import (STAGES, Config, EvaluateConfig, Span, check_config, phases, schedule, set_value,
+                                    teacherless)
 from .report import duration, read_run, write_report
 from .stages import DistillStage
 from .trainer import Trainer, no_scores_because, open_images
@@ -43,10 +44,11 @@ MUON = """teacher.batch=64 teacher.optimizer=muon teacher.lr=.02 teacher.warmup=
     teacher.ema=.9999 distill.optimizer=muon distill.lr=.02 distill.warmup=50 distill.decay=linear distill.ema=.9999
     evaluate.teacher_solver=dpmpp_2m evaluate.teacher_steps=12"""
 
-def recipe(seconds: float) -> list:  # words
-    "What serves a run of a few minutes."
+def recipe(seconds: float, teacher: bool = True) -> list:  # words
+    "What serves a run of a few minutes, with a teacher or without."
     short = "distill.phases= distill.matching=trajectories"
-    return [*MUON.split(), *(short if seconds < LONG else "distill.phases=trajectories:.6,soft:.4").split()]
+    words = MUON.split() + (short if seconds < LONG else "distill.phases=trajectories:.6,soft:.4").split()
+    return [*words, "distill.distance=" + ("features" if teacher else "pseudo_huber")]
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e008
 def _seconds(work, *args, **kwargs) -> float:
@@ -228,7 +230,7 @@ def budget(
     typed = sorted(given & {f"{STAGES[s]}.steps" for s in stages})
     if typed: raise ValueError(f"--minutes chooses {typed[0]}; leave one of the two out")
     if not new: config, seconds = _take_up(folder, words, minutes, stages)
-    for word in [*recipe(seconds), *words] if new and ours else []: set_value(config, word)
+    for word in [*recipe(seconds, not teacherless(config)), *words] if new and ours else []: set_value(config, word)
     config.run.minutes, splits = minutes, open_images(config)
     if not seconds: return config, splits, "as planned when it was started"
     wider = wider and new and "teacher" in stages and "network.model_channels" not in given

@@ -87,7 +87,7 @@ def test_class_names_that_are_no_folder_names(tmp_path):
     s = source(COLOURS[:12], ("T-shirt/top", ".hidden", "T-shirt_top", "../\n"))
     convert(s, tmp_path / "tree", workers=0)
     assert leftovers(tmp_path) == ["tree"] and leftovers(tmp_path / "tree") == [
-        "T-shirt_top", "class", "dataset.json", "hidden"
+        "T-shirt_top (0)", "T-shirt_top (2)", "class", "dataset.json", "hidden"
     ]
     back = open_source(tmp_path / "tree")
     s.classes[3] = r"../\n"  # printable
@@ -179,7 +179,8 @@ def test_broken_images_are_listed_repaired_or_left_out(tmp_path, capsys):
         ),
         (["inspect", "digits", "--size", "0"], "--size must be >= 1, got 0"),
         (["inspect", "digits", "--workers", "-1"], "--workers must be >= 0, got -1"),
-        (["inspect", "torchvision:CIFAR11"], "torchvision has no data set 'CIFAR11'; the nearest is CIFAR10"),
+        (["inspect", "torchvision:CIFAR11"],
+         "torchvision:CIFAR11 can't be read: torchvision has no data set 'CIFAR11'"),
     ],
 )
 def test_mistakes_on_the_command_line(words, message, capsys, tmp_path, monkeypatch):

