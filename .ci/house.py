@@ -31,7 +31,7 @@ NEW = {  # what came after BEFORE: its modules, and its definitions in others; a
         evaluation.evaluate: _kept_reference""",
     "published adversary, recipe": """method.adversary: _frozen _seeded CrossMixing TokenMaps SpectralConv head_widths
         ScaleHead ProjectedDiscriminator DISCRIMINATORS method.balance: ApartGradients
-        training.stages: GanStage.inherit networks.unet: UNet.set_dropout data.images: BYTES data.read: LANCZOS""",
+        training.stages: GanStage.inherit evaluation.draw: _bytes_of networks.unet: Network.set_dropout Network.balance_layer OpenAIUNet.balance_layer data.images: BYTES data.read: LANCZOS""",
     "EDM2": """networks.edm2 checkpoints.models: _infer_edm2 _edm2_heads EDM2_NUMBERS checkpoints.catalogue: LATENTS
         method.teacher: uncertainty_loss training.presets: IMAGENET64_EDM2""",
     "averages": """checkpoints.averages training.config: LENGTH training.trainer: Trainer.snapshot_due Trainer.snapshot
@@ -132,7 +132,7 @@ def longest_cell(book):
     sources = ("".join(c["source"]) for c in book["cells"] if c["cell_type"] == "code")
     exported = [s for s in sources if s.lstrip().startswith("#| export")]
     table = lambda s: all(isinstance(n, (ast.Assign, ast.AnnAssign)) for n in ast.parse(s).body)
-    return max((len(s.strip().splitlines()) for s in exported if not table(s)), default=0)
+    return max((len(s.strip().splitlines()) - 1 for s in exported if not table(s)), default=0)
 
 
 def measured(root):

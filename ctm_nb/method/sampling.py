@@ -65,16 +65,8 @@ class Churn:
         if not self.S_noise > 0: raise ValueError(f"S_noise must be > 0, got S_noise={self.S_noise}")
 
 # %% ../../nbs/1_method/09_sampling.ipynb #6c71b89f
-def edm_sample(
-    m: Model,  # a model: m.D(x, t, y)
-    x: Tensor,  # (B, ...) data at times[0]
-    times: Tensor,  # (n+1,) decreasing; the last may be 0
-    y: Tensor | None,  # (B,) class indices
-    draw,  # draw(i) -> (B, ...) standard normal, the i-th noise of these samples
-    callback=None,  # called as callback(i, x) after step i
-    churn: Churn = Churn(),  # how much noise
-) -> Tensor:  # (B, ...) data at times[-1]
-    "Before each Heun step a little way back up.  # EDM Alg. 2"
+def edm_sample(m: Model, x, times, y, draw, callback=None, churn=Churn()) -> Tensor:  # as `gamma_sample`; may end at 0
+    "Before each Heun step a little way back up, with so much noise.  # EDM Alg. 2"
     kappa = min(churn.S_churn / (len(times) - 1), math.sqrt(2) - 1)
     for i, (t, u) in enumerate(zip(times[:-1].tolist(), times[1:].tolist())):
         if kappa > 0 and churn.S_min <= t <= churn.S_max:
