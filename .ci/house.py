@@ -30,8 +30,9 @@ NEW = {  # what came after BEFORE: its modules, and its definitions in others; a
     "budget": """training.budget training.trainer: _goes_on commands.train: _minutes _on_cpu
         evaluation.evaluate: _kept_reference""",
     "published adversary, recipe": """method.adversary: _frozen _seeded CrossMixing TokenMaps SpectralConv head_widths
-        ScaleHead ProjectedDiscriminator DISCRIMINATORS method.balance: ApartGradients
-        training.stages: GanStage.inherit evaluation.draw: _bytes_of networks.unet: Network.set_dropout Network.balance_layer OpenAIUNet.balance_layer data.images: BYTES data.read: LANCZOS""",
+        ScaleHead ProjectedDiscriminator DISCRIMINATORS method.balance: ApartGradients training.stages: GanStage.inherit
+        networks.unet: Network.set_dropout Network.balance_layer OpenAIUNet.balance_layer data.images: BYTES
+        data.read: LANCZOS evaluation.draw: _bytes_of""",
     "EDM2": """networks.edm2 checkpoints.models: _infer_edm2 _edm2_heads EDM2_NUMBERS checkpoints.catalogue: LATENTS
         method.teacher: uncertainty_loss training.presets: IMAGENET64_EDM2""",
     "averages": """checkpoints.averages training.config: LENGTH training.trainer: Trainer.snapshot_due Trainer.snapshot

@@ -9,6 +9,7 @@ __all__ = ['BLOCK_NAMES', 'ATTENTION_NAMES', 'OUTER_NAMES', 'Network', 'UNet', '
 # %% ../../nbs/2_networks/02_unet.ipynb #244ae8e8
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ class Network(nn.Module):
     out_layers: tuple  # what the features pass last: modules that stand elsewhere too
     zeroed: tuple = ("affine_s.",)  # parts of the names of a student's new weights that start at zero,
     drawn: tuple = ()  # and of those that are drawn anew; the others start as their twins for t
-    block: type = nn.Identity  # of the residual blocks that have a dropout
+    block: type[Any] = nn.Identity  # of the residual blocks that have a dropout
 
     @property
     def last_layer(self) -> nn.Parameter:  # the first weight of the backward pass
