@@ -29,6 +29,7 @@ import torch
 
 from ctm_nb.checkpoints import store as state
 from ctm_nb.commands.train import _train, train_parser
+from ctm_nb.data.files import file_hash
 from ctm_nb.training.trainer import resume_point
 from ctm_nb.checkpoints.store import CheckpointError, load_checkpoint, versions
 
@@ -43,6 +44,9 @@ WORDS = [
     "run.log_every=3",
     "run.sample_every=10",
     "evaluate.n=0",
+    "teacher.profiles=.05,.1",
+    "distill.profiles=.1",
+    "run.snapshots=3",
 ]
 CLOCKS = ("seconds", "images_per_sec", "peak_memory_mb")
 CHANGES = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
@@ -168,6 +172,11 @@ def log_of(folder):
     return [json.loads(l) for l in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def averages_of(folder):
+    "What a run has kept of its averages, as hashes."
+    return {str(p.relative_to(folder)): file_hash(p) for p in (folder / "averages").rglob("*") if p.is_file()}
+
+
 def campaign(kills, seed, home, progress=None):
     "Kill until there were enough kills; the record of all of them."
     rng, reference = random.Random(seed), home / "reference"
@@ -190,6 +199,7 @@ def campaign(kills, seed, home, progress=None):
         if code == 0:
             runs += 1
             bad += differences(log_of(folder), log_of(reference), "metrics.jsonl")
+            bad += differences(averages_of(folder), averages_of(reference), "averages")
             if step != 30:
                 bad.append(f"ended at step {step}")
             shutil.rmtree(folder)
@@ -205,7 +215,10 @@ def campaign(kills, seed, home, progress=None):
     code, _ = live(folder, WORDS)  # the last one is allowed to finish
     step, bad = compare(folder, reference)
     wrong += (
-        bad + differences(log_of(folder), log_of(reference), "metrics.jsonl") + ([f"exit code {code}"] if code else [])
+        bad
+        + differences(log_of(folder), log_of(reference), "metrics.jsonl")
+        + differences(averages_of(folder), averages_of(reference), "averages")
+        + ([f"exit code {code}"] if code else [])
     )
     return {
         "kills": len(record),

@@ -3,7 +3,8 @@
     npm pack emoji-datasource-google@16.0.0       # img/google/64, named by code points; emoji.json has categories
     python benchmarks/emoji.py data FOLDER        # writes ctm_nb/data/emoji.zip
     ctm_nb_train --preset emoji
-    python benchmarks/emoji.py results runs/emoji # writes nbs/results/emoji
+    python benchmarks/emoji.py results runs/emoji # writes nbs/results/emoji; of a student of another run's teacher
+                                                  # (--teacher runs/NAME) the teacher's minutes and curve as well
 
 FOLDER holds a sub-folder for each category, in it NAME__VARIANT.png. Pictures are put on white, brought to 32 x 32 and
 kept losslessly as WebP, as train/CATEGORY/NAME__VARIANT.webp and test/CATEGORY/...: every tenth emoji of a category is
@@ -82,11 +83,18 @@ def small_copy(run: Path, out: Path):
     whole.unlink()
 
 
+def logged(run: Path) -> list:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def keep_results(run: Path, out: Path):
     "Picture, scores, curve, minutes and student of a run."
     out.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "scores.json"): shutil.copy(run / name, out / name)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines, source = logged(run), json.loads((run / "config.json").read_text())["teacher"]["source"]
+    if source:
+        before = [line for line in logged(Path(source)) if line["stage"] == "teacher"]
+        lines = before + [{**line, "seconds": line["seconds"] + before[-1]["seconds"]} for line in lines]
     kept = ("stage", "step", "loss_edm", "loss_ctm", "loss_dsm", "seconds", "peak_memory_mb")
     curve = [{k: line[k] for k in kept if k in line} for line in lines if line["step"] % 100 == 0]
     (out / "curve.json").write_text(json.dumps(curve))

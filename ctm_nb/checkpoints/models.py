@@ -91,7 +91,7 @@ def _from_run(path, which):
     "A model of one of our runs: the student, if there is one, or `which`."
     path = find_checkpoint(path)
     described = load_checkpoint(path, parts=[]).meta.get("models", {})
-    which = which or ("ctm" if "ctm" in described else "teacher")
+    which = which or next((k for k in ("ctm", "teacher", *described) if k in described), "teacher")
     if which not in described:
         hint = f"it describes {sorted(described) or 'no models'}"
         if which == "ctm" and "teacher" in described: hint = "this is a teacher's checkpoint, not a CTM's"
@@ -406,7 +406,8 @@ def load(
     except ValueError as e: raise e if str(e).startswith(str(path)) else ValueError(f"{path}: {e}") from None
     known = entry.kind if entry else "cm" if _is_consistency_model(name, m, format) else None
     if known == "cm" and which == "teacher":
-        raise ValueError(f'{path}: a consistency model by its name, not a teacher; which="cm" loads it as a denoiser')
+        raise ValueError(f'{path}: a consistency model by its name, not a teacher; which="cm" loads it as a denoiser, '
+                         "and a file that ctm_nb_convert makes of it is one, --teacher takes it")
     m.about = f"{path}: {format}, {_what_it_is(m, format, known, architecture)}"
     log.info(m.about)
     return m.to(device).eval().requires_grad_(False)

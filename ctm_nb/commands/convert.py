@@ -26,6 +26,8 @@ def convert_parser() -> Parser:
     add("--list", action="store_true", help="list the public checkpoints by name, with their licences")
     add("--which", metavar="MODEL", help="of a run's models: ctm, teacher, or another EMA, ctm-0.9999; "
         "for others' files: refuse anything else (default: a run's student)")
+    add("--ema-length", type=float, metavar="S", help="of a run that kept snapshots (teacher.profiles, "
+        "distill.profiles): the average of this relative length over its last stage, e.g. .08")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="what another program's state dict "
         f"doesn't tell, e.g. --set image_size=32 preconditioning=vp; of {', '.join(ARCHITECTURE)}")
     add("--overwrite", action="store_true", help="replace OUT if it is there")
@@ -58,9 +60,10 @@ def ctm_nb_convert(
             if not to.absolute().parent.is_dir(): raise FileNotFoundError(f"folder {to.parent} does not exist")
             if to.exists() and not a.overwrite: raise FileExistsError(f"{to} exists; --overwrite replaces it")
         given = _architecture(a.set)
+        from ctm_nb.checkpoints.averages import average
         from ctm_nb.checkpoints.models import find_checkpoint, load, save_model
         from ctm_nb.checkpoints.store import load_checkpoint
-        m = load(a.source, which=a.which, **given)
+        m = average(a.source, s, a.which) if (s := a.ema_length) is not None else load(a.source, which=a.which, **given)
         print(m.about)
         ours = load_checkpoint(find_checkpoint(a.source), parts=[]).meta if Path(a.source).is_dir() else {}
         if to: print(f"written: {save_model(m, to, ours.get('config'), a.overwrite)}")

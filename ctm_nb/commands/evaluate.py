@@ -35,7 +35,10 @@ def evaluate_parser() -> Parser:
         help="part of a data set that is the reference (default: held_out for --features train, else all)")
     add("--save-ref", type=Path, metavar="NPZ", help="keep the reference, with its feature classifier if it has one")
     _score_flags(p.add_argument_group("scores").add_argument)
-    draw_flags(p.add_argument_group("how a checkpoint draws; every combination is a row").add_argument, many=True)
+    drawing = p.add_argument_group("how a checkpoint draws; every combination is a row").add_argument
+    draw_flags(drawing, many=True)
+    drawing("--ema-lengths", type=ranged(0, 1, float, many=True), metavar="S,S", help="averages of these relative "
+        "lengths, e.g. .03,.05,.1, made of the snapshots that a run kept with teacher.profiles or distill.profiles")
     return p
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #c872b5c0

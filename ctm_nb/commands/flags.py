@@ -94,5 +94,9 @@ def draw_flags(
         help="which model of a run: ctm, teacher, or another EMA, ctm-0.9999 (default: the student if there is one)")
     add("--bytes", choices=("round", "truncate"), help="how samples become bytes: the nearest, or the one below "
         "as in the published code (default: as the run's configuration says; round)")
+    add("--guidance", type=float, metavar="W", help="scale of guidance, which doubles the evaluations: by labels, for "
+        "models trained with some of them dropped, or with --guide by another model")
+    add("--guide", metavar="PATH", help="for that: a worse model, an earlier or smaller one of the same pictures; the "
+        "denoiser is then D_guide + W (D - D_guide)")
     add("--seed", type=ranged(0), default=0, metavar="N", help="of the noise (default: 0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU if there is one (default: auto)")

@@ -26,8 +26,6 @@ def sample_parser() -> Parser:
     draw_flags(add)
     add("--classes", default="all", metavar="CLASSES",
         help="names or indices, e.g. cat,dog or 0,1; all: every class in turn; none: without label (default: all)")
-    add("--guidance", type=float, metavar="W",
-        help="scale of classifier-free guidance, for models trained with labels dropped; doubles the evaluations")
     add("--batch-size", type=ranged(1), metavar="B", help="samples at a time (default: as many as memory allows)")
     add("--overwrite", action="store_true", help="replace OUT")
     return p

@@ -62,6 +62,15 @@ def _place(config, folder: Path) -> str:  # where the run will live
     return f"continues the run there from step {max(step, 0)}" + (f", with {'; '.join(allowed)}" if allowed else "")
 
 # %% ../../nbs/7_commands/01_train.ipynb #7f2d0001
+def _averages(config, weights):
+    "What the snapshots of averages take, a line if there are any; `weights` is their number in the network."
+    from ctm_nb.training.config import STAGES, schedule
+    tracked = {k: o for s in schedule(config) if (o := getattr(config, k := STAGES[s])).profiles}
+    files = {k: (min(config.run.snapshots, o.steps), len(o.profiles)) for k, o in tracked.items()}
+    each, total = ", ".join(f"{k} {n} times {m}" for k, (n, m) in files.items()), sum(n * m for n, m in files.values())
+    size = 2 * weights / 2**20  # of one, in half precision
+    return [f"averages  {each}: {total} of {size:.2g} MiB, {total * size:.2g} MiB in all"] if files else []
+
 def _paths(config, data):
     "What a folder of trajectories takes."
     from ctm_nb.method.solvers import SOLVERS, solver_name
@@ -94,7 +103,7 @@ def plan(
     images_per_sec = measure(only, train, str(_device(config.run.device))) if measured else None
     with torch.device("meta"): weights = sum(p.numel() for p in make_network(config, train).parameters())
     given = " (that of the given teacher counts)" if config.teacher.source not in ("", "none") else ""
-    copies = 6 + max(len(getattr(config, k).emas) for k in STAGES.values())
+    copies = 6 + max(len(getattr(config, k).emas + getattr(config, k).profiles) for k in STAGES.values())
     student = f", student with {', '.join(map(str, e.steps))}" if stage != "teacher" else ""
     nfe = evaluations(e.teacher_solver, torch.arange(e.teacher_steps, -1, -1))
     scored = f"none: {why}" if why else f"{e.n} samples: teacher with {nfe} evaluations{student}"
@@ -104,7 +113,7 @@ def plan(
         f"network   {config.network.family}, {weights / 1e6:.2f} M parameters{given}",
         *_stages(config, stage), *estimate(only, train, images_per_sec)[:1 if minutes else None],
         *([f"budget    {config.run.minutes:g} min: {minutes}"] if minutes else []),
-        *_paths(config, train),
+        *_averages(only, weights), *_paths(config, train),
         f"disk      about {weights * 4 * copies / 2**20:.0f} MiB a checkpoint, {config.run.keep} are kept",
         f"scores    {scored}", f"writes    {folder}/ ({_place(config, folder)})"])
 

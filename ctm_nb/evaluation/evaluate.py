@@ -27,6 +27,7 @@ from ..method.sampling import check_request, evaluations, sample
 from ..method.solvers import SOLVERS, solver_name
 from ..method.teacher import Model
 from ..method.trajectory import is_ctm
+from ..checkpoints.averages import average, gamma_of
 from ..checkpoints.catalogue import CATALOGUE, fetch
 from ..checkpoints.models import find_checkpoint, load
 from ..checkpoints.store import load_checkpoint
@@ -36,7 +37,7 @@ from .features import ClassifierExtractor, Extractor, InceptionExtractor, load_e
 from .reference import (Collected, Ranks, Reference, SampleSet, build_reference, collect, data_samples,
                         is_reference_file, open_samples, process_group, read_reference)
 from .search import SEARCH_SEED, aligned, beside, confirm, search_table, search_times, store_times
-from .draw import timesteps_of, weights_hash
+from .draw import guided_model, timesteps_of, weights_hash
 from .likelihood import likelihood_record
 
 log = logging.getLogger(__name__)
@@ -215,6 +216,7 @@ def drawn_samples(
     "Samples of a model, drawn as they are read."
     y, how = None, dict(sampler)
     bytes = how.pop("bytes", "round")
+    for k in ("guidance", "guide", "ema_length"): how.pop(k, None)  # what `m` is
     if m.n_classes:
         counts = torch.tensor(label_counts if label_counts and len(label_counts) == m.n_classes else [1] * m.n_classes)
         y = torch.searchsorted(counts.cumsum(0), torch.arange(n) * counts.sum() // n, right=True)  # sorted
@@ -243,6 +245,9 @@ class Request:
     steps: list = field(default_factory=lambda: [1, 2])  # numbers of steps
     gammas: list | None = None      # shares of fresh noise; None: 0, or what is stored, or what a search finds
     times: str | None = None        # timesteps, e.g. "80,0.5", or "auto": those stored beside the checkpoint
+    guidance: float | None = None   # scale; None: without
+    guide: str | None = None        # a worse model for that; None: classifier-free guidance
+    ema_lengths: list | None = None # averages of a run that kept snapshots; None: what the checkpoint holds
     bytes: str | None = None        # see `to_uint8`; None: as the run's configuration says, else "round"
     search: bool = False            # search times first
     tries: int = 40                 # scores that a search may compute
@@ -274,11 +279,13 @@ def _sampler_settings(r: Request, m: Model) -> list:  # of dicts for `sample`: s
     for name in (r.solver or ("ctm" if is_ctm(m) else "heun")).split(","):
         solver = solver_name(name, ("ctm", "edm"))
         if solver == "ctm" and not is_ctm(m):
-            raise ValueError("--solver ctm needs a CTM, and this model is a teacher: take one of "
+            raise ValueError("--solver ctm needs a CTM, and this model is a teacher, or guided by another: take one of "
                              + ", ".join([*SOLVERS, "edm"]))
         gammas = (r.gammas or [None]) if solver == "ctm" else [0.]
         found += [one(solver, steps, gamma) for gamma in gammas for steps in r.steps]
-    return [s for i, s in enumerate(found) if s not in found[:i]]
+    more = {k: v for k, v in dict(guidance=r.guidance, guide=r.guide).items() if v is not None}
+    lengths = [{"ema_length": s} for s in r.ema_lengths or []] or [{}]
+    return [{**s, **more, **length} for length in lengths for i, s in enumerate(found) if s not in found[:i]]
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #d82c0792
 @dataclass
@@ -306,13 +313,18 @@ def open_subject(
     if r.nearest and r.words == []: raise ValueError("--nearest needs scores of samples, got --metrics bpd alone")
     if not _is_checkpoint(r.what):
         if r.bpd: raise ValueError(f"--metrics bpd needs a model: a run, a checkpoint or a public name, got {r.what}")
-        if r.search: raise ValueError(f"--search needs a checkpoint, got samples: {r.what}")
+        for no, given in {"search": r.search, "guidance": r.guidance, "ema-lengths": r.ema_lengths}.items():
+            if given: raise ValueError(f"--{no} needs a checkpoint, got samples: {r.what}")
         s = open_samples(r.what)
         if s.n < (r.n or 6):
             raise ValueError(f"{r.what} has too few samples: {r.n or 'at least 6'} are needed, got {s.n}")
         shape = tuple(s.read(slice(0, 1)).shape[1:])
         return Subject(r.what, shape, replace(s, n=r.n or s.n), reading={"image_size": shape[2]})
-    m = load(r.what, device=r.device, which=r.which)
+    for s in r.ema_lengths or []: gamma_of(s)  # raises what can't be
+    for flag, given in {"guidance": r.guidance, "ema-lengths": r.ema_lengths}.items():
+        if given is not None and (r.search or r.bpd):
+            raise ValueError(f"--{flag} is for scores of samples; leave out {'--search' if r.search else 'bpd'}")
+    m = guided_model(load(r.what, device=r.device, which=r.which), r.guidance, r.guide, r.what)
     if r.search and not is_ctm(m):
         raise ValueError("--search finds times of jumps, and this model is a teacher; expected a CTM")
     name, meta = r.what, {}
@@ -432,8 +444,12 @@ def evaluate(
             for f in found:  # default and found times in turn
                 default = dict(solver="ctm", steps=f["steps"], gamma=(r.gammas or [0.])[0])
                 settings += [default, {**default, "gamma": f["gamma"], "times": f["times"]}]
+        m, length = subject.model, None
         for i, sampler in enumerate({**s, "bytes": subject.bytes} for s in settings):
-            samples = drawn_samples(subject.model, r.n or 50000, sampler, evaluator.reference.label_counts, r.seed)
+            if sampler.get("ema_length") != length:
+                length = sampler["ema_length"]
+                m = guided_model(average(r.what, length, r.which, r.device), r.guidance, r.guide, r.what)
+            samples = drawn_samples(m, r.n or 50000, sampler, evaluator.reference.label_counts, r.seed)
             rows += evaluator.records(samples, sampler, r.seed, subject.name, sheet=None if i else r.nearest)
     return rows, found
 
@@ -455,8 +471,11 @@ def _row_name(r):
     s = r["sampler"]
     if s is None: return r["checkpoint"] or "samples"
     times, nfe = s.get("times"), evaluations(s["solver"], torch.arange(s["steps"], -1, -1))
-    gamma = f", gamma {s['gamma']:.3g}" if s["solver"] == "ctm" else ""
-    return f"{s['solver']}, NFE {nfe}{gamma}" + (f", times {' '.join(f'{v:.3g}' for v in times)}" if times else "")
+    about = [f"{s['solver']}, NFE {nfe * (2 if 'guidance' in s else 1)}"]
+    if s["solver"] == "ctm": about.append(f"gamma {s['gamma']:.3g}")
+    about += [f"{k.replace('_', ' ')} {s[k]:g}" for k in ("guidance", "ema_length") if k in s]
+    if times: about.append(f"times {' '.join(f'{v:.3g}' for v in times)}")
+    return ", ".join(about)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #f9151870
 def report(

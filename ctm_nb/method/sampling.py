@@ -136,7 +136,8 @@ def check_request(
     jumps = solver_name(solver, tuple(SAMPLERS)) == "ctm"
     if not (isinstance(gamma, (int, float)) and 0 <= gamma <= 1):
         raise ValueError(f"gamma must be in [0, 1], got gamma={gamma!r}")
-    if jumps and not is_ctm(m): raise ValueError('solver="ctm" needs a CTM; this model is a teacher: use solver="heun"')
+    if jumps and not is_ctm(m):
+        raise ValueError('solver="ctm" needs a CTM; this model is a teacher, or guided by another: use solver="heun"')
     if times.ndim != 1 or len(times) < 2 or not (times[1:] < times[:-1]).all():
         raise ValueError(f"times must be at least two decreasing numbers, got {times.tolist()}")
     low, high = m.sigma_min if jumps else 0., m.sigma_max

@@ -69,7 +69,9 @@ def memory(
     found = {}
     for stage in schedule(config):
         optim = getattr(config, STAGES[stage])
-        weights = 4 * parameters * (COPIES[stage] + len(optim.emas) + .5 * half)
+        copies = COPIES[stage] + len(optim.emas) + len(optim.profiles)
+        if stage != "teacher" and config.distill.guide: copies += 1
+        weights = 4 * parameters * (copies + .5 * half)
         activations = (micro_batch or optim.batch) * PASSES[stage] * each * (.5 if half else 1)
         found[stage] = int(weights + activations + PASSES[stage] * fixed)
     return found
@@ -80,10 +82,10 @@ def mean_evals(
     K: int | None = None,  # longest solver interval in grid steps; None: d.K
 ) -> float:
     "Mean number of teacher evaluations a distillation step, over the draw of k."
-    cost = SOLVERS[solver_name(d.solver)]
+    cost = SOLVERS[solver_name(d.solver)]  # of the teacher; a guided one is two networks
     steps = lambda k: k if d.max_evals is None else max(1, min(k, d.max_evals // cost))
     weights = {k: k ** d.k_power for k in range(1, (K or d.K) + 1)}
-    return cost * sum(w * steps(k) for k, w in weights.items()) / sum(weights.values())
+    return (1 + (d.guidance is not None)) * cost * sum(w * steps(k) for k, w in weights.items()) / sum(weights.values())
 
 # %% ../../nbs/6_training/09_costs.ipynb #dad3ebcd
 def student_cost(
@@ -94,11 +96,11 @@ def student_cost(
     "What distilling one image costs: the teacher, the loss and what holds the denoiser."
     if matching == "dsm": return 3.
     if matching in MATCHING: return mean_evals(d, K) + 2 + (6 if d.dsm else 3) + 2
-    stored = matching == "trajectories"
+    stored, each = matching == "trajectories", 1 + (d.guidance is not None)  # networks in a prediction of the teacher
     rows = d.dsm / (d.anchor_rows or (4 if stored else 1))
-    if not stored: return 1 + 2 + 3 + 3 * rows
-    solved = 0 if d.trajectories else (d.N - 1) * SOLVERS[solver_name(d.solver)] / d.reuse  # else once, before
-    return solved + 3 + (4 if d.anchor == "teacher" else 3) * rows
+    if not stored: return each + 2 + 3 + 3 * rows
+    solved = 0 if d.trajectories else each * (d.N - 1) * SOLVERS[solver_name(d.solver)] / d.reuse  # else once, before
+    return solved + 3 + (3 + each * (d.anchor == "teacher")) * rows
 
 def costs(
     config: Config,  # of a run

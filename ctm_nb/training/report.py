@@ -132,6 +132,7 @@ def score_table(
         name, s = "training images (floor)", r["sampler"]
         if s: name = f"CTM, {s['steps']} step{'s' * (s['steps'] > 1)}"
         if s and s["solver"] != "ctm": name = f"teacher, {s['solver']} {s['steps']} steps"
+        if s and "guidance" in s: name = f"guided {name}"
         rows.setdefault(name, {"sampler": name})[r["metric"]] = r["value"]
     return list(rows.values())
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ..checkpoints.averages import Profile
 from ..checkpoints.models import load
 from ..checkpoints.store import EMA
 from ..data.files import atomic_write
@@ -39,8 +40,9 @@ from ..method.distill import (MATCHING, draw_interval, dsm_loss, dsm_sigma, inte
                                     step_losses)
 from ..method.eulerian import draw_times, eulerian_loss, ramp
 from ..method.flow import grid_time, perturb, rho_grid
+from ..method.guidance import autoguide, guide_free
 from ..method.solvers import SOLVERS, solver_name
-from ..method.teacher import Denoiser, edm_loss, lognormal_sigma, uncertainty_loss
+from ..method.teacher import Denoiser, Model, edm_loss, lognormal_sigma, uncertainty_loss
 from ..method.trajectories import anchor_loss, draw_pair, stored_batch, trajectories_loss, trajectory
 from ..method.trajectory import CTM, student_from
 from ..networks.families import build_network
@@ -82,6 +84,7 @@ class Stage:
     name = ""  # a key of STAGES
     evaluates: tuple[str, ...] = ("model",)  # networks that a step evaluates, worth compiling
     augment = 0.  # probability of each of EDM's transformations of the images
+    teacher: Any = None  # the model that is distilled: the teacher, perhaps guided
 
     def __init__(self,
         config: Config,  # of the run
@@ -117,7 +120,8 @@ def learn(self: Stage, model: torch.nn.Module, name: str, **averages: float):
     self.optimizers["model"] = make_optimizer(o.optimizer, model, o.lr, (.9, o.beta2), model.net.last_layer)
     for k, rate in {**averages, name: o.ema, **{f"{name}-{r}": r for r in o.emas}}.items():
         self.emas[k] = EMA(model, rate, o.ema_warmup)
-        self.parts[k] = self.emas[k].module
+    for std in o.profiles: self.emas[f"{name}-profile{std}"] = Profile(model, std)
+    self.parts |= {k: e.module for k, e in self.emas.items()}
 
 # %% ../../nbs/6_training/05_stages.ipynb #e75487a9
 @patch
@@ -202,18 +206,24 @@ class DistillStage(Stage):
 
     def build(self, parts: dict):
         teacher = None if teacherless(self.config) else parts.get("teacher") or self.given("teacher")
-        self.freeze(teacher or make_denoiser(self.config, self.data))
+        self.freeze(teacher or make_denoiser(self.config, self.data), parts)
         if (d := self.config.distill).trajectories:
             solver, labels = solver_name(d.solver), self.data.labels
-            self.folder = TrajectoryFolder(d.trajectories, d.stored, self.parts["teacher"], self.times, solver, labels,
-                                           d.label_dropout)
+            self.folder = TrajectoryFolder(d.trajectories, d.stored, self.teacher, self.times, solver, labels,
+                                           d.label_dropout, d.guidance)
             self.folder.make(*launched()[:2])
         self.start(copy.deepcopy(parts.get("ctm")) or student_from(self.parts["teacher"], self.optim.init))
 
-    def freeze(self, teacher: Denoiser):
-        "Take the teacher and what is made of it."
+    def freeze(self, teacher: Denoiser, parts: dict):
+        "Take the teacher, what guides it, and what is made of it; raises ValueError for a guide of other data."
         d = self.config.distill
         self.parts["teacher"] = teacher = teacher.to(self.device).eval().requires_grad_(False)
+        self.teacher, self.evals = teacher, 1 + (d.guidance is not None)  # networks in one prediction
+        if d.guide and d.guidance is not None:
+            guide = parts.get("teacher-guide") or load(d.guide)
+            self.parts["teacher-guide"] = guide = guide.to(self.device).eval().requires_grad_(False)
+            self.teacher = autoguide(teacher, guide, d.guidance)
+        elif d.guidance is not None: self.teacher = guide_free(teacher, d.guidance)
         self.paths: dict = {}  # place in memory and rows -> number of the batch, its trajectories
         self.bounds = {"anchor": (0., 1.)}  # it starts at zero
         self.grid = dict(sigma_min=teacher.sigma_min, sigma_max=teacher.sigma_max)
@@ -227,7 +237,7 @@ class DistillStage(Stage):
         student = student.to(self.device).requires_grad_(True).train(p > 0)
         self.learn(student, "ctm", target=self.optim.target_ema)
         self.parts["target"].train(p > 0)
-        if teacherless(self.config): self.parts["teacher"] = self.parts["target"]  # D(x, t) = g(x, t, t)
+        if teacherless(self.config): self.parts["teacher"] = self.teacher = self.parts["target"]  # D(x, t) = g(x, t, t)
 
     def phase(self, n: int) -> Span:
         "The phase of distillation that a step belongs to."
@@ -255,13 +265,13 @@ def _interval_numbers(stage: DistillStage, B: int, gen: torch.Generator, n: int)
 # %% ../../nbs/6_training/05_stages.ipynb #641fe891
 def _interval_example(stage: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int) -> dict:
     "All of a distillation step that does not involve the student."
-    teacher, times = stage.parts["teacher"], numbers["times"].T  # (steps+1, B)
+    teacher, times = stage.teacher, numbers["times"].T  # (steps+1, B)
     e = {"x0": x0, "y": y, "x_t": perturb(x0, times[0], numbers["start"]), "t": times[0]}
     e |= {k: numbers[k] for k in ("u", "s", "sigma", "eps", "looks") if k in numbers}
     if stage.learner(n) != "model": return e | {"x_u": None, "teacher_evals": 0}
     solver = solver_name(stage.config.distill.solver)
     x_u = solve_interval(teacher.D, e["x_t"], times, y, solver)
-    return e | {"x_u": x_u, "teacher_evals": (len(times) - 1) * SOLVERS[solver]}
+    return e | {"x_u": x_u, "teacher_evals": (len(times) - 1) * SOLVERS[solver] * stage.evals}
 
 # %% ../../nbs/6_training/05_stages.ipynb #b9add374
 @patch
@@ -279,16 +289,18 @@ class TrajectoryFolder:
     def __init__(self,
         folder: str | Path,  # where they are or will be
         n: int,  # how many; whole files
-        teacher: Denoiser,  # that solves
+        teacher: Model,  # that solves
         times: Tensor,  # (N,) decreasing, all > 0
         solver: str = "dpmpp_2m",  # of `solve`
         labels: Tensor | None = None,  # of the images, in whose shares classes are drawn; None: without
         dropped: float = 0.,  # share without a label
+        guidance: float | None = None,  # of the teacher, if it is guided
     ):
         self.folder, self.files, self.teacher, self.times = Path(folder), math.ceil(n / self.CHUNK), teacher, times
         self.solver, self.labels, self.dropped = solver, labels if teacher.n_classes else None, dropped
         about = {"teacher": weights_hash(teacher), "times": [f"{t:.6g}" for t in times.tolist()], "solver": solver,
                  "without label": dropped, "classes": teacher.n_classes}
+        if guidance is not None: about["guidance"] = guidance
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "trajectories.json"
         try: known = json.loads(file.read_text()) if file.exists() else about
@@ -348,7 +360,7 @@ def _path_numbers(stage: DistillStage, B: int, gen: torch.Generator, n: int) -> 
 # %% ../../nbs/6_training/05_stages.ipynb #29982775
 def _path_example(stage: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int) -> dict:
     "The teacher's solutions from noise, made now, from memory or from a folder, and two places on each."
-    teacher, d, times, i, j = stage.parts["teacher"], stage.config.distill, stage.times, numbers["i"], numbers["j"]
+    teacher, d, times, i, j = stage.teacher, stage.config.distill, stage.times, numbers["i"], numbers["j"]
     e = {"i": i, "j": j, "t": times[i], "s": times[j], "teacher_evals": 0, "x0": x0, "y": y}
     e |= {"sigma": numbers["sigma"], "eps": numbers["eps"]}
     if stage.folder: return e | dict(zip(("path", "y_path"), stage.folder.take(numbers["ids"])))
@@ -358,12 +370,12 @@ def _path_example(stage: DistillStage, x0: Tensor, y: Tensor | None, numbers: di
         x_T = teacher.sigma_max * numbers["start"]
         stage.paths[at] = numbers["number"], trajectory(teacher.D, x_T, times, labels, d.solver)
     e |= {"path": stage.paths[at][1], "y_path": labels}
-    return e | {"teacher_evals": (d.N - 1) * SOLVERS[solver_name(d.solver)] if numbers["fresh"] else 0}
+    return e | {"teacher_evals": (d.N - 1) * SOLVERS[solver_name(d.solver)] * stage.evals if numbers["fresh"] else 0}
 
 # %% ../../nbs/6_training/05_stages.ipynb #80e63de0
 def _anchor_losses(stage, e, every, *points):
     "What holds g(x, t, t), in one row of so many; points: x_t, t, labels and, where it is known, D(x_t, t)."
-    d, student, teacher = stage.config.distill, stage.parts["model"], stage.parts["teacher"]
+    d, student, teacher = stage.config.distill, stage.parts["model"], stage.teacher
     few = lambda v: None if v is None else v[::d.anchor_rows or every]
     if not d.dsm: return {}
     if d.anchor == "dsm":
@@ -390,8 +402,8 @@ def _tangent_example(stage: DistillStage, x0: Tensor, y: Tensor | None, numbers:
     "A noisy image and the teacher's prediction."
     e = {k: numbers[k] for k in ("t", "s", "sigma", "eps")}
     x_t = perturb(x0, e["t"], numbers["start"])
-    with torch.no_grad(): D_x = stage.parts["teacher"].D(x_t, e["t"], y)
-    return e | {"x0": x0, "y": y, "x_t": x_t, "D_x": D_x, "teacher_evals": 1}
+    with torch.no_grad(): D_x = stage.teacher.D(x_t, e["t"], y)
+    return e | {"x0": x0, "y": y, "x_t": x_t, "D_x": D_x, "teacher_evals": stage.evals}
 
 def _tangent_losses(stage: DistillStage, e: dict, n: int) -> dict:
     "Where a jump starts must not matter."
@@ -456,7 +468,7 @@ class GanStage(DistillStage):
         g = self.optim
         student = copy.deepcopy(parts.get("ctm")) or self.given("ctm")
         solver = student if teacherless(self.config) else parts.get("teacher")
-        self.freeze(solver or self.given("teacher"))
+        self.freeze(solver or self.given("teacher"), parts)
         self.start(student)
         self.bounds = {"gan": (.01, g.high)}
         teacher = self.parts["teacher"]
@@ -479,7 +491,7 @@ def inherit(self: GanStage, before: Stage):
     self.parts["model"].load_state_dict(before.parts["model"].state_dict())
     load_optimizer(self.optimizers["model"], before.optimizers["model"].state_dict())
     for name, ema in self.emas.items():
-        was = before.emas.get(name, before.emas["ctm"])
+        was = before.emas.get(name, ema if isinstance(ema, Profile) else before.emas["ctm"])
         ema.module.load_state_dict(was.module.state_dict())
         ema.n_updates = was.n_updates
 

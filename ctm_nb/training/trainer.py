@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..checkpoints.averages import Profile, forget_snapshots, save_snapshot
 from ..checkpoints.models import KINDS, describe, rebuild
 from ..checkpoints.store import (Checkpoint, CheckpointError, MetricsLog, atomic_write, load_checkpoint,
                                       prune_checkpoints, random_state, save_checkpoint, set_random_state, step_folders,
@@ -33,6 +34,7 @@ from ..evaluation.evaluate import drawn_samples, extend_scores, run_evaluator
 from ..evaluation.features import load_extractor
 from ..method.balance import alone
 from ..method.distill import MATCHING
+from ..method.guidance import Guided
 from ..method.sampling import evaluations, sample
 from ..method.solvers import OLD_NAMES
 from .config import STAGES, Config, schedule, stage_at, teacherless
@@ -253,7 +255,7 @@ def resume(self: Trainer, c: Checkpoint):
     self.changes = c.meta.get("changes", []) + ([{"step": c.step, "what": changed}] if changed else [])
     for change in changed: log.warning("from step %d on: %s", c.step, change)
     parts = {k: rebuild(about["description"], {n: v.clone() for n, v in c.models[k].items()})
-             for k, about in c.meta["models"].items() if k in KINDS}
+             for k, about in c.meta["models"].items() if k in (*KINDS, "teacher-guide")}
     self.state.step = c.step
     if _goes_on(c.meta["config"], asdict(self.config), c.step):
         self.state.seconds, self.state.logged_at = c.state["seconds"], c.state["logged_at"]
@@ -280,7 +282,15 @@ def restore(self: Trainer):
     self.folder.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(asdict(self.config), indent=1).encode())
     self.log.rewind(found.state["log_lines"] if found else 0)
+    forget_snapshots(self.folder, self.step)
     if found: log.info("resumed %s at step %d", self.folder, self.step)
+
+# %% ../../nbs/6_training/08_trainer.ipynb #514fbe67
+@patch
+def described(self: Trainer) -> dict:  # name -> part of a checkpoint and description
+    "How to rebuild each network that somebody may want."
+    return {k: {"part": k, "description": describe(m, self.data.classes)} for k, m in self.parts.items()
+            if k.partition("-")[0] in KINDS}
 
 # %% ../../nbs/6_training/08_trainer.ipynb #d4638430
 @patch
@@ -290,9 +300,7 @@ def save(self: Trainer) -> Path:  # the checkpoint's folder
     self.here.check_equal(self.parts)
     folder = self.folder / "checkpoints"
     if not self.here.main: return folder / f"step_{self.step:08d}"
-    models = {k: {"part": k, "description": describe(m, self.data.classes)} for k, m in self.parts.items()
-              if k.partition("-")[0] in KINDS}
-    meta = {"config": asdict(self.config), "models": models, "data_sha256": self.data_sha256,
+    meta = {"config": asdict(self.config), "models": self.described(), "data_sha256": self.data_sha256,
             "precision": self.precision, "changes": self.changes}
     weights, state = {k: m.state_dict() for k, m in self.parts.items()}, self.state.state_dict(self.log.mark())
     path = save_checkpoint(folder, self.step, weights, state, meta, replace=True)
@@ -512,8 +520,9 @@ def samplers(self: Trainer) -> dict:  # name -> (model, arguments of `sample`)
     e = self.config.evaluate
     how = dict(solver=e.teacher_solver, steps=e.teacher_steps)
     nfe = evaluations(e.teacher_solver, torch.arange(e.teacher_steps, -1, -1))
-    who = "denoiser" if teacherless(self.config) else "teacher"
-    found = {f"{who}, {nfe} evaluations": (self.parts["teacher"], how)}
+    teacher, who = self.now.teacher or self.parts["teacher"], "denoiser" if teacherless(self.config) else "teacher"
+    if isinstance(teacher, Guided): nfe, who = 2 * nfe, "guided teacher"
+    found = {f"{who}, {nfe} evaluations": (teacher, how)}
     for n in e.steps if "ctm" in self.parts else ():
         found[f"{n} step{'s' * (n > 1)}"] = self.parts["ctm"], dict(solver="ctm", steps=n, gamma=0.)
     return found
@@ -553,7 +562,9 @@ def evaluate(self: Trainer) -> list:  # records of scores.json; empty where this
     for name, (m, how) in samplers.items():
         how = {**how, "bytes": e.bytes}
         drawn = drawn_samples(m, e.n, how, self.evaluator.reference.label_counts, seed)
-        rows = self.evaluator.records(drawn, {k: how.get(k) for k in ("solver", "steps", "gamma", "bytes")}, seed, step)
+        about = {k: how.get(k) for k in ("solver", "steps", "gamma", "bytes")}
+        if isinstance(m, Guided): about["guidance"] = self.config.distill.guidance
+        rows = self.evaluator.records(drawn, about, seed, step)
         for r in rows: self.board.add_scalar(f"{r['metric']}/{name}", r["value"], self.step)
         distances += [f"{r['value']:.2f} ({name})" for r in rows if r["metric"] in ("frechet_distance", "fid")]
         found += rows
@@ -570,6 +581,23 @@ def scores(self: Trainer) -> list:  # records; empty if this step was not scored
     here = [r for r in every if (r["checkpoint"], r["n_samples"]) == now]
     return [r for r in every if r["checkpoint"] is None] + here if here else []
 
+# %% ../../nbs/6_training/08_trainer.ipynb #2efb3308
+@patch
+def snapshot_due(self: Trainer) -> bool:
+    "Does a part of the stage end with this step, of as many as there are to be snapshots?"
+    span, parts = self.plan[self.now.name], self.config.run.snapshots
+    passed = lambda step: (step - span.first) * parts // (span.end - span.first)
+    return passed(self.step) > passed(self.step - 1)
+
+@patch
+def snapshot(self: Trainer):
+    "Keep the averages whose profiles are tracked, if there are any, for other averages later."
+    profiles = {k: e for k, e in self.now.emas.items() if isinstance(e, Profile)}
+    if not profiles: return
+    self.look()
+    if self.here.main:
+        save_snapshot(self.folder, self.step, [self.now.name, self.begun_at], profiles, self.described())
+
 # %% ../../nbs/6_training/08_trainer.ipynb #06cb9914
 @patch
 def keep_up(self: Trainer, end: int, save: bool) -> str:  # the losses in words, if they were logged
@@ -578,6 +606,7 @@ def keep_up(self: Trainer, end: int, save: bool) -> str:  # the losses in words,
     due = lambda n: step % n == 0 or step == end
     words = self.log_window() if due(every.log_every) else ""
     if due(every.sample_every): self.save_grid()
+    if self.snapshot_due(): self.snapshot()
     if save or due(every.save_every):
         self.save()
         losses, seconds = words.partition(", ")[2], self.state.seconds

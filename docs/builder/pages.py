@@ -12,6 +12,8 @@ PAPERS = {
     "CTM": "Kim et al., *Consistency Trajectory Models*, [arXiv 2310.02279](https://arxiv.org/abs/2310.02279)",
     "EDM": "Karras et al., *Elucidating the Design Space of Diffusion-Based Generative Models*, [arXiv "
            "2206.00364](https://arxiv.org/abs/2206.00364)",
+    "EDM2": "Karras et al., *Analyzing and Improving the Training Dynamics of Diffusion Models*, [arXiv "
+            "2312.02696](https://arxiv.org/abs/2312.02696)",
     "DPM-Solver++": "Lu et al., *DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models*, "
                     "[arXiv 2211.01095](https://arxiv.org/abs/2211.01095)",
     "UniPC": "Zhao et al., *UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models*, "

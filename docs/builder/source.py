@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 CELL = re.compile(r"^# %% (?:\.\./)*nbs/(\S+)\.ipynb #(\S+)")
-PAPERS = r"(?:CTM|EDM|DPM-Solver\+\+|UniPC)"
+PAPERS = r"(?:CTM|EDM2|EDM|DPM-Solver\+\+|UniPC)"
 PAPER = re.compile(rf"#\s*({PAPERS}(?::|, | Eq| Alg| Table| [Aa]ppendix)[^\"]*)")
 PLACE = re.compile(r"(Eq|Alg|Table|appendix)\b", re.I)
 

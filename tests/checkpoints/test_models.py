@@ -560,6 +560,8 @@ def test_a_consistency_model_given_as_file_is_no_teacher(tmp_path, name):
     for which in ("cm", None):
         m = load(tmp_path / name, which=which, image_size=8)
         assert isinstance(m, Denoiser) and "consistency model, loaded as a denoiser" in m.about
+    own = save_model(m, tmp_path / "cd_own.safetensors")  # as ctm_nb_convert does: a teacher on purpose
+    assert type(load(own, which="teacher")) is Denoiser
     (tmp_path / name).rename(tmp_path / "edm_imagenet64_ema.pt")
     assert type(load(tmp_path / "edm_imagenet64_ema.pt", which="teacher", image_size=8)) is Denoiser
 

@@ -2,12 +2,17 @@
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
 from ctm_nb.checkpoints.models import describe, load
 from ctm_nb.checkpoints.store import save_checkpoint
+from ctm_nb.commands.sample import ctm_nb_sample
+from ctm_nb.data.images import to_uint8
 from ctm_nb.evaluation.draw import draw_samples, make_recipe
+from ctm_nb.method.guidance import autoguide
+from ctm_nb.method.sampling import sample
 from ctm_nb.method.teacher import Denoiser
 from ctm_nb.method.trajectory import student_from
 from ctm_nb.networks.unet import DDPMpp, init_
@@ -46,3 +51,44 @@ def test_guidance_without_dropped_labels_is_warned_about(run, tmp_path):
     config = {"teacher": {"label_dropout": .1}, "distill": {"label_dropout": 0}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.warns(RuntimeWarning, match="distill.label_dropout=0"): make_recipe(load(run), tmp_path, 3, guidance=2.)
+
+
+# ---- another model as guide
+
+def test_another_model_guides_the_denoiser(run, tmp_path, capsys):
+    weak = tmp_path / "weak"
+    torch.manual_seed(1)
+    teacher = Denoiser(DDPMpp(8, 1, 10, model_channels=8, channel_mult=(1,), n_blocks=1, attention=()))
+    init_(teacher.net.out_layers[1], 1.)
+    about = {"models": {"teacher": {"part": "teacher", "description": describe(teacher, list("0123456789"))}}}
+    save_checkpoint(weak / "checkpoints", 7, {"teacher": teacher.state_dict()}, {}, about)
+    words = ["--which", "teacher", "--steps", "3", "-n", "12", "--device", "cpu", "--guide", str(weak), "--guidance"]
+    ctm_nb_sample([str(run), "--out", str(tmp_path / "x.npz"), *words, "2"])
+    assert "12 samples, 10 evaluations each, solver heun" in capsys.readouterr().out
+    y, m = torch.arange(12) % 10, load(run, which="teacher")
+    by_hand = sample(autoguide(m, load(weak), 2.), 12, y=y, solver="heun", steps=3)
+    there = np.load(tmp_path / "x.npz")
+    assert np.array_equal(there["arr_0"], to_uint8(by_hand).permute(0, 2, 3, 1).numpy())
+    recipe = json.loads(str(there["sampler"]))
+    assert recipe["guidance"] == 2 and recipe["guide"] == str(weak / "checkpoints" / "step_00000007")
+    ctm_nb_sample([str(run), "--out", str(tmp_path / "y.npz"), *words, "1"])
+    ctm_nb_sample([str(run), "--out", str(tmp_path / "z.npz"), *words[:-3]])
+    one, plain = (np.load(tmp_path / f"{k}.npz")["arr_0"].astype(int) for k in "yz")
+    assert abs(one - plain).max() <= 1 and abs(there["arr_0"].astype(int) - plain).max() > 1
+    recipe = make_recipe(load(run), str(run), 3, guidance=2., guide=str(weak))  # of a student, its denoiser
+    assert recipe["solver"] == "heun" and recipe["evaluations"] == 2 * 35
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--guide", "nowhere", "--guidance", "2"], "nowhere does not exist"),
+    (["--guide", "nowhere"], "a guide needs the scale --guidance, got only --guide nowhere"),
+    (["--guide", "{run}", "--guidance", "2", "--solver", "ctm"], "guided by another: use solver=\"heun\""),
+    (["--guide", "{run}", "--guidance", "-2"], "scale=-2"),
+])
+def test_mistakes_with_a_guide_are_one_line(run, tmp_path, capsys, words, message):
+    words = [w.format(run=run) for w in words]
+    with pytest.raises(SystemExit) as e:
+        ctm_nb_sample([str(run), "--out", str(tmp_path / "x.png"), "--device", "cpu", *words])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+    assert not list(tmp_path.iterdir())

@@ -4,7 +4,7 @@ import torch
 
 from ctm_nb.method.teacher import Denoiser
 from ctm_nb.method.flow import GaussianMixture, noise, rho_grid, toy_mixture
-from ctm_nb.method.guidance import candidates, guide, guide_free, guided, keep_best
+from ctm_nb.method.guidance import autoguide, candidates, guide, guide_free, guided, keep_best
 from ctm_nb.networks.unet import MLP, init_
 from ctm_nb.method.sampling import Churn, landing_time, sample
 from ctm_nb.method.trajectory import is_ctm, student_from
@@ -104,6 +104,49 @@ def test_free_guidance_on_a_student():
     assert torch.allclose(guide_free(m, 3.).g(x, 2., .5, y), past, atol=1e-5)
     assert is_ctm(guided(m, None, 3)) and not is_ctm(guided(Denoiser(MLP(2, n_classes=3)), None, 3))
     assert sample(guide_free(m, 2.), 3).shape == (3, 2)
+
+
+def moved(m):
+    for layer in (m.net.out, m.net.map_layer0): init_(layer)
+    return m
+
+
+def test_a_worse_model_guides_the_denoiser():
+    m, worse, plain = (moved(Denoiser(MLP(2, n_classes=k))) for k in (3, 3, 0))
+    x, y = torch.randn(5, 2), torch.tensor([0, 1, 2, -1, 1])
+    for ref in (worse, plain):
+        D_ref, D = ref.D(x, 2., y if ref.n_classes else None), m.D(x, 2., y)
+        assert not torch.allclose(D_ref, D, atol=1e-2)
+        for w in (0., 1., 2.5):
+            assert torch.allclose(autoguide(m, ref, w).D(x, 2., y), (1 - w) * D_ref + w * D, atol=1e-5)
+    D = autoguide(m, worse, 2.)
+    assert torch.allclose(D.D(x, 2.), 2 * m.D(x, 2.) - worse.D(x, 2.), atol=1e-5)
+    assert len(list(D.parameters())) == 2 * len(list(m.parameters()))
+    unlabelled = autoguide(plain, plain, 3.)
+    assert torch.allclose(unlabelled.D(x, 2., None), plain.D(x, 2.), atol=1e-5) and unlabelled.n_classes == 0
+    hand = sample(guided(m, lambda predict, x, t, y: 2 * predict(y) - worse.D(x, t, y), 3), 6, solver="heun", steps=4)
+    assert torch.allclose(sample(D, 6, solver="heun", steps=4), hand, atol=1e-4)
+
+
+def test_a_guided_student_has_a_denoiser_and_no_jumps():
+    m = moved(student_from(Denoiser(MLP(2))))
+    D = autoguide(m, moved(Denoiser(MLP(2))), 2.)
+    assert not is_ctm(D) and sample(D, 2, solver="euler", steps=2).shape == (2, 2)
+    with pytest.raises(ValueError, match="needs a CTM; this model is a teacher, or guided by another"): sample(D, 2)
+
+
+@pytest.mark.parametrize("worse, message", [
+    (lambda: Denoiser(MLP(3, n_classes=2)), r"draw data of shape \(2,\) as the model, got \(3,\)"),
+    (lambda: Denoiser(MLP(2, n_classes=3)), "know the model's 2 classes or none, got 3"),
+    (lambda: Denoiser(MLP(2, n_classes=2), classes=["a", "c"]), "classes in their order, got 'c' for 'b'"),
+    (lambda: Denoiser(MLP(2, n_classes=2), sigma_max=20.), "noise levels 0.002 to 80, got 0.002 to 20"),
+    (lambda: Denoiser(MLP(2, n_classes=2), sigma_min=.01), "noise levels 0.002 to 80, got 0.01 to 80"),
+])
+def test_a_guide_of_something_else_is_a_sentence(worse, message):
+    m = Denoiser(MLP(2, n_classes=2), classes=["a", "b"])
+    with pytest.raises(ValueError, match=message): autoguide(m, worse(), 2.)
+    autoguide(m, Denoiser(MLP(2, n_classes=2)), 2.)  # without names: nothing to compare
+    with pytest.raises(ValueError, match="scale=-1"): autoguide(m, m, -1.)
 
 
 def test_rejection_keeps_the_best_of_each_class():
