@@ -1,0 +1,82 @@
+"""Students of one teacher by several recipes, of equal processor seconds: what `--minutes` is to do with its time.
+
+    python benchmarks/recipe.py --preset mnist --data MNIST --teacher runs/mnist --ref classifier6.npz --seconds 300
+    python benchmarks/recipe.py --teacher runs/digits --seconds 45 --seeds 0 1 --only "trajectories; features"
+
+A recipe gets as many steps as fit into the seconds, by the time of thirty; its schedule ends where they do. One thread,
+5,000 samples, scored in the features of the classifier in --ref (benchmarks/mnist.py keeps such a file in its --work
+folder), else of the run's own. Rows are added to nbs/results/budget/tried.json.
+"""
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from ctm_nb.evaluation.evaluate import Evaluator
+from ctm_nb.evaluation.features import ClassifierExtractor
+from ctm_nb.evaluation.reference import read_reference
+from ctm_nb.training.budget import MUON
+from ctm_nb.training.config import make_config
+from ctm_nb.training.trainer import Trainer
+
+RESULT = Path(__file__).resolve().parents[1] / "nbs" / "results" / "budget" / "tried.json"
+MIXED = "distill.phases=trajectories:.6,soft:.4"
+RECIPES = {
+    "trajectories, then soft; pseudo_huber": f"{MIXED} distill.distance=pseudo_huber",
+    "trajectories, then soft; features": f"{MIXED} distill.distance=features",
+    "trajectories, then soft; pseudo_huber; batch 128": f"{MIXED} distill.distance=pseudo_huber distill.batch=128",
+    "trajectories; pseudo_huber": "distill.phases= distill.matching=trajectories distill.distance=pseudo_huber",
+    "trajectories; features": "distill.phases= distill.matching=trajectories distill.distance=features",
+}
+QUIET = ["gan.steps=0", "run.save_every=1000000", "run.sample_every=1000000", "run.log_every=1000000"]
+
+
+def trained(words, folder):
+    "A run to its end, and processor seconds of a step."
+    t, started = Trainer(make_config(*words), folder), time.process_time()
+    while t.step < t.total: t.train_step()
+    return t, (time.process_time() - started) / t.total
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--preset", default="digits")
+    p.add_argument("--data", help="images of a preset that has none")
+    p.add_argument("--teacher", required=True, help="a run")
+    p.add_argument("--ref", type=Path, help="a reference with its classifier")
+    p.add_argument("--seconds", type=float, default=45)
+    p.add_argument("--seeds", type=int, nargs="+", default=[0])
+    p.add_argument("--only", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="RECIPE")
+    a = p.parse_args()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    judge = None
+    if a.ref:
+        reference = read_reference(a.ref)
+        judge = Evaluator(reference, ClassifierExtractor(reference.net), progress=False)
+    rows = json.loads(RESULT.read_text()) if RESULT.exists() else []
+    given = [*QUIET, *MUON.split(), f"teacher.source={a.teacher}", *([f"data.source={a.data}"] if a.data else [])]
+    for seed in a.seeds:
+        for what in a.only:
+            with tempfile.TemporaryDirectory() as d:
+                words = [*given, f"run.seed={seed}", *RECIPES[what].split()]
+                each = trained((a.preset, [*words, "distill.steps=30"]), Path(d) / "trial")[1]
+                steps = max(30, round(a.seconds / each))
+                rate = round(1 - 10 / steps, 5)
+                rates = f"distill.ema={rate} distill.target_ema={min(.99, rate)} distill.warmup={min(50, steps // 10)}"
+                t, each = trained((a.preset, [*words, f"distill.steps={steps}", *rates.split()]), Path(d) / "run")
+                t.save()
+                if judge: t.evaluator = judge
+                found = t.evaluate(5000)
+                distance = {r["sampler"]["steps"]: r["value"] for r in found if r["metric"] == "frechet_distance"
+                            and r["sampler"] and r["sampler"]["solver"] == "ctm"}
+            rows.append({"images": a.preset, "seconds": round(each * steps), "steps": steps, "what": what, "seed": seed,
+                         "distance": [round(distance[k], 3) for k in (1, 2, 4)]})
+            print(rows[-1], flush=True)
+            RESULT.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__": main()
