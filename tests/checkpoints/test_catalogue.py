@@ -415,7 +415,7 @@ def test_entries_are_complete():
     for name, e in CATALOGUE.items():
         assert (
             e.name == name
-            and re.fullmatch("[a-z0-9-]+", name)
+            and re.fullmatch("[a-z0-9.-]+", name)
             and e.what
             and e.licence
             and e.file.startswith(name + ".")

@@ -172,7 +172,7 @@ def test_primitives_keep_magnitudes():
     both = mp_cat(a[0], b)
     assert abs(size(both) - 1) < .02 and abs(both[:, :96].norm() / both[:, 96:].norm() - 1) < .02
     assert torch.equal(unit(torch.zeros(2, 3)), torch.zeros(2, 3))
-    assert unit(3e4 * torch.ones(1, 4096).half()).isfinite().all()
+    assert (unit(3e4 * torch.ones(1, 4096).half()) - 1).abs().max() < .01  # their squares do not fit into float16
     layer = UnitLayer(64, 32)
     assert abs(size(layer(torch.randn(4096, 64))) - 1) < .05
 
