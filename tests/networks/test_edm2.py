@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ctm_nb.method.distill import step_losses
+from ctm_nb.method.guidance import autoguide
 from ctm_nb.method.sampling import sample
 from ctm_nb.method.solvers import solve
 from ctm_nb.method.teacher import Denoiser, edm_loss, lognormal_sigma, uncertainty_loss
@@ -114,8 +115,9 @@ def test_heun_and_guidance():
     for denoiser, name in ((lambda x, t, y: D(m, x, t, y), "heun_8"), (guided, "heun_8_guided")):
         x = solve(denoiser, 80 * z["heun_noise"], times.float(), y, "heun")
         assert off(x, z[name]) < 1e-5
-    drawn = sample(m, 3, steps=8, solver="heun", y=y.argmax(1), noise_fn=lambda i, shape: z["heun_noise"])
-    assert off(drawn, z["heun_8"]) < 1e-5
+    for model, name in ((m, "heun_8"), (autoguide(m, reference, 1.7), "heun_8_guided")):
+        drawn = sample(model, 3, steps=8, solver="heun", y=y.argmax(1), noise_fn=lambda i, shape: z["heun_noise"])
+        assert off(drawn, z[name]) < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)

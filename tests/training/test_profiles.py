@@ -15,9 +15,11 @@ from ctm_nb.commands.convert import ctm_nb_convert
 from ctm_nb.commands.evaluate import ctm_nb_evaluate
 from ctm_nb.commands.train import ctm_nb_train
 from ctm_nb.method.guidance import Guided, autoguide, guide_free
+from ctm_nb.method.teacher import Denoiser
+from ctm_nb.networks.unet import MLP
 from ctm_nb.training.config import make_config
 from ctm_nb.training.costs import costs, mean_evals, memory
-from ctm_nb.training.stages import STAGE_CLASSES, DistillStage
+from ctm_nb.training.stages import STAGE_CLASSES, DistillStage, TrajectoryFolder
 from ctm_nb.training.trainer import Trainer
 from ctm_nb.data.images import digits
 
@@ -269,3 +271,12 @@ def test_the_guided_teacher_is_scored_as_such(whole, tmp_path):
     records = walk(t, 9).evaluate()
     assert {r["sampler"].get("guidance") for r in records if r["sampler"] and r["sampler"]["solver"] == "heun"} == {2.}
     assert not any("guidance" in r["sampler"] for r in records if r["sampler"] and r["sampler"]["solver"] == "ctm")
+
+
+def test_a_folder_of_trajectories_belongs_to_one_guidance(tmp_path):
+    m, times = Denoiser(MLP(2, n_classes=3)), torch.tensor([80., 1., .002])
+    kept = lambda teacher, w: TrajectoryFolder(tmp_path, 64, teacher, times, guidance=w)
+    kept(guide_free(m, 2.), 2.)
+    kept(guide_free(m, 2.), 2.)
+    for teacher, w in ((guide_free(m, 3.), 3.), (m, None), (autoguide(m, m, 2.), 2.)):
+        with pytest.raises(ValueError, match="holds trajectories of another run"): kept(teacher, w)
