@@ -87,6 +87,7 @@ def laughs():
 PICKLES = {
     "an array of pointers": batches(data=np.array([[None] * 3072], object)),
     "an array of floats": batches(data=np.zeros((3, 3072))),
+    "an array of signed bytes": batches(data=np.zeros((3, 3072), np.int8)),
     "room for 2**31 memos": raw(b"\x80\x02}r\xff\xff\xff\x7f."),
     "an array of 2**40 bytes": raw(b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"."),
     "bytes beyond the end": raw(b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"."),
