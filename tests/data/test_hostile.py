@@ -165,13 +165,13 @@ def test_folders_of_classes_are_safe_and_distinct():
 
 def test_a_conversion_and_samples_stay_inside_of_their_folder(tmp_path):
     from ctm_nb.data.read import ArraySource
-    from ctm_nb.evaluation.draw import write_tree
+    from ctm_nb.evaluation.draw import _save_samples
     (tmp_path / "in").mkdir()
     n = len(CLASSES)
     images, y = np.zeros((n, 4, 4, 3), np.uint8), np.arange(n)
     source = ArraySource("x", "array", list(map(str, y)), y, [readable(c) for c in CLASSES], images=images)
     convert(source, tmp_path / "in" / "a", workers=0)
-    write_tree(tmp_path / "in" / "b", images, np.append(y[1:], -1), {"class_names": CLASSES})
+    _save_samples(tmp_path / "in" / "b", images, np.append(y[1:], -1), {"class_names": CLASSES})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
     assert sorted(p.name for p in (tmp_path / "in").iterdir()) == ["a", "b"]
     for name in "ab": assert len({p.parent for p in (tmp_path / "in" / name).rglob("*.png")}) == n
