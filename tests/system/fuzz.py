@@ -56,7 +56,7 @@ def limited(f, *args, seconds=SECONDS, memory=MEMORY):
         out.seek(0)
         words = out.read().decode(errors="backslashreplace")
     if code in (-signal.SIGALRM, -signal.SIGXCPU): return "hang", words
-    if code < 0: return "crash", f"signal {-code}"
+    if code < 0: return "crash", f"{words}\nsignal {-code}"
     if code == 99 or "Traceback" in words: return "traceback", words
     return ("refused" if code else "ok"), words
 
