@@ -107,7 +107,7 @@ def measure(
     "Everything that a run does, in small."
     small, e, train, learn = deepcopy(config), config.evaluate, splits["train"], 0.
     few = np.arange(64) * len(train) // 64
-    small.gan.start = small.gan.head_start = small.run.before = 0
+    small.gan.start, small.gan.head_start, small.run.before, small.distill.trajectories = 0, 0, 0, ""
     kinds = list(dict.fromkeys(p.name for p in phases(config.distill, 10 ** 6)))
     small.distill.phases, small.distill.reuse = ",".join(f"{k}:{1 / len(kinds)!r}" for k in kinds), 20
     for s in schedule(config): getattr(small, STAGES[s]).steps = 20 * (len(kinds) if s == "ctm_dsm" else 1)

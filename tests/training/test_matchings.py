@@ -1,5 +1,6 @@
 """Optimizers and objectives by name: a run with any of them ends as it would have ended, interrupted or not."""
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,10 @@ from runs import assert_same
 from test_resume import start, walk
 
 from ctm_nb.method.solvers import solve
+from ctm_nb.training import budget, costs
+from ctm_nb.training.config import make_config
 from ctm_nb.training.optimizers import Muon, make_optimizer
+from ctm_nb.training.trainer import open_images
 
 MUON = ["teacher.optimizer=muon", "distill.optimizer=muon", "teacher.lr=.02", "distill.lr=.02"]
 
@@ -133,3 +137,16 @@ def test_trajectories_of_another_teacher_are_refused(tmp_path):
         walk(start(tmp_path / "s", *stored(tmp_path)), 8)
     with pytest.raises(ValueError, match=r"distill.trajectories must be empty where no phase is trajectories"):
         start(tmp_path / "t", "distill.trajectories=x")
+
+
+def test_what_measures_leaves_the_folder_alone(tmp_path):
+    "A plan's small teacher must not fill the folder of the run's own."
+    words = stored(tmp_path, "teacher.batch=8", "distill.batch=8", "evaluate.n=0")
+    config = make_config("tiny", ["gan.steps=0", *words])
+    budget.measure(config, open_images(config), False, .01)
+    assert not (tmp_path / "paths").exists()
+    walk(start(tmp_path / "r", *words), 3)
+    shutil.rmtree(tmp_path / "paths")
+    given = make_config("tiny", ["gan.steps=0", *words, f"teacher.source={tmp_path / 'r'}"])
+    costs.measure(given, open_images(given)["train"])
+    assert not (tmp_path / "paths").exists()
