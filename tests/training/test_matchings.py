@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import assert_same
+from safetensors.torch import save
 from test_resume import start, walk
 
 from ctm_nb.method.solvers import solve
@@ -134,6 +135,9 @@ def test_trajectories_of_another_teacher_are_refused(tmp_path):
     file.write_text(good)
     (tmp_path / "paths" / "000000.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="000000.safetensors can't be read"):
+        walk(start(tmp_path / "s", *stored(tmp_path)), 8)
+    (tmp_path / "paths" / "000000.safetensors").write_bytes(save({"other": torch.zeros(1)}))
+    with pytest.raises(ValueError, match="000000.safetensors holds no trajectories of this run"):
         walk(start(tmp_path / "s", *stored(tmp_path)), 8)
     with pytest.raises(ValueError, match=r"distill.trajectories must be empty where no phase is trajectories"):
         start(tmp_path / "t", "distill.trajectories=x")
