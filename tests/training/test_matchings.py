@@ -154,3 +154,17 @@ def test_what_measures_leaves_the_folder_alone(tmp_path):
     given = make_config("tiny", ["gan.steps=0", *words, f"teacher.source={tmp_path / 'r'}"])
     costs.measure(given, open_images(given)["train"])
     assert not (tmp_path / "paths").exists()
+
+
+@pytest.mark.parametrize("matching, cores", [("soft", 2), ("trajectories", 1)])
+def test_the_thread_that_works_ahead_has_no_idle_helpers(tmp_path, matching, cores):
+    "One core, or half of four where it solves for the student; more than cores in all slows every operation."
+    torch.set_num_threads(4)
+    try:
+        t = start(tmp_path / "r", *SMALL, f"distill.matching={matching}", "teacher.steps=2", "distill.steps=4")
+        seen = []
+        for _ in range(4):
+            t.train_step()
+            seen.append(t.ahead.pool.submit(torch.get_num_threads).result())
+        assert seen == [1, 1, cores, cores] and torch.get_num_threads() == 4
+    finally: torch.set_num_threads(1)
