@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ctm_nb.checkpoints.averages import average
+from ctm_nb.checkpoints.models import load
 from ctm_nb.data.files import atomic_write
 from ctm_nb.data.images import to_uint8
 from ctm_nb.evaluation.evaluate import Evaluator, drawn_samples, run_evaluator
@@ -137,12 +138,12 @@ def main(argv=None):
     else: fill(a, preset, common, rows, once, distances)
 
 
-def run_of(a, seed, network, what, choice): return a.runs / a.name / f"{network}-{seed}-{what}-{choice[0]}-{choice[1]:g}"
+def run_of(a, seed, network, what, choice):
+    return a.runs / a.name / f"{network}-{seed}-{what}-{choice[0]}-{choice[1]:g}"
 
 
 def fill(a, preset, common, rows, once, distances):
     "Teachers, then students, seed by seed."
-    from ctm_nb.checkpoints.models import load
     for seed in a.seeds:
         for network, words in NETWORKS.items():
             shared = [*common, *words.split(), f"network.model_channels={WIDTH[a.name][network]}", f"run.seed={seed}"]
