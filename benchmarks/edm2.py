@@ -80,8 +80,9 @@ class Meter:
             self.real = self.features(to_uint8(real.x0(rows)))
             return
         self.net = None
-        self.judge = run_evaluator(self.data, keep=True)
-        if ref: self.judge = Evaluator(read_reference(ref), ClassifierExtractor(read_reference(ref).net), progress=False)
+        known = read_reference(ref) if ref else None
+        self.judge = (Evaluator(known, ClassifierExtractor(known.net), progress=False) if known else
+                      run_evaluator(self.data, keep=True))
         self.counts = self.judge.reference.label_counts
 
     def features(self, images):
