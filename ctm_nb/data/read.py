@@ -808,7 +808,8 @@ def lmdb_entries(path:Path):  # yields name and place, as `zip_entries`
                 elif kind & 6: raise ValueError("it holds tables within tables, or several values of a key")
                 else:
                     place, end = number * size + at, (number + 1) * size
-                    if kind: place, end = int.from_bytes(data[at:at + 8], "little") * size + 16, room  # on its own pages
+                    if kind:  # it has pages of its own
+                        place, end = int.from_bytes(data[at:at + 8], "little") * size + 16, room
                     if n > min(end - place, MAX_ENTRY): raise ValueError(f"page {number} is damaged")
                     yield key.decode("utf-8", "surrogateescape"), (place, n, n, 0, PLAIN)
                     count -= 1
