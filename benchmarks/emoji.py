@@ -69,6 +69,13 @@ def draw(run: Path, columns: int = 20, scale: int = 2) -> Image.Image:
     return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
 
 
+def settings(run: Path) -> dict:
+    "The configuration of a run, without the place of its teacher on this machine."
+    config = json.loads((run / "config.json").read_text())
+    if source := config["teacher"]["source"]: config["teacher"]["source"] = f"runs/{Path(source).name}"
+    return config
+
+
 def small_copy(run: Path, out: Path):
     "The student in half precision, 4 MB: a sample moves by less than half a grey level."
     from safetensors import safe_open
@@ -76,7 +83,7 @@ def small_copy(run: Path, out: Path):
 
     from ctm_nb import load
     from ctm_nb.checkpoints.models import save_model
-    whole = save_model(load(run), out.with_name("whole.safetensors"), json.loads((run / "config.json").read_text()))
+    whole = save_model(load(run), out.with_name("whole.safetensors"), settings(run))
     with safe_open(whole, "pt") as f:
         halves = {k: f.get_tensor(k).half() for k in f.keys()}  # noqa: SIM118
         save_file(halves, out, metadata=f.metadata())
@@ -90,7 +97,8 @@ def logged(run: Path) -> list:
 def keep_results(run: Path, out: Path):
     "Picture, scores, curve, minutes and student of a run."
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "scores.json"): shutil.copy(run / name, out / name)
+    shutil.copy(run / "scores.json", out / "scores.json")
+    (out / "config.json").write_text(json.dumps(settings(run), indent=1) + "\n")
     lines, source = logged(run), json.loads((run / "config.json").read_text())["teacher"]["source"]
     if source:
         before = [line for line in logged(Path(source)) if line["stage"] == "teacher"]

@@ -68,6 +68,7 @@ def report(facts:dict)->str:
     "The facts of `survey` for people: of what is many, the first."
     lines = []
     for head, v in facts.items():
+        if v is None: continue
         listed = [f"{k}: {n}" for k, n in v.items()] if isinstance(v, dict) else v
         if not isinstance(listed, list): lines.append(f"{head:10} {v}")
         elif head in ("broken", "notes"):

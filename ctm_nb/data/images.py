@@ -168,7 +168,8 @@ def stream_indices(
 # %% ../../nbs/3_data/01_images.ipynb #cfe06133
 @cache
 def _font(size):
-    import matplotlib  # brings along DejaVu, which has the letters of many alphabets
+    try: import matplotlib  # brings along DejaVu, which has the letters of many alphabets
+    except ImportError: return ImageFont.load_default(size)  # of European ones
     return ImageFont.truetype(str(Path(matplotlib.get_data_path())/"fonts"/"ttf"/"DejaVuSans.ttf"), size)
 
 def _words(names, size, limit):

@@ -8,6 +8,7 @@ __all__ = ['COPIES', 'PASSES', 'empty_data', 'saved_bytes', 'memory', 'mean_eval
 
 # %% ../../nbs/6_training/09_costs.ipynb #5f28a8bf
 import time
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -133,6 +134,7 @@ def measure(
 ) -> float:  # images a second in the first stage that has steps
     "Train two steps, after one that is not timed, with at most 64 images on a GPU and 8 on a CPU, and forget them."
     where, wait = torch.device(device), torch.cuda.synchronize if "cuda" in device else lambda: None
+    config = replace(config, distill=replace(config.distill, trajectories=""))  # a folder would be filled
     stage = STAGE_CLASSES[next(iter(schedule(config)))](config, data, where)
     context = partial(autocast, choose_precision(config.run.precision, where), where)
     n, steps, started = min(stage.optim.batch, 64 if "cuda" in device else 8), 2, 0.

@@ -100,10 +100,10 @@ EMOJI = [("ours, one run", """
     network.sigma_data=.6
     teacher.steps=5000 teacher.batch=64 teacher.optimizer=muon teacher.lr=.02 teacher.warmup=100
     teacher.decay=cosine teacher.beta2=.99 teacher.ema=.999
-    distill.phases=trajectories:.8,soft:.2 distill.steps=750 distill.batch=64 distill.optimizer=muon distill.lr=.02
-    distill.warmup=50 distill.decay=linear distill.beta2=.99 distill.ema=.99 distill.target_ema=.99 distill.stored=4096
+    distill.phases=trajectories:.7,soft:.3 distill.steps=2000 distill.batch=64 distill.optimizer=muon distill.lr=.02
+    distill.warmup=50 distill.decay=linear distill.beta2=.99 distill.ema=.995 distill.target_ema=.99 distill.stored=4096
     distill.N=12 distill.K=11 distill.k_power=.5 distill.solver=dpmpp_2m distill.max_evals=5
-    distill.distance=pseudo_huber gan.steps=0
+    distill.distance=features gan.steps=0
     evaluate.n=2000 evaluate.teacher_steps=9 run.save_every=250 run.sample_every=500""")]
 
 TINY = """

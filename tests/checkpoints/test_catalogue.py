@@ -410,8 +410,8 @@ def test_every_file_of_the_reference_is_listed():
 
 
 def test_entries_are_complete():
-    formats = {"EDM pickle", "OpenAI state dict", "CTM, OpenAI state dict", "mu, sigma npz", "TorchScript", "npz",
-               "consistency model (not a CTM)"}
+    formats = {"EDM pickle", "EDM2 snapshot", "OpenAI state dict", "CTM, OpenAI state dict", "mu, sigma npz",
+               "TorchScript", "npz", "consistency model (not a CTM)"}
     for name, e in CATALOGUE.items():
         assert (
             e.name == name

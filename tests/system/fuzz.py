@@ -42,7 +42,8 @@ def limited(f, *args, seconds=SECONDS, memory=MEMORY):
             resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(seconds)
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+            signal.alarm(3 * seconds)  # for who waits and does nothing; others may want the processor, too
             code = 0
             try: f(*args)
             except SystemExit as e: code = e.code or 0
@@ -54,8 +55,8 @@ def limited(f, *args, seconds=SECONDS, memory=MEMORY):
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         out.seek(0)
         words = out.read().decode(errors="backslashreplace")
-    if code == -signal.SIGALRM: return "hang", words
-    if code < 0: return "crash", f"signal {-code}"
+    if code in (-signal.SIGALRM, -signal.SIGXCPU): return "hang", words
+    if code < 0: return "crash", f"{words}\nsignal {-code}"
     if code == 99 or "Traceback" in words: return "traceback", words
     return ("refused" if code else "ok"), words
 

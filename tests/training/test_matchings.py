@@ -1,14 +1,19 @@
 """Optimizers and objectives by name: a run with any of them ends as it would have ended, interrupted or not."""
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from runs import assert_same
+from safetensors.torch import save
 from test_resume import start, walk
 
 from ctm_nb.method.solvers import solve
+from ctm_nb.training import budget, costs
+from ctm_nb.training.config import make_config
 from ctm_nb.training.optimizers import Muon, make_optimizer
+from ctm_nb.training.trainer import open_images
 
 MUON = ["teacher.optimizer=muon", "distill.optimizer=muon", "teacher.lr=.02", "distill.lr=.02"]
 
@@ -131,5 +136,35 @@ def test_trajectories_of_another_teacher_are_refused(tmp_path):
     (tmp_path / "paths" / "000000.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="000000.safetensors can't be read"):
         walk(start(tmp_path / "s", *stored(tmp_path)), 8)
+    (tmp_path / "paths" / "000000.safetensors").write_bytes(save({"other": torch.zeros(1)}))
+    with pytest.raises(ValueError, match="000000.safetensors holds no trajectories of this run"):
+        walk(start(tmp_path / "s", *stored(tmp_path)), 8)
     with pytest.raises(ValueError, match=r"distill.trajectories must be empty where no phase is trajectories"):
         start(tmp_path / "t", "distill.trajectories=x")
+
+
+def test_what_measures_leaves_the_folder_alone(tmp_path):
+    "A plan's small teacher must not fill the folder of the run's own."
+    words = stored(tmp_path, "teacher.batch=8", "distill.batch=8", "evaluate.n=0")
+    config = make_config("tiny", ["gan.steps=0", *words])
+    budget.measure(config, open_images(config), False, .01)
+    assert not (tmp_path / "paths").exists()
+    walk(start(tmp_path / "r", *words), 3)
+    shutil.rmtree(tmp_path / "paths")
+    given = make_config("tiny", ["gan.steps=0", *words, f"teacher.source={tmp_path / 'r'}"])
+    costs.measure(given, open_images(given)["train"])
+    assert not (tmp_path / "paths").exists()
+
+
+@pytest.mark.parametrize("matching, cores", [("soft", 2), ("trajectories", 1)])
+def test_the_thread_that_works_ahead_has_no_idle_helpers(tmp_path, matching, cores):
+    "One core, or half of four where it solves for the student; more than cores in all slows every operation."
+    torch.set_num_threads(4)
+    try:
+        t = start(tmp_path / "r", *SMALL, f"distill.matching={matching}", "teacher.steps=2", "distill.steps=4")
+        seen = []
+        for _ in range(4):
+            t.train_step()
+            seen.append(t.ahead.pool.submit(torch.get_num_threads).result())
+        assert seen == [1, 1, cores, cores] and torch.get_num_threads() == 4
+    finally: torch.set_num_threads(1)
