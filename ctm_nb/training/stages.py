@@ -341,6 +341,8 @@ def take(self: TrajectoryFolder, ids: Tensor) -> tuple:  # (B,) -> (B, N, C, H, 
     for c in set((ids // self.CHUNK).tolist()):
         try: held[c] = load_file(self.file(c))
         except (OSError, SafetensorError) as e: raise ValueError(f"{self.file(c)} can't be read: {e}") from None
+        if set(held[c]) != ({"path"} if self.labels is None else {"path", "y"}):
+            raise ValueError(f"{self.file(c)} holds no trajectories of this run; removed, it is made again")
     rows = [(held[i // self.CHUNK], i % self.CHUNK) for i in ids.tolist()]
     of = lambda k: torch.stack([h[k][r] for h, r in rows]).to(where)
     return of("path"), of("y") if self.labels is not None else None
