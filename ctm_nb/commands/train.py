@@ -7,6 +7,7 @@ __all__ = ['plan', 'train_parser', 'ctm_nb_train']
 
 # %% ../../nbs/7_commands/01_train.ipynb #eb035495
 import argparse, logging, shlex, time
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -124,7 +125,8 @@ def train_parser() -> Parser:
         "ctm_nb_train", description="Train a diffusion teacher, distil it into a one-step CTM, draw samples and score "
         "them. The same command run again resumes.",
         epilog="Every value of the configuration, and what will be done: --dry-run. Exit codes: 0 done, 2 bad input, "
-        "3 failed, 130 Ctrl-C, 75 stopped by SIGTERM or SIGUSR1; 75 and 130 after saving: the same command continues.")
+        "3 failed, 130 Ctrl-C, 75 stopped by SIGTERM, SIGHUP or SIGUSR1; 75 and 130 after saving: the same command "
+        "continues.")
     add = p.add_argument
     add("--preset", help="where to start from: digits, emoji, mnist, cifar10, cifar10-cond, imagenet64, "
         "imagenet64-edm2, tiny (a trial of seconds), or auto: from the data (default: digits, with --data auto)")
@@ -204,6 +206,8 @@ def _train(a: argparse.Namespace, began: float):  # when the command was started
         try: return follow(a.watch)
         except KeyboardInterrupt: raise KeyboardInterrupt("stopped watching; the run itself goes on") from None
     import torch
+    from ctm_nb.data.files import claimed
+    from ctm_nb.evaluation.reference import launched
     from ctm_nb.training.config import schedule
     from ctm_nb.training.runtime import leave
     from ctm_nb.training.trainer import Trainer
@@ -223,9 +227,10 @@ def _train(a: argparse.Namespace, began: float):  # when the command was started
         return print("", what, sep="\n")
     torch.set_flush_denormal(True)
     if spent: logging.info("%g minutes: %s", minutes, spent)
-    trainer: Trainer = BudgetTrainer(config, folder, splits, began) if minutes else Trainer(config, folder, splits)
-    records = trainer.run(stage)
-    leave()
+    with nullcontext() if launched()[0] else claimed(folder / ".lock", folder):
+        trainer: Trainer = BudgetTrainer(config, folder, splits, began) if minutes else Trainer(config, folder, splits)
+        records = trainer.run(stage)
+        leave()
     if not trainer.here.main: return
     nothing = "no scores (they need labelled images and evaluate.n > 0)"
     print("", markdown_table(score_table(records)) if records else nothing, "", sep="\n")
