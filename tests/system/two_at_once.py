@@ -1,7 +1,7 @@
 """Two writers, or a writer and a reader, of the same thing, at moments drawn by chance:
 python tests/system/two_at_once.py [TIMES] [SEED]
 
-Of two trainers or samplers one does the work, the other says who does it and leaves with 3; who was killed holds nothing.
+Of two trainers or samplers one does the work, the other says who does it and leaves with 3; a killed one holds nothing.
 """
 import json
 import os
