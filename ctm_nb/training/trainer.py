@@ -572,6 +572,13 @@ def evaluate(self: Trainer) -> list:  # records of scores.json; empty where this
     log.info("step %d: %s", self.step, "; ".join(distances))
     return found
 
+# %% ../../nbs/6_training/08_trainer.ipynb #0bad0466
+@patch
+def whereabouts(self: Trainer) -> str:
+    "What is being done, in words."
+    now, end = self.now.name, self.plan[self.now.name].end
+    return f"{now}: step {self.step} of {end}" if self.step < end else f"step {self.step}: drawing and scoring"
+
 # %% ../../nbs/6_training/08_trainer.ipynb #0bad0467
 @patch
 def scores(self: Trainer) -> list:  # records; empty if this step was not scored
