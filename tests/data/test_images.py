@@ -296,7 +296,7 @@ def font(path, text):
     f.setupGlyphOrder(names)
     f.setupCharacterMap({ord(c): n for c, n in zip(text, names[1:])})
     f.setupGlyf({n: pen.glyph() for n in names})
-    f.setupHorizontalMetrics({n: (600, 0) for n in names})
+    f.setupHorizontalMetrics(dict.fromkeys(names, (600, 0)))
     f.setupHorizontalHeader(ascent=800, descent=-200)
     f.setupNameTable({"familyName": "Boxes", "styleName": "Regular"})
     f.setupOS2()
@@ -307,7 +307,8 @@ def font(path, text):
 def test_a_name_of_any_script_is_written_or_spelt(tmp_path, monkeypatch):
     "By the first font here that has its letters, else by their numbers: no two names become the same boxes."
     from ctm_nb.data import images
-    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: [str(tmp_path / "bad.ttf"), str(tmp_path / "f.ttf")])
+    found = [str(tmp_path / n) for n in ("bad.ttf", "f.ttf")]
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: found)
     (tmp_path / "bad.ttf").write_bytes(b"no font")
     font(tmp_path / "f.ttf", "猫 ")
     monkeypatch.setattr(images, "_font", images._font.__wrapped__)

@@ -61,9 +61,9 @@ def test_guidance_is_an_error_or_warned_about_and_not_both(run, tmp_path):
             warnings.simplefilter("always")
             draw_samples(run, tmp_path / "x.npz", 3, guidance=2., device="cpu")
             assert len(said) == 1
-            wrong: list = [dict(guidance=3.), dict(guidance=-1.), dict(guidance=2., classes="z"), dict(guidance=2., times="0")]
-            for words in wrong:
-                with pytest.raises((ValueError, FileExistsError)): draw_samples(run, tmp_path / "x.npz", 3, device="cpu", **words)
+            for words in ({}, {"guidance": -1.}, {"classes": "z"}, {"times": "0"}, {"seed": 1}):
+                with pytest.raises((ValueError, FileExistsError)):
+                    draw_samples(run, tmp_path / "x.npz", 4, device="cpu", **{"guidance": 2., **words})
         assert len(said) == 1
     finally: (run / "config.json").unlink()
 

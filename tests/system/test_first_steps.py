@@ -37,11 +37,14 @@ def said(command, capsys, *words):
 
 def test_what_everybody_sets_has_flags(capsys, tmp_path):
     plan = "--preset", "tiny", "--runs", tmp_path, "--dry-run"
-    code, out, _ = said(ctm_nb_train, capsys, *plan, "--steps", "7,8,9", "--image-size", 4, "--set", "network.attention=2")
-    assert code == 0 and {"teacher.steps=7", "distill.steps=8", "gan.steps=9", "data.image_size=4"} <= {*out.split("\n")}
+    words = *plan, "--steps", "7,8,9", "--image-size", 4, "--set", "network.attention=2"
+    code, out, _ = said(ctm_nb_train, capsys, *words)
+    wanted = {"teacher.steps=7", "distill.steps=8", "gan.steps=9", "data.image_size=4"}
+    assert code == 0 and wanted <= {*out.split("\n")}
     code, out, _ = said(ctm_nb_train, capsys, *plan, "--steps", 7)
     assert {"teacher.steps=7", "distill.steps=7"} <= {*out.split("\n")} and "gan.steps=7" not in out
-    for words, why in ((("--steps", "7,x"), "distill.steps must be int, got 'x'"), (("--image-size", 0), "must be >= 1"),
+    for words, why in ((("--steps", "7,x"), "distill.steps must be int, got 'x'"),
+                       (("--image-size", 0), "must be >= 1, got 0"),
                        (("--steps", "1,2,3,4"), "at most three numbers, got 1,2,3,4"),
                        (("--steps", 7, "--minutes", 1), "--minutes chooses distill.steps; leave one of the two out")):
         code, _, err = said(ctm_nb_train, capsys, *plan, *words)
@@ -77,7 +80,8 @@ def test_skip_broken_where_it_is_advised(pictures, tmp_path, capsys):
 def test_copies_are_shown(pictures):
     for name in ("a/x.png", "b/x.png"): Image.open(pictures / "a" / "0.png").save(pictures / name)
     facts = survey(open_source(pictures))
-    assert facts["copies"] == {"a/x.png": "pixel by pixel a/0.png", "b/x.png": "pixel by pixel a/0.png, of another class"}
+    assert facts["copies"] == {
+        "a/x.png": "pixel by pixel a/0.png", "b/x.png": "pixel by pixel a/0.png, of another class"}
     assert "copies     2\n           a/x.png: pixel by pixel a/0.png\n" in report(facts)
 
 
