@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from PIL import Image
 from tqdm.auto import tqdm
 
+# %% ../../nbs/6_training/08_trainer.ipynb #c62114ff
 from ..checkpoints.averages import Profile, forget_snapshots, save_snapshot
 from ..checkpoints.models import KINDS, describe, rebuild
 from ..checkpoints.store import (Checkpoint, CheckpointError, MetricsLog, atomic_write, load_checkpoint,
