@@ -206,15 +206,14 @@ class Checkpoint:
     "What `load_checkpoint` found."
     path:Path # the folder it came from
     step:int # training step
-    models:dict # name -> state dict on the asked device
-    state:dict # on the CPU; empty when not asked for
+    models:dict # name -> state dict, on the CPU as all the rest
+    state:dict # empty when not asked for
     meta:dict # as given to `save_checkpoint`
     versions:dict # of the libraries that wrote it
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #7cae77d2
 def load_checkpoint(
     path:str|Path, # a step folder
-    device:str|torch.device="cpu", # where the networks' tensors go
     parts:list|None=None, # names of models, and "state"; None reads all
 ) -> Checkpoint:
     """Read a checkpoint and verify every byte of the parts that are read.
@@ -229,7 +228,7 @@ def load_checkpoint(
             if found != want[key]:
                 raise CheckpointError(f"{path/have[part]}: expected {key} {want[key]}, found {key} {found}")
         if part == "state": state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        else: models[part] = {k: v.to(device) for k, v in tensors_of(data).items()}
+        else: models[part] = tensors_of(data)
     return Checkpoint(path, body["step"], models, state, body["meta"], body["versions"])
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #62b05e45
@@ -260,15 +259,13 @@ def latest_checkpoint(folder:str|Path) -> Path|None: # the newest complete step 
 def prune_checkpoints(
     folder:str|Path, # a run's checkpoint folder
     keep:int, # how many complete checkpoints stay, >= 1
-    besides:tuple=(), # steps that stay as well
 ) -> list[Path]: # what was removed
-    "Delete all but the newest `keep` complete checkpoints and the steps `besides`, and what a crash left unfinished."
+    "Delete all but the newest `keep` complete checkpoints, and what a crash left unfinished."
     if keep < 1: raise ValueError(f"keep must be >= 1, got keep={keep}")
     folder = Path(folder)
     _settle(folder)
     for p in list(folder.glob(".tmp-*")): discard(p)
-    old = [p for p in step_folders(folder) if _is_complete(p)][keep:]
-    doomed = [p for p in old if int(p.name.rpartition("_")[2]) not in besides]
+    doomed = [p for p in step_folders(folder) if _is_complete(p)][keep:]
     for p in doomed: discard(p)
     return doomed
 

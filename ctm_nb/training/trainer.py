@@ -23,6 +23,7 @@ from fastcore.basics import patch
 from PIL import Image
 from tqdm.auto import tqdm
 
+# %% ../../nbs/6_training/08_trainer.ipynb #c62114ff
 from ..checkpoints.averages import Profile, forget_snapshots, save_snapshot
 from ..checkpoints.models import KINDS, describe, rebuild
 from ..checkpoints.store import (Checkpoint, CheckpointError, MetricsLog, atomic_write, load_checkpoint,
@@ -578,6 +579,13 @@ def evaluate(self: Trainer) -> list:  # records of scores.json; empty where this
     extend_scores(self.folder / "scores.json", found)
     log.info("step %d: %s", self.step, "; ".join(distances))
     return found
+
+# %% ../../nbs/6_training/08_trainer.ipynb #0bad0466
+@patch
+def whereabouts(self: Trainer) -> str:
+    "What is being done, in words."
+    now, end = self.now.name, self.plan[self.now.name].end
+    return f"{now}: step {self.step} of {end}" if self.step < end else f"step {self.step}: drawing and scoring"
 
 # %% ../../nbs/6_training/08_trainer.ipynb #0bad0467
 @patch
