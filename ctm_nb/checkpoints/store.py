@@ -187,14 +187,18 @@ def _read(file):
     except OSError as e: raise CheckpointError(f"{file}: expected a readable file, found {e.strerror}") from e
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #3f4ed994
+def _manifest(path):
+    "The content of checkpoint.json behind its seal."
+    file = Path(path)/"checkpoint.json"
+    if (body := _unseal(_read(file))) is not None: return body
+    raise CheckpointError(f"{file}: expected a sealed manifest, found a text that its seal does not fit")
+
 def _read_manifest(path):
     "The checked content of checkpoint.json."
-    file = Path(path)/"checkpoint.json"
-    body = _unseal(_read(file))
-    if body is None:
-        raise CheckpointError(f"{file}: expected a sealed manifest, found a text that its seal does not fit")
-    if body["format"] != 1: raise CheckpointError(f"{file}: expected format 1, found format {body['format']}")
-    return body
+    body = _manifest(path)
+    if body["format"] == 1: return body
+    raise CheckpointError(f"{Path(path)/'checkpoint.json'}: format {body['format']}, of a newer ctm_nb than this one, "
+                          f"{__version__}, which reads format 1: pip install --upgrade ctm_nb")
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #ceaf2713
 @dataclass
@@ -229,8 +233,10 @@ def load_checkpoint(
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #62b05e45
 def _is_complete(path):
-    "Has this step folder a sound manifest and every part at its full size?"
-    try: return all((path/n).stat().st_size == f["size"] for n, f in _read_manifest(path)["files"].items())
+    "Has this step folder a sound manifest and every part at its full size? Of a newer format nobody knows."
+    try:
+        body = _manifest(path)
+        return body["format"] != 1 or all((path/n).stat().st_size == f["size"] for n, f in body["files"].items())
     except (CheckpointError, OSError): return False
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #eaebc193
@@ -242,10 +248,12 @@ def step_folders(folder:str|Path) -> list[Path]: # complete or not
 # %% ../../nbs/4_checkpoints/01_store.ipynb #feac55f7
 def latest_checkpoint(folder:str|Path) -> Path|None: # the newest complete step folder
     "Where a run with this checkpoint folder should continue, or None when there is nothing to continue."
-    for path in step_folders(folder):
+    found = step_folders(folder)
+    for path in found:
         if _is_complete(path): return path
+        if not path.exists(): continue
         log.warning("%s is not a complete checkpoint (a copy that stopped?); looking for an older one", path)
-    return None
+    return None if step_folders(folder) == found else latest_checkpoint(folder)  # a run saves and prunes meanwhile
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #7be5f123
 def prune_checkpoints(

@@ -29,6 +29,7 @@ from ..evaluation.metrics import train_classifier
 from ..method.sampling import sample
 from .config import (STAGES, Config, EvaluateConfig, Span, check_config, phases, schedule, set_value,
                                     teacherless)
+from .costs import fit_memory
 from .report import duration, read_run, write_report
 from .stages import DistillStage
 from .trainer import Trainer, no_scores_because, open_images
@@ -235,6 +236,7 @@ def budget(
     if not new: config, seconds = _take_up(folder, words, minutes, stages)
     for word in [*recipe(not teacherless(config)), *words] if new and ours else []: set_value(config, word)
     config.run.minutes, splits = minutes, open_images(config)
+    fit_memory(config, splits["train"], folder)
     if not seconds: return config, splits, "as planned when it was started"
     wider = wider and new and "teacher" in stages and "network.model_channels" not in given
     return config, splits, _plan(config, seconds, stages, splits, words, began, wider)
