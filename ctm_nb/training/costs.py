@@ -23,7 +23,6 @@ from ..evaluation.reference import pick_device
 from ..method.distill import MATCHING
 from ..method.solvers import SOLVERS, solver_name
 from .report import NAMES, duration, read_json
-from .runtime import choose_precision
 from .stages import make_network
 from .trainer import Trainer
 
