@@ -363,11 +363,8 @@ def logits(self: Discriminator,
 
 # %% ../../nbs/1_method/08_adversary.ipynb #fb9e82d9
 @patch
-def forward(self: Discriminator,
-    x: Tensor,  # (B, C, H, W) pictures in [-1, 1]
-    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
-    numbers: dict | None = None,  # from `draw`; None: fresh
-) -> list[Tensor]:  # (B, P) logits for each head
+def forward(self: Discriminator, x: Tensor, y: Tensor | None = None, numbers: dict | None = None) -> list[Tensor]:
+    "Logits (B, P) for each head; arguments as of `project`."
     return self.logits(self.project(x, y, numbers), y)
 
 # %% ../../nbs/1_method/08_adversary.ipynb #4d1c0e09
@@ -426,18 +423,8 @@ def gan_loss_d(
     return torch.stack([(h(a) + h(-b)).mean(1) for a, b in zip(on_real, on_fake)]).mean(0)
 
 # %% ../../nbs/1_method/08_adversary.ipynb #d372cc51
-def discriminator_loss(
-    student,  # G_theta, a CTM
-    target,  # G_ema
-    discriminator: Discriminator,  # its heads learn
-    x_t: Tensor,  # (B, C, H, W) where the student's jumps start
-    t: Tensor,  # (B,)
-    s: Tensor,  # (B,) where they land
-    x0: Tensor,  # (B, C, H, W) real pictures, whose noised copies x_t are
-    y: Tensor | None = None,  # (B,) class indices of both
-    **options,  # numbers, loss of `gan_loss_d`
-) -> Tensor:  # scalar
-    "The discriminator's turn: real pictures against the student's estimates."
+def discriminator_loss(student, target, discriminator: Discriminator, x_t, t, s, x0, y=None, **options) -> Tensor:
+    "The discriminator's turn: real x0 against the student's estimates from x_t; options of `gan_loss_d`; a scalar."
     with torch.no_grad(): fake = to_end(target, student.G(x_t, t, s, y), s, y)
     return gan_loss_d(discriminator, x0, fake, y, **options).mean()
 

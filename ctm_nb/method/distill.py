@@ -148,14 +148,7 @@ def dsm_sigma(
     return torch.cat([lognormal_sigma(z[:half]), grid_time(.7 * ramp[half:], 2, **grid).to(z)])
 
 # %% ../../nbs/1_method/06_distill.ipynb #e295a416
-def dsm_loss(
-    student,  # CTM
-    x0: Tensor,  # (B, ...) clean data
-    sigma: Tensor,  # (B,) noise levels
-    eps: Tensor,  # (B, ...) standard normal noise
-    y: Tensor | None = None,  # (B,) class indices
-    sigma_data: float = SIGMA_DATA,  # standard deviation of the data
-) -> Tensor:  # (B,)
+def dsm_loss(student, x0, sigma, eps, y=None, sigma_data=SIGMA_DATA) -> Tensor:  # (B,); arguments as of `edm_loss`
     "Denoising loss of the student at s = t, in float32 at least.  # CTM: DSM loss"
     return edm_loss(lambda *args: at_least_float32(student.D(*args)), x0, sigma, eps, y, sigma_data)
 

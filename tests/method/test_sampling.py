@@ -6,7 +6,7 @@ from ctm_nb.method.teacher import Denoiser
 from ctm_nb.method.flow import GaussianMixture, noise, rho_grid, toy_mixture
 from ctm_nb.method.guidance import autoguide, candidates, guide, guide_free, guided, keep_best
 from ctm_nb.networks.unet import MLP, init_
-from ctm_nb.method.sampling import Churn, landing_time, sample
+from ctm_nb.method.sampling import Churn, edm_sample, landing_time, sample
 from ctm_nb.method.trajectory import is_ctm, student_from
 
 TOY = toy_mixture()
@@ -56,7 +56,8 @@ def test_edm_sampler_against_its_definition():
         d = (x - m.D(x, t)) / t
         e = x + (u - t) * d
         x = e if u == 0 else x + (u - t) / 2 * (d + (e - m.D(e, u)) / u)
-    assert torch.allclose(sample(m, 4, times=times, solver="edm", churn=churn), x, atol=1e-4)
+    start, fresh = 80 * noise((2,), 0, range(4)), lambda i: noise((2,), 0, range(4), draw=i)
+    assert torch.allclose(edm_sample(m, start, torch.tensor(times), None, fresh, churn=churn), x, atol=1e-4)
 
 
 @pytest.mark.parametrize("kw, word", [
