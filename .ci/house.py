@@ -43,7 +43,7 @@ NEW = {  # what came after BEFORE: its modules, and its definitions in others; a
         evaluation.evaluate: Training Evaluator.remember Evaluator.nearest _nearest_grid commands.evaluate: _sheet""",
     "emoji": "training.presets: EMOJI",
     "safety of readers, labels": """data.read: existing unpacked_limit _Stub LABEL_KEYS _label_in _is_picture _as_bytes
-        data.convert: folder_names""",
+        _stamp LMDB _lmdb_page lmdb_entries data.convert: folder_names""",
 }
 
 
