@@ -48,7 +48,7 @@ def _architecture(words):
     try: return {k: v if k == "preconditioning" else json.loads(v) for k, v in given.items()}
     except ValueError: raise ValueError(f"--set takes numbers, and for preconditioning a word, got {words}") from None
 
-# %% ../../nbs/7_commands/05_convert.ipynb #79e825a5
+# %% ../../nbs/7_commands/05_convert.ipynb #caec74d6
 EXPORTED = (".onnx", ".html")  # what draws without PyTorch
 
 def _refuse(to, a):
@@ -63,7 +63,7 @@ def _refuse(to, a):
     if not folder.is_dir(): raise FileNotFoundError(f"folder {folder} does not exist")
     if to.exists() and not a.overwrite: raise FileExistsError(f"{to} exists; --overwrite replaces it")
 
-# %% ../../nbs/7_commands/05_convert.ipynb #a4e9b990
+# %% ../../nbs/7_commands/05_convert.ipynb #11f19d5e
 def _export(m, to, a):
     "Write an ONNX file or a page, and say how near it is to what PyTorch draws."
     from ctm_nb.checkpoints.export import export_onnx, onnx_difference, web_page
@@ -93,10 +93,11 @@ def ctm_nb_convert(
         if to: _refuse(to, a)  # before a gigabyte is read
         given = _architecture(a.set)
         from ctm_nb.checkpoints.averages import average
-        from ctm_nb.checkpoints.models import find_checkpoint, load, save_model
+        from ctm_nb.checkpoints.models import load, of_newest, save_model
         from ctm_nb.checkpoints.store import load_checkpoint
         m = average(a.source, s, a.which) if (s := a.ema_length) is not None else load(a.source, which=a.which, **given)
         print(m.about)
-        ours = load_checkpoint(find_checkpoint(a.source), parts=[]).meta if Path(a.source).is_dir() else {}
+        about = lambda folder: load_checkpoint(folder, parts=[]).meta
+        ours = of_newest(a.source, about) if Path(a.source).is_dir() else {}
         if to and to.suffix in EXPORTED: _export(m, to, a)
         elif to: print(f"written: {save_model(m, to, ours.get('config'), a.overwrite)}")
