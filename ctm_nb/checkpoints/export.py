@@ -8,14 +8,12 @@ __all__ = ['RUNTIME', 'PIECES', 'Drawing', 'Jump', 'onnx_bytes', 'export_onnx', 
 # %% ../../nbs/4_checkpoints/07_export.ipynb #8dc4d6bd
 import base64
 import gzip
-import io
 import json
-import logging
 import tarfile
 import warnings
-from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 from torch import Tensor, nn
@@ -125,8 +123,9 @@ def web_page(
     from jinja2 import Environment
     network = onnx_bytes(m, steps)
     with tarfile.open(fetch(RUNTIME), "r:gz") as tar:
-        pieces = {k: _packed(tar.extractfile(f"package/dist/{name}").read()) for k, name in PIECES.items()}
-        version = json.load(tar.extractfile("package/package.json"))["version"]
+        def read(name): return cast(IO, tar.extractfile(f"package/{name}")).read()
+        pieces = {k: _packed(read(f"dist/{name}")) for k, name in PIECES.items()}
+        version = json.loads(read("package.json"))["version"]
     jumps = "one evaluation" if steps == 1 else f"{steps} evaluations"
     about = f"A consistency trajectory model of {sum(p.numel() for p in m.parameters()):,} weights draws each picture in {jumps}."
     facts = dict(title=title, about=about, shape=m.data_shape, n=n, classes=[str(c) for c in m.classes],
