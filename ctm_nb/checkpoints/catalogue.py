@@ -91,7 +91,7 @@ reference | npz | MIT | openai:diffusion/jul-2021/ref_batches/imagenet/64/*.npz
 features | TorchScript | Apache 2.0; wrapper Nvidia Source Code | openai:consistency/inception/*.pt
     inception-2015-12-05                Inception-v3 for FID, IS, precision and recall
 runtime | npm package | MIT | npm:onnxruntime-web/-/*.tgz
-    onnxruntime-web [onnxruntime-web-1.22.0]    ONNX Runtime for browsers, which `ctm_nb_convert --web` puts into its page
+    onnxruntime-web [onnxruntime-web-1.22.0]    ONNX Runtime for browsers, for `ctm_nb_convert --web`
 """
 
 # %% ../../nbs/4_checkpoints/04_catalogue.ipynb #bee6b716

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..data.files import atomic_write
 from ..data.images import to_uint8
+from ..method.flow import noise
 from ..method.sampling import default_times, gamma_sample
 from ..method.trajectory import CTM, is_ctm
 from .catalogue import fetch
@@ -98,9 +99,9 @@ def onnx_difference(
     steps: int | None = 1,  # as it was written
     n: int = 4,  # pictures
 ) -> float:  # in units of the data; of the bytes if they are bytes
-    "Largest difference between the file's pictures, drawn by onnxruntime, and PyTorch's. Raises ImportError without it."
+    "Largest difference between the file's pictures, by onnxruntime, and PyTorch's. Raises ImportError without it."
     session = _needed("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    z, y = torch.randn(n, *m.data_shape, generator=torch.Generator().manual_seed(0)), torch.arange(n) % max(1, m.n_classes)
+    z, y = noise(m.data_shape, 0, range(n)), torch.arange(n) % max(1, m.n_classes)
     inputs = {"noise": z} if steps else {"x": 5 * z, "t": torch.full((n,), 5.), "s": torch.full((n,), .3)}
     if m.n_classes: inputs["label"] = y
     got = session.run(None, {k: v.numpy() for k, v in inputs.items()})[0]
@@ -127,7 +128,8 @@ def web_page(
         pieces = {k: _packed(read(f"dist/{name}")) for k, name in PIECES.items()}
         version = json.loads(read("package.json"))["version"]
     jumps = "one evaluation" if steps == 1 else f"{steps} evaluations"
-    about = f"A consistency trajectory model of {sum(p.numel() for p in m.parameters()):,} weights draws each picture in {jumps}."
+    size = sum(p.numel() for p in m.parameters())
+    about = f"A consistency trajectory model of {size:,} weights draws each picture in {jumps}."
     facts = dict(title=title, about=about, shape=m.data_shape, n=n, classes=[str(c) for c in m.classes],
                  version=__version__, runtime=version)
     text = (resources.files("ctm_nb.checkpoints") / "page.html").read_text(encoding="utf-8")
