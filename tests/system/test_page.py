@@ -20,7 +20,7 @@ def test_a_double_click_draws(tmp_path):
     SHOTS.mkdir(parents=True, exist_ok=True)
     with page() as p:
         p.context.set_offline(True)
-        p.on("pageerror", lambda e: faults.append(e))
+        p.on("pageerror", lambda e: faults.append(str(e)))
         p.on("request", lambda r: asked.append(r.url))
         p.goto((tmp_path / "page" / "index.html").as_uri())
         p.locator("#draw:enabled").wait_for(timeout=300_000)
