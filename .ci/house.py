@@ -19,7 +19,9 @@ BEFORE = "37a7a9299f58d05f396f86271ace39a5eb6c92cb"  # the last commit with all 
 ROOMS = ("networks", "method", "data", "checkpoints", "evaluation", "training", "commands", "explore")
 
 
-NEW = {  # what came after BEFORE: its modules, and its definitions in others; a class with the methods patched into it
+# What came after BEFORE: its modules, and its definitions in others; a class with the methods patched into it. Whoever
+# adds a feature adds it here.
+NEW = {
     "Muon": "training.optimizers: NEWTON_SCHULZ orthogonalise MOMENTUM ADAM_SHARE TABLES _muon_groups Muon",
     "trajectories, eulerian, phases": """method.trajectories method.eulerian
         training.config: phases _phases_fit _uses_trajectories _dsm_first training.costs: student_cost
@@ -47,6 +49,7 @@ NEW = {  # what came after BEFORE: its modules, and its definitions in others; a
         checkpoints.models: _is_consistency_model""",
     "two at once, memory, a pulse": """data.files: claimed training.trainer: Trainer.claim Trainer.whereabouts
         checkpoints.models: of_newest commands.flags: Pulse training.costs: fit_memory""",
+    "ONNX, a page": "checkpoints.export commands.convert: EXPORTED _export",
 }
 
 
