@@ -30,6 +30,8 @@ def convert_parser() -> Parser:
         "distill.profiles): the average of this relative length over its last stage, e.g. .08")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="what another program's state dict "
         f"doesn't tell, e.g. --set image_size=32 preconditioning=vp; of {', '.join(ARCHITECTURE)}")
+    add("--key", metavar="KEY", help="where the weights lie in a file of torch.save that has several, e.g. model_ema "
+        "(default: the first of the usual places, which is said)")
     add("--overwrite", action="store_true", help="replace OUT if it is there")
     return p
 
@@ -59,7 +61,7 @@ def ctm_nb_convert(
                 raise ValueError(f"OUT must end in .safetensors (ours), .pt or .pth (others'), got {to.name!r}")
             if not to.absolute().parent.is_dir(): raise FileNotFoundError(f"folder {to.parent} does not exist")
             if to.exists() and not a.overwrite: raise FileExistsError(f"{to} exists; --overwrite replaces it")
-        given = _architecture(a.set)
+        given = _architecture(a.set) | ({"key": a.key} if a.key else {})
         from ctm_nb.checkpoints.averages import average
         from ctm_nb.checkpoints.models import load, of_newest, save_model
         from ctm_nb.checkpoints.store import load_checkpoint
