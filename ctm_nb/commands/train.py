@@ -102,7 +102,7 @@ def plan(
     train, why = splits["train"], no_scores_because(config, splits)
     classes = f"{train.n_classes or 'no'} classes"
     if not config.data.use_labels: classes = "labels not used (data.use_labels=false)"
-    images_per_sec = measure(only, train, str(_device(config.run.device))) if measured else None
+    images_per_sec = measure(only, train) if measured else None
     with torch.device("meta"): weights = sum(p.numel() for p in make_network(config, train).parameters())
     given = " (that of the given teacher counts)" if config.teacher.source not in ("", "none") else ""
     copies = 6 + max(len(getattr(config, k).emas + getattr(config, k).profiles) for k in STAGES.values())

@@ -119,15 +119,8 @@ def _class_index(word, names, n_classes):
     raise ValueError(f"unknown class {word!r}: {hint}")
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #504c33e4
-def timesteps_of(
-    m: Model,  # the model
-    checkpoint: str,  # beside which a search has left its times
-    solver: str,  # "ctm" or a key of SOLVERS
-    steps: int | None = None,  # jumps or solver steps; None: 1 or 18, or as many as `times` has
-    gamma: float | None = None,  # None: 0, or what goes with the times of a search
-    times: str | None = None,  # decreasing numbers with commas, the end is added; "auto": of a search; None: the grid
-) -> tuple:  # timesteps (n+1,), gamma
-    "The sampler's timesteps; `ValueError` if times and steps contradict each other."
+def timesteps_of(m: Model, checkpoint: str, solver: str, steps=None, gamma=None, times=None) -> tuple:
+    "The sampler's timesteps (n+1,) and gamma, as for `make_recipe`; `ValueError` if times and steps contradict."
     if times == "auto":
         found = stored_times(checkpoint, steps)
         return found["times"], found["gamma"] if gamma is None else gamma
@@ -144,11 +137,7 @@ def timesteps_of(
     return t, gamma or 0.
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #74073b65
-def guided_model(
-    m,  # a model
-    guidance: float | None,  # scale; None: the model as it is
-    guide: str | None,  # a worse model, see `load`; None: by the model's own labels
-):
+def guided_model(m, guidance: float | None, guide: str | None):  # as for `make_recipe`
     "The model that is drawn from; `ValueError` for a guidance that it hasn't got."
     if guidance is None and guide: raise ValueError(f"a guide needs the scale --guidance, got only --guide {guide}")
     if guidance is None: return m
@@ -185,7 +174,7 @@ def make_recipe(
     steps: int | None = None,  # jumps or solver steps; None: 1 for jumps, 18 for solvers
     gamma: float | None = None,  # share of fresh noise in [0, 1]; None: 0, or what goes with stored times
     solver: str | None = None,  # as in `sample`; None: "ctm", for a teacher "heun"
-    times: str | None = None,  # see `timesteps_of`
+    times: str | None = None,  # decreasing, with commas, the end is added; "auto": of a search; None: the grid
     classes: str = "all",  # see `_class_list`; sample i is of the (i mod count)-th
     seed: int = 0,  # of the noise
     guidance: float | None = None,  # scale of guidance; None: without
