@@ -159,7 +159,7 @@ def in_order(
     ahead:int=2, # tasks in flight a worker
 ):  # a generator of results
     "Results of `work` in the order of `tasks`, whatever the number of workers; `OSError` if one of them dies."
-    if not workers:
+    if not workers or not hasattr(os, "fork"):  # as on Windows
         yield from map(work, tasks)
         return
     answers = iter(DataLoader(_Work(work), None, sampler=tasks, num_workers=workers, prefetch_factor=ahead,
@@ -509,15 +509,20 @@ def tar_entries(path:Path):  # yields name and place, as `zip_entries`
         if f.read(512) != bytes(512): raise ValueError("cut off, the block of zeros that ends a tar is missing")
 
 # %% ../../nbs/3_data/02_read.ipynb #c44f1c83
+def _bytes_at(fd, n, offset):
+    if hasattr(os, "pread"): return os.pread(fd, n, offset)  # one call, whichever thread or process shares the file
+    os.lseek(fd, offset, os.SEEK_SET)
+    return os.read(fd, n)
+
 def read_entry(fd:int, offset:int, stored:int, size:int, check:int, method:int)->bytes:
     "Content of an entry at its place in an open archive; `BrokenImage` if it is damaged there."
     ahead = 0 if method == PLAIN else 430  # bytes of a zip's header: 30, and two fields of variable length
-    raw, start = os.pread(fd, ahead + stored, offset), 0
+    raw, start = _bytes_at(fd, ahead + stored, offset), 0
     if method != PLAIN:
         if raw[:4] != b"PK\3\4" or len(raw) < 30:
             raise BrokenImage("the zip has no entry where its directory says")
         start = 30 + sum(struct.unpack("<HH", raw[26:30]))
-    data = raw[start:start + stored] if start <= ahead else os.pread(fd, stored, offset + start)
+    data = raw[start:start + stored] if start <= ahead else _bytes_at(fd, stored, offset + start)
     if len(data) < stored: raise BrokenImage(f"the archive ends {stored - len(data)} bytes too early")
     if method == PLAIN: return data
     if method:
@@ -537,7 +542,7 @@ class Pack:
         self.stamps = [_stamp(os.stat(p)) for p in paths]
     def read(self, k):
         number, *where = self.place[k].tolist()
-        if number not in self.fds: self.fds[number] = os.open(self.paths[number], os.O_RDONLY)
+        if number not in self.fds: self.fds[number] = os.open(self.paths[number], os.O_RDONLY | getattr(os, "O_BINARY", 0))
         if _stamp(os.fstat(self.fds[number])) != self.stamps[number]:  # the places are those of another file
             raise OSError(f"{self.paths[number]} has changed since it was opened; open it again")
         return read_entry(self.fds[number], *where)
