@@ -523,7 +523,8 @@ def _inflate(data, method, most):
     if method == 8: return zlib.decompressobj(-15).decompress(data, most)
     if method == 12: return bz2.BZ2Decompressor().decompress(data, most)
     mixed, window = struct.unpack("<BI", data[4:9])  # the properties, after a version and their length
-    chain = dict(id=lzma.FILTER_LZMA1, lc=mixed % 9, lp=mixed // 9 % 5, pb=mixed // 45, dict_size=min(window, most + 4096))
+    sizes = dict(lc=mixed % 9, lp=mixed // 9 % 5, pb=mixed // 45, dict_size=min(window, most + 4096))
+    chain = dict(id=lzma.FILTER_LZMA1, **sizes)
     return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[chain]).decompress(data[9:], most)
 
 def read_entry(fd:int, offset:int, stored:int, size:int, check:int, method:int)->bytes:
@@ -678,7 +679,7 @@ def _mat_arrays(path):
     "SVHN's arrays as those of an npz: the pictures are numbered by the last axis, and the digit 0 is called 10."
     from scipy.io import loadmat, whosmat
     sizes, limit = {n: math.prod(s) for n, s, _ in whosmat(path)}, unpacked_limit(path.stat().st_size)
-    if not {"X", "y"} <= {*sizes}: raise ValueError(f"expected X (H, W, C, N) and y (N, 1) as in SVHN, got {few(sizes)}")
+    if not {"X", "y"} <= {*sizes}: raise ValueError(f"expected X (H, W, C, N) and y (N, 1) of SVHN, got {few(sizes)}")
     if (size := sizes["X"] + 8 * sizes["y"]) > limit:
         raise ValueError(f"it would unpack to {size} bytes, the limit is {limit}")
     z = loadmat(path, variable_names=["X", "y"])
@@ -943,7 +944,8 @@ def folder_kind(path:Path)->tuple: # the function that opens it, what to give it
     if "data.mdb" in names: return open_lmdb, path
     idx = {n.removesuffix(".gz") for n in names if "images" in n and re.search(r"idx3-ubyte(\.gz)?$", n)}
     if idx: return open_idx, [path/n if n in names else path/f"{n}.gz" for n in sorted(idx)]  # one of both forms
-    if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names: return open_table, str(path), "disk"
+    saved = "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names
+    if saved: return open_table, str(path), "disk"
     cifar = any(n.startswith("data_batch_") for n in names)
     if cifar or {"train", "test", "meta"} <= names and (path/"train").is_file(): return open_cifar, path
     if shards := sorted(path/n for n in names if n.endswith(".tar")): return open_archive, shards
