@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'EMA', 'versions', 'save_checkpoint', 'CheckpointError', 'Checkpoint', 'load_checkpoint',
-           'step_folders', 'latest_checkpoint', 'prune_checkpoints', 'random_state', 'set_random_state', 'MetricsLog']
+           'step_folders', 'latest_checkpoint', 'prune_checkpoints', 'MetricsLog']
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #e19fcfde
 import copy
@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import platform
-import random
 import re
 import shutil
 from collections import OrderedDict
@@ -149,7 +148,7 @@ def save_checkpoint(
     folder:str|Path, # the run's checkpoint folder, made if needed
     step:int, # training step, >= 0; names the folder
     models:dict, # name -> state dict of tensors; each becomes <name>.safetensors
-    state:dict, # nested dict of tensors, numbers and strings: optimizers, counters, random state
+    state:dict, # nested dict of tensors, numbers and strings: optimizers, counters
     meta:dict, # anything JSON can hold, e.g. the configuration (tuples come back as lists)
     replace:bool=False, # allow `step` to be there already
 ) -> Path: # folder/step_00001000
@@ -187,14 +186,18 @@ def _read(file):
     except OSError as e: raise CheckpointError(f"{file}: expected a readable file, found {e.strerror}") from e
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #3f4ed994
+def _manifest(path):
+    "The content of checkpoint.json behind its seal."
+    file = Path(path)/"checkpoint.json"
+    if (body := _unseal(_read(file))) is not None: return body
+    raise CheckpointError(f"{file}: expected a sealed manifest, found a text that its seal does not fit")
+
 def _read_manifest(path):
     "The checked content of checkpoint.json."
-    file = Path(path)/"checkpoint.json"
-    body = _unseal(_read(file))
-    if body is None:
-        raise CheckpointError(f"{file}: expected a sealed manifest, found a text that its seal does not fit")
-    if body["format"] != 1: raise CheckpointError(f"{file}: expected format 1, found format {body['format']}")
-    return body
+    body = _manifest(path)
+    if body["format"] == 1: return body
+    raise CheckpointError(f"{Path(path)/'checkpoint.json'}: format {body['format']}, of a newer ctm_nb than this one, "
+                          f"{__version__}, which reads format 1: pip install --upgrade ctm_nb")
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #ceaf2713
 @dataclass
@@ -229,8 +232,10 @@ def load_checkpoint(
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #62b05e45
 def _is_complete(path):
-    "Has this step folder a sound manifest and every part at its full size?"
-    try: return all((path/n).stat().st_size == f["size"] for n, f in _read_manifest(path)["files"].items())
+    "Has this step folder a sound manifest and every part at its full size? Of a newer format nobody knows."
+    try:
+        body = _manifest(path)
+        return body["format"] != 1 or all((path/n).stat().st_size == f["size"] for n, f in body["files"].items())
     except (CheckpointError, OSError): return False
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #eaebc193
@@ -242,10 +247,12 @@ def step_folders(folder:str|Path) -> list[Path]: # complete or not
 # %% ../../nbs/4_checkpoints/01_store.ipynb #feac55f7
 def latest_checkpoint(folder:str|Path) -> Path|None: # the newest complete step folder
     "Where a run with this checkpoint folder should continue, or None when there is nothing to continue."
-    for path in step_folders(folder):
+    found = step_folders(folder)
+    for path in found:
         if _is_complete(path): return path
+        if not path.exists(): continue
         log.warning("%s is not a complete checkpoint (a copy that stopped?); looking for an older one", path)
-    return None
+    return None if step_folders(folder) == found else latest_checkpoint(folder)  # a run saves and prunes meanwhile
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #7be5f123
 def prune_checkpoints(
@@ -260,28 +267,6 @@ def prune_checkpoints(
     doomed = [p for p in step_folders(folder) if _is_complete(p)][keep:]
     for p in doomed: discard(p)
     return doomed
-
-# %% ../../nbs/4_checkpoints/01_store.ipynb #4150e802
-def random_state() -> dict: # plain tensors and numbers, fit for `save_checkpoint`
-    "Where the global random generators of Python, NumPy and torch stand."
-    _, keys, pos, has_gauss, cached = np.random.get_state()
-    keys = torch.from_numpy(np.asarray(keys, np.int64))
-    return dict(
-        python=random.getstate(), torch=torch.get_rng_state(),
-        numpy=dict(keys=keys, pos=int(pos), has_gauss=int(has_gauss), cached=float(cached)),
-        cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-
-# %% ../../nbs/4_checkpoints/01_store.ipynb #4ae8aa0b
-def set_random_state(state:dict): # from `random_state`
-    "Put the global random generators back where they stood."
-    random.setstate(state["python"])
-    n = state["numpy"]
-    np.random.set_state(("MT19937", n["keys"].numpy().astype(np.uint32), n["pos"], n["has_gauss"], n["cached"]))
-    torch.set_rng_state(state["torch"])
-    here, saved = torch.cuda.device_count(), state["cuda"]
-    if here != len(saved):
-        log.warning("random state of %d GPUs, %d here: the run continues, but with other numbers", len(saved), here)
-    elif here: torch.cuda.set_rng_state_all(saved)
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #a85265be
 class MetricsLog:

@@ -7,6 +7,7 @@ __all__ = ['plan', 'train_parser', 'ctm_nb_train']
 
 # %% ../../nbs/7_commands/01_train.ipynb #eb035495
 import argparse, logging, os, shlex, time
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -101,7 +102,7 @@ def plan(
     train, why = splits["train"], no_scores_because(config, splits)
     classes = f"{train.n_classes or 'no'} classes"
     if not config.data.use_labels: classes = "labels not used (data.use_labels=false)"
-    images_per_sec = measure(only, train, str(_device(config.run.device))) if measured else None
+    images_per_sec = measure(only, train) if measured else None
     with torch.device("meta"): weights = sum(p.numel() for p in make_network(config, train).parameters())
     given = " (that of the given teacher counts)" if config.teacher.source not in ("", "none") else ""
     copies = 6 + max(len(getattr(config, k).emas + getattr(config, k).profiles) for k in STAGES.values())
@@ -125,7 +126,8 @@ def train_parser() -> Parser:
         "ctm_nb_train", description="Train a diffusion teacher, distil it into a one-step CTM, draw samples and score "
         "them. The same command run again resumes.",
         epilog="Every value of the configuration, and what will be done: --dry-run. Exit codes: 0 done, 2 bad input, "
-        "3 failed, 130 Ctrl-C, 75 stopped by SIGTERM or SIGUSR1; 75 and 130 after saving: the same command continues.")
+        "3 failed, 130 Ctrl-C, 75 stopped by SIGTERM, SIGHUP or SIGUSR1; 75 and 130 after saving: the same command "
+        "continues.")
     add = p.add_argument
     add("--preset", help="where to start from: digits, emoji, mnist, cifar10, cifar10-cond, imagenet64, "
         "imagenet64-edm2, tiny (a trial of seconds), or auto: from the data (default: digits, with --data auto)")
@@ -219,6 +221,7 @@ def _train(a: argparse.Namespace, began: float, pulse):  # when the command was 
         try: return follow(a.watch)
         except KeyboardInterrupt: raise KeyboardInterrupt("stopped watching; the run itself goes on") from None
     import torch
+    from ctm_nb.data.files import claimed
     from ctm_nb.evaluation.reference import launched
     from ctm_nb.training.config import schedule
     from ctm_nb.training.costs import fit_memory
@@ -245,10 +248,11 @@ def _train(a: argparse.Namespace, began: float, pulse):  # when the command was 
         return print("", what, sep="\n")
     torch.set_flush_denormal(True)
     if spent: logging.info("%g minutes: %s", minutes, spent)
-    trainer: Trainer = BudgetTrainer(config, folder, splits, began) if minutes else Trainer(config, folder, splits)
-    pulse.say = trainer.whereabouts
-    records = trainer.run(stage)
-    leave()
+    with nullcontext() if launched()[0] else claimed(folder / ".lock", folder):
+        trainer: Trainer = BudgetTrainer(config, folder, splits, began) if minutes else Trainer(config, folder, splits)
+        pulse.say = trainer.whereabouts
+        records = trainer.run(stage)
+        leave()
     if not trainer.here.main: return
     nothing = "no scores (they need labelled images and evaluate.n > 0)"
     print("", markdown_table(score_table(records)) if records else nothing, "", sep="\n")

@@ -8,6 +8,7 @@ __all__ = ['log', 'WRITERS', 'OTHER_FILES', 'timesteps_of', 'guided_model', 'war
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #df8c91dc
 import difflib, gc, hashlib, io, json, logging, math, shutil, warnings, zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,16 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from ..data.convert import folder_names, png, write_edm_zip
-from ..data.files import atomic_write, publish, temp_name
+from ..data.files import atomic_write, claimed, publish, temp_name
 from ..data.images import BYTES, named_grid, to_uint8
 from ..method.guidance import autoguide, guide_free
 from ..method.sampling import check_request, default_times, evaluations, sample
 from ..method.solvers import solver_name
 from ..method.teacher import Model
 from ..method.trajectory import is_ctm
-from ..checkpoints.models import find_checkpoint, load
+from ..checkpoints.models import find_checkpoint, load, of_newest
 from ..checkpoints.store import load_checkpoint
-from .reference import Ranks, pick_device, process_group
+from .reference import Ranks, launched, pick_device, process_group
 from .search import stored_times
 
 log = logging.getLogger(__name__)
@@ -118,15 +119,8 @@ def _class_index(word, names, n_classes):
     raise ValueError(f"unknown class {word!r}: {hint}")
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #504c33e4
-def timesteps_of(
-    m: Model,  # the model
-    checkpoint: str,  # beside which a search has left its times
-    solver: str,  # "ctm" or a key of SOLVERS
-    steps: int | None = None,  # jumps or solver steps; None: 1 or 18, or as many as `times` has
-    gamma: float | None = None,  # None: 0, or what goes with the times of a search
-    times: str | None = None,  # decreasing numbers with commas, the end is added; "auto": of a search; None: the grid
-) -> tuple:  # timesteps (n+1,), gamma
-    "The sampler's timesteps; `ValueError` if times and steps contradict each other."
+def timesteps_of(m: Model, checkpoint: str, solver: str, steps=None, gamma=None, times=None) -> tuple:
+    "The sampler's timesteps (n+1,) and gamma, as for `make_recipe`; `ValueError` if times and steps contradict."
     if times == "auto":
         found = stored_times(checkpoint, steps)
         return found["times"], found["gamma"] if gamma is None else gamma
@@ -143,11 +137,7 @@ def timesteps_of(
     return t, gamma or 0.
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #74073b65
-def guided_model(
-    m,  # a model
-    guidance: float | None,  # scale; None: the model as it is
-    guide: str | None,  # a worse model, see `load`; None: by the model's own labels
-):
+def guided_model(m, guidance: float | None, guide: str | None):  # as for `make_recipe`
     "The model that is drawn from; `ValueError` for a guidance that it hasn't got."
     if guidance is None and guide: raise ValueError(f"a guide needs the scale --guidance, got only --guide {guide}")
     if guidance is None: return m
@@ -170,10 +160,10 @@ def warn_unsuited(
 # %% ../../nbs/5_evaluation/05_draw.ipynb #b16d20d1
 def _very_checkpoint(path): return str(find_checkpoint(path) if (Path(path) / "checkpoints").is_dir() else Path(path))
 
-def _bytes_of(checkpoint: Path) -> str:  # a key of BYTES
+def _bytes_of(checkpoint: str) -> str:  # a key of BYTES
     "How a run has its samples become bytes."
-    if not (checkpoint / "checkpoint.json").exists(): return "round"
-    config = load_checkpoint(checkpoint, parts=[]).meta.get("config") or {}
+    if not Path(checkpoint).is_dir(): return "round"
+    config = of_newest(checkpoint, lambda folder: load_checkpoint(folder, parts=[])).meta.get("config") or {}
     return config.get("evaluate", {}).get("bytes", "round")
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #f999b7cc
@@ -184,7 +174,7 @@ def make_recipe(
     steps: int | None = None,  # jumps or solver steps; None: 1 for jumps, 18 for solvers
     gamma: float | None = None,  # share of fresh noise in [0, 1]; None: 0, or what goes with stored times
     solver: str | None = None,  # as in `sample`; None: "ctm", for a teacher "heun"
-    times: str | None = None,  # see `timesteps_of`
+    times: str | None = None,  # decreasing, with commas, the end is added; "auto": of a search; None: the grid
     classes: str = "all",  # see `_class_list`; sample i is of the (i mod count)-th
     seed: int = 0,  # of the noise
     guidance: float | None = None,  # scale of guidance; None: without
@@ -199,7 +189,7 @@ def make_recipe(
     t, gamma = timesteps_of(m, checkpoint, solver, steps, gamma, times)
     check_request(drawn, n, 1 if steps is None else steps, gamma, solver, torch.tensor(t, dtype=torch.float64))
     path = _very_checkpoint(checkpoint)
-    if bytes is None: bytes = _bytes_of(Path(path))
+    if bytes is None: bytes = _bytes_of(checkpoint)
     if bytes not in BYTES: raise ValueError(f"bytes must be one of {', '.join(BYTES)}, got {bytes!r}")
     names = [str(c) for c in getattr(m, "classes", None) or range(m.n_classes)]
     return {"checkpoint": path, "n": n, "solver": solver, "times": t, "gamma": gamma, "seed": seed,
@@ -279,17 +269,23 @@ def _with_parts(recipe: dict, m: Model) -> dict:
     return {**recipe, "weights": weights_hash(m), "part": min(256, max(8, math.ceil(recipe["n"] / 16)))}
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #e0a92684
-def _open_parts(out: Path, recipe: dict) -> Path:  # the folder of the parts
-    "The folder in which a recipe is worked off; ValueError if another recipe's parts are there."
-    folder, now = out.with_name(out.name + ".parts"), json.loads(json.dumps(recipe))
+def _parts_of(out: Path) -> Path: return out.with_name(out.name + ".parts")
+
+def _open_parts(out: Path, recipe: dict, overwrite: bool = False) -> Path:  # the folder of the parts
+    "The folder in which a recipe is worked off; ValueError if another recipe's parts are there and must stay."
+    folder, now = _parts_of(out), json.loads(json.dumps(recipe))
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "recipe.json"
     if not file.exists(): atomic_write(file, json.dumps(recipe, indent=1).encode())
     then = {"bytes": "round", **json.loads(file.read_text())}  # as it was without a word
     differing = [k for k in now if then.get(k) != now[k] and k != "checkpoint"]
     if not differing: return folder
+    if overwrite:
+        shutil.rmtree(folder)
+        return _open_parts(out, recipe)
     changes = "; ".join(f"{k}: {then.get(k)} -> {now[k]}" for k in differing)
-    raise ValueError(f"{folder} holds parts of other samples ({changes}): repeat that command, or remove the folder")
+    raise ValueError(f"{folder} holds parts of other samples ({changes}): repeat that command, or "
+                     "pass --overwrite to remove them")
 
 def _all_parts(folder: Path, recipe: dict) -> list:  # of files, there or not
     return [folder / f"part_{p:06d}.npz" for p in range(math.ceil(recipe["n"] / recipe["part"]))]
@@ -315,6 +311,22 @@ def _is_complete(out: Path, recipe: dict) -> bool:
     return all(then.get(k) == v for k, v in now.items()) and not then.get("reject")  # a setting of version 0.1
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #33e11252
+def _draw_into(out, m, recipe, batch_size, overwrite):
+    draw, y, n = _drawer_of(m, recipe, batch_size), _labels_of(recipe, range(recipe["n"])), recipe["n"]
+    plan, folder = recipe, _parts_of(out)
+    with process_group() as ranks:
+        if n <= 64 and ranks.world == 1:
+            with tqdm(total=n, desc="samples") as bar: images = draw(torch.arange(n), bar.update).numpy()
+        else:
+            plan = _with_parts(recipe, m)
+            ranks.send(None if ranks.rank else _open_parts(out, plan, overwrite))
+            _draw_parts(draw, plan, folder, ranks, progress=ranks.rank == 0)
+            if not ranks.gather(None): return recipe  # the first writes, when all are there
+            images = np.concatenate([np.load(f)["images"] for f in _all_parts(folder, plan)])
+        _save_samples(out, images, None if y is None else y.numpy(), plan, overwrite)
+        if plan is not recipe or overwrite and (folder / "recipe.json").exists(): shutil.rmtree(folder)
+    return recipe
+
 def draw_samples(
     checkpoint: str,  # see `load`
     out: str | Path,  # NAME.zip, NAME.npz, NAME.png or a folder
@@ -328,24 +340,14 @@ def draw_samples(
     "Draw samples into a file; repeated after an interruption, it continues; errors of a request come before drawing."
     out = Path(out)
     _writer_of(out)
-    m = load(checkpoint, str(pick_device(device)), which)
-    recipe = make_recipe(m, checkpoint, n, **request)
-    if not overwrite and _is_complete(out, recipe):
-        log.info("%s is complete", out)
-        return recipe
-    if not overwrite: _refuse_existing(out)
-    warn_unsuited(m, recipe["guidance"], recipe["guide"], checkpoint)
-    draw, y = _drawer_of(m, recipe, batch_size), _labels_of(recipe, range(n))
-    plan, folder = recipe, None
-    with process_group() as ranks:
-        if n <= 64 and ranks.world == 1:
-            with tqdm(total=n, desc="samples") as bar: images = draw(torch.arange(n), bar.update).numpy()
-        else:
-            plan = _with_parts(recipe, m)
-            folder = _open_parts(out, plan)
-            _draw_parts(draw, plan, folder, ranks, progress=ranks.rank == 0)
-            if not ranks.gather(None): return recipe  # the first writes, when all are there
-            images = np.concatenate([np.load(f)["images"] for f in _all_parts(folder, plan)])
-        _save_samples(out, images, None if y is None else y.numpy(), plan, overwrite)
-        if folder: shutil.rmtree(folder)
-    return recipe
+    place = out.absolute()
+    lock = nullcontext() if launched()[0] else claimed(place.with_name(f".{place.name}.lock"), out)
+    with lock:
+        m = load(checkpoint, str(pick_device(device)), which)
+        recipe = make_recipe(m, checkpoint, n, **request)
+        if not overwrite and _is_complete(out, recipe):
+            log.info("%s is complete", out)
+            return recipe
+        if not overwrite: _refuse_existing(out)
+        warn_unsuited(m, recipe["guidance"], recipe["guide"], checkpoint)
+        return _draw_into(out, m, recipe, batch_size, overwrite)

@@ -78,23 +78,12 @@ def interval_times(
 
 # %% ../../nbs/1_method/06_distill.ipynb #08875f97
 @torch.no_grad()
-def solve_interval(
-    D,  # the teacher: D(x, t, y)
-    x_t: Tensor,  # (B, ...) data at times[0]
-    times: Tensor,  # (steps+1, B), all > 0, from `interval_times`
-    y: Tensor | None = None,  # (B,) class indices
-    method: str = "heun",  # of `solve`
-) -> Tensor:  # (B, ...) data at times[-1]
-    "x_u = Solver(x_t, t -> u; D), without gradient."
+def solve_interval(D, x_t: Tensor, times: Tensor, y=None, method: str = "heun") -> Tensor:  # arguments as of `solve`
+    "x_u = Solver(x_t, t -> u; D), without gradient; the times from `interval_times`, all > 0."
     return solve(D, x_t, times, y, method, above_zero=True)
 
 # %% ../../nbs/1_method/06_distill.ipynb #f3f192dc
-def to_end(
-    target,  # G_ema, a CTM
-    x_s: Tensor,  # (B, ...) data at time s
-    s: Tensor,  # (B,)
-    y: Tensor | None = None,  # (B,) class indices
-) -> Tensor:  # (B, ...) data at sigma_min
+def to_end(target, x_s: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:  # (B, ...) data at sigma_min
     "G_ema(x_s, s, sigma_min): to the end of the trajectory; gradient flows to x_s."
     return target.G(x_s, s, torch.full_like(s, target.sigma_min), y)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'landing_time', 'gamma_sample', 'Churn', 'edm_sample', 'ode_sample', 'default_times',
-           'evaluations', 'check_counts', 'check_request', 'check_labels', 'check_finite', 'sample']
+           'evaluations', 'check_request', 'check_labels', 'sample']
 
 # %% ../../nbs/1_method/09_sampling.ipynb #7ec6b409
 import math
@@ -41,7 +41,7 @@ def gamma_sample(
     gamma: float = 0.,  # share of fresh noise, in [0, 1]
 ) -> Tensor:  # (B, ...) data at times[-1]
     "Jump from timestep to timestep, with fresh noise at all but the last.  # CTM: gamma-sampling"
-    times = times.tolist()
+    times = [float(t) for t in times]
     for i, (t, tau) in enumerate(zip(times[:-1], times[1:])):
         s = landing_time(tau, gamma, m.sigma_min)
         x = m.G(x, t, s, y)
@@ -106,10 +106,8 @@ def evaluations(
     return nfe("heun" if solver == "edm" else solver_name(solver), times)
 
 # %% ../../nbs/1_method/09_sampling.ipynb #cf7a8dde
-def check_counts(
-    **counts,  # name -> value; None is not looked at
-):
-    "Raise ValueError naming the first value that is no whole number >= 1."
+def _check_counts(**counts):
+    "Raise ValueError naming the first value that is neither None nor a whole number >= 1."
     for name, value in counts.items():
         good = isinstance(value, Integral) and int(value) >= 1
         if value is not None and not good: raise ValueError(f"{name} must be a whole number >= 1, got {name}={value!r}")
@@ -124,7 +122,7 @@ def check_request(
     times: Tensor,  # (k,) timesteps
 ):
     "Raise ValueError naming the first argument of `sample` that is out of range."
-    check_counts(n=n, steps=steps)
+    _check_counts(n=n, steps=steps)
     jumps = solver_name(solver, tuple(SAMPLERS)) == "ctm"
     if not (isinstance(gamma, (int, float)) and 0 <= gamma <= 1):
         raise ValueError(f"gamma must be in [0, 1], got gamma={gamma!r}")
@@ -170,11 +168,7 @@ def _given(noise_fn, i, shape):
     return z
 
 # %% ../../nbs/1_method/09_sampling.ipynb #0248f98f
-def check_finite(
-    m: Model,  # the model that drew them
-    x: Tensor,  # (B, ...) samples
-    ids: Tensor,  # (B,) their numbers
-):
+def _check_finite(m: Model, x: Tensor, ids: Tensor):  # the model that drew them, samples, and their numbers (B,)
     "Raise FloatingPointError naming the first sample that is not finite."
     bad = ~torch.isfinite(x).flatten(1).all(1).cpu()
     if not bad.any(): return
@@ -202,7 +196,7 @@ def sample(
     """Draw samples.
 
     Raises ValueError for arguments out of range and FloatingPointError if the model's output is not finite."""
-    check_counts(n=n, steps=steps, batch_size=batch_size)
+    _check_counts(n=n, steps=steps, batch_size=batch_size)
     solver = solver_name(solver, tuple(SAMPLERS))
     ids = torch.arange(n) if ids is None else torch.as_tensor(ids, dtype=torch.int64)
     times = default_times(m, steps, solver) if times is None else torch.as_tensor(times, dtype=torch.float64).cpu()
@@ -216,6 +210,6 @@ def sample(
             return z.to(*place)
         x, labels = draw(0) * float(times[0]), None if y is None else y[rows].to(place[0])
         x = SAMPLERS[solver](m, x, times, labels, draw, callback, **{"gamma": gamma} if solver == "ctm" else {})
-        check_finite(m, x, ids[rows])
+        _check_finite(m, x, ids[rows])
         out.append(x)
     return torch.cat(out)

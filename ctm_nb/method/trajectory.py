@@ -8,6 +8,7 @@ __all__ = ['CTM', 'Jumps', 'is_ctm', 'student_from']
 # %% ../../nbs/1_method/04_trajectory.ipynb #2bd9acf6
 from typing import Protocol, runtime_checkable
 
+import torch
 from fastcore.basics import patch
 from torch import Tensor
 
@@ -34,14 +35,9 @@ def g(self: CTM, x: Tensor, t: float | Tensor, s: float | Tensor, y: Tensor | No
 
 # %% ../../nbs/1_method/04_trajectory.ipynb #622ac604
 @patch
-def G(self: CTM,
-    x: Tensor,  # (B, ...) data at noise level t
-    t: float | Tensor,  # start, > 0, (B,) or scalar
-    s: float | Tensor,  # landing time, 0 <= s <= t, (B,) or scalar
-    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
-) -> Tensor:  # (B, ...) data at noise level s
+def G(self: CTM, x: Tensor, t: float | Tensor, s: float | Tensor, y: Tensor | None = None) -> Tensor:  # as `forward`
     "The jump from t to s; on the CPU, ValueError where s > t or s < 0.  # CTM: decomposition of G"
-    if not x.is_cuda: check_times(x, expand(t, x).flatten(), expand(s, x).flatten())
+    if not (x.is_cuda or torch.compiler.is_compiling()): check_times(x, expand(t, x).flatten(), expand(s, x).flatten())
     return jump(x, t, s, self.g(x, t, s, y))
 
 # %% ../../nbs/1_method/04_trajectory.ipynb #f6db7db2

@@ -9,9 +9,9 @@ __all__ = ['log', 'COPIES', 'PASSES', 'empty_data', 'saved_bytes', 'memory', 'me
 # %% ../../nbs/6_training/09_costs.ipynb #5f28a8bf
 import logging
 import time
-from dataclasses import replace
-from functools import partial
+from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -23,9 +23,8 @@ from ..evaluation.reference import pick_device
 from ..method.distill import MATCHING
 from ..method.solvers import SOLVERS, solver_name
 from .report import NAMES, duration, read_json
-from .runtime import autocast, choose_precision
-from .stages import STAGE_CLASSES, carry_to, make_network, step_generator
-from .step import gradient
+from .stages import make_network
+from .trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -156,25 +155,18 @@ def seconds(
 def measure(
     config: Config,  # of a run
     data: Images,  # its images
-    device: str = "cpu",  # where
 ) -> float:  # images a second in the first stage that has steps
     "Train two steps, after one that is not timed, with at most 64 images on a GPU and 8 on a CPU, and forget them."
-    where, wait = torch.device(device), torch.cuda.synchronize if "cuda" in device else lambda: None
-    config = replace(config, distill=replace(config.distill, trajectories=""))  # a folder would be filled
-    stage = STAGE_CLASSES[next(iter(schedule(config)))](config, data, where)
-    context = partial(autocast, choose_precision(config.run.precision, where), where)
-    n, steps, started = min(stage.optim.batch, 64 if "cuda" in device else 8), 2, 0.
-    for i in range(steps + 1):
-        wait()
-        if i == 1: started = time.perf_counter()
-        ids = (torch.arange(n) + i * n) % len(data)
-        y = data.labels[ids].to(device) if data.labels is not None else None
-        numbers = carry_to(stage.draw(n, step_generator(0, i), i), where)
-        with context(): example = stage.example(data.x0(ids).to(device), y, numbers, i)
-        gradient(stage, [example], i, [1.], context)
-        stage.optimizers[stage.learner(i)].step()
-    wait()
-    return steps * n / (time.perf_counter() - started)
+    small, most = deepcopy(config), 64 if pick_device(config.run.device).type == "cuda" else 8
+    o = getattr(small, STAGES[next(iter(schedule(config)))])
+    o.batch, o.steps, small.distill.trajectories = min(o.batch, most), max(o.steps, 3), ""  # a folder would be filled
+    with TemporaryDirectory() as folder:
+        t, times = Trainer(small, folder, {"train": data}), [time.perf_counter()]  # type: ignore[arg-type]
+        for _ in range(3):
+            t.train_step()
+            t.look()
+            times.append(time.perf_counter())
+    return 2 * o.batch / (times[3] - times[1])
 
 # %% ../../nbs/6_training/09_costs.ipynb #c8756eaf
 def estimate(

@@ -139,10 +139,9 @@ def make_network(
     data: Images,  # whose size, channels and classes it gets
 ) -> torch.nn.Module:  # without s-branch, fresh weights
     "The raw network that a configuration means for some data."
-    n = config.network
-    keys = ("model_channels", "channel_mult", "n_blocks", "attention", "dropout", "augment_dim", "channels_per_head")
     size = dict(image_size=data.image_size, channels=data.channels, n_classes=data.n_classes)
-    return build_network(n.family, **size, **{k: getattr(n, k) for k in keys})
+    n = {k: v for k, v in vars(config.network).items() if not k.startswith("sigma_")}
+    return build_network(n.pop("family"), **size, **n)
 
 def make_denoiser(config: Config, data: Images) -> Denoiser:
     "A denoiser with fresh weights."

@@ -17,13 +17,12 @@ from ctm_nb.checkpoints.store import (
     EMA,
     CheckpointError,
     MetricsLog,
+    _seal,
     atomic_write,
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
-    random_state,
     save_checkpoint,
-    set_random_state,
 )
 
 
@@ -214,6 +213,16 @@ def test_atomic_write_survives_a_cut_anywhere(tmp_path):
         assert (tmp_path/"f").read_bytes() in (b"old"*9, b"new"*9)
 
 
+def test_a_checkpoint_of_a_newer_format_says_so(tmp_path):
+    "And is found for that: it is no reason to continue from an older one."
+    save(tmp_path, 1)
+    with patch("ctm_nb.checkpoints.store._seal", lambda body: _seal({**body, "format": 2})): save(tmp_path, 2)
+    found = latest_checkpoint(tmp_path)
+    assert found.name == "step_00000002"
+    with pytest.raises(CheckpointError, match=r"step_00000002/checkpoint.json: format 2, of a newer ctm_nb than this"):
+        load_checkpoint(found)
+
+
 def latest_step(folder): return int(path.name[-8:]) if (path := latest_checkpoint(folder)) else 0
 
 
@@ -296,16 +305,7 @@ def test_latest_and_prune(tmp_path, caplog):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000900", "step_00001000", "step_123456789"]
 
 
-# ---- random state and log
-
-def test_random_state_survives_a_checkpoint(tmp_path):
-    def draw(): return random.random(), np.random.randn(), np.random.rand(), torch.rand(2).tolist()
-    np.random.randn()
-    path = save_checkpoint(tmp_path, 1, {}, dict(random=random_state()), {})
-    first = [draw() for _ in range(3)]
-    set_random_state(load_checkpoint(path).state["random"])
-    assert [draw() for _ in range(3)] == first
-
+# ---- log
 
 def test_log_rewinds_from_every_torn_length(tmp_path):
     path = tmp_path/"m.jsonl"
