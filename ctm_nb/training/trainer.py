@@ -7,9 +7,10 @@ __all__ = ['log', 'check_changes', 'resume_point', 'open_images', 'no_scores_bec
            'NoBoard']
 
 # %% ../../nbs/6_training/08_trainer.ipynb #c62114fe
-import json, logging, math, random, sys, time
+import json, logging, math, sys, time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,9 +27,10 @@ from tqdm.auto import tqdm
 from ..checkpoints.averages import Profile, forget_snapshots, save_snapshot
 from ..checkpoints.models import KINDS, describe, rebuild
 from ..checkpoints.store import (Checkpoint, CheckpointError, MetricsLog, atomic_write, load_checkpoint,
-                                      prune_checkpoints, random_state, save_checkpoint, set_random_state, step_folders,
+                                      prune_checkpoints, save_checkpoint, step_folders,
                                       versions)
 from ..data.batches import Batches, Splits, load_splits
+from ..data.files import claimed
 from ..data.images import ImageData, named_grid, to_uint8
 from ..evaluation.draw import free_memory, out_of_memory
 from ..evaluation.evaluate import drawn_samples, extend_scores, run_evaluator
@@ -176,12 +178,10 @@ class Trainer:
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         self.writer: Any = None  # made when first needed, as is the evaluator
         self.evaluator: Any = None
-        random.seed(config.run.seed)  # what a user's code may draw from; nothing of ours does
-        np.random.seed(config.run.seed % 2 ** 32)
         if unpacks(self.precision, self.device):
             log.warning("run.precision=%s: this processor has no instructions for it; run.precision=fp32 will be many "
                         "times faster", self.precision)
-        self.restore()
+        with self.claim(): self.restore()
 
 # %% ../../nbs/6_training/08_trainer.ipynb #71c0e548
 @patch(as_prop=True)
@@ -224,14 +224,15 @@ def state_dict(self: RunState, log_lines: int = 0) -> dict:  # log_lines: comple
     "The state without the networks' weights and the number of the step, which a checkpoint keeps elsewhere."
     return {"stage": self.stage.name, "optimizers": {k: o.state_dict() for k, o in self.stage.optimizers.items()},
             "emas": {k: e.state_dict() for k, e in self.stage.emas.items()},
-            "scaler": self.scaler.state_dict() if self.scaler else {}, "random": random_state(), "window": self.window,
-            "log_lines": log_lines, "seconds": self.seconds, "logged_at": self.logged_at}
+            "scaler": self.scaler.state_dict() if self.scaler else {}, "window": self.window, "log_lines": log_lines,
+            "seconds": self.seconds, "logged_at": self.logged_at}
 
 # %% ../../nbs/6_training/08_trainer.ipynb #e70364ff
 @patch
 def load(self: RunState, c: Checkpoint):  # of the stage in memory
     "Stand where the checkpoint stands; raises CheckpointError if either holds something that the other lacks."
     stage, mine = self.stage, self.state_dict()
+    c.state.pop("random", None)  # of version 0.1
     pairs = {"state": (mine, c.state), "networks": (stage.parts, c.models)}
     pairs |= {k: (mine[k], c.state.get(k, {})) for k in ("optimizers", "emas", "scaler")}
     for what, (here, there) in pairs.items():
@@ -242,7 +243,6 @@ def load(self: RunState, c: Checkpoint):  # of the stage in memory
     for name, optimizer in stage.optimizers.items(): load_optimizer(optimizer, c.state["optimizers"][name])
     if self.scaler: self.scaler.load_state_dict(c.state["scaler"])
     self.window, self.seconds, self.logged_at = (c.state[k] for k in ("window", "seconds", "logged_at"))
-    set_random_state(c.state["random"])
 
 # %% ../../nbs/6_training/08_trainer.ipynb #9fc302a1
 @patch
@@ -266,6 +266,11 @@ def resume(self: Trainer, c: Checkpoint):
 
 # %% ../../nbs/6_training/08_trainer.ipynb #41182fe5
 @patch
+def claim(self: Trainer):
+    "A context in which no other process may write this run; OSError says who does."
+    return claimed(self.folder / ".lock", self.folder) if self.here.main else nullcontext()
+
+@patch
 def restore(self: Trainer):
     "Begin the first stage, or continue what the folder holds; then the folder is this run's."
     checkpoints, path = self.folder / "checkpoints", self.folder / "config.json"
@@ -275,7 +280,7 @@ def restore(self: Trainer):
     if not found and path.exists():
         check_changes({"config": json.loads(path.read_text())}, self.config, self.precision, what=str(self.folder))
     foreign = [] if path.exists() or not self.folder.exists() else self.folder.iterdir()
-    if any(not p.name.startswith(".tmp-") for p in foreign):
+    if any(not p.name.startswith((".tmp-", ".lock")) for p in foreign):
         raise ValueError(f"{self.folder} is not empty and holds no run (no config.json); choose another name")
     if not found and ((self.folder / "scores.json").exists() or any(checkpoints.glob("step_*"))):
         raise CheckpointError(f"{self.folder} has been trained, but {checkpoints} holds no complete checkpoint; "
@@ -652,7 +657,7 @@ def run(self: Trainer,
     goal = lambda: self.total if stage == "all" else self.plan[stage].end  # a budget moves it
     why, begun = no_scores_because(self.config, self.splits), self.step
     if why: log.warning("no scores: %s", why)
-    with Signals() as signals:
+    with self.claim(), Signals() as signals:
         while self.step < goal(): self.advance(goal(), signals)
         if not self.here.main: return []
         found = self.scores() or ([] if why else self.evaluate())
