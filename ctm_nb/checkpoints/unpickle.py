@@ -288,7 +288,7 @@ TORCH_NAMES = {**TENSOR_NAMES, ("collections", "defaultdict"): lambda u, argumen
 
 # %% ../../nbs/4_checkpoints/02_unpickle.ipynb #e6df2861
 @patch
-def persistent_load(self: Unpickler, pid) -> Storage:
+def persistent_load(self: Unpickler, pid) -> object:  # a Storage, where it is one of ours
     "What BINPERSID pushes: a storage, its numbers still to come."
     if self.storages is None: raise ForeignFileError("it refers to an object outside of the file (a persistent id)")
     match pid:
