@@ -154,7 +154,7 @@ def test_what_can_not_be_read_is_named(tmp_path, monkeypatch):
     class Persistent:
         def __reduce__(self): return _reconstruct_persistent_obj, ({"type": "class", "class_name": "EDMPrecond"},)
     def _reconstruct_persistent_obj(meta): return meta
-    for module in ("torch_utils", "torch_utils.persistence"): monkeypatch.setitem(sys.modules, module, type(sys)(module))
+    for name in ("torch_utils", "torch_utils.persistence"): monkeypatch.setitem(sys.modules, name, type(sys)(name))
     sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj = _reconstruct_persistent_obj
     _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
     _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
