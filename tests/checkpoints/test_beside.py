@@ -6,9 +6,7 @@ import enum
 import functools
 import json
 import pathlib
-import pickle
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
