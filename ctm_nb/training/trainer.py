@@ -45,7 +45,7 @@ from .optimizers import load_optimizer
 from .report import write_report
 from .runtime import (Guard, Scaler, Signals, autocast, choose_precision, compile_networks, join,
                                      peak_memory, prepare, unpacks)
-from .stages import STAGE_CLASSES, Stage, carry_to, check_weights, step_generator, take
+from .stages import STAGE_CLASSES, carry_to, check_weights, step_generator, take
 from .step import apply_gradient, gradient, same_start
 
 log = logging.getLogger(__name__)
