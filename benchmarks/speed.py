@@ -261,7 +261,7 @@ def numbers_with(stage, k, seed, step=None):
 
 def plain_step(stage, numbers, x0):
     "The published step, written down as its formulas stand."
-    from ctm_nb.method.balance import adaptive_weight
+    from ctm_nb.method.balance import balance
     from ctm_nb.method.distances import l2
     from ctm_nb.method.distill import dsm_loss
     from ctm_nb.method.solvers import solve
@@ -276,7 +276,8 @@ def plain_step(stage, numbers, x0):
         goal = target.G(student.G(x_u, e["u"], e["s"]), e["s"], end)
     ctm = l2(target.G(student.G(x_t, t, e["s"]), e["s"], end), goal).mean()
     dsm = dsm_loss(student, x0, e["sigma"], e["eps"]).mean()
-    (ctm + adaptive_weight(ctm, dsm, student.net.last_layer) * dsm).backward()
+    grads = [torch.autograd.grad(v, student.net.last_layer, retain_graph=True)[0] for v in (ctm, dsm)]
+    (ctm + balance(*grads) * dsm).backward()
     finish_plain(stage)
 
 

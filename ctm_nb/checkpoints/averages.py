@@ -101,11 +101,8 @@ def forget_snapshots(
     if folder.exists(): prune_checkpoints(folder, 10 ** 9)  # what a crash left unfinished
 
 # %% ../../nbs/4_checkpoints/06_averages.ipynb #13b70736
-def snapshots_of(
-    run: str | Path,  # folder of the run
-    which: str | None = None,  # "teacher" or "ctm"; None: the student if there is one
-) -> list:  # (folder, name, t, std), oldest first, of the last stage that has some
-    "What a run has kept; ValueError if that is nothing."
+def snapshots_of(run: str | Path, which: str | None = None) -> list:  # (folder, name, t, std), oldest first
+    "What a run has kept in the last stage that has some, as for `average`; ValueError if that is nothing."
     found: dict = {}
     for path in reversed(step_folders(Path(run) / "averages")):
         meta = load_checkpoint(path, parts=[]).meta

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'KINDS', 'WRAPPERS', 'PRECONDITIONERS', 'EDM2_NUMBERS', 'describe', 'rebuild', 'find_checkpoint',
-           'save_model', 'load']
+           'of_newest', 'save_model', 'load']
 
 # %% ../../nbs/4_checkpoints/05_models.ipynb #d9838aa1
 import io
@@ -86,10 +86,20 @@ def find_checkpoint(path: str | Path) -> Path:
     if found := latest_checkpoint(path/"checkpoints"): return found
     raise CheckpointError(f"{path} holds no complete checkpoint; expected {path}/checkpoints/step_*/checkpoint.json")
 
+def of_newest(
+    path: str | Path,  # of a run or a checkpoint
+    read,  # function of a checkpoint's folder
+):
+    "What a function makes of the checkpoint that a path means; of the next one if a run in training prunes it."
+    found = find_checkpoint(path)
+    try: return read(found)
+    except CheckpointError:
+        if found.exists(): raise
+    return of_newest(path, read)
+
 # %% ../../nbs/4_checkpoints/05_models.ipynb #0b87a19a
-def _from_run(path, which):
-    "A model of one of our runs: the student, if there is one, or `which`."
-    path = find_checkpoint(path)
+def _from_folder(path, which):
+    "A model of one of our checkpoints: the student, if there is one, or `which`."
     described = load_checkpoint(path, parts=[]).meta.get("models", {})
     which = which or next((k for k in ("ctm", "teacher", *described) if k in described), "teacher")
     if which not in described:
@@ -344,7 +354,7 @@ def _read_model(path, which, architecture):
     if kind == "safetensors" and "ctm_nb" not in header:
         return "state dict in safetensors", _from_state(state, which, **architecture)
     if architecture: raise ValueError(f"our own files know their network; {', '.join(architecture)} can't be given")
-    if kind != "safetensors": return kind, _from_run(path, which)
+    if kind != "safetensors": return kind, of_newest(path, lambda folder: _from_folder(folder, which))
     try:
         description = json.loads(header["ctm_nb"])["description"]
         if which in (None, description["kind"]): return kind, rebuild(description, state)

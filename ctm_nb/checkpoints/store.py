@@ -187,14 +187,18 @@ def _read(file):
     except OSError as e: raise CheckpointError(f"{file}: expected a readable file, found {e.strerror}") from e
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #3f4ed994
+def _manifest(path):
+    "The content of checkpoint.json behind its seal."
+    file = Path(path)/"checkpoint.json"
+    if (body := _unseal(_read(file))) is not None: return body
+    raise CheckpointError(f"{file}: expected a sealed manifest, found a text that its seal does not fit")
+
 def _read_manifest(path):
     "The checked content of checkpoint.json."
-    file = Path(path)/"checkpoint.json"
-    body = _unseal(_read(file))
-    if body is None:
-        raise CheckpointError(f"{file}: expected a sealed manifest, found a text that its seal does not fit")
-    if body["format"] != 1: raise CheckpointError(f"{file}: expected format 1, found format {body['format']}")
-    return body
+    body = _manifest(path)
+    if body["format"] == 1: return body
+    raise CheckpointError(f"{Path(path)/'checkpoint.json'}: format {body['format']}, of a newer ctm_nb than this one, "
+                          f"{__version__}, which reads format 1: pip install --upgrade ctm_nb")
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #ceaf2713
 @dataclass
@@ -202,15 +206,14 @@ class Checkpoint:
     "What `load_checkpoint` found."
     path:Path # the folder it came from
     step:int # training step
-    models:dict # name -> state dict on the asked device
-    state:dict # on the CPU; empty when not asked for
+    models:dict # name -> state dict, on the CPU as all the rest
+    state:dict # empty when not asked for
     meta:dict # as given to `save_checkpoint`
     versions:dict # of the libraries that wrote it
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #7cae77d2
 def load_checkpoint(
     path:str|Path, # a step folder
-    device:str|torch.device="cpu", # where the networks' tensors go
     parts:list|None=None, # names of models, and "state"; None reads all
 ) -> Checkpoint:
     """Read a checkpoint and verify every byte of the parts that are read.
@@ -225,13 +228,15 @@ def load_checkpoint(
             if found != want[key]:
                 raise CheckpointError(f"{path/have[part]}: expected {key} {want[key]}, found {key} {found}")
         if part == "state": state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        else: models[part] = {k: v.to(device) for k, v in tensors_of(data).items()}
+        else: models[part] = tensors_of(data)
     return Checkpoint(path, body["step"], models, state, body["meta"], body["versions"])
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #62b05e45
 def _is_complete(path):
-    "Has this step folder a sound manifest and every part at its full size?"
-    try: return all((path/n).stat().st_size == f["size"] for n, f in _read_manifest(path)["files"].items())
+    "Has this step folder a sound manifest and every part at its full size? Of a newer format nobody knows."
+    try:
+        body = _manifest(path)
+        return body["format"] != 1 or all((path/n).stat().st_size == f["size"] for n, f in body["files"].items())
     except (CheckpointError, OSError): return False
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #eaebc193
@@ -243,24 +248,24 @@ def step_folders(folder:str|Path) -> list[Path]: # complete or not
 # %% ../../nbs/4_checkpoints/01_store.ipynb #feac55f7
 def latest_checkpoint(folder:str|Path) -> Path|None: # the newest complete step folder
     "Where a run with this checkpoint folder should continue, or None when there is nothing to continue."
-    for path in step_folders(folder):
+    found = step_folders(folder)
+    for path in found:
         if _is_complete(path): return path
+        if not path.exists(): continue
         log.warning("%s is not a complete checkpoint (a copy that stopped?); looking for an older one", path)
-    return None
+    return None if step_folders(folder) == found else latest_checkpoint(folder)  # a run saves and prunes meanwhile
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #7be5f123
 def prune_checkpoints(
     folder:str|Path, # a run's checkpoint folder
     keep:int, # how many complete checkpoints stay, >= 1
-    besides:tuple=(), # steps that stay as well
 ) -> list[Path]: # what was removed
-    "Delete all but the newest `keep` complete checkpoints and the steps `besides`, and what a crash left unfinished."
+    "Delete all but the newest `keep` complete checkpoints, and what a crash left unfinished."
     if keep < 1: raise ValueError(f"keep must be >= 1, got keep={keep}")
     folder = Path(folder)
     _settle(folder)
     for p in list(folder.glob(".tmp-*")): discard(p)
-    old = [p for p in step_folders(folder) if _is_complete(p)][keep:]
-    doomed = [p for p in old if int(p.name.rpartition("_")[2]) not in besides]
+    doomed = [p for p in step_folders(folder) if _is_complete(p)][keep:]
     for p in doomed: discard(p)
     return doomed
 

@@ -61,9 +61,10 @@ def ctm_nb_convert(
             if to.exists() and not a.overwrite: raise FileExistsError(f"{to} exists; --overwrite replaces it")
         given = _architecture(a.set)
         from ctm_nb.checkpoints.averages import average
-        from ctm_nb.checkpoints.models import find_checkpoint, load, save_model
+        from ctm_nb.checkpoints.models import load, of_newest, save_model
         from ctm_nb.checkpoints.store import load_checkpoint
         m = average(a.source, s, a.which) if (s := a.ema_length) is not None else load(a.source, which=a.which, **given)
         print(m.about)
-        ours = load_checkpoint(find_checkpoint(a.source), parts=[]).meta if Path(a.source).is_dir() else {}
+        about = lambda folder: load_checkpoint(folder, parts=[]).meta
+        ours = of_newest(a.source, about) if Path(a.source).is_dir() else {}
         if to: print(f"written: {save_model(m, to, ours.get('config'), a.overwrite)}")

@@ -33,6 +33,7 @@ def evaluate_parser() -> Parser:
         help="where the weights of inception, cleanfid, lite0 or timm lie (default: the cache, or where pip put them)")
     add("--ref-split", choices=("train", "held_out", "all"),
         help="part of a data set that is the reference (default: held_out for --features train, else all)")
+    add("--skip-broken", action="store_true", help="leave out images of --ref that can't be read, instead of stopping")
     add("--save-ref", type=Path, metavar="NPZ", help="keep the reference, with its feature classifier if it has one")
     _score_flags(p.add_argument_group("scores").add_argument)
     drawing = p.add_argument_group("how a checkpoint draws; every combination is a row").add_argument

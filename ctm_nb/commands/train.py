@@ -6,7 +6,8 @@
 __all__ = ['plan', 'train_parser', 'ctm_nb_train']
 
 # %% ../../nbs/7_commands/01_train.ipynb #eb035495
-import argparse, logging, shlex, time
+import argparse, logging, os, shlex, time
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -88,6 +89,7 @@ def plan(
     measured: bool = False,  # measure the speed of this machine
     stage: str = "all",  # the run goes to the end of this one
     minutes: str = "",  # how a budget is spent
+    splits=None,  # the images, if they are open already
 ) -> str:
     "What a run is going to do, as text."
     import torch
@@ -96,11 +98,11 @@ def plan(
     from ctm_nb.training.costs import estimate, measure
     from ctm_nb.training.stages import make_network
     from ctm_nb.training.trainer import no_scores_because, open_images
-    splits, e, only = open_images(config), config.evaluate, _until(config, stage)
+    splits, e, only = splits or open_images(config), config.evaluate, _until(config, stage)
     train, why = splits["train"], no_scores_because(config, splits)
     classes = f"{train.n_classes or 'no'} classes"
     if not config.data.use_labels: classes = "labels not used (data.use_labels=false)"
-    images_per_sec = measure(only, train, str(_device(config.run.device))) if measured else None
+    images_per_sec = measure(only, train) if measured else None
     with torch.device("meta"): weights = sum(p.numel() for p in make_network(config, train).parameters())
     given = " (that of the given teacher counts)" if config.teacher.source not in ("", "none") else ""
     copies = 6 + max(len(getattr(config, k).emas + getattr(config, k).profiles) for k in STAGES.values())
@@ -124,7 +126,8 @@ def train_parser() -> Parser:
         "ctm_nb_train", description="Train a diffusion teacher, distil it into a one-step CTM, draw samples and score "
         "them. The same command run again resumes.",
         epilog="Every value of the configuration, and what will be done: --dry-run. Exit codes: 0 done, 2 bad input, "
-        "3 failed, 130 Ctrl-C, 75 stopped by SIGTERM or SIGUSR1; 75 and 130 after saving: the same command continues.")
+        "3 failed, 130 Ctrl-C, 75 stopped by SIGTERM, SIGHUP or SIGUSR1; 75 and 130 after saving: the same command "
+        "continues.")
     add = p.add_argument
     add("--preset", help="where to start from: digits, emoji, mnist, cifar10, cifar10-cond, imagenet64, "
         "imagenet64-edm2, tiny (a trial of seconds), or auto: from the data (default: digits, with --data auto)")
@@ -139,6 +142,10 @@ def train_parser() -> Parser:
         "(distill.stored of them; with a phase trajectories)")
     add("--student", metavar="PATH", help="start the adversarial stage from this CTM instead of distilling one")
     add("--name", help="the run is written to RUNS/NAME (default: the preset's name, or the data's)")
+    add("--image-size", type=ranged(1), metavar="N", help="crop and resize the images to N x N (default: as the preset "
+        "says; with --data as they are, but at most 32 x 32 on a CPU and 64 x 64 on a GPU)")
+    add("--steps", metavar="N,N", help="optimizer steps of the teacher and of the student, and of the adversary after "
+        "one more comma; a single number is both")
     add("--minutes", type=ranged(.01, kind=float), metavar="N", help="steps, scores and pictures so that the whole "
         "command takes N minutes here; with more than a finished run has, go on from it (default: what the preset "
         "says; with --data on a CPU 30)")
@@ -160,7 +167,10 @@ def _words(a):
     "What was typed, as settings."
     given = {"data.source": a.data, "teacher.source": a.teacher, "distill.source": a.student,
              "distill.trajectories": a.trajectories, "data.skip_broken": "true" if a.skip_broken else "",
-             "run.micro_batch": a.micro_batch}
+             "run.micro_batch": a.micro_batch, "data.image_size": a.image_size}
+    steps = (a.steps or "").split(",")
+    if len(steps) > 3: raise ValueError(f"--steps takes at most three numbers, got {a.steps}")
+    given |= {f"{k}.steps": n for k, n in zip(("teacher", "distill", "gan"), steps * (1 + (len(steps) == 1)))}
     none = ["distill.phases=dsm:.5,soft:.5", "gan.steps=0"] if a.teacher == "none" else []
     return [*none, *(f"{k}={v}" for k, v in given.items() if v), *a.set]
 
@@ -180,6 +190,13 @@ def _config(a):
     return make_config(chosen[0], [*chosen[1], *words])
 
 # %% ../../nbs/7_commands/01_train.ipynb #a88b7b32
+def _folder(a):
+    "Where the run lives; `ValueError` for a name that leads out of RUNS."
+    name = a.name or Path(a.data or a.preset or "digits").expanduser().resolve().stem
+    runs, folder = os.path.abspath(a.runs), os.path.abspath(a.runs / name)
+    if folder.startswith(os.path.join(runs, "")): return a.runs / name
+    raise ValueError(f"--name must be that of a folder in {a.runs}, got {name!r}")
+
 def _on_cpu(config): return _device(config.run.device).type == "cpu"
 
 def _minutes(a, config, folder):
@@ -188,7 +205,7 @@ def _minutes(a, config, folder):
     from ctm_nb.training.report import read_json
     saved = read_json(folder / "config.json", {})
     minutes = a.minutes or config.run.minutes or saved.get("run", {}).get("minutes", 0)
-    typed = [w for w in a.set if w.partition("=")[0].endswith(".steps") and not w.startswith("evaluate")]
+    typed = [w for w in _words(a) if w.partition("=")[0].endswith(".steps") and not w.startswith("evaluate")]
     default = not saved and not typed and _preset(a) == "auto" and _on_cpu(config)
     if launched()[1] == 1: return minutes or 30 * default
     if minutes: raise ValueError("--minutes is kept by one process; with several give the numbers of steps, "
@@ -196,7 +213,7 @@ def _minutes(a, config, folder):
     return 0
 
 # %% ../../nbs/7_commands/01_train.ipynb #a4d2152a
-def _train(a: argparse.Namespace, began: float):  # when the command was started, by time.perf_counter
+def _train(a: argparse.Namespace, began: float, pulse):  # when the command was started, by time.perf_counter; a `Pulse`
     "The work behind `ctm_nb_train`."
     from ctm_nb.training.report import follow, markdown_table, score_table, write_report
     if a.report: return print(write_report(a.report))
@@ -204,28 +221,38 @@ def _train(a: argparse.Namespace, began: float):  # when the command was started
         try: return follow(a.watch)
         except KeyboardInterrupt: raise KeyboardInterrupt("stopped watching; the run itself goes on") from None
     import torch
+    from ctm_nb.data.files import claimed
+    from ctm_nb.evaluation.reference import launched
     from ctm_nb.training.config import schedule
+    from ctm_nb.training.costs import fit_memory
     from ctm_nb.training.runtime import leave
-    from ctm_nb.training.trainer import Trainer
+    from ctm_nb.training.trainer import Trainer, open_images
+    pulse.say = lambda: "opening the images"
     config, stage = _config(a), a.stage or ("ctm_dsm_gan" if a.student else "ctm_dsm")
-    folder = a.runs / (a.name or Path(a.data or a.preset or "digits").expanduser().resolve().stem)
+    folder = _folder(a)
     splits, spent, minutes = None, "", _minutes(a, config, folder)
     if minutes:
+        pulse.say = lambda: "measuring what fits into the time"
         from ctm_nb.training.budget import BudgetTrainer, budget
         stages, own = list(schedule(_until(config, stage))), _preset(a) == "auto" and _on_cpu(config)
         ours = own or _preset(a) in ("digits", "mnist", "emoji")
         config, splits, spent = budget(config, _words(a), minutes, folder, stages, began, ours, own)
+    elif launched()[1] == 1:
+        splits = open_images(config)
+        fit_memory(config, splits["train"], folder)
     if a.dry_run:
-        what = plan(config, folder, a.measure, stage, spent)
+        what = plan(config, folder, a.measure, stage, spent, splits)
         for section, values in asdict(config).items():
             for k, v in values.items():
                 print(f"{section}.{k}={','.join(map(str, v)) if isinstance(v, (tuple, list)) else v}")
         return print("", what, sep="\n")
     torch.set_flush_denormal(True)
     if spent: logging.info("%g minutes: %s", minutes, spent)
-    trainer: Trainer = BudgetTrainer(config, folder, splits, began) if minutes else Trainer(config, folder, splits)
-    records = trainer.run(stage)
-    leave()
+    with nullcontext() if launched()[0] else claimed(folder / ".lock", folder):
+        trainer: Trainer = BudgetTrainer(config, folder, splits, began) if minutes else Trainer(config, folder, splits)
+        pulse.say = trainer.whereabouts
+        records = trainer.run(stage)
+        leave()
     if not trainer.here.main: return
     nothing = "no scores (they need labelled images and evaluate.n > 0)"
     print("", markdown_table(score_table(records)) if records else nothing, "", sep="\n")
@@ -238,4 +265,4 @@ def ctm_nb_train(
 ):
     "Train a teacher, distil it, draw samples and score them (the console command)."
     began, a = time.perf_counter(), train_parser().parse_args(argv)
-    with one_line_errors("ctm_nb_train"): _train(a, began)
+    with one_line_errors("ctm_nb_train") as p: _train(a, began, p)

@@ -43,23 +43,28 @@ def survey(
         mode, clear, im = im.mode, im.has_transparency_data, standardise(im, source.background)
         a, label = decode(im, size, crop), "" if source.labels is None else source.classes[source.labels[i]]
         levels = np.reshape(as_image(a).histogram(), (-1, 256)).sum(0) * (3 // a.shape[2])  # grey is three channels
-        return (f"{im.width} x {im.height}", mode, label, is_grey(a), clear), fingerprint(a, label), levels
-    broken, marks, levels = {}, [], np.zeros(256, np.int64)
+        counted = f"{im.width} x {im.height}", mode, label, is_grey(a), clear
+        return counted, levels, fingerprint(a, label), fingerprint(a)
+    broken, copies, first, levels = {}, {}, {}, np.zeros(256, np.int64)
+    marks: list = []
     counts = sizes, modes, labels, grey, clear = [Counter() for _ in range(5)]
     for i, (seen, why) in enumerate(each(source, tried(look), workers, "looking at")):
         if why: broken[readable(source.names[i])] = readable(why)
         else:
             for counter, value in zip(counts, seen[0]): counter[value] += 1
-            marks.append(seen[1])
-            levels += seen[2]
+            levels += seen[1]
+            marks.append(seen[2])
+            k, m = first.setdefault(seen[3], (i, seen[2]))
+            if k == i: continue
+            same = f"pixel by pixel {readable(source.names[k])}"
+            copies[readable(source.names[i])] = same if m == seen[2] else f"{same}, of another class"
     notes, x, p = list(source.notes), np.arange(256) / 127.5 - 1, levels / max(levels.sum(), 1)
     mean = float(x @ p)
-    if copies := len(marks) - len(set(marks)): notes.append(f"{copies} images are copies of others of their class")
     if clear[True]: notes.append(f"{clear[True]} images have transparent pixels, put on {source.background}")
     return {"name": source.name, "kind": source.kind, "images": len(source),
             "held out by the data": None if source.held_out is None else int(source.held_out.sum()),
             "sizes": dict(sizes.most_common()), "modes": dict(modes.most_common()), "channels": 3 if grey[False] else 1,
-            "classes": {k: labels[k] for k in source.classes}, "broken": broken, "notes": notes,
+            "classes": {k: labels[k] for k in source.classes}, "broken": broken, "copies": copies, "notes": notes,
             "in [-1, 1]": {"mean": round(mean, 4), "std": round(float((x - mean) ** 2 @ p) ** .5, 4)},
             "sha256": hashlib.sha256(b"".join(sorted(marks))).hexdigest()}
 
@@ -71,7 +76,7 @@ def report(facts:dict)->str:
         if v is None: continue
         listed = [f"{k}: {n}" for k, n in v.items()] if isinstance(v, dict) else v
         if not isinstance(listed, list): lines.append(f"{head:10} {v}")
-        elif head in ("broken", "notes"):
+        elif head in ("broken", "copies", "notes"):
             lines += [f"{head:10} {len(v)}", *(f"{'':10} {t}" for t in listed[:20])]
             if len(v) > 20: lines.append(f"{'':10} and {len(v) - 20} more")
         else:

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['naming', 'readable', 'temp_name', 'write_synced', 'fsync_folder', 'atomic_write', 'discard', 'publish',
-           'file_hash', 'cache_folder']
+           'claimed', 'file_hash', 'cache_folder']
 
 # %% ../../nbs/3_data/00_files.ipynb #ef5056a8
-import hashlib, os, shutil, uuid
-from contextlib import contextmanager
+import hashlib, json, os, platform, shutil, time, uuid
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
@@ -92,6 +92,32 @@ def publish(
     os.rename(temp, target)
     fsync_folder(target.parent)
     if aside.exists(): discard(aside)
+
+# %% ../../nbs/3_data/00_files.ipynb #d5ae842b
+@contextmanager
+def claimed(
+    lock:Path, # a hidden file that is there while somebody writes
+    what:str|Path, # what is written, for the message
+):
+    "Hold a lock for the length of a block, once more in the same process too; `OSError` says who else holds it."
+    from filelock import FileLock, Timeout
+    made = [p for p in lock.parents if not p.exists()]
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    held, note = FileLock(lock, 0, thread_local=False, is_singleton=True), lock.with_name(f"{lock.name}.by")
+    try: held.acquire()
+    except Timeout:
+        try: who = "process {pid} on {host}, since {since}".format(**json.loads(note.read_text()))
+        except (OSError, ValueError, LookupError, TypeError): who = "another process"
+        raise OSError(f"{what} is being written by {readable(who)}; wait for it, or choose another name") from None
+    try:
+        about = dict(pid=os.getpid(), host=platform.node(), since=time.strftime("%Y-%m-%d %H:%M:%S"))
+        if held.lock_counter == 1: note.write_text(json.dumps(about))
+        yield
+    finally:
+        for p in (note, lock) if held.lock_counter == 1 else (): p.unlink(missing_ok=True)
+        held.release()
+        for p in made:
+            with suppress(OSError): p.rmdir()  # nothing came of it
 
 # %% ../../nbs/3_data/00_files.ipynb #c7871edd
 def file_hash(path:str|Path)->str: # 64 hexadecimal digits

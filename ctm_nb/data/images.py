@@ -7,10 +7,9 @@ __all__ = ['BYTES', 'Images', 'ImageData', 'to_uint8', 'held_out_mask', 'split_m
            'epoch_order', 'stream_indices', 'named_grid']
 
 # %% ../../nbs/3_data/01_images.ipynb #9564e46a
-import hashlib, math
+import hashlib, math, os
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -167,15 +166,31 @@ def stream_indices(
 
 # %% ../../nbs/3_data/01_images.ipynb #cfe06133
 @cache
-def _font(size):
-    try: import matplotlib  # brings along DejaVu, which has the letters of many alphabets
-    except ImportError: return ImageFont.load_default(size)  # of European ones
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path())/"fonts"/"ttf"/"DejaVuSans.ttf"), size)
+def _letters(path):
+    "The characters that a font has."
+    from matplotlib.ft2font import FT2Font
+    try: return frozenset(map(chr, FT2Font(path).get_charmap()))
+    except (OSError, RuntimeError): return frozenset()  # damaged, or nothing but bitmaps
+
+@cache
+def _font(size, text=""):
+    "A font with all the letters of a text, of those that are here, and the text; escaped where there is none."
+    try: from matplotlib import font_manager, get_data_path
+    except ImportError: return ImageFont.load_default(size), text  # of European alphabets
+    own = os.path.join(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # has the letters of many
+    needed = set(text) - _letters(own)
+    others = sorted(font_manager.findSystemFonts()) if needed else ()
+    for path in filter(lambda p: needed <= _letters(p), others):
+        try: return ImageFont.truetype(path, size), text
+        except OSError: continue  # letters of fixed sizes
+    shown = "".join(c if c not in needed else c.encode("unicode_escape").decode() for c in text)
+    return ImageFont.truetype(own, size), shown
 
 def _words(names, size, limit):
     "Names in letters of so many pixels, or as much of each as fits and an ellipsis, black on white, size + 4 high."
-    font, words = _font(size), []
+    words = []
     for text in names:
+        font, text = _font(size, text)
         shown = text
         while text and font.getlength(shown) > limit:
             text = text[:-1]

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_ENTRY', 'ENCODINGS', 'LANCZOS', 'CROPS', 'SUFFIXES', 'LABEL_FILES', 'HELPERS', 'EXPECTED',
-           'SPLITS', 'LABEL_KEYS', 'PLAIN', 'CIFAR', 'BrokenImage', 'read_file', 'open_image', 'as_image',
+           'SPLITS', 'LABEL_KEYS', 'PLAIN', 'CIFAR', 'LMDB', 'BrokenImage', 'read_file', 'open_image', 'as_image',
            'standardise', 'crop_center', 'crop_square', 'is_grey', 'one_mode', 'decode', 'in_order', 'cores',
            'workers_for', 'shared_array', 'Source', 'held_out_of', 'check_square', 'side_of', 'complain',
            'is_image_name', 'is_hidden', 'reading', 'few', 'existing', 'walk', 'distinct', 'class_fields',
            'folder_classes', 'FileSource', 'Folder', 'open_folder', 'unpacked_limit', 'zip_entries', 'tar_entries',
            'read_entry', 'Pack', 'open_archive', 'ArraySource', 'LibrarySource', 'numbered', 'open_npz', 'read_idx',
-           'open_idx', 'ArraysOnly', 'open_cifar', 'optional', 'lmdb_reader', 'Store', 'open_lmdb', 'open_torchvision',
+           'open_idx', 'ArraysOnly', 'open_cifar', 'lmdb_entries', 'open_lmdb', 'optional', 'open_torchvision',
            'open_table', 'folder_kind', 'file_kind', 'open_digits', 'open_source']
 
 # %% ../../nbs/3_data/02_read.ipynb #18fbe850
@@ -223,7 +223,7 @@ def check_square(a:np.ndarray, side:int|None, name:str):
     if h == w and side in (None, h): return
     others = f" and others are {side} x {side}" if side else ""
     raise ValueError(f"images must be squares of one size, but {readable(name)} is {w} x {h}{others}; give a size "
-                     "(image_size, --size) to crop and resize them")
+                     "(--image-size, of ctm_nb_data --size) to crop and resize them")
 
 def side_of(source:Source)->int:
     "The side that all images must have: that of the first that can be read."
@@ -527,14 +527,19 @@ def read_entry(fd:int, offset:int, stored:int, size:int, check:int, method:int)-
     return data
 
 # %% ../../nbs/3_data/02_read.ipynb #3ce9733f
+def _stamp(s): return s.st_ino, s.st_size, s.st_mtime_ns
+
 class Pack:
     "Files inside of archives, each at a known place: (N, 6) int64, number of the archive and what `read_entry` takes."
     def __init__(self, paths:list, entries:list):
         self.paths, self.names, self.fds = paths, [n for n, _ in entries], {}
         self.place = np.array([where for _, where in entries], np.int64).reshape(-1, 6)
+        self.stamps = [_stamp(os.stat(p)) for p in paths]
     def read(self, k):
         number, *where = self.place[k].tolist()
         if number not in self.fds: self.fds[number] = os.open(self.paths[number], os.O_RDONLY)
+        if _stamp(os.fstat(self.fds[number])) != self.stamps[number]:  # the places are those of another file
+            raise OSError(f"{self.paths[number]} has changed since it was opened; open it again")
         return read_entry(self.fds[number], *where)
 
 def _archive_entries(path:Path)->tuple: # "zip" or "tar", list of name and place
@@ -765,41 +770,67 @@ def open_cifar(where:Path)->ArraySource:
     return source
 
 # %% ../../nbs/3_data/02_read.ipynb #71258889
+LMDB = b"\xde\xc0\xef\xbe\1\0\0\0"  # magic number and version
+
+def _lmdb_page(data:bytes, number:int):  # yields whether it is a branch, key, flags, length or page, place in `data`
+    "The entries of a page of an LMDB; `ValueError` if it is damaged."
+    own, flags, low, high = struct.unpack_from("<Q2x3H", data)
+    left, damage = len(data) - 16, ValueError(f"page {number} is damaged")
+    if own != number or flags & 31 not in (1, 2) or not 16 <= low <= high <= len(data): raise damage
+    places = struct.unpack_from(f"<{low // 2 - 8}H", data, 16)
+    if len({*places}) < len(places): raise damage
+    for at in places:
+        if not high <= at <= len(data) - 8: raise damage
+        a, b, kind, n = struct.unpack_from("<4H", data, at)
+        left -= 10 + n  # entries don't share bytes
+        if left < 0 or at + 8 + n > len(data): raise damage
+        branch = flags & 1
+        yield branch, data[at + 8:at + 8 + n], kind, a | b << 16 | kind * branch << 32, at + 8 + n
+
+def lmdb_entries(path:Path):  # yields name and place, as `zip_entries`
+    "All values of an LMDB in the order of their keys; an error if it is damaged, cut off, or more than a table."
+    room, seen = path.stat().st_size, set()
+    with open(path, "rb", buffering=0) as f:
+        head = f.read(2**17)
+        size = int.from_bytes(head[40:44], "little")  # of a page
+        metas = [struct.unpack_from("<4Q", head, at + 120)[::-1] for at in (0, size) if head[at + 16:at + 24] == LMDB]
+        if len(metas) < 2 or size not in {2**k for k in range(9, 17)}: raise ValueError("its first pages are damaged")
+        _, last, root, count = max(metas)  # that of the later transaction
+        if (last + 1) * size > room: raise ValueError(f"it is cut off: {room} bytes, expected {(last + 1) * size}")
+        todo = [root] if count else []
+        while todo:
+            if (number := todo.pop()) in seen or not 2 <= number <= last: raise ValueError(f"page {number} is damaged")
+            seen.add(number)
+            f.seek(number * size)
+            data, below = f.read(size), []
+            for branch, key, kind, n, at in _lmdb_page(data, number):
+                if branch: below.append(n)
+                elif kind & 6: raise ValueError("it holds tables within tables, or several values of a key")
+                else:
+                    place, end = number * size + at, (number + 1) * size
+                    if kind:  # it has pages of its own
+                        place, end = int.from_bytes(data[at:at + 8], "little") * size + 16, room
+                    if n > min(end - place, MAX_ENTRY): raise ValueError(f"page {number} is damaged")
+                    yield key.decode("utf-8", "surrogateescape"), (place, n, n, 0, PLAIN)
+                    count -= 1
+            todo += reversed(below)
+        if count: raise ValueError(f"its pages and their number of entries differ by {count}")
+
+# %% ../../nbs/3_data/02_read.ipynb #838cb3ec
+def open_lmdb(path:Path)->FileSource:
+    "The images of an LMDB (data.mdb, or its folder); `ValueError` if it can't be read or is empty."
+    file = (path/"data.mdb" if path.is_dir() else path).resolve()
+    where = file.parent if file.name == "data.mdb" else file
+    box = Pack([file], [(n, (0, *at)) for n, at in lmdb_entries(file)])
+    return _arrange(box, where, where.stem, "LMDB", is_image=lambda n: n not in HELPERS)
+
+# %% ../../nbs/3_data/02_read.ipynb #c99b85e8
 def optional(module:str, purpose:str):
     "A package that only one purpose needs; `ValueError` says how to get it."
     try: return importlib.import_module(module)
     except ImportError:
         package = module.split(".")[0]
         raise ValueError(f"{purpose} needs the package {package}: pip install {package}") from None
-
-_open: dict = {}  # path -> process and file, environment, transaction; LMDB allows a process to open a store once
-
-def lmdb_reader(path:Path):  # a read transaction
-    "The store in a file, opened once in each process, and again when the file changed."
-    s = os.stat(path)
-    this = os.getpid(), s.st_ino, s.st_size, s.st_mtime_ns
-    if _open.get(path, (0,))[0] != this:
-        if path in _open: _open[path][1].close()  # of an older file, or inherited from the process that forked this one
-        env = optional("lmdb", "LMDB").open(str(path), subdir=False, readonly=True, lock=False, readahead=False)
-        pages, page = env.info()["last_pgno"] + 1, env.stat()["psize"]
-        if pages * page > s.st_size: raise ValueError(f"it is cut off: {s.st_size} bytes, expected {pages * page}")
-        _open[path] = this, env, env.begin()
-    return _open[path][2]
-
-# %% ../../nbs/3_data/02_read.ipynb #838cb3ec
-class Store:
-    "The values of an LMDB by their keys."
-    def __init__(self, path:Path):
-        self.paths = [path]
-        with lmdb_reader(path).cursor() as c:
-            self.names = [k.decode("utf-8", "surrogateescape") for k in c.iternext(keys=True, values=False)]
-    def read(self, k): return lmdb_reader(self.paths[0]).get(self.names[k].encode("utf-8", "surrogateescape"))
-
-def open_lmdb(path:Path)->FileSource:
-    "The images of an LMDB (data.mdb, or its folder); `ValueError` if it can't be read or is empty."
-    file = (path/"data.mdb" if path.is_dir() else path).resolve()
-    where = file.parent if file.name == "data.mdb" else file
-    return _arrange(Store(file), where, where.stem, "LMDB", is_image=lambda n: n not in HELPERS)
 
 # %% ../../nbs/3_data/02_read.ipynb #80c5e26c
 def open_torchvision(name:str, root:str="data")->LibrarySource:

@@ -29,7 +29,7 @@ from ..method.teacher import Model
 from ..method.trajectory import is_ctm
 from ..checkpoints.averages import average, gamma_of
 from ..checkpoints.catalogue import CATALOGUE, fetch
-from ..checkpoints.models import find_checkpoint, load
+from ..checkpoints.models import load, of_newest
 from ..checkpoints.store import load_checkpoint
 from .metrics import (class_accuracy, frechet_gaussians, inception_score, kernel_distance,
                       nearer_share, nearest_points, precision_recall, train_classifier)
@@ -37,7 +37,7 @@ from .features import ClassifierExtractor, Extractor, InceptionExtractor, load_e
 from .reference import (Collected, Ranks, Reference, SampleSet, build_reference, collect, data_samples,
                         is_reference_file, open_samples, process_group, read_reference)
 from .search import SEARCH_SEED, aligned, beside, confirm, search_table, search_times, store_times
-from .draw import guided_model, timesteps_of, weights_hash
+from .draw import guided_model, timesteps_of, warn_unsuited, weights_hash
 from .likelihood import likelihood_record
 
 log = logging.getLogger(__name__)
@@ -113,8 +113,6 @@ def score(self: Evaluator,
         own = r.net is not None
         words = ["fid", *["pr"] * r.has_points, *["acc"] * (own and got.labels is not None), *["is"] * own]
     self.check(words, got.shape)
-    if (d := len(r.mean)) != len(got.stats.mean):
-        raise ValueError(f"features must be {d} as in the reference {r.name}, got {len(got.stats.mean)}")
     if "fid" in words: got.stats.warn_rank("samples")
     if NEED_POINTS & set(words):
         r = replace(r, points=r.get_points(self.extractor).to(next(self.extractor.parameters()).device))
@@ -253,6 +251,7 @@ class Request:
     tries: int = 40                 # scores that a search may compute
     search_n: int | None = None     # samples in each; None: n, at most 5,000
     tol: float = 1e-4               # of bpd
+    skip_broken: bool = False       # leave out images of a data set that can't be read
     nearest: Path | None = None     # look for the nearest training pictures, and draw a sheet of some of them here
 
     def __post_init__(self):
@@ -319,21 +318,23 @@ def open_subject(
         if s.n < (r.n or 6):
             raise ValueError(f"{r.what} has too few samples: {r.n or 'at least 6'} are needed, got {s.n}")
         shape = tuple(s.read(slice(0, 1)).shape[1:])
-        return Subject(r.what, shape, replace(s, n=r.n or s.n), reading={"image_size": shape[2]})
+        read = {"image_size": shape[2], "skip_broken": r.skip_broken}
+        return Subject(r.what, shape, replace(s, n=r.n or s.n), reading=read)
     for s in r.ema_lengths or []: gamma_of(s)  # raises what can't be
     for flag, given in {"guidance": r.guidance, "ema-lengths": r.ema_lengths}.items():
         if given is not None and (r.search or r.bpd):
             raise ValueError(f"--{flag} is for scores of samples; leave out {'--search' if r.search else 'bpd'}")
-    m = guided_model(load(r.what, device=r.device, which=r.which), r.guidance, r.guide, r.what)
+    m = guided_model(load(r.what, device=r.device, which=r.which), r.guidance, r.guide)
     if r.search and not is_ctm(m):
         raise ValueError("--search finds times of jumps, and this model is a teacher; expected a CTM")
     name, meta = r.what, {}
-    if Path(r.what).is_dir(): meta = load_checkpoint(name := str(find_checkpoint(r.what)), parts=[]).meta
+    if Path(r.what).is_dir(): name, meta = of_newest(r.what, lambda f: (str(f), load_checkpoint(f, parts=[]).meta))
     config = meta.get("config") or {}
     data, bytes = config.get("data", {}), r.bytes or config.get("evaluate", {}).get("bytes", "round")
     words = ["crop", "channels", "skip_broken", "background"]
     if r.ref == data.get("source"): words += ["labels", "group"]  # about these very files
     reading = {"image_size": m.data_shape[-1], **{k: data[k] for k in words if data.get(k)}}
+    if r.skip_broken: reading["skip_broken"] = True
     return Subject(name, tuple(m.data_shape), None, m, _sampler_settings(r, m), bytes, reading, meta.get("data_sha256"))
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #45ab864d
@@ -445,10 +446,11 @@ def evaluate(
                 default = dict(solver="ctm", steps=f["steps"], gamma=(r.gammas or [0.])[0])
                 settings += [default, {**default, "gamma": f["gamma"], "times": f["times"]}]
         m, length = subject.model, None
+        warn_unsuited(m, r.guidance, r.guide, r.what)
         for i, sampler in enumerate({**s, "bytes": subject.bytes} for s in settings):
             if sampler.get("ema_length") != length:
                 length = sampler["ema_length"]
-                m = guided_model(average(r.what, length, r.which, r.device), r.guidance, r.guide, r.what)
+                m = guided_model(average(r.what, length, r.which, r.device), r.guidance, r.guide)
             samples = drawn_samples(m, r.n or 50000, sampler, evaluator.reference.label_counts, r.seed)
             rows += evaluator.records(samples, sampler, r.seed, subject.name, sheet=None if i else r.nearest)
     return rows, found

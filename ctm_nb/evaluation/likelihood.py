@@ -108,16 +108,8 @@ def _dequantise(x: Tensor, seed: int, ids) -> Tensor:  # (B, ...) float64, anywh
     return x.double() + PIXEL * (u - .5)
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #6214ed83
-def ode_bits(
-    m: Model,  # a model, as in `ode_log_density`
-    x: Tensor,  # (B, *data_shape) images in [-1, 1], of 256 levels
-    y=None,  # (B,) class indices, -1 or None for no label
-    tol: float = 1e-4,  # as in `ode_log_density`
-    probes: int | None = 1,  # random vectors for the trace; None: an exact trace
-    seed: int = 0,  # of dequantisation and random vectors
-    ids=None,  # (B,) numbers of the images; None: 0..B-1
-) -> Tensor:  # (B,) bits per dimension, float64; lower is better
-    "Bits per dimension under the model's ODE, with uniform dequantisation."
+def ode_bits(m: Model, x, y=None, tol=1e-4, probes=1, seed=0, ids=None) -> Tensor:  # (B,); as `ode_log_density`
+    "Bits per dimension, lower is better, of images in [-1, 1] of 256 levels, with uniform dequantisation."
     x, y, ids = _check_points(m, x, y, ids, tol)
     v, dim = (x.double() + 1) * 127.5, math.prod(m.data_shape)
     outside, between = (v < -1e-3) | (v > 255.001), (v - v.round()).abs() > .02

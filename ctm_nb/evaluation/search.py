@@ -144,11 +144,8 @@ def store_times(
     return atomic_write(path, json.dumps(stored, indent=1).encode())
 
 # %% ../../nbs/5_evaluation/04_search.ipynb #7e22b5d8
-def stored_times(
-    checkpoint: str | Path,  # a run, its checkpoint's folder or file
-    steps: int | None = None,  # jumps; None: the only entry
-) -> dict:  # with times and gamma
-    "What a search found; ValueError if there is nothing."
+def stored_times(checkpoint: str | Path, steps: int | None = None) -> dict:  # with times and gamma; see `beside`
+    "What a search found for so many jumps, or the only entry; ValueError if there is nothing."
     places = [beside(checkpoint, "times.json")]
     if Path(checkpoint).is_dir(): places.append(Path(checkpoint).resolve().parents[1] / "times.json")  # the run's
     path = next((p for p in places if p.exists()), None)

@@ -98,11 +98,8 @@ class TeacherFeatures(FeatureNetwork):
 
 # %% ../../nbs/1_method/08_adversary.ipynb #ce2bacd4
 @patch
-def forward(self: TeacherFeatures,
-    x: Tensor,  # (B, C, H, W) pictures
-    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
-    noise: Tensor | None = None,  # from `draw`; None: fresh
-) -> list[list[Tensor]]:  # a pyramid for each noise level, each finest first
+def forward(self: TeacherFeatures, x: Tensor, y: Tensor | None = None, noise: Tensor | None = None) -> list:
+    "A pyramid for each noise level, finest first, of pictures with classes and noise from `draw`; None: fresh."
     K, B = len(self.times), len(x)
     t = torch.tensor(self.times).to(x.device, non_blocking=True).repeat_interleave(B)
     noise = self.draw(B, x.shape[1:]) if noise is None else noise
@@ -144,9 +141,7 @@ class CrossMixing(nn.Module):
 
 # %% ../../nbs/1_method/08_adversary.ipynb #4d1c0e04
 @patch
-def forward(self: CrossMixing,
-    maps: list[Tensor],  # (B, C_l, H_l, W_l), finest first
-) -> list[Tensor]:  # (B, channels[l], 2 H_l, 2 W_l), finest first
+def forward(self: CrossMixing, maps: list[Tensor]) -> list[Tensor]:  # (B, C_l, H, W) -> (B, channels[l], 2 H, 2 W)
     mixed: list[Tensor] = []
     for l in reversed(range(len(maps))):
         z = self.ccm[l](maps[l])  # (B, wide[l], H_l, W_l)
@@ -251,9 +246,7 @@ class RandomProjection(nn.Module):
 
 # %% ../../nbs/1_method/08_adversary.ipynb #71c01b9a
 @patch
-def forward(self: RandomProjection,
-    maps: list[Tensor],  # (B, C_l, H_l, W_l), finest first
-) -> list[Tensor]:  # (B, channels[l], H_l, W_l), finest first
+def forward(self: RandomProjection, maps: list[Tensor]) -> list[Tensor]:  # (B, C_l, H_l, W_l) -> (B, channels[l], ...)
     mixed = []
     for l, f in reversed(list(enumerate(maps))):
         z = F.conv2d(f, self.get_buffer(f"A{l}"))
@@ -288,10 +281,7 @@ class Head(nn.Module):
 
 # %% ../../nbs/1_method/08_adversary.ipynb #ecdd9289
 @patch
-def forward(self: Head,
-    z: Tensor,  # (B, channels, H, W)
-    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
-) -> Tensor:  # (B, h*w)
+def forward(self: Head, z: Tensor, y: Tensor | None = None) -> Tensor:  # (B, channels, H, W) -> (B, h*w)
     phi = self.body(z)  # (B, width, h, w)
     logits = self.logit(phi)  # (B, 1, h, w)
     if y is not None and self.classes is not None:
@@ -354,20 +344,14 @@ def project(self: Discriminator,
 
 # %% ../../nbs/1_method/08_adversary.ipynb #6f830ab3
 @patch
-def logits(self: Discriminator,
-    mixed: list[list[Tensor]],  # from `project`
-    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
-) -> list[Tensor]:  # (B, P) logits for each head
-    "The trained half."
+def logits(self: Discriminator, mixed: list[list[Tensor]], y: Tensor | None = None) -> list[Tensor]:
+    "The trained half: logits (B, P) for each head, of what `project` mixed."
     return [head(z, y) for heads, maps in zip(self.heads, mixed) for head, z in zip(heads, maps)]
 
 # %% ../../nbs/1_method/08_adversary.ipynb #fb9e82d9
 @patch
-def forward(self: Discriminator,
-    x: Tensor,  # (B, C, H, W) pictures in [-1, 1]
-    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
-    numbers: dict | None = None,  # from `draw`; None: fresh
-) -> list[Tensor]:  # (B, P) logits for each head
+def forward(self: Discriminator, x: Tensor, y: Tensor | None = None, numbers: dict | None = None) -> list[Tensor]:
+    "Logits (B, P) for each head; arguments as of `project`."
     return self.logits(self.project(x, y, numbers), y)
 
 # %% ../../nbs/1_method/08_adversary.ipynb #4d1c0e09
@@ -411,33 +395,16 @@ def gan_loss_g(
     return torch.stack([GAN_LOSSES[loss][1](l).mean(1) for l in discriminator(estimate, y, numbers)]).mean(0)
 
 # %% ../../nbs/1_method/08_adversary.ipynb #6b07a48d
-def gan_loss_d(
-    discriminator: Discriminator,  # its heads learn
-    real: Tensor,  # (B, C, H, W) data
-    fake: Tensor,  # (B, C, H, W) the student's pictures; no gradient flows to them
-    y: Tensor | None = None,  # (B,) class indices of both
-    numbers=(None, None),  # of real and of fake pictures, each from `Discriminator.draw`; None: fresh
-    loss: str = "hinge",  # a key of GAN_LOSSES
-) -> Tensor:  # (B,)
-    "Loss of the discriminator, mean over its logits.  # CTM: GAN loss [R]"
+def gan_loss_d(discriminator, real, fake, y=None, numbers=(None, None), loss="hinge") -> Tensor:  # as `gan_loss_g`
+    "Loss of the discriminator on two sets of pictures, numbers for each; no gradient to them.  # CTM: GAN loss [R]"
     with torch.no_grad(): mixed = [discriminator.project(x, y, n) for x, n in zip((real, fake), numbers)]
     on_real, on_fake = (discriminator.logits(maps, y) for maps in mixed)
     h = GAN_LOSSES[loss][0]
     return torch.stack([(h(a) + h(-b)).mean(1) for a, b in zip(on_real, on_fake)]).mean(0)
 
 # %% ../../nbs/1_method/08_adversary.ipynb #d372cc51
-def discriminator_loss(
-    student,  # G_theta, a CTM
-    target,  # G_ema
-    discriminator: Discriminator,  # its heads learn
-    x_t: Tensor,  # (B, C, H, W) where the student's jumps start
-    t: Tensor,  # (B,)
-    s: Tensor,  # (B,) where they land
-    x0: Tensor,  # (B, C, H, W) real pictures, whose noised copies x_t are
-    y: Tensor | None = None,  # (B,) class indices of both
-    **options,  # numbers, loss of `gan_loss_d`
-) -> Tensor:  # scalar
-    "The discriminator's turn: real pictures against the student's estimates."
+def discriminator_loss(student, target, discriminator: Discriminator, x_t, t, s, x0, y=None, **options) -> Tensor:
+    "The discriminator's turn: real x0 against the student's estimates from x_t; options of `gan_loss_d`; a scalar."
     with torch.no_grad(): fake = to_end(target, student.G(x_t, t, s, y), s, y)
     return gan_loss_d(discriminator, x0, fake, y, **options).mean()
 

@@ -7,9 +7,6 @@ __all__ = ['DISTANCES', 'at_least_float32', 'l2', 'pseudo_huber', 'unit', 'featu
            'make_distance']
 
 # %% ../../nbs/1_method/05_distances.ipynb #c6d35892
-import inspect
-from functools import partial
-
 from torch import Tensor
 
 # %% ../../nbs/1_method/05_distances.ipynb #d9479fb0
@@ -85,15 +82,12 @@ DISTANCES: dict = {"l2": l2, "pseudo_huber": pseudo_huber, "features": FeatureDi
 def make_distance(
     name,  # a key of DISTANCES, or a distance
     teacher=None,  # the frozen teacher, for "features"
-    **options,  # of the named distance: c; levels, weight
 ):  # distance(a, b) -> (B,)
     """The distance of a configuration, ready to be called; a callable is handed on.
 
-    Raises ValueError for an unknown name or option, or when what it needs is not there."""
+    Raises ValueError for an unknown name, or when what it needs is not there."""
     if callable(name): return name
     if name not in DISTANCES:
         raise ValueError(f"distance must be a callable or one of {', '.join(DISTANCES)}, got {name!r}")
     make = DISTANCES[name]
-    if wrong := [k for k in options if k not in inspect.signature(make).parameters]:
-        raise ValueError(f"distance {name!r} has no option {wrong[0]!r}")
-    return make(teacher, **options) if make is FeatureDistance else partial(make, **options)
+    return make(teacher) if make is FeatureDistance else make

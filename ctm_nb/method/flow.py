@@ -151,19 +151,13 @@ def log_density(self: GaussianMixture,
 
 # %% ../../nbs/1_method/01_flow.ipynb #3b983f91
 @patch
-def responsibilities(self: GaussianMixture,
-    x: Tensor,  # (B, d)
-    t,  # noise level >= 0: a number, or (B,)
-) -> Tensor:  # (B, K), rows sum to 1
+def responsibilities(self: GaussianMixture, x: Tensor, t) -> Tensor:  # (B, K), rows sum to 1; x, t as in `log_density`
     "Posterior probability of each component given the noisy point."
     return self._joint(x, t)[0].softmax(1).to(x.dtype)
 
 # %% ../../nbs/1_method/01_flow.ipynb #0b140d6e
 @patch
-def score(self: GaussianMixture,
-    x: Tensor,  # (B, d)
-    t,  # noise level >= 0: a number, or (B,)
-) -> Tensor:  # (B, d), the gradient of `log_density` in x
+def score(self: GaussianMixture, x: Tensor, t) -> Tensor:  # (B, d), the gradient of `log_density` in x
     "Score of the noisy data."
     logs, var = self._joint(x, t)
     r = logs.softmax(1) / var  # (B, K)
@@ -171,12 +165,8 @@ def score(self: GaussianMixture,
 
 # %% ../../nbs/1_method/01_flow.ipynb #1863664d
 @patch
-def D(self: GaussianMixture,
-    x: Tensor,  # (B, d)
-    t,  # noise level >= 0: a number, or (B,)
-    y=None,  # ignored
-) -> Tensor:  # (B, d), E[x_0 | x_t = x]
-    "The exact denoiser."
+def D(self: GaussianMixture, x: Tensor, t, y=None) -> Tensor:  # (B, d), E[x_0 | x_t = x]; x, t as in `log_density`
+    "The exact denoiser; y is ignored."
     logs, var = self._joint(x, t)
     r, x64 = logs.softmax(1) / var, x.double()  # (B, K), (B, d)
     clean = expand(t, x64)**2 * (r @ self.means.to(r)) + x64 * (r @ self.stds.to(r)**2)[:, None]  # (B, d)
@@ -255,23 +245,13 @@ def toy_mixture(
 
 # %% ../../nbs/1_method/01_flow.ipynb #67334d93
 @patch
-def G(self: GaussianMixture,
-    x: Tensor,  # (B, d) points at time t
-    t,  # starting level: a number, or (B,)
-    s,  # final level, 0 <= s <= t: a number, or (B,)
-    y=None,  # ignored
-) -> Tensor:  # (B, d) the same points at time s
-    "The exact jump, under the name and signature of a trajectory model."
+def G(self: GaussianMixture, x: Tensor, t, s, y=None) -> Tensor:  # as `flow`
+    "The exact jump, under the name and signature of a trajectory model; y is ignored."
     return self.flow(x, t, s)  # CTM: the map G
 
 # %% ../../nbs/1_method/01_flow.ipynb #26d2b2be
 @patch
-def g(self: GaussianMixture,
-    x: Tensor,  # (B, d) points at time t
-    t,  # starting level: a number, or (B,)
-    s,  # final level, 0 <= s <= t: a number, or (B,)
-    y=None,  # ignored
-) -> Tensor:  # (B, d)
+def g(self: GaussianMixture, x: Tensor, t, s, y=None) -> Tensor:  # (B, d); arguments as of `G`
     "The part of `G` that a network learns, `D` where `s == t`; loses digits in proportion to `t / (t - s)`."
     t, s = check_times(x, t, s)
     x64, out = x.detach().double(), self.D(x.detach().double(), t)

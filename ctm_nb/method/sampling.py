@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'landing_time', 'gamma_sample', 'Churn', 'edm_sample', 'ode_sample', 'default_times',
-           'evaluations', 'check_counts', 'check_request', 'check_labels', 'check_finite', 'sample']
+           'evaluations', 'check_request', 'check_labels', 'sample']
 
 # %% ../../nbs/1_method/09_sampling.ipynb #7ec6b409
 import math
@@ -65,16 +65,8 @@ class Churn:
         if not self.S_noise > 0: raise ValueError(f"S_noise must be > 0, got S_noise={self.S_noise}")
 
 # %% ../../nbs/1_method/09_sampling.ipynb #6c71b89f
-def edm_sample(
-    m: Model,  # a model: m.D(x, t, y)
-    x: Tensor,  # (B, ...) data at times[0]
-    times: Tensor,  # (n+1,) decreasing; the last may be 0
-    y: Tensor | None,  # (B,) class indices
-    draw,  # draw(i) -> (B, ...) standard normal, the i-th noise of these samples
-    callback=None,  # called as callback(i, x) after step i
-    churn: Churn = Churn(),  # how much noise
-) -> Tensor:  # (B, ...) data at times[-1]
-    "Before each Heun step a little way back up.  # EDM Alg. 2"
+def edm_sample(m: Model, x, times, y, draw, callback=None, churn=Churn()) -> Tensor:  # as `gamma_sample`; may end at 0
+    "Before each Heun step a little way back up, with so much noise.  # EDM Alg. 2"
     kappa = min(churn.S_churn / (len(times) - 1), math.sqrt(2) - 1)
     for i, (t, u) in enumerate(zip(times[:-1].tolist(), times[1:].tolist())):
         if kappa > 0 and churn.S_min <= t <= churn.S_max:
@@ -114,10 +106,8 @@ def evaluations(
     return nfe("heun" if solver == "edm" else solver_name(solver), times)
 
 # %% ../../nbs/1_method/09_sampling.ipynb #cf7a8dde
-def check_counts(
-    **counts,  # name -> value; None is not looked at
-):
-    "Raise ValueError naming the first value that is no whole number >= 1."
+def _check_counts(**counts):
+    "Raise ValueError naming the first value that is neither None nor a whole number >= 1."
     for name, value in counts.items():
         good = isinstance(value, Integral) and int(value) >= 1
         if value is not None and not good: raise ValueError(f"{name} must be a whole number >= 1, got {name}={value!r}")
@@ -132,7 +122,7 @@ def check_request(
     times: Tensor,  # (k,) timesteps
 ):
     "Raise ValueError naming the first argument of `sample` that is out of range."
-    check_counts(n=n, steps=steps)
+    _check_counts(n=n, steps=steps)
     jumps = solver_name(solver, tuple(SAMPLERS)) == "ctm"
     if not (isinstance(gamma, (int, float)) and 0 <= gamma <= 1):
         raise ValueError(f"gamma must be in [0, 1], got gamma={gamma!r}")
@@ -178,11 +168,7 @@ def _given(noise_fn, i, shape):
     return z
 
 # %% ../../nbs/1_method/09_sampling.ipynb #0248f98f
-def check_finite(
-    m: Model,  # the model that drew them
-    x: Tensor,  # (B, ...) samples
-    ids: Tensor,  # (B,) their numbers
-):
+def _check_finite(m: Model, x: Tensor, ids: Tensor):  # the model that drew them, samples, and their numbers (B,)
     "Raise FloatingPointError naming the first sample that is not finite."
     bad = ~torch.isfinite(x).flatten(1).all(1).cpu()
     if not bad.any(): return
@@ -206,14 +192,12 @@ def sample(
     callback=None,  # called as callback(i, x) after step i of each batch
     batch_size: int | None = None,  # samples at a time; None: all at once
     ids=None,  # numbers of the samples to draw, each >= 0; None: 0..n-1. Given, they count instead of n
-    churn: Churn | None = None,  # noise of "edm"; None: `Churn()`
 ) -> Tensor:  # (n, *data_shape), data in [-1, 1] (not clipped)
     """Draw samples.
 
     Raises ValueError for arguments out of range and FloatingPointError if the model's output is not finite."""
-    check_counts(n=n, steps=steps, batch_size=batch_size)
+    _check_counts(n=n, steps=steps, batch_size=batch_size)
     solver = solver_name(solver, tuple(SAMPLERS))
-    own: dict[str, dict] = {"ctm": {"gamma": gamma}, "edm": {"churn": churn or Churn()}}
     ids = torch.arange(n) if ids is None else torch.as_tensor(ids, dtype=torch.int64)
     times = default_times(m, steps, solver) if times is None else torch.as_tensor(times, dtype=torch.float64).cpu()
     check_request(m, len(ids), steps, gamma, solver, times)
@@ -225,7 +209,7 @@ def sample(
             z = _given(noise_fn, i, shape) if noise_fn else noise(m.data_shape, seed, numbers, draw=i)
             return z.to(*place)
         x, labels = draw(0) * float(times[0]), None if y is None else y[rows].to(place[0])
-        x = SAMPLERS[solver](m, x, times, labels, draw, callback, **own.get(solver, {}))
-        check_finite(m, x, ids[rows])
+        x = SAMPLERS[solver](m, x, times, labels, draw, callback, **{"gamma": gamma} if solver == "ctm" else {})
+        _check_finite(m, x, ids[rows])
         out.append(x)
     return torch.cat(out)

@@ -82,11 +82,7 @@ class Preconditioned(nn.Module):
 
 # %% ../../nbs/1_method/03_teacher.ipynb #16ef4bfd
 @patch
-def check(self: Preconditioned,
-    x: Tensor,  # (B, ...) noisy data
-    t: float | Tensor,  # noise level
-    y: int | Tensor | None = None,  # class indices
-) -> Tensor | None:  # y as (B,) int64, or None
+def check(self: Preconditioned, x: Tensor, t, y=None) -> Tensor | None:  # y as (B,) int64; arguments of `precondition`
     "Raise ValueError for data of another shape, a noise level that isn't positive, or a bad label."
     if tuple(x.shape[1:]) != self.data_shape:
         raise ValueError(f"x must be (B, {', '.join(map(str, self.data_shape))}), got {tuple(x.shape)}")
@@ -97,12 +93,8 @@ def check(self: Preconditioned,
 
 # %% ../../nbs/1_method/03_teacher.ipynb #030b851a
 @patch
-def check_classes(self: Preconditioned,
-    x: Tensor,  # (B, ...) noisy data
-    y: int | Tensor,  # class indices
-    readable: bool = True,  # look at their values too
-) -> Tensor:  # (B,) int64
-    "One class index for each row; raises ValueError for another number of them, or one out of range."
+def check_classes(self: Preconditioned, x: Tensor, y, readable: bool = True) -> Tensor:  # (B,) int64
+    "One class index for each row of x; ValueError for another number of them or, if readable, one out of range."
     k = torch.as_tensor(y, device=x.device)
     if k.is_floating_point() or k.ndim > 1 or (k.ndim == 1 and len(k) not in (1, len(x))):
         raise ValueError(f"y must be {len(x)} class indices or one for all, got {k.dtype} of shape {tuple(k.shape)}")
@@ -156,12 +148,8 @@ def D(self: Denoiser, x: Tensor, t: float | Tensor, y: Tensor | None = None, **m
 
 # %% ../../nbs/1_method/03_teacher.ipynb #b558e094
 @patch
-def features(self: Preconditioned,
-    x: Tensor,  # (B, C, H, W) noisy data
-    t: float | Tensor,  # (B,) or scalar noise level of x
-    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
-) -> list[Tensor]:  # one (B, C_l, H_l, W_l) a resolution, finest first
-    "The encoder's activations at each resolution, of a student with s = t."
+def features(self: Preconditioned, x: Tensor, t: float | Tensor, y: Tensor | None = None) -> list[Tensor]:
+    "The encoder's activations at each resolution, finest first, of a student with s = t; arguments of `precondition`."
     c_in, c_noise = preconditioning(expand(t, x), self.sigma_data, self.kind)[2], self.c_noise(t, x)
     return self.net.features(c_in * x, c_noise, c_noise if self.net.config["s_branch"] else None, y)
 

@@ -14,14 +14,8 @@ from .solvers import solve
 
 # %% ../../nbs/1_method/11_trajectories.ipynb #7a110005
 @torch.no_grad()
-def trajectory(
-    D,  # the teacher: D(x, t, y)
-    x: Tensor,  # (B, ...) data at times[0]: sigma_max times noise
-    times: Tensor,  # (N,) decreasing, all > 0
-    y: Tensor | None = None,  # (B,) class indices
-    method: str = "dpmpp_2m",  # of `solve`
-) -> Tensor:  # (B, N, ...) data at all times
-    "The teacher's solution with all its points, without gradient."
+def trajectory(D, x: Tensor, times: Tensor, y=None, method: str = "dpmpp_2m") -> Tensor:  # arguments as of `solve`
+    "The teacher's solution with all its points, (B, N, ...) data at N times > 0, without gradient."
     path = [x]
     solve(D, x, times, y, method, callback=lambda i, x_i: path.append(x_i), above_zero=True)
     return torch.stack(path, 1)

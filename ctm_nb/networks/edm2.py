@@ -138,6 +138,7 @@ def forward(self: UnitBlock,
 class EDM2(Network):
     "EDM2's U-Net: ImageNet 64x64, with the best teachers that are open."
     zeroed, drawn = ("balance_s",), ("emb_noise_s.",)  # how a student's new weights start, see below
+    block = UnitBlock
     def __init__(self,
         image_size: int,  # height and width, divisible by 2**(levels - 1)
         channels: int = 3,  # colour channels of the picture
@@ -218,9 +219,7 @@ def embed(self: EDM2,
     y: Tensor | None = None,  # (B,) class indices, -1 or None for no label, or (B, n_classes) weights of the classes
 ) -> Tensor:  # (B, E) float32
     "Both times and the class; raises ValueError when s is given to a network without s-branch, or missing."
-    must, has = ("given", "an") if self.config["s_branch"] else ("None", "no")
-    if (c_noise_s is None) == self.config["s_branch"]:
-        raise ValueError(f"c_noise_s must be {must}: this network has {has} s-branch")
+    self.check_s(c_noise_s)
     n = self.config["n_classes"]
     with _whole(c_noise_t):
         e = self.emb_noise(self.emb_fourier(c_noise_t))
@@ -260,24 +259,7 @@ def forward(self: EDM2,
 
 # %% ../../nbs/2_networks/03_edm2.ipynb #74e38b25
 @patch
-def features(self: EDM2,
-    x: Tensor,  # (B, C, H, W) input of about unit variance
-    c_noise_t: Tensor,  # (B,) ln(t)/4
-    c_noise_s: Tensor | None = None,  # (B,) ln(s)/4; needed when the network has an s-branch
-    y: Tensor | None = None,  # as in `embed`
-) -> list[Tensor]:  # one (B, C_l, H_l, W_l) a resolution, finest first
-    "The encoder's last activations at each resolution."
-    return list({h.shape[-1]: h for h in self._encode(x, self.embed(c_noise_t, c_noise_s, y))}.values())
-
-# %% ../../nbs/2_networks/03_edm2.ipynb #2d691705
-@patch
-def set_dropout(self: EDM2,
-    p: float,  # probability in [0, 1)
-):
-    "Another probability of dropout, in this network and in its `config`."
-    self.config["dropout"] = p
-    for block in self.modules():
-        if isinstance(block, UnitBlock): block.dropout = p
+def _embeddings(self: EDM2, *inputs) -> tuple: return (self.embed(*inputs),)  # for `features`
 
 # %% ../../nbs/2_networks/03_edm2.ipynb #0aec8ef1
 @patch

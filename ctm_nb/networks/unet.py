@@ -9,6 +9,7 @@ __all__ = ['BLOCK_NAMES', 'ATTENTION_NAMES', 'OUTER_NAMES', 'Network', 'UNet', '
 # %% ../../nbs/2_networks/02_unet.ipynb #244ae8e8
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ class Network(nn.Module):
     out_layers: tuple  # what the features pass last: modules that stand elsewhere too
     zeroed: tuple = ("affine_s.",)  # parts of the names of a student's new weights that start at zero,
     drawn: tuple = ()  # and of those that are drawn anew; the others start as their twins for t
+    block: type[Any] = nn.Identity  # of the residual blocks that have a dropout
 
     @property
     def last_layer(self) -> nn.Parameter:  # the first weight of the backward pass
@@ -36,13 +38,19 @@ class Network(nn.Module):
         "The last layer, unless a family's recipe says otherwise."
         return self.last_layer
 
+    def check_s(self, c_noise_s: Tensor | None):
+        "Raise ValueError when s is given to a network without s-branch, or missing."
+        must, has = ("given", "an") if self.config["s_branch"] else ("None", "no")
+        if (c_noise_s is None) == self.config["s_branch"]:
+            raise ValueError(f"c_noise_s must be {must}: this network has {has} s-branch")
+
     def normalise_weights(self):
         "What a family does to its weights after each step of training: nothing, but in EDM2's."
 
 # %% ../../nbs/2_networks/02_unet.ipynb #855f25ef
 class UNet(Network):
     "The U-Net of all four families, with an optional second time input s; a subclass fixes the `conventions`."
-    conventions = Conventions()
+    conventions, block = Conventions(), ResBlock
     def __init__(self,
         image_size: int,  # height and width, divisible by 2**(levels - 1)
         channels: int = 3,  # colour channels of the picture
@@ -216,9 +224,7 @@ def _encode(self: UNet, x: Tensor, emb: Tensor, emb_s: Tensor | None = None) -> 
 @patch
 def _embeddings(self: UNet, c_noise_t, c_noise_s=None, y=None, augment=None) -> tuple[Tensor, Tensor | None]:
     "Both times embedded; raises ValueError when s is given to a network without s-branch, or missing."
-    must, has = ("given", "an") if self.config["s_branch"] else ("None", "no")
-    if (c_noise_s is None) == self.config["s_branch"]:
-        raise ValueError(f"c_noise_s must be {must}: this network has {has} s-branch")
+    self.check_s(c_noise_s)
     emb_s = None if c_noise_s is None else self.embed(c_noise_s, y, "_s")
     return self.embed(c_noise_t, y, augment=augment), emb_s
 
@@ -244,13 +250,8 @@ def forward(self: UNet,
 
 # %% ../../nbs/2_networks/02_unet.ipynb #3dda74eb
 @patch
-def features(self: UNet,
-    x: Tensor,  # (B, C, H, W) input of about unit variance
-    c_noise_t: Tensor,  # (B,) ln(t)/4
-    c_noise_s: Tensor | None = None,  # (B,) ln(s)/4; needed when the network has an s-branch
-    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
-) -> list[Tensor]:  # one (B, C_l, H_l, W_l) a resolution, finest first
-    "The encoder's last activations at each resolution."
+def features(self: Network, x: Tensor, c_noise_t: Tensor, c_noise_s=None, y=None) -> list[Tensor]:  # as `forward`
+    "The encoder's last activations at each resolution, (B, C_l, H_l, W_l), finest first; of a U-Net."
     stack = self._encode(x, *self._embeddings(c_noise_t, c_noise_s, y))
     return list({h.shape[-1]: h for h in stack}.values())
 
@@ -314,13 +315,13 @@ def with_s_branch(self: Network,
 
 # %% ../../nbs/2_networks/02_unet.ipynb #08f73fcb
 @patch
-def set_dropout(self: UNet,
+def set_dropout(self: Network,
     p: float,  # probability in [0, 1)
 ):
     "Another probability of dropout, in this network and in its `config`."
     self.config["dropout"] = p
     for block in self.modules():
-        if isinstance(block, ResBlock): block.dropout = p
+        if isinstance(block, self.block): block.dropout = p
 
 # %% ../../nbs/2_networks/02_unet.ipynb #ab6db65a
 class _MLPBlock(nn.Module):
@@ -365,13 +366,8 @@ def _embed(self: MLP, c_noise: Tensor, y: Tensor | None, layer: nn.Module) -> Te
 
 # %% ../../nbs/2_networks/02_unet.ipynb #c3ca9044
 @patch
-def forward(self: MLP,
-    x: Tensor,  # (B, dim)
-    c_noise_t: Tensor,  # (B,) ln(t)/4
-    c_noise_s: Tensor | None = None,  # (B,) ln(s)/4; needed when the network has an s-branch
-    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
-) -> Tensor:  # (B, dim)
-    "F_theta for points."
+def forward(self: MLP, x: Tensor, c_noise_t: Tensor, c_noise_s=None, y=None) -> Tensor:  # as `UNet.forward`
+    "F_theta for points (B, dim)."
     emb = self._embed(c_noise_t, y, self.map_layer0)
     emb_s = None if c_noise_s is None else self._embed(c_noise_s, y, self.map_layer0_s)
     h = self.inp(x)

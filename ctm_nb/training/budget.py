@@ -29,6 +29,7 @@ from ..evaluation.metrics import train_classifier
 from ..method.sampling import sample
 from .config import (STAGES, Config, EvaluateConfig, Span, check_config, phases, schedule, set_value,
                                     teacherless)
+from .costs import fit_memory
 from .report import duration, read_run, write_report
 from .stages import DistillStage
 from .trainer import Trainer, no_scores_because, open_images
@@ -97,6 +98,20 @@ def _mean_cost(config: Config, costs: dict) -> float:
     alone = lambda p: costs[p.name] + (costs["solve"] / config.distill.reuse if p.name == "trajectories" else 0.)
     return sum((p.end - p.first) / n * alone(p) for p in phases(config.distill, n))
 
+# %% ../../nbs/6_training/10_budget.ipynb #b0d9e040
+def _score_speed(t: Trainer) -> dict:  # fields of `Speed`
+    "What scores take of an image: learned from by the classifier, looked at by the feature network, drawn."
+    e, train, learn = t.config.evaluate, t.splits["train"], 0.
+    few = np.arange(64) * len(train) // 64
+    if e.features == "train":
+        some = ImageData(train.take(few), train.labels[few], train.classes)  # type: ignore[index]
+        learn = _seconds(train_classifier, some, epochs=5, device=t.device) / 320
+        extractor: Extractor = ClassifierExtractor(train_classifier(some, epochs=1))
+    else: extractor = load_extractor(e.features, e.weights or None)
+    look = _seconds(extractor.to(t.device), train.take(few).to(t.device)) / 64
+    draw = sum(_seconds(sample, m, 16, **how) / 16 + look for m, how in t.samplers().values())
+    return dict(learn=learn, look=look, draw=draw)
+
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e02a
 def measure(
     config: Config,  # of a run
@@ -105,8 +120,7 @@ def measure(
     most: float = 3.,  # seconds for the two to twenty steps of each stage
 ) -> Speed:
     "Everything that a run does, in small."
-    small, e, train, learn = deepcopy(config), config.evaluate, splits["train"], 0.
-    few = np.arange(64) * len(train) // 64
+    small = deepcopy(config)
     small.gan.start, small.gan.head_start, small.run.before, small.distill.trajectories = 0, 0, 0, ""
     kinds = list(dict.fromkeys(p.name for p in phases(config.distill, 10 ** 6)))
     small.distill.phases, small.distill.reuse = ",".join(f"{k}:{1 / len(kinds)!r}" for k in kinds), 20
@@ -125,15 +139,7 @@ def measure(
         if "ctm_dsm" in t.plan: step["ctm_dsm"] = _mean_cost(config, step)
         for _ in range(2): pause = _seconds(t.save) + _seconds(t.save_grid)  # the first time imports what is needed
         found = Speed(step, pause, _seconds(t.save_grid, final=True) + _seconds(write_report, t.folder))
-        if not scored: return found
-        if e.features == "train":
-            some = ImageData(train.take(few), train.labels[few], train.classes)  # type: ignore[index]
-            learn = _seconds(train_classifier, some, epochs=5, device=t.device) / 320
-            extractor: Extractor = ClassifierExtractor(train_classifier(some, epochs=1))
-        else: extractor = load_extractor(e.features, e.weights or None)
-        look = _seconds(extractor.to(t.device), train.take(few).to(t.device)) / 64
-        draw = sum(_seconds(sample, m, 16, **how) / 16 + look for m, how in t.samplers().values())
-    return found._replace(learn=learn, look=look, draw=draw)
+        return found._replace(**_score_speed(t)) if scored else found
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e010
 def _fit_scores(config: Config, splits: Splits, speed: Speed, seconds: float, given: set) -> float:
@@ -230,6 +236,7 @@ def budget(
     if not new: config, seconds = _take_up(folder, words, minutes, stages)
     for word in [*recipe(not teacherless(config)), *words] if new and ours else []: set_value(config, word)
     config.run.minutes, splits = minutes, open_images(config)
+    fit_memory(config, splits["train"], folder)
     if not seconds: return config, splits, "as planned when it was started"
     wider = wider and new and "teacher" in stages and "network.model_channels" not in given
     return config, splits, _plan(config, seconds, stages, splits, words, began, wider)

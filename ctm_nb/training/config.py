@@ -325,6 +325,10 @@ TOGETHER = [
     ("network.sigma_min", lambda c: c.network.sigma_min < c.network.sigma_max, "below network.sigma_max"),
     ("teacher.source", lambda c: c.teacher.source or not c.distill.source,
      "given when distill.source is (an adversarial stage needs both)"),
+]
+
+# %% ../../nbs/6_training/02_config.ipynb #a1c2986b
+TOGETHER += [
     ("distill.phases", _phases_fit, "matchings with shares that add up to 1, e.g. trajectories:.6,soft:.4"),
     ("distill.phases", lambda c: not teacherless(c) or _dsm_first(*(p.name for p in phases(c.distill, 1))),
      "begun by dsm and without trajectories where there is no teacher, e.g. dsm:.5,soft:.5"),
@@ -341,6 +345,10 @@ TOGETHER = [
     ("distill.guidance", lambda c: c.distill.guidance is None or not teacherless(c), "none where there is no teacher"),
     ("distill.guidance", lambda c: c.distill.guidance is None or _can_guide(c),
      "none without distill.guide for a teacher that has seen no image without its label (teacher.label_dropout=0)"),
+]
+
+# %% ../../nbs/6_training/02_config.ipynb #a1c2986d
+TOGETHER += [
     ("gan.steps", schedule, "at least 1 where nothing else is to be trained"),
     ("gan.init", lambda c: c.gan.init == "ema" or c.gan.optimizer == c.distill.optimizer,
      "ema where gan.optimizer is not distill.optimizer"),

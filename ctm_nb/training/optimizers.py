@@ -14,7 +14,6 @@ from functools import partial
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from .config import OptimConfig
 from .runtime import unpacks
@@ -51,23 +50,27 @@ def _muon_groups(model, lr, last_layer=None):
             for kind, params in sides.items() if params]
 
 # %% ../../nbs/6_training/04_optimizers.ipynb #c4e6a1ed
-class Muon(torch.optim.Optimizer):
+class Muon(torch.optim.AdamW):
     "Orthogonalised momentum for the groups with `matrices`, AdamW for the others; no step waits for the device."
+    param_groups: list  # of dicts
     def __init__(self,
         params,  # parameter groups; those whose "matrices" is true have at least two dimensions
         lr: float = .02,  # learning rate
-        betas: tuple = (.9, .999),  # of AdamW
-        foreach: bool = True,  # AdamW's kernel
-        capturable: bool = False,  # AdamW's steps are counted on the device
+        **how,  # for AdamW: betas, foreach, capturable
     ):
-        super().__init__(params, dict(lr=lr, betas=betas, matrices=False, foreach=foreach, capturable=capturable))
+        super().__init__(params, lr=lr, weight_decay=0., **how)
+        for g in self.param_groups: g.setdefault("matrices", False)
+
+    def __setstate__(self, state): torch.optim.Optimizer.__setstate__(self, state)  # AdamW's wants steps of all
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None if closure is None else closure()
-        for g in self.param_groups:
-            if weights := [p for p in g["params"] if p.grad is not None]:
-                (self._turn if g["matrices"] else self._adam)(g, weights)
+        loss, groups = None if closure is None else closure(), self.param_groups
+        for g in groups:
+            if g["matrices"] and (weights := [p for p in g["params"] if p.grad is not None]): self._turn(g, weights)
+        self.param_groups = [g for g in groups if not g["matrices"]]
+        try: super().step()
+        finally: self.param_groups = groups
         return loss
 
 # %% ../../nbs/6_training/04_optimizers.ipynb #345af9c8
@@ -84,20 +87,6 @@ def _turn(self: Muon, group: dict, weights: list):
         longer = math.sqrt(max(1, M.shape[1] / M.shape[2]))
         O = [o.view_as(p) for o, (p, _) in zip(orthogonalise(M, dtype=dtype).float(), pairs)]
         torch._foreach_add_([p for p, _ in pairs], O, alpha=-group["lr"] * longer)
-
-# %% ../../nbs/6_training/04_optimizers.ipynb #4a89e36c
-@patch
-def _adam(self: Muon, group: dict, weights: list):
-    "What `torch.optim.AdamW` does."
-    for p in weights:
-        if not self.state[p]:
-            count = torch.zeros((), device=p.device if group["capturable"] else "cpu")
-            self.state[p].update(step=count, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    moments = [[self.state[p][k] for p in weights] for k in ("exp_avg", "exp_avg_sq", "step")]
-    beta1, beta2 = group["betas"]
-    adamw(weights, [p.grad for p in weights], *moments[:2], [], moments[2], foreach=group["foreach"],
-          capturable=group["capturable"], amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=0.,
-          eps=1e-8, maximize=False)
 
 # %% ../../nbs/6_training/04_optimizers.ipynb #a5efd247
 OPTIMIZERS = {"radam": torch.optim.RAdam, "adamw": partial(torch.optim.AdamW, weight_decay=0.), "muon": Muon}
@@ -150,6 +139,5 @@ def load_optimizer(
     "Continue an optimizer, with the kernels of this device."
     groups = []
     for saved, mine in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        how = {k: mine[k] for k in ("foreach", "fused", "capturable") if k in mine}
-        groups.append({**saved, **how})
+        groups.append({**mine, **saved, **{k: mine[k] for k in ("foreach", "fused", "capturable") if k in mine}})
     optimizer.load_state_dict({**state, "param_groups": groups})

@@ -147,7 +147,8 @@ def _propose_size(source, limit):
     if len(shapes) == 1 and h == w <= limit: return None, f"all images are {h} x {w}"
     size = min(limit, 2 ** int(np.log2(least)))
     sizes = f"images are {h} x {w}" if len(shapes) == 1 else f"images have {len(shapes)} sizes or more"
-    return size, f"{sizes}, the shortest side is {least}: the centre is cut out and resized to {size} x {size}"
+    kept = f"; --image-size {least} keeps {least} x {least}"
+    return size, f"{sizes}, the shortest side is {least}: the centre is cut out and resized to {size} x {size}{kept}"
 
 # %% ../../nbs/6_training/01_presets.ipynb #56d9341d
 def _network_words(n, gpu):
@@ -180,7 +181,7 @@ def choose(
 ) -> tuple:  # name of the preset to start from, words, reasons
     "What `--preset auto` means for some data, and why."
     source = open_source(path)
-    given = (image_size, f"--set data.image_size={image_size}")
+    given = (image_size, f"--image-size {image_size}")
     size, why = given if image_size else _propose_size(source, 64 if gpu else 32)
     words, because = _network_words(size or source.pixels(0).shape[0], gpu)
     start = ("cifar10-cond" if source.classes else "cifar10") if gpu else "digits"

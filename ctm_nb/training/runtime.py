@@ -78,7 +78,7 @@ def check_equal(self: Here, modules: dict):  # name -> network
         raise RuntimeError(f"{what}; the last checkpoint is good")
 
 # %% ../../nbs/6_training/03_runtime.ipynb #08d3be1a
-EXIT_CODES = {"SIGTERM": 75, "SIGUSR1": 75, "SIGINT": 130}
+EXIT_CODES = {"SIGTERM": 75, "SIGUSR1": 75, "SIGHUP": 75, "SIGINT": 130}
 
 # %% ../../nbs/6_training/03_runtime.ipynb #04cc4eee
 class Signals:
@@ -87,7 +87,8 @@ class Signals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self.before = {n: signal.signal(getattr(signal, n), self.note) for n in EXIT_CODES}
+            heard = [n for n in EXIT_CODES if signal.getsignal(getattr(signal, n)) != signal.SIG_IGN]  # nohup: go on
+            self.before = {n: signal.signal(getattr(signal, n), self.note) for n in heard}
         return self
 
     def __exit__(self, *_):

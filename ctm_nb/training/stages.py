@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+# %% ../../nbs/6_training/05_stages.ipynb #4a3173e2
 from ..checkpoints.averages import Profile
 from ..checkpoints.models import load
 from ..checkpoints.store import EMA
@@ -138,10 +139,9 @@ def make_network(
     data: Images,  # whose size, channels and classes it gets
 ) -> torch.nn.Module:  # without s-branch, fresh weights
     "The raw network that a configuration means for some data."
-    n = config.network
-    keys = ("model_channels", "channel_mult", "n_blocks", "attention", "dropout", "augment_dim", "channels_per_head")
     size = dict(image_size=data.image_size, channels=data.channels, n_classes=data.n_classes)
-    return build_network(n.family, **size, **{k: getattr(n, k) for k in keys})
+    n = {k: v for k, v in vars(config.network).items() if not k.startswith("sigma_")}
+    return build_network(n.pop("family"), **size, **n)
 
 def make_denoiser(config: Config, data: Images) -> Denoiser:
     "A denoiser with fresh weights."
@@ -214,35 +214,39 @@ class DistillStage(Stage):
             self.folder.make(*launched()[:2])
         self.start(copy.deepcopy(parts.get("ctm")) or student_from(self.parts["teacher"], self.optim.init))
 
-    def freeze(self, teacher: Denoiser, parts: dict):
-        "Take the teacher, what guides it, and what is made of it; raises ValueError for a guide of other data."
-        d = self.config.distill
-        self.parts["teacher"] = teacher = teacher.to(self.device).eval().requires_grad_(False)
-        self.teacher, self.evals = teacher, 1 + (d.guidance is not None)  # networks in one prediction
-        if d.guide and d.guidance is not None:
-            guide = parts.get("teacher-guide") or load(d.guide)
-            self.parts["teacher-guide"] = guide = guide.to(self.device).eval().requires_grad_(False)
-            self.teacher = autoguide(teacher, guide, d.guidance)
-        elif d.guidance is not None: self.teacher = guide_free(teacher, d.guidance)
-        self.paths: dict = {}  # place in memory and rows -> number of the batch, its trajectories
-        self.bounds = {"anchor": (0., 1.)}  # it starts at zero
-        self.grid = dict(sigma_min=teacher.sigma_min, sigma_max=teacher.sigma_max)
-        self.times = rho_grid(d.N, **self.grid).float().to(self.device)  # (N,) of stored trajectories
-        lpips = LPIPSDistance(d.weights or None, pooling=d.pooling) if d.distance == "lpips" else None
-        self.distance = make_distance(lpips or d.distance, teacher)
-
-    def start(self, student: CTM):
-        "Take the student and its EMAs."
-        if p := self.config.distill.dropout: student.net.set_dropout(p)
-        student = student.to(self.device).requires_grad_(True).train(p > 0)
-        self.learn(student, "ctm", target=self.optim.target_ema)
-        self.parts["target"].train(p > 0)
-        if teacherless(self.config): self.parts["teacher"] = self.teacher = self.parts["target"]  # D(x, t) = g(x, t, t)
-
     def phase(self, n: int) -> Span:
         "The phase of distillation that a step belongs to."
         found = phases(self.config.distill, self.optim.steps)
         return next((p for p in found if n < p.end), found[-1])
+
+# %% ../../nbs/6_training/05_stages.ipynb #e8c6d2b5
+@patch
+def freeze(self: DistillStage, teacher: Denoiser, parts: dict):
+    "Take the teacher, what guides it, and what is made of it; raises ValueError for a guide of other data."
+    d = self.config.distill
+    self.parts["teacher"] = teacher = teacher.to(self.device).eval().requires_grad_(False)
+    self.teacher, self.evals = teacher, 1 + (d.guidance is not None)  # networks in one prediction
+    if d.guide and d.guidance is not None:
+        guide = parts.get("teacher-guide") or load(d.guide)
+        self.parts["teacher-guide"] = guide = guide.to(self.device).eval().requires_grad_(False)
+        self.teacher = autoguide(teacher, guide, d.guidance)
+    elif d.guidance is not None: self.teacher = guide_free(teacher, d.guidance)
+    self.paths: dict = {}  # place in memory and rows -> number of the batch, its trajectories
+    self.bounds = {"anchor": (0., 1.)}  # it starts at zero
+    self.grid = dict(sigma_min=teacher.sigma_min, sigma_max=teacher.sigma_max)
+    self.times = rho_grid(d.N, **self.grid).float().to(self.device)  # (N,) of stored trajectories
+    lpips = LPIPSDistance(d.weights or None, pooling=d.pooling) if d.distance == "lpips" else None
+    self.distance = make_distance(lpips or d.distance, teacher)
+
+# %% ../../nbs/6_training/05_stages.ipynb #e8c6d2b7
+@patch
+def start(self: DistillStage, student: CTM):
+    "Take the student and its EMAs."
+    if p := self.config.distill.dropout: student.net.set_dropout(p)
+    student = student.to(self.device).requires_grad_(True).train(p > 0)
+    self.learn(student, "ctm", target=self.optim.target_ema)
+    self.parts["target"].train(p > 0)
+    if teacherless(self.config): self.parts["teacher"] = self.teacher = self.parts["target"]  # D(x, t) = g(x, t, t)
 
 # %% ../../nbs/6_training/05_stages.ipynb #cb87f6a0
 @patch

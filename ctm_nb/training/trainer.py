@@ -10,6 +10,7 @@ __all__ = ['log', 'check_changes', 'resume_point', 'open_images', 'no_scores_bec
 import json, logging, math, random, resource, sys, time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,12 +23,14 @@ from fastcore.basics import patch
 from PIL import Image
 from tqdm.auto import tqdm
 
+# %% ../../nbs/6_training/08_trainer.ipynb #c62114ff
 from ..checkpoints.averages import Profile, forget_snapshots, save_snapshot
 from ..checkpoints.models import KINDS, describe, rebuild
 from ..checkpoints.store import (Checkpoint, CheckpointError, MetricsLog, atomic_write, load_checkpoint,
                                       prune_checkpoints, random_state, save_checkpoint, set_random_state, step_folders,
                                       versions)
 from ..data.batches import Batches, Splits, load_splits
+from ..data.files import claimed
 from ..data.images import ImageData, named_grid, to_uint8
 from ..evaluation.draw import free_memory, out_of_memory
 from ..evaluation.evaluate import drawn_samples, extend_scores, run_evaluator
@@ -180,7 +183,7 @@ class Trainer:
         if unpacks(self.precision, self.device):
             log.warning("run.precision=%s: this processor has no instructions for it; run.precision=fp32 will be many "
                         "times faster", self.precision)
-        self.restore()
+        with self.claim(): self.restore()
 
 # %% ../../nbs/6_training/08_trainer.ipynb #71c0e548
 @patch(as_prop=True)
@@ -265,6 +268,11 @@ def resume(self: Trainer, c: Checkpoint):
 
 # %% ../../nbs/6_training/08_trainer.ipynb #41182fe5
 @patch
+def claim(self: Trainer):
+    "A context in which no other process may write this run; OSError says who does."
+    return claimed(self.folder / ".lock", self.folder) if self.here.main else nullcontext()
+
+@patch
 def restore(self: Trainer):
     "Begin the first stage, or continue what the folder holds; then the folder is this run's."
     checkpoints, path = self.folder / "checkpoints", self.folder / "config.json"
@@ -274,7 +282,7 @@ def restore(self: Trainer):
     if not found and path.exists():
         check_changes({"config": json.loads(path.read_text())}, self.config, self.precision, what=str(self.folder))
     foreign = [] if path.exists() or not self.folder.exists() else self.folder.iterdir()
-    if any(not p.name.startswith(".tmp-") for p in foreign):
+    if any(not p.name.startswith((".tmp-", ".lock")) for p in foreign):
         raise ValueError(f"{self.folder} is not empty and holds no run (no config.json); choose another name")
     if not found and ((self.folder / "scores.json").exists() or any(checkpoints.glob("step_*"))):
         raise CheckpointError(f"{self.folder} has been trained, but {checkpoints} holds no complete checkpoint; "
@@ -572,6 +580,13 @@ def evaluate(self: Trainer) -> list:  # records of scores.json; empty where this
     log.info("step %d: %s", self.step, "; ".join(distances))
     return found
 
+# %% ../../nbs/6_training/08_trainer.ipynb #0bad0466
+@patch
+def whereabouts(self: Trainer) -> str:
+    "What is being done, in words."
+    now, end = self.now.name, self.plan[self.now.name].end
+    return f"{now}: step {self.step} of {end}" if self.step < end else f"step {self.step}: drawing and scoring"
+
 # %% ../../nbs/6_training/08_trainer.ipynb #0bad0467
 @patch
 def scores(self: Trainer) -> list:  # records; empty if this step was not scored
@@ -644,7 +659,7 @@ def run(self: Trainer,
     goal = lambda: self.total if stage == "all" else self.plan[stage].end  # a budget moves it
     why, begun = no_scores_because(self.config, self.splits), self.step
     if why: log.warning("no scores: %s", why)
-    with Signals() as signals:
+    with self.claim(), Signals() as signals:
         while self.step < goal(): self.advance(goal(), signals)
         if not self.here.main: return []
         found = self.scores() or ([] if why else self.evaluate())

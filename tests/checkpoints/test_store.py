@@ -17,6 +17,7 @@ from ctm_nb.checkpoints.store import (
     EMA,
     CheckpointError,
     MetricsLog,
+    _seal,
     atomic_write,
     latest_checkpoint,
     load_checkpoint,
@@ -212,6 +213,16 @@ def test_atomic_write_survives_a_cut_anywhere(tmp_path):
         (tmp_path/"f").write_bytes(b"old"*9)
         with power_cut(tmp_path, at, False): atomic_write(tmp_path/"f", b"new"*9)
         assert (tmp_path/"f").read_bytes() in (b"old"*9, b"new"*9)
+
+
+def test_a_checkpoint_of_a_newer_format_says_so(tmp_path):
+    "And is found for that: it is no reason to continue from an older one."
+    save(tmp_path, 1)
+    with patch("ctm_nb.checkpoints.store._seal", lambda body: _seal({**body, "format": 2})): save(tmp_path, 2)
+    found = latest_checkpoint(tmp_path)
+    assert found.name == "step_00000002"
+    with pytest.raises(CheckpointError, match=r"step_00000002/checkpoint.json: format 2, of a newer ctm_nb than this"):
+        load_checkpoint(found)
 
 
 def latest_step(folder): return int(path.name[-8:]) if (path := latest_checkpoint(folder)) else 0

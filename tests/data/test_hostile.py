@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import io
+import itertools
 import json
 import os
 import pickle
@@ -324,7 +325,54 @@ def test_a_store_that_was_replaced_is_read_anew(tmp_path):
     for value in (10, 200):
         folder = _lmdb(tmp_path / str(value), {"a": png(value)})
         os.replace(folder / "data.mdb", tmp_path / "data.mdb")
-        assert open_source(tmp_path / "data.mdb").pixels(0)[0, 0, 0] == value
+        source = open_source(tmp_path / "data.mdb")
+        assert source.pixels(0)[0, 0, 0] == value
+    os.utime(tmp_path / "data.mdb", (1, 1))  # as a writer leaves it that puts other things at the old places
+    with pytest.raises(OSError, match="data.mdb has changed since it was opened"): source.pixels(0)
+
+
+def test_a_store_damaged_anywhere_is_refused_or_read(tmp_path):
+    "Numbers of a page turned into others, each in turn: what the library of LMDB follows until the process dies."
+    values = {f"{'ab'[k % 2]}/{k:03}": png(k) + bytes(5000 * (k % 12 == 0)) for k in range(60)}
+    data = (_lmdb(tmp_path / "l", values) / "data.mdb").read_bytes()
+    bad, places, numbers = tmp_path / "bad.mdb", (0, 10, 12, 14, 16, 20, 40, 128, 136, 144, 4090), (0, 2**15, 2**63)
+    pages = [k for k in range(len(data) // 4096) if k < 2 or data[4096 * k + 10] in (1, 2)]
+    refused = 0
+    for page, at, value in itertools.product(pages, places, numbers):
+        place = 4096 * page + at
+        bad.write_bytes(data[:place] + struct.pack("<Q", value) + data[place + 8:])
+        try: source = open_source(bad)
+        except ValueError as e:
+            refused += 1
+            assert str(bad) in str(e) and readable(e) == str(e), e
+        else:
+            for k in range(len(source)):
+                try: source.pixels(k)
+                except BrokenImage: pass
+    assert len(pages) > 4 and refused > 50
+
+
+def test_a_store_in_which_bytes_count_twice_is_refused(tmp_path):
+    "A page of which all entries are the first one, and a branch of which all pages are the first: bombs."
+    data = bytearray((_lmdb(tmp_path / "l", {f"{k:03}": png() for k in range(200)}) / "data.mdb").read_bytes())
+    refused = 0
+    for page in range(2, len(data) // 4096):
+        own, kind, low = struct.unpack_from("<Q2x2H", data, 4096 * page)
+        if own != page or kind not in (1, 2): continue
+        first, n = data[4096 * page + 16:4096 * page + 18], low // 2 - 8
+        (tmp_path / "bomb.mdb").write_bytes(data[:4096 * page + 16] + first * n + data[4096 * page + 16 + 2 * n:])
+        try: assert len(set(open_source(tmp_path / "bomb.mdb").names)) == 200  # a page that is no longer in use
+        except ValueError as e: refused += "bomb.mdb" in str(e) and ("damaged" in str(e) or "differ" in str(e))
+    assert refused > 2
+
+
+def test_a_store_of_tables_is_refused(tmp_path):
+    import lmdb
+    with lmdb.open(str(tmp_path / "t"), map_size=2**20, max_dbs=2) as env:
+        table = env.open_db(b"pictures")
+        with env.begin(write=True) as txn: txn.put(b"a.png", png(), db=table)
+    with pytest.raises(ValueError, match="t: it holds tables|data.mdb.*tables|t can't be read: it holds tables"):
+        open_source(tmp_path / "t")
 
 
 # ---- the seeded trial, a tenth of it

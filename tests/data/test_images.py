@@ -281,3 +281,42 @@ def test_the_stream_far_in_the_future():
 def test_a_stream_that_cant_be(bad):
     with pytest.raises(ValueError, match="must be >="):
         stream_indices(**{"n": 5, "seed": 0, "position": 0, "count": 1, **bad})
+
+
+def font(path, text):
+    "A font with boxes for some letters."
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+    names = [".notdef", *(f"u{ord(c):x}" for c in text)]
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for p in ((0, 700), (500, 700), (500, 0)): pen.lineTo(p)
+    pen.closePath()
+    f = FontBuilder(1000, isTTF=True)
+    f.setupGlyphOrder(names)
+    f.setupCharacterMap({ord(c): n for c, n in zip(text, names[1:])})
+    f.setupGlyf({n: pen.glyph() for n in names})
+    f.setupHorizontalMetrics(dict.fromkeys(names, (600, 0)))
+    f.setupHorizontalHeader(ascent=800, descent=-200)
+    f.setupNameTable({"familyName": "Boxes", "styleName": "Regular"})
+    f.setupOS2()
+    f.setupPost()
+    f.save(path)
+
+
+def test_a_name_of_any_script_is_written_or_spelt(tmp_path, monkeypatch):
+    "By the first font here that has its letters, else by their numbers: no two names become the same boxes."
+    from ctm_nb.data import images
+    found = [str(tmp_path / n) for n in ("bad.ttf", "f.ttf")]
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: found)
+    (tmp_path / "bad.ttf").write_bytes(b"no font")
+    font(tmp_path / "f.ttf", "猫 ")
+    monkeypatch.setattr(images, "_font", images._font.__wrapped__)
+    monkeypatch.setattr(images, "_letters", images._letters.__wrapped__)
+    for text in ("cat", "кот", "γάτα", "قط"): assert images._font(12, text)[0].path.endswith("DejaVuSans.ttf")
+    f, shown = images._font(12, "猫 猫")
+    assert (f.path, shown) == (str(tmp_path / "f.ttf"), "猫 猫")
+    assert images._font(12, "a 狗")[1] == r"a \u72d7" and images._font(12, "แมว")[1] == r"\u0e41\u0e21\u0e27"
+    x = torch.zeros(2, 1, 48, 48, dtype=u8)
+    two = [np.asarray(images.named_grid(x, 2, names)) for names in (["狗", "鱼"], ["狼", "鱼"])]
+    assert two[0].shape == two[1].shape and (two[0] != two[1]).any()

@@ -10,7 +10,7 @@ from ctm_nb.checkpoints.models import describe, load
 from ctm_nb.checkpoints.store import save_checkpoint
 from ctm_nb.commands.sample import ctm_nb_sample
 from ctm_nb.data.images import to_uint8
-from ctm_nb.evaluation.draw import draw_samples, make_recipe
+from ctm_nb.evaluation.draw import draw_samples, make_recipe, warn_unsuited
 from ctm_nb.method.guidance import autoguide
 from ctm_nb.method.sampling import sample
 from ctm_nb.method.teacher import Denoiser
@@ -46,11 +46,26 @@ def test_guidance_without_dropped_labels_is_warned_about(run, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"teacher": {"label_dropout": share}}))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            assert make_recipe(m, tmp_path, 3, guidance=2.)["guidance"] == 2.
+            warn_unsuited(m, 2., None, tmp_path)
         assert [word in str(w.message) for w in said] == ([True] if word else [])
     config = {"teacher": {"label_dropout": .1}, "distill": {"label_dropout": 0}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.warns(RuntimeWarning, match="distill.label_dropout=0"): make_recipe(load(run), tmp_path, 3, guidance=2.)
+    with pytest.warns(RuntimeWarning, match="distill.label_dropout=0"): warn_unsuited(load(run), 2., None, tmp_path)
+
+
+def test_guidance_is_an_error_or_warned_about_and_not_both(run, tmp_path):
+    "One warning once nothing else is wrong; an error comes alone."
+    (run / "config.json").write_text(json.dumps({"distill": {"label_dropout": 0}}))
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            draw_samples(run, tmp_path / "x.npz", 3, guidance=2., device="cpu")
+            assert len(said) == 1
+            for words in ({}, {"guidance": -1.}, {"classes": "z"}, {"times": "0"}, {"seed": 1}):
+                with pytest.raises((ValueError, FileExistsError)):
+                    draw_samples(run, tmp_path / "x.npz", 4, device="cpu", **{"guidance": 2., **words})
+        assert len(said) == 1
+    finally: (run / "config.json").unlink()
 
 
 # ---- another model as guide

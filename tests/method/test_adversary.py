@@ -29,13 +29,15 @@ from ctm_nb.method.adversary import (
     gan_turn,
     head_widths,
 )
-from ctm_nb.method.balance import BalancedGradients, adaptive_weight
+from ctm_nb.method.balance import BalancedGradients
 from ctm_nb.method.distances import l2, pseudo_huber
 from ctm_nb.method.distill import step_losses, to_end
 from ctm_nb.method.flow import perturb
 from ctm_nb.method.teacher import Denoiser
 from ctm_nb.method.trajectory import student_from
 from ctm_nb.networks.unet import DDPMpp
+
+from formulas import adaptive_weight
 
 
 def GEN(seed=0): return torch.Generator().manual_seed(seed)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ctm_nb.method.balance import BalancedGradients, adaptive_weight
+from ctm_nb.method.balance import BalancedGradients
 from ctm_nb.method.distances import l2, pseudo_huber
 from ctm_nb.method.distill import (
     MovingRows,
@@ -26,6 +26,8 @@ from ctm_nb.method.solvers import SOLVERS, solve
 from ctm_nb.method.teacher import Denoiser
 from ctm_nb.method.trajectory import CTM, student_from
 from ctm_nb.networks.unet import DDPMpp
+
+from formulas import adaptive_weight
 
 SIDES = ("x_t", "x_u", "t", "u", "s", "y")  # arguments of `ctm_pair`
 

@@ -18,6 +18,7 @@ from runs import COMMAND, ENV, assert_same, compute_alike, newest
 import ctm_nb.training.trainer as training
 from ctm_nb.checkpoints.store import CheckpointError, save_checkpoint
 from ctm_nb.training.config import make_config
+from ctm_nb.training.runtime import Signals
 from ctm_nb.training.trainer import Trainer, _changes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +60,7 @@ def test_killed_at_random_moments_not_a_bit_differs():
 
 # ---- told to stop
 
-@pytest.mark.parametrize("name, code", [("SIGTERM", 75), ("SIGINT", 130)])
+@pytest.mark.parametrize("name, code", [("SIGTERM", 75), ("SIGHUP", 75), ("SIGINT", 130)])
 def test_a_signal_finishes_the_step_saves_and_says_so(tmp_path, name, code):
     endless = ["teacher.steps=100000", "run.save_every=100000", "run.log_every=1"]
     words = [*COMMAND, "--runs", tmp_path, "--name", "r", "--set", *TINY, *endless]
@@ -76,6 +77,14 @@ def test_a_signal_finishes_the_step_saves_and_says_so(tmp_path, name, code):
     assert (tmp_path / "r" / "report.html").exists()
     again = Trainer(make_config("tiny", [*TINY, "teacher.steps=100000"]), tmp_path / "r")
     assert again.step == step and len(again.log.read()) == step
+
+
+def test_under_nohup_a_closed_terminal_is_no_reason_to_stop():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals: signal.raise_signal(signal.SIGHUP)
+        assert not signals.asked and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally: signal.signal(signal.SIGHUP, before)
 
 
 # ---- no room

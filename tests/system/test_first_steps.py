@@ -1,0 +1,120 @@
+"""What people stumbled on with their own pictures: flags, names, plans that can't be, silence, advice that helps."""
+import logging
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ctm_nb.commands.evaluate import ctm_nb_evaluate
+from ctm_nb.commands.flags import Pulse
+from ctm_nb.commands.train import ctm_nb_train
+from ctm_nb.data.convert import report, survey
+from ctm_nb.data.read import open_source
+from ctm_nb.evaluation.evaluate import Request, open_subject
+from ctm_nb.training.config import make_config
+from ctm_nb.training.costs import empty_data, fit_memory, memory
+from ctm_nb.training.presets import choose
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    for k in range(8):
+        path = tmp_path / "pics" / "ab"[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (48, 48, 3), np.uint8)).save(path)
+    return tmp_path / "pics"
+
+
+def said(command, capsys, *words):
+    "Exit code, output and errors of a command."
+    code = 0
+    try: command(list(map(str, words)))
+    except SystemExit as e: code = e.code
+    return code, *capsys.readouterr()
+
+
+def test_what_everybody_sets_has_flags(capsys, tmp_path):
+    plan = "--preset", "tiny", "--runs", tmp_path, "--dry-run"
+    words = *plan, "--steps", "7,8,9", "--image-size", 4, "--set", "network.attention=2"
+    code, out, _ = said(ctm_nb_train, capsys, *words)
+    wanted = {"teacher.steps=7", "distill.steps=8", "gan.steps=9", "data.image_size=4"}
+    assert code == 0 and wanted <= {*out.split("\n")}
+    code, out, _ = said(ctm_nb_train, capsys, *plan, "--steps", 7)
+    assert {"teacher.steps=7", "distill.steps=7"} <= {*out.split("\n")} and "gan.steps=7" not in out
+    for words, why in ((("--steps", "7,x"), "distill.steps must be int, got 'x'"),
+                       (("--image-size", 0), "must be >= 1, got 0"),
+                       (("--steps", "1,2,3,4"), "at most three numbers, got 1,2,3,4"),
+                       (("--steps", 7, "--minutes", 1), "--minutes chooses distill.steps; leave one of the two out")):
+        code, _, err = said(ctm_nb_train, capsys, *plan, *words)
+        assert code == 2 and why in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../x", "a/../..", "a/../../x", "/tmp/x"])
+def test_a_run_stays_in_the_folder_of_runs(name, capsys, tmp_path):
+    code, _, err = said(ctm_nb_train, capsys, "--preset", "tiny", "--runs", tmp_path / "r", "--name", name)
+    assert code == 2 and err == f"ctm_nb_train: --name must be that of a folder in {tmp_path}/r, got {name!r}\n"
+    assert not [*tmp_path.iterdir()]
+
+
+def test_pictures_that_are_made_smaller_say_how_they_stay(pictures, capsys):
+    start, words, reasons = choose(pictures, gpu=False)
+    assert "data.image_size=32" in words and "--image-size 48 keeps 48 x 48" in reasons[1]
+    assert "data.image_size=48" in choose(pictures, gpu=False, image_size=48)[1]
+    Image.new("RGB", (48, 40)).save(pictures / "a" / "other.png")
+    code, _, err = said(ctm_nb_train, capsys, "--data", pictures, "--preset", "tiny", "--dry-run")
+    assert code == 2 and "(--image-size, of ctm_nb_data --size)" in err
+
+
+def test_skip_broken_where_it_is_advised(pictures, tmp_path, capsys):
+    np.savez(tmp_path / "s.npz", arr_0=np.zeros((6, 48, 48, 3), np.uint8))
+    (pictures / "a" / "8.png").touch()
+    code, _, err = said(ctm_nb_evaluate, capsys, tmp_path / "s.npz", "--ref", pictures)
+    assert code == 2 and "leave them out with --skip-broken" in err
+    code, _, err = said(ctm_nb_evaluate, capsys, tmp_path / "s.npz", "--ref", pictures, "--skip-broken", "--dry-run")
+    assert code == 0, err
+    assert open_subject(Request(str(tmp_path / "s.npz"), str(pictures), skip_broken=True)).reading["skip_broken"]
+
+
+def test_copies_are_shown(pictures):
+    for name in ("a/x.png", "b/x.png"): Image.open(pictures / "a" / "0.png").save(pictures / name)
+    facts = survey(open_source(pictures))
+    assert facts["copies"] == {
+        "a/x.png": "pixel by pixel a/0.png", "b/x.png": "pixel by pixel a/0.png, of another class"}
+    assert "copies     2\n           a/x.png: pixel by pixel a/0.png\n" in report(facts)
+
+
+def test_a_batch_that_does_not_fit_is_taken_in_parts_on_a_cpu(tmp_path, caplog):
+    config, data = make_config("digits", ["data.image_size=256", "run.device=cpu"]), empty_data(3, 256)
+    whole, gib = max(memory(config, data).values()), 2 ** 30
+    assert whole > 23 * gib
+    fit_memory(config, data, tmp_path, room=2 * whole)
+    assert config.run.micro_batch == "auto" and not caplog.records
+    fit_memory(config, data, tmp_path, room=8 * gib)
+    n = int(config.run.micro_batch)
+    assert max(memory(config, data, n).values()) <= .8 * 8 * gib < max(memory(config, data, n + 1).values())
+    assert f"{whole / gib:.1f} GiB, and 8.0 GiB are free: {n} images at a time" in caplog.text
+    (tmp_path / "config.json").write_text('{"run": {"micro_batch": "3"}}')
+    config.run.micro_batch = "auto"
+    fit_memory(config, data, tmp_path, room=4 * gib)  # a run goes on as it began
+    assert config.run.micro_batch == "3"
+    config.run.micro_batch = "auto"
+    fit_memory(config, data, tmp_path / "new", room=gib // 16)
+    assert config.run.micro_batch == "1" and "take smaller ones (--image-size)" in caplog.text
+
+
+def test_silence_ends_within_ten_seconds_and_a_minute(caplog, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    caplog.set_level(logging.INFO)
+    with Pulse("ctm_nb_train") as p:
+        assert p.due - p.began < 9
+        p.due, p.say = 0, lambda: "teacher: step 3 of 9"
+        time.sleep(1.5)
+        assert 40 < p.due - time.monotonic() < 50  # it has said something itself
+        logging.info("another line")
+        assert p.due - time.monotonic() > 49.9
+        time.sleep(1.1)
+    assert [r.getMessage()[:36] for r in caplog.records] == ["ctm_nb_train: teacher: step 3 of 9, ", "another line"]
+    logging.info("after it")
+    assert p.due < time.monotonic() + 49.9

@@ -1,0 +1,139 @@
+"""Two writers, or a writer and a reader, of the same thing, at moments drawn by chance:
+python tests/system/two_at_once.py [TIMES] [SEED]
+
+Of two trainers or samplers one does the work, the other says who does it and leaves with 3; a killed one holds nothing.
+"""
+import json
+import os
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ctm_nb.checkpoints.models import describe, find_checkpoint, load
+from ctm_nb.checkpoints.store import load_checkpoint, prune_checkpoints, save_checkpoint
+from ctm_nb.commands.sample import ctm_nb_sample
+from ctm_nb.commands.train import ctm_nb_train
+from ctm_nb.method.teacher import Denoiser
+from ctm_nb.networks.families import build_network
+from ctm_nb.training import trainer  # noqa: F401  # imported here, once for all children
+
+TINY = ["teacher.steps=6", "distill.steps=4", "teacher.batch=8", "distill.batch=8", "run.save_every=2", "run.keep=1",
+        "run.log_every=1", "run.sample_every=100", "evaluate.n=0"]
+HELD = r"is being written by process (\d+) on \S+, since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d; wait for it"
+
+
+class Child:
+    "A function in another process; `end` waits and gives its exit code and words."
+    def __init__(self, f, *args):
+        self.out = tempfile.TemporaryFile()
+        self.pid = os.fork()
+        if self.pid: return
+        for fd in (1, 2): os.dup2(self.out.fileno(), fd)
+        sys.stdout = sys.stderr = open(1, "w", closefd=False)
+        code = 0
+        try: f(*args)
+        except SystemExit as e: code = e.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 99
+        sys.stdout.flush()
+        os._exit(code)
+
+    def end(self):
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.out.seek(0)
+        return code, self.out.read().decode()
+
+
+def train(runs): ctm_nb_train(["--preset", "tiny", "--runs", str(runs), "--name", "r", "--set", *TINY])
+def draw(run, out): ctm_nb_sample([str(run), "-n", "70", "--out", str(out), "--steps", "2", "--batch-size", "8"])
+
+
+def one_of(first, second):
+    "Whether of two children one did the work, and the other came when it was done or said who was doing it."
+    pids = {first.pid: second, second.pid: first}
+    ends = {pid: child.end() for pid, child in ((first.pid, first), (second.pid, second))}
+    codes = [code for code, _ in ends.values()]
+    assert sorted(codes) in ([0, 0], [0, 3]), ends
+    for pid, (code, said) in ends.items():
+        if code == 3: assert re.search(HELD, said)[1] == str(pids[pid].pid) and "Traceback" not in said, said
+    return 3 in codes
+
+
+def sound(run):
+    "A finished run, none of whose steps was logged twice."
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 11)), steps
+    assert load_checkpoint(find_checkpoint(run)).step == 10 and not list(run.glob(".lock*")), list(run.iterdir())
+
+
+def two_trainers(folder, wait):
+    a = Child(train, folder)
+    time.sleep(wait)
+    refused = one_of(a, Child(train, folder))
+    sound(folder / "r")
+    return refused
+
+
+def two_samplers(folder, wait):
+    run, out = folder.parent / "r", folder / "x.npz"
+    if not run.exists(): assert Child(train, folder.parent).end()[0] == 0
+    a = Child(draw, run, out)
+    time.sleep(wait)
+    refused = one_of(a, Child(draw, run, out))
+    assert np.load(out)["arr_0"].shape == (70, 8, 8, 1) and list(folder.iterdir()) == [out]
+    return refused
+
+
+def killed(folder, wait):
+    a = Child(train, folder)
+    time.sleep(wait)
+    os.kill(a.pid, signal.SIGKILL)
+    died = a.end()[0] == -signal.SIGKILL
+    code, said = Child(train, folder).end()
+    assert code == 0, said
+    sound(folder / "r")
+    return died
+
+
+def reading(folder, wait):
+    "A run saves and prunes while it is loaded, again and again."
+    with torch.device("cpu"): m = Denoiser(build_network("ddpmpp", image_size=8, channels=1, model_channels=8))
+    about = {"models": {"teacher": {"part": "teacher", "description": describe(m, [])}}}
+    def write():
+        for step in range(1, 40):
+            save_checkpoint(folder / "r" / "checkpoints", step, {"teacher": m.state_dict()}, {}, about)
+            prune_checkpoints(folder / "r" / "checkpoints", 1)
+    save_checkpoint(folder / "r" / "checkpoints", 0, {"teacher": m.state_dict()}, {}, about)
+    writer, n = Child(write), 0
+    while os.waitpid(writer.pid, os.WNOHANG) == (0, 0): n += load(folder / "r") is not None
+    return n > 0
+
+
+KINDS = {"two trainers": two_trainers, "two samplers": two_samplers, "killed": killed, "read while saved": reading}
+
+
+def main(times=20, seed=0):
+    torch.set_num_threads(1)
+    rng, began = random.Random(int(seed)), time.time()
+    for name, trial in KINDS.items():
+        with tempfile.TemporaryDirectory() as d:
+            met, longest = 0, 0.
+            for k in range(int(times)):
+                folder, start = Path(d) / str(k), time.time()
+                folder.mkdir()
+                met += trial(folder, rng.uniform(0, longest * .8))
+                longest = max(longest, time.time() - start)
+        print(f"{name}: {times} trials, in {met} of them the two met", flush=True)
+    print(f"all as it should be, {time.time() - began:.0f} s")
+
+
+if __name__ == "__main__": main(*sys.argv[1:])
