@@ -32,6 +32,7 @@ setup(
         "all": cfg["optional_requirements"].split(),
         "dev": cfg["dev_requirements"].split() + cfg["optional_requirements"].split(),
         "docs": cfg["docs_requirements"].split(),
+        "onnx": [r for r in cfg["optional_requirements"].split() if r.startswith("onnx")],
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

@@ -37,7 +37,7 @@ class PublicFile:
 
 # %% ../../nbs/4_checkpoints/04_catalogue.ipynb #93668f47
 HOSTS = {"nvidia": "https://nvlabs-fi-cdn.nvidia.com/edm/", "edm2": "https://nvlabs-fi-cdn.nvidia.com/edm2/",
-         "openai": "https://openaipublic.blob.core.windows.net/",
+         "openai": "https://openaipublic.blob.core.windows.net/", "npm": "https://registry.npmjs.org/",
          "drive": "https://drive.google.com/"}
 
 # %% ../../nbs/4_checkpoints/04_catalogue.ipynb #00f8936b
@@ -90,6 +90,8 @@ reference | npz | MIT | openai:diffusion/jul-2021/ref_batches/imagenet/64/*.npz
     adm-imagenet64-reference [VIRTUAL_imagenet64_labeled]       ADM's statistics of ImageNet and 10,000 images (arr_0)
 features | TorchScript | Apache 2.0; wrapper Nvidia Source Code | openai:consistency/inception/*.pt
     inception-2015-12-05                Inception-v3 for FID, IS, precision and recall
+runtime | npm package | MIT | npm:onnxruntime-web/-/*.tgz
+    onnxruntime-web [onnxruntime-web-1.22.0]    ONNX Runtime for browsers, for `ctm_nb_convert --web`
 """
 
 # %% ../../nbs/4_checkpoints/04_catalogue.ipynb #bee6b716

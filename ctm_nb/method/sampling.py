@@ -41,7 +41,7 @@ def gamma_sample(
     gamma: float = 0.,  # share of fresh noise, in [0, 1]
 ) -> Tensor:  # (B, ...) data at times[-1]
     "Jump from timestep to timestep, with fresh noise at all but the last.  # CTM: gamma-sampling"
-    times = times.tolist()
+    times = [float(t) for t in times]
     for i, (t, tau) in enumerate(zip(times[:-1], times[1:])):
         s = landing_time(tau, gamma, m.sigma_min)
         x = m.G(x, t, s, y)

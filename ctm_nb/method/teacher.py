@@ -96,11 +96,11 @@ def check(self: Preconditioned, x: Tensor, t, y=None) -> Tensor | None:  # y as 
 def check_classes(self: Preconditioned, x: Tensor, y, readable: bool = True) -> Tensor:  # (B,) int64
     "One class index for each row of x; ValueError for another number of them or, if readable, one out of range."
     k = torch.as_tensor(y, device=x.device)
-    if k.is_floating_point() or k.ndim > 1 or (k.ndim == 1 and len(k) not in (1, len(x))):
+    if k.is_floating_point() or k.ndim > 1 or (k.ndim == 1 and k.shape[0] not in (1, x.shape[0])):
         raise ValueError(f"y must be {len(x)} class indices or one for all, got {k.dtype} of shape {tuple(k.shape)}")
     if readable and bool((bad := (k < -1) | (k >= self.n_classes)).any()):
         raise ValueError(f"y must be in 0..{self.n_classes - 1}, or -1 for no label, got {int(k[bad].flatten()[0])}")
-    return k.long().expand(len(x))
+    return k.long().expand(x.shape[0])
 
 # %% ../../nbs/1_method/03_teacher.ipynb #fd08d712
 @patch
@@ -127,7 +127,7 @@ def c_noise(self: Preconditioned,
     least: float = 0.,  # smaller times are read as this
 ) -> Tensor:  # (B,)
     "The network's input for a noise level."
-    return noise_condition(expand(t, x).clamp(min=least), self.kind).flatten().expand(len(x))
+    return noise_condition(expand(t, x).clamp(min=least), self.kind).flatten().expand(x.shape[0])
 
 # %% ../../nbs/1_method/03_teacher.ipynb #f971f580
 class Denoiser(Preconditioned):

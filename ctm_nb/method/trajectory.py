@@ -8,6 +8,7 @@ __all__ = ['CTM', 'Jumps', 'is_ctm', 'student_from']
 # %% ../../nbs/1_method/04_trajectory.ipynb #2bd9acf6
 from typing import Protocol, runtime_checkable
 
+import torch
 from fastcore.basics import patch
 from torch import Tensor
 
@@ -36,7 +37,7 @@ def g(self: CTM, x: Tensor, t: float | Tensor, s: float | Tensor, y: Tensor | No
 @patch
 def G(self: CTM, x: Tensor, t: float | Tensor, s: float | Tensor, y: Tensor | None = None) -> Tensor:  # as `forward`
     "The jump from t to s; on the CPU, ValueError where s > t or s < 0.  # CTM: decomposition of G"
-    if not x.is_cuda: check_times(x, expand(t, x).flatten(), expand(s, x).flatten())
+    if not (x.is_cuda or torch.compiler.is_compiling()): check_times(x, expand(t, x).flatten(), expand(s, x).flatten())
     return jump(x, t, s, self.g(x, t, s, y))
 
 # %% ../../nbs/1_method/04_trajectory.ipynb #f6db7db2

@@ -25,10 +25,10 @@ def unit(
     dim: int | Sequence[int] | None = None,  # axes over which the mean is taken; None: all but the first
 ) -> Tensor:  # like x
     "x over its root mean square."
-    axes = list(range(1, x.ndim)) if dim is None else dim
+    axes = list(range(1, x.ndim)) if dim is None else [dim] if isinstance(dim, int) else dim
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=wide)
-    size = norm * math.sqrt(norm.numel() / x.numel())  # root mean square
+    size = norm * math.sqrt(1 / math.prod(x.shape[a] for a in axes))  # root mean square
     return x / (size + EPS).to(x.dtype)
 
 # %% ../../nbs/2_networks/03_edm2.ipynb #1de4994b

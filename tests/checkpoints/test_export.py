@@ -1,0 +1,59 @@
+"""Students as ONNX files and as a page: the same pictures, whatever the network, the number of them and the jumps."""
+import json
+import re
+
+import pytest
+import torch
+
+from ctm_nb.checkpoints import export
+from ctm_nb.method.teacher import Denoiser
+from ctm_nb.method.trajectory import student_from
+from ctm_nb.networks.families import build_network
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+SMALL = dict(image_size=8, channels=3, n_classes=4, model_channels=16, channel_mult=(1, 2), n_blocks=1, attention=(4,),
+             channels_per_head=16)
+
+
+def student(family, **more):
+    "A student whose every layer has something to say."
+    torch.manual_seed(0)
+    m = student_from(Denoiser(build_network(family, **SMALL | more))).eval().requires_grad_(False)
+    for p in m.parameters():
+        if not p.any(): torch.nn.init.normal_(p, std=.2)
+    m.classes, m.about = list("abcd")[:m.n_classes], "a trial"
+    return m
+
+
+@pytest.mark.parametrize("family", ["ddpmpp", "ncsnpp", "adm", "openai", "edm2"])
+def test_every_family_draws_the_same(family, tmp_path):
+    m = student(family)
+    file = export.export_onnx(m, tmp_path / "m.onnx", 2)
+    assert export.onnx_difference(m, file, 2, n=3) < 1e-4 and export.onnx_difference(m, file, 2, n=5) < 1e-4
+    session = onnxruntime.InferenceSession(str(file))
+    assert [i.name for i in session.get_inputs()] == ["noise", "label"]
+    kept = session.get_modelmeta().custom_metadata_map
+    assert json.loads(kept["classes"]) == m.classes and len(json.loads(kept["times"])) == 3
+
+
+def test_the_jump_itself_bytes_and_no_classes(tmp_path):
+    m = student("ddpmpp", n_classes=0)
+    file = export.export_onnx(m, tmp_path / "g.onnx", None)
+    assert export.onnx_difference(m, file, None) < 1e-4
+    assert [i.name for i in onnxruntime.InferenceSession(str(file)).get_inputs()] == ["x", "t", "s"]
+    file = export.export_onnx(m, tmp_path / "b.onnx", 1, bytes=True)
+    assert export.onnx_difference(m, file, 1) <= 1
+    assert onnxruntime.InferenceSession(str(file)).get_outputs()[0].type == "tensor(uint8)"
+
+
+def test_a_teacher_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="only a student"):
+        export.export_onnx(Denoiser(build_network("ddpmpp", **SMALL)), tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(ImportError, match=re.escape("onnxscript is not installed: pip install 'ctm_nb[onnx]'")):
+        export.onnx_bytes(student("ddpmpp"))
