@@ -43,7 +43,10 @@ NEW = {  # what came after BEFORE: its modules, and its definitions in others; a
         evaluation.evaluate: Training Evaluator.remember Evaluator.nearest _nearest_grid commands.evaluate: _sheet""",
     "emoji": "training.presets: EMOJI",
     "safety of readers, labels": """data.read: existing unpacked_limit _Stub LABEL_KEYS _label_in _is_picture _as_bytes
-        _stamp LMDB _lmdb_page lmdb_entries data.convert: folder_names""",
+        _stamp LMDB _lmdb_page lmdb_entries data.convert: folder_names data.images: _letters
+        checkpoints.models: _is_consistency_model""",
+    "two at once, memory, a pulse": """data.files: claimed training.trainer: Trainer.claim Trainer.whereabouts
+        checkpoints.models: of_newest commands.flags: Pulse training.costs: fit_memory""",
 }
 
 
@@ -70,7 +73,8 @@ def definitions(text):
         found.setdefault(name, set()).update(range(first, node.end_lineno + 1))
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef):
-            of = node.args.args[0].annotation if node.decorator_list and node.args.args else None  # of a @patch
+            patched = any("patch" in ast.unparse(d) for d in node.decorator_list)
+            of = node.args.args[0].annotation if patched else None
             owner = of.id if isinstance(of, ast.Name) else ""
             if owner: note(owner, node)
             note(f"{owner}.{node.name}" if owner else node.name, node)

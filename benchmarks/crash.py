@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from ctm_nb.checkpoints import store as state
+from ctm_nb.commands.flags import Pulse
 from ctm_nb.commands.train import _train, train_parser
 from ctm_nb.data.files import file_hash
 from ctm_nb.training.trainer import resume_point
@@ -110,7 +111,7 @@ def live(folder, words, kind="none", at=0, share=0.0):
             os.dup2(out, 1), os.dup2(out, 2)
             count = arm(kind, at, share)
             line = ["--preset", "tiny", "--stage", "all", "--runs", str(folder.parent), "--name", folder.name]
-            _train(train_parser().parse_args([*line, "--set", *words]), time.perf_counter())
+            _train(train_parser().parse_args([*line, "--set", *words]), time.perf_counter(), Pulse("crash"))
             (folder.parent / "counts.json").write_text(json.dumps(count))
             code = 0
         except BaseException:

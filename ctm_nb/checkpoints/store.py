@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'EMA', 'versions', 'save_checkpoint', 'CheckpointError', 'Checkpoint', 'load_checkpoint',
-           'step_folders', 'latest_checkpoint', 'prune_checkpoints', 'random_state', 'set_random_state', 'MetricsLog']
+           'step_folders', 'latest_checkpoint', 'prune_checkpoints', 'MetricsLog']
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #e19fcfde
 import copy
@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import platform
-import random
 import re
 import shutil
 from collections import OrderedDict
@@ -149,7 +148,7 @@ def save_checkpoint(
     folder:str|Path, # the run's checkpoint folder, made if needed
     step:int, # training step, >= 0; names the folder
     models:dict, # name -> state dict of tensors; each becomes <name>.safetensors
-    state:dict, # nested dict of tensors, numbers and strings: optimizers, counters, random state
+    state:dict, # nested dict of tensors, numbers and strings: optimizers, counters
     meta:dict, # anything JSON can hold, e.g. the configuration (tuples come back as lists)
     replace:bool=False, # allow `step` to be there already
 ) -> Path: # folder/step_00001000
@@ -268,28 +267,6 @@ def prune_checkpoints(
     doomed = [p for p in step_folders(folder) if _is_complete(p)][keep:]
     for p in doomed: discard(p)
     return doomed
-
-# %% ../../nbs/4_checkpoints/01_store.ipynb #4150e802
-def random_state() -> dict: # plain tensors and numbers, fit for `save_checkpoint`
-    "Where the global random generators of Python, NumPy and torch stand."
-    _, keys, pos, has_gauss, cached = np.random.get_state()
-    keys = torch.from_numpy(np.asarray(keys, np.int64))
-    return dict(
-        python=random.getstate(), torch=torch.get_rng_state(),
-        numpy=dict(keys=keys, pos=int(pos), has_gauss=int(has_gauss), cached=float(cached)),
-        cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-
-# %% ../../nbs/4_checkpoints/01_store.ipynb #4ae8aa0b
-def set_random_state(state:dict): # from `random_state`
-    "Put the global random generators back where they stood."
-    random.setstate(state["python"])
-    n = state["numpy"]
-    np.random.set_state(("MT19937", n["keys"].numpy().astype(np.uint32), n["pos"], n["has_gauss"], n["cached"]))
-    torch.set_rng_state(state["torch"])
-    here, saved = torch.cuda.device_count(), state["cuda"]
-    if here != len(saved):
-        log.warning("random state of %d GPUs, %d here: the run continues, but with other numbers", len(saved), here)
-    elif here: torch.cuda.set_rng_state_all(saved)
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #a85265be
 class MetricsLog:

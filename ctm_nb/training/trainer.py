@@ -7,7 +7,7 @@ __all__ = ['log', 'check_changes', 'resume_point', 'open_images', 'no_scores_bec
            'NoBoard']
 
 # %% ../../nbs/6_training/08_trainer.ipynb #c62114fe
-import json, logging, math, random, resource, sys, time
+import json, logging, math, resource, sys, time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from ..checkpoints.averages import Profile, forget_snapshots, save_snapshot
 from ..checkpoints.models import KINDS, describe, rebuild
 from ..checkpoints.store import (Checkpoint, CheckpointError, MetricsLog, atomic_write, load_checkpoint,
-                                      prune_checkpoints, random_state, save_checkpoint, set_random_state, step_folders,
+                                      prune_checkpoints, save_checkpoint, step_folders,
                                       versions)
 from ..data.batches import Batches, Splits, load_splits
 from ..data.files import claimed
@@ -178,8 +178,6 @@ class Trainer:
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         self.writer: Any = None  # made when first needed, as is the evaluator
         self.evaluator: Any = None
-        random.seed(config.run.seed)  # what a user's code may draw from; nothing of ours does
-        np.random.seed(config.run.seed % 2 ** 32)
         if unpacks(self.precision, self.device):
             log.warning("run.precision=%s: this processor has no instructions for it; run.precision=fp32 will be many "
                         "times faster", self.precision)
@@ -226,14 +224,15 @@ def state_dict(self: RunState, log_lines: int = 0) -> dict:  # log_lines: comple
     "The state without the networks' weights and the number of the step, which a checkpoint keeps elsewhere."
     return {"stage": self.stage.name, "optimizers": {k: o.state_dict() for k, o in self.stage.optimizers.items()},
             "emas": {k: e.state_dict() for k, e in self.stage.emas.items()},
-            "scaler": self.scaler.state_dict() if self.scaler else {}, "random": random_state(), "window": self.window,
-            "log_lines": log_lines, "seconds": self.seconds, "logged_at": self.logged_at}
+            "scaler": self.scaler.state_dict() if self.scaler else {}, "window": self.window, "log_lines": log_lines,
+            "seconds": self.seconds, "logged_at": self.logged_at}
 
 # %% ../../nbs/6_training/08_trainer.ipynb #e70364ff
 @patch
 def load(self: RunState, c: Checkpoint):  # of the stage in memory
     "Stand where the checkpoint stands; raises CheckpointError if either holds something that the other lacks."
     stage, mine = self.stage, self.state_dict()
+    c.state.pop("random", None)  # of version 0.1
     pairs = {"state": (mine, c.state), "networks": (stage.parts, c.models)}
     pairs |= {k: (mine[k], c.state.get(k, {})) for k in ("optimizers", "emas", "scaler")}
     for what, (here, there) in pairs.items():
@@ -244,7 +243,6 @@ def load(self: RunState, c: Checkpoint):  # of the stage in memory
     for name, optimizer in stage.optimizers.items(): load_optimizer(optimizer, c.state["optimizers"][name])
     if self.scaler: self.scaler.load_state_dict(c.state["scaler"])
     self.window, self.seconds, self.logged_at = (c.state[k] for k in ("window", "seconds", "logged_at"))
-    set_random_state(c.state["random"])
 
 # %% ../../nbs/6_training/08_trainer.ipynb #9fc302a1
 @patch

@@ -22,9 +22,7 @@ from ctm_nb.checkpoints.store import (
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
-    random_state,
     save_checkpoint,
-    set_random_state,
 )
 
 
@@ -307,16 +305,7 @@ def test_latest_and_prune(tmp_path, caplog):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000900", "step_00001000", "step_123456789"]
 
 
-# ---- random state and log
-
-def test_random_state_survives_a_checkpoint(tmp_path):
-    def draw(): return random.random(), np.random.randn(), np.random.rand(), torch.rand(2).tolist()
-    np.random.randn()
-    path = save_checkpoint(tmp_path, 1, {}, dict(random=random_state()), {})
-    first = [draw() for _ in range(3)]
-    set_random_state(load_checkpoint(path).state["random"])
-    assert [draw() for _ in range(3)] == first
-
+# ---- log
 
 def test_log_rewinds_from_every_torn_length(tmp_path):
     path = tmp_path/"m.jsonl"
