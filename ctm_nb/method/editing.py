@@ -178,10 +178,11 @@ def _check(m, task, x, mask):
     C, H, W = m.data_shape
     c, what = (1, "grey") if task == "colour" else (C, f"of {C} channel{'s' * (C > 1)}")
     if task not in TASKS: raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-    if task == "colour" and C != 3: raise ValueError(f"colour needs a model of pictures in colour, this has {C} channel")
+    if task == "colour" and C != 3: raise ValueError(f"colour needs a model of 3 channels, this one has {C}")
     fits, size = x.shape[1:] == (c, H, W), f"{H} x {W}"
     if task == "upscale":
-        fits, size = x.shape[1] == C and H > x.shape[2] == x.shape[3] and H % x.shape[2] == 0, f"{H} x {W} divided by k"
+        fits = x.shape[1] == C and H > x.shape[2] == x.shape[3] and H % x.shape[2] == 0
+        size += " divided by k"
     if not fits: raise ValueError(f"pictures to {task} must be {size}, {what}, got shape {tuple(x.shape[1:])}")
     low, high = x.min().item(), x.max().item()
     limit = math.inf if task == "denoise" else 1.001
@@ -200,9 +201,10 @@ def _check(m, task, x, mask):
 # %% ../../nbs/1_method/13_editing.ipynb #fe524d97
 class Edited(NamedTuple):
     "What was made, and what was found out on the way."
-    x: Tensor  # (B, ...) pictures; latents for encode, (B-1, n, ...) for interpolate
+    x: Tensor  # (B, C, H, W) pictures; (B-1, n, C, H, W) for interpolate
     y: Tensor | None  # (B,) classes, given or found
-    t: Tensor | None = None  # (B,) noise levels found by denoise
+    t: Tensor | None = None  # (B,) noise levels, of denoise
+    z: Tensor | None = None  # (B, C, H, W) latents, of encode; x is their picture
 
 # %% ../../nbs/1_method/13_editing.ipynb #b95a1ae3
 @torch.no_grad()
@@ -214,7 +216,7 @@ def edit(
     y=None,  # class, or (B,) of them; None: found, where the model has classes
     steps: int | None = None,  # jumps or solver steps; None: 16 along the ODE, 1 for a stroke, else 4
     gamma: float = .6,  # share of fresh noise of jumps, in [0, 1]
-    level: float | None = None,  # noise to begin with; None: 1 for a stroke, else 3
+    level: float | None = None,  # noise to begin with; None: 1 for a stroke, else 3; denoise: None: found
     solver: str | None = None,  # a key of SAMPLERS; None: "ctm", for a teacher "heun"
     n: int = 9,  # interpolate: pictures from one to the next
     seed: int = 0,  # of the noise; row i depends on it and on i alone
@@ -228,12 +230,14 @@ def edit(
     if task == "denoise":
         if not is_ctm(m): raise ValueError("denoise needs a CTM, this model is a teacher")
         t, y = noise_level(m, x, draw, y)
+        if level: t = torch.full_like(t, level)
         return Edited(m.G(x, t.clamp(m.sigma_min, m.sigma_max), m.sigma_min, y), y, t)
     if y is None and m.n_classes: y = likeliest_class(m, put or (lambda g: first), first, draw)
     if task in ("encode", "interpolate"):
         times = rho_grid((steps or 16) + 1, m.sigma_min, m.sigma_max)
-        if task == "encode": return Edited(encode(m, x, times, y, callback=callback), y)
-        return Edited(interpolate(m, x, n, y, times, callback), y)
+        if task == "interpolate": return Edited(interpolate(m, x, n, y, times, callback), y)
+        z = encode(m, x, times, y, callback=callback)
+        return Edited(m.G(z, m.sigma_max, m.sigma_min, y) if is_ctm(m) else solve(m.D, z, times, y, "dpmpp_2m"), y, z=z)
     times = rho_grid((steps or (4 if put else 1)) + 1, m.sigma_min, level or (3. if put else 1.))
     how = {"gamma": gamma} if (solver := solver or ("ctm" if is_ctm(m) else "heun")) == "ctm" else {}
     return Edited(complete(m, put or (lambda g: g), first, times, draw, y, solver, callback, **how), y)
