@@ -111,8 +111,14 @@ def part_page(part, names, titles, promises):
     )
 
 
-def prepare(work, only=(), root=ROOT):
-    "Write Sphinx's source; returns the faults."
+DRAW = """```{raw} html
+<p><a class="draw" href="_static/draw.html">Draw a picture now</a>: a student of this package, in your browser, on your
+machine (10 MB).</p>
+```"""
+
+
+def prepare(work, only=(), root=ROOT, draw=False):
+    "Write Sphinx's source; returns the faults. The front page leads to a page that draws, if there is one."
     cfg, nbs = settings(root), root/"nbs"
     host, branch = cfg["git_url"], cfg["branch"]
     names = [n for n in notebooks.found(nbs) if not only or n in only]
@@ -167,6 +173,7 @@ def prepare(work, only=(), root=ROOT):
     write(work, "reference.md", REFERENCE + toctree(["api/index", *others]) + "\n")
     front = notebooks.processed(nbs/"index.ipynb")
     cells, found = page("index", front.cells, files, lambda name: None, to="notebooks/")
+    if draw: cells = after_promise(cells, nbformat.v4.new_markdown_cell(DRAW, id="draw"))
     tree = toctree([*(f"parts/{pages.slug(part)}" for part in parts), "reference"])
     save([*cells, nbformat.v4.new_markdown_cell(tree, id="trees")], front.metadata, work/"index.ipynb")
     for p in files.pictures:
@@ -208,17 +215,20 @@ def main(argv=None):
     p.add_argument("--out", type=Path, default=ROOT/settings()["doc_path"], help="the finished site")
     p.add_argument("--work", type=Path, default=ROOT/"_proc"/"site", help="folder for Sphinx's source; replaced")
     p.add_argument("--cache", type=Path, default=ROOT/"_proc"/"vendor", help="where archives from npm are kept")
+    p.add_argument("--draw", type=Path, default=ROOT/"build"/"page"/"index.html",
+                   help="a page that ctm_nb_convert --web has made; without one the site has none")
     p.add_argument(
         "--linkcheck",
         action="store_true",
         help="ask the internet whether links to elsewhere work, instead of building pages",
     )
     a = p.parse_args(argv)
-    faults = prepare(a.work, a.notebooks)
+    faults = prepare(a.work, a.notebooks, draw=a.draw.exists())
     if faults: sys.exit("\n".join(faults))
     static = a.work.parent/"static"
     try: vendor.vendor(static, a.cache)
     except vendor.NotFetched as e: sys.exit(f"docs: {e}")
+    if a.draw.exists(): shutil.copy(a.draw, static/"draw.html")
     if a.linkcheck: sys.exit(sphinx(a.work, a.work.parent/"linkcheck", static, "linkcheck"))
     made = a.work.parent/"html"  # not at its place yet: a failed build leaves the old site, and myst-nb writes beside
     shutil.rmtree(made, ignore_errors=True)

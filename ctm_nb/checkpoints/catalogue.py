@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 class PublicFile:
     "One public file: what it is and where it lies."
     name: str                # lower case with hyphens
-    kind: str                # "teacher", "ctm", "cm", "reference" or "features"
+    kind: str                # "teacher", "ctm", "cm", "reference", "features" or "runtime"
     loads_as: str            # the format
     licence: str             # as its project states it
     what: str                # one line

@@ -157,7 +157,9 @@ def available_memory()->int: # bytes
     "Memory that could be used without swapping."
     lines = Path("/proc/meminfo")
     try: free = next(int(l.split()[1]) * 1024 for l in lines.read_text().splitlines() if l.startswith("MemAvailable"))
-    except (OSError, StopIteration): free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (OSError, StopIteration):
+        if not hasattr(os, "sysconf"): return 2**32  # Windows tells no one
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     try: limit, used = (int(Path(f"/sys/fs/cgroup/memory.{k}").read_text()) for k in ("max", "current"))
     except (OSError, ValueError): return free
     return max(0, min(free, limit - used))

@@ -50,6 +50,7 @@ def write_synced(
 # %% ../../nbs/3_data/00_files.ipynb #b6569973
 def fsync_folder(path:Path):
     "Wait until the names in a folder are on the disk."
+    if os.name == "nt": return  # Windows opens no folders
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_ENTRY', 'ENCODINGS', 'LANCZOS', 'CROPS', 'SUFFIXES', 'LABEL_FILES', 'HELPERS', 'EXPECTED',
-           'SPLITS', 'LABEL_KEYS', 'PLAIN', 'CIFAR', 'LMDB', 'BrokenImage', 'read_file', 'open_image', 'as_image',
-           'standardise', 'crop_center', 'crop_square', 'is_grey', 'one_mode', 'decode', 'in_order', 'cores',
-           'workers_for', 'shared_array', 'Source', 'held_out_of', 'check_square', 'side_of', 'complain',
+           'SPLITS', 'LABEL_KEYS', 'PLAIN', 'PACKED', 'CIFAR', 'LMDB', 'BrokenImage', 'read_file', 'open_image',
+           'as_image', 'standardise', 'crop_center', 'crop_square', 'is_grey', 'one_mode', 'decode', 'in_order',
+           'cores', 'workers_for', 'shared_array', 'Source', 'held_out_of', 'check_square', 'side_of', 'complain',
            'is_image_name', 'is_hidden', 'reading', 'few', 'existing', 'walk', 'distinct', 'class_fields',
            'folder_classes', 'FileSource', 'Folder', 'open_folder', 'unpacked_limit', 'zip_entries', 'tar_entries',
            'read_entry', 'Pack', 'open_archive', 'ArraySource', 'LibrarySource', 'numbered', 'open_npz', 'read_idx',
@@ -14,12 +14,13 @@ __all__ = ['MAX_PIXELS', 'MAX_ENTRY', 'ENCODINGS', 'LANCZOS', 'CROPS', 'SUFFIXES
            'open_table', 'folder_kind', 'file_kind', 'open_digits', 'open_source']
 
 # %% ../../nbs/3_data/02_read.ipynb #18fbe850
-import csv, gzip, importlib, inspect, io, json, math, mmap, os, pickle, re, stat, struct, tarfile, warnings
-import zipfile, zlib
+import bz2, csv, gzip, importlib, inspect, io, json, lzma, math, mmap, os, pickle, re, stat, struct, tarfile, tempfile
+import warnings, zipfile, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources, util
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def in_order(
     ahead:int=2, # tasks in flight a worker
 ):  # a generator of results
     "Results of `work` in the order of `tasks`, whatever the number of workers; `OSError` if one of them dies."
-    if not workers:
+    if not workers or not hasattr(os, "fork"):  # as on Windows
         yield from map(work, tasks)
         return
     answers = iter(DataLoader(_Work(work), None, sampler=tasks, num_workers=workers, prefetch_factor=ahead,
@@ -269,7 +270,7 @@ def few(names)->str:
     return ", ".join(map(readable, list(names)[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 EXPECTED = ("'digits', 'emoji', a folder of images, a zip, an npz or npy, MNIST's idx or CIFAR's tar.gz, an LMDB, "
-            "WebDataset shards, Parquet, hub:NAME or torchvision:NAME")
+            "WebDataset shards, Parquet, hub:NAME, hf:NAME or torchvision:NAME")
 
 def existing(path:Path)->Path:
     "A path if a file or a folder is there; `ValueError` for a pipe or a device."
@@ -317,7 +318,10 @@ def class_fields(numbers, where, given=None)->dict: # labels, classes, ..., fiel
 # %% ../../nbs/3_data/02_read.ipynb #a5bf1010
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "held_out"}
 
-def _prefix(name): return name.rpartition("/")[2].partition("_")[0]  # the class in the names of ADM's pictures
+def _prefix(name):
+    "The class in a name like CLASS_NUMBER.png, else, as ADM has it, before the first _."
+    base = os.path.splitext(name.rpartition("/")[2])[0]
+    return m[1] if (m := re.fullmatch(r"(.+)_[0-9]+", base)) else base.partition("_")[0]
 
 def folder_classes(names:list, where)->dict: # fields of a `Source`, and "keep", (N,) bool
     "Classes and split that the folders of the images mean; `ValueError` if images lie beside and inside folders."
@@ -417,7 +421,7 @@ class FileSource(Source):
     "Image files of a folder, an archive or a store."
     box: Any = None  # has `names`, `read(k)` and `paths`
     at: Any = None  # (N,) which of its files the images are
-    def paths(self): return self.box.paths
+    def paths(self): return self.files or self.box.paths
     def get(self, i): return self.box.read(self.at[i])
 
 def _is_picture(box, k):
@@ -486,8 +490,8 @@ def zip_entries(path:Path):  # yields name and (offset, stored bytes, bytes, che
             name, limit = readable(e.filename), min(MAX_ENTRY, unpacked_limit(e.compress_size))
             if e.is_dir(): continue
             if e.flag_bits & 1: raise ValueError(f"{name} is encrypted")
-            if e.compress_type not in (0, 8):
-                raise ValueError(f"{name} is compressed by method {e.compress_type}, expected stored or deflate")
+            if e.compress_type not in (0, 8, 12, 14):
+                raise ValueError(f"{name} is compressed by method {e.compress_type}, expected deflate, bzip2 or LZMA")
             if e.file_size > limit:
                 raise ValueError(f"{name} would unpack to {e.file_size} bytes, the limit is {limit}")
             fits = 0 <= e.header_offset <= room - e.compress_size
@@ -509,20 +513,35 @@ def tar_entries(path:Path):  # yields name and place, as `zip_entries`
         if f.read(512) != bytes(512): raise ValueError("cut off, the block of zeros that ends a tar is missing")
 
 # %% ../../nbs/3_data/02_read.ipynb #c44f1c83
+def _bytes_at(fd, n, offset):
+    if hasattr(os, "pread"): return os.pread(fd, n, offset)  # one call, whichever thread or process shares the file
+    os.lseek(fd, offset, os.SEEK_SET)
+    return os.read(fd, n)
+
+def _inflate(data, method, most):
+    "So many bytes of a member of a zip, by deflate, bzip2 or LZMA."
+    if method == 8: return zlib.decompressobj(-15).decompress(data, most)
+    if method == 12: return bz2.BZ2Decompressor().decompress(data, most)
+    mixed, window = struct.unpack("<BI", data[4:9])  # the properties, after a version and their length
+    sizes = dict(lc=mixed % 9, lp=mixed // 9 % 5, pb=mixed // 45, dict_size=min(window, most + 4096))
+    chain = dict(id=lzma.FILTER_LZMA1, **sizes)
+    return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[chain]).decompress(data[9:], most)
+
 def read_entry(fd:int, offset:int, stored:int, size:int, check:int, method:int)->bytes:
     "Content of an entry at its place in an open archive; `BrokenImage` if it is damaged there."
     ahead = 0 if method == PLAIN else 430  # bytes of a zip's header: 30, and two fields of variable length
-    raw, start = os.pread(fd, ahead + stored, offset), 0
+    raw, start = _bytes_at(fd, ahead + stored, offset), 0
     if method != PLAIN:
         if raw[:4] != b"PK\3\4" or len(raw) < 30:
             raise BrokenImage("the zip has no entry where its directory says")
         start = 30 + sum(struct.unpack("<HH", raw[26:30]))
-    data = raw[start:start + stored] if start <= ahead else os.pread(fd, stored, offset + start)
+    data = raw[start:start + stored] if start <= ahead else _bytes_at(fd, stored, offset + start)
     if len(data) < stored: raise BrokenImage(f"the archive ends {stored - len(data)} bytes too early")
     if method == PLAIN: return data
     if method:
-        try: data = zlib.decompressobj(-15).decompress(data, size or 1)  # 0 would mean no limit
-        except zlib.error as e: raise BrokenImage(f"damaged in the zip ({e})") from None
+        try: data = _inflate(data, method, size or 1)  # 0 would mean no limit
+        except (zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, ValueError) as e:
+            raise BrokenImage(f"damaged in the zip ({e})") from None
     if zlib.crc32(data) != check: raise BrokenImage("damaged in the zip (checksum)")
     return data
 
@@ -537,22 +556,42 @@ class Pack:
         self.stamps = [_stamp(os.stat(p)) for p in paths]
     def read(self, k):
         number, *where = self.place[k].tolist()
-        if number not in self.fds: self.fds[number] = os.open(self.paths[number], os.O_RDONLY)
+        plain = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would change line ends
+        if number not in self.fds: self.fds[number] = os.open(self.paths[number], plain)
         if _stamp(os.fstat(self.fds[number])) != self.stamps[number]:  # the places are those of another file
             raise OSError(f"{self.paths[number]} has changed since it was opened; open it again")
         return read_entry(self.fds[number], *where)
 
-def _archive_entries(path:Path)->tuple: # "zip" or "tar", list of name and place
+PACKED: dict = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open, b"BZ": bz2.open}
+_tars: dict = {}  # a compressed tar as it is now -> the temporary file with the plain one, which goes with this process
+
+def _plain_tar(path, unpack)->Path:
+    "The tar in a compressed one; `ValueError` for more bytes than could be meant."
+    key, left = (path, _stamp(path.stat())), unpacked_limit(path.stat().st_size)
+    if key not in _tars:
+        out = tempfile.NamedTemporaryFile(suffix=".tar")
+        with unpack(path) as f:
+            while block := f.read(2**20):
+                if (left := left - len(block)) < 0: raise ValueError("it unpacks to more than could be meant")
+                out.write(block)
+        out.flush()
+        _tars[key] = out
+    return Path(_tars[key].name)
+
+def _archive_entries(path:Path)->tuple: # "zip" or "tar", list of name and place, the file with these places
     "The files of an archive; `ValueError` for a path that leads outside of it, and for one that is there twice."
-    with open(path, "rb") as f: kind = "zip" if f.read(2) == b"PK" else "tar"
-    with reading(path): found = list((zip_entries if kind == "zip" else tar_entries)(path))
+    with open(path, "rb") as f: head = f.read(512)
+    kind, unpack = "zip" if head[:2] == b"PK" else "tar", None if head[257:262] == b"ustar" else PACKED.get(head[:2])
+    with reading(path):
+        at = _plain_tar(path, unpack) if unpack else path
+        found = list((zip_entries if kind == "zip" else tar_entries)(at))
     seen: set = set()
     for n, _ in found:
         if n in seen: raise ValueError(f"{path} holds '{readable(n)}' twice")
         if n.startswith("/") or ".." in n.split("/") or n[1:2] == ":":
             raise ValueError(f"{path} names a path outside of itself: '{readable(n)}'")
         seen.add(n)
-    return kind, found
+    return kind, found, at
 
 # %% ../../nbs/3_data/02_read.ipynb #14448592
 def _example_of(name:str)->str:
@@ -582,18 +621,20 @@ def _shard_pairs(box, images:list, rest:list, where)->list:
 
 # %% ../../nbs/3_data/02_read.ipynb #7fa3c9d0
 def open_archive(paths, labels:tuple|str|None=None)->FileSource:
-    """The images of a zip or an uncompressed tar, arranged as those of a folder, or of WebDataset shards.
+    """The images of a zip or a tar, arranged as those of a folder, or of WebDataset shards.
 
     `ValueError` if it can't be read safely."""
     opened = [(p, *_archive_entries(existing(p))) for p in paths]  # the first that is missing ends it
-    paths, kinds, found = map(list, zip(*opened))
+    paths, kinds, found, at = map(list, zip(*opened))
     where, name, kind, n = paths[0], paths[0].stem, f"{kinds[0]} of images", len(paths)
     keys = {_example_of(f) for f, _ in found[0] if is_image_name(f)} if kinds[0] == "tar" and not labels else ()
     if n > 1: where, name, kind = where.parent, where.resolve().parent.name, f"{n} WebDataset shards"
     elif any(f.endswith((".cls", ".json")) and _example_of(f) in keys for f, _ in found[0]): kind = "1 WebDataset shard"
     if "shard" in kind: entries = [(f"{p.name}/{f}", (k, *at)) for k, p in enumerate(paths) for f, at in found[k]]
     else: entries = sorted(((f, (0, *at)) for f, at in found[0]), key=lambda e: e[0].replace("/", "\0"))  # by folders
-    return _arrange(Pack(paths, entries), where, name, kind, labels)
+    source = _arrange(Pack(at, entries), where, name, kind, labels)
+    source.files = paths
+    return source
 
 # %% ../../nbs/3_data/02_read.ipynb #af1696d0
 @dataclass(repr=False, eq=False)
@@ -634,9 +675,20 @@ def _of_parts(source, where, parts, labels, classes=None, is_test=None):
     return source
 
 # %% ../../nbs/3_data/02_read.ipynb #fe71e085
+def _mat_arrays(path):
+    "SVHN's arrays as those of an npz: the pictures are numbered by the last axis, and the digit 0 is called 10."
+    from scipy.io import loadmat, whosmat
+    sizes, limit = {n: math.prod(s) for n, s, _ in whosmat(path)}, unpacked_limit(path.stat().st_size)
+    if not {"X", "y"} <= {*sizes}: raise ValueError(f"expected X (H, W, C, N) and y (N, 1) of SVHN, got {few(sizes)}")
+    if (size := sizes["X"] + 8 * sizes["y"]) > limit:
+        raise ValueError(f"it would unpack to {size} bytes, the limit is {limit}")
+    z = loadmat(path, variable_names=["X", "y"])
+    return {"arr_0": np.ascontiguousarray(z["X"].transpose(3, 0, 1, 2)), "arr_1": z["y"].ravel() % 10}
+
 def _arrays(path:Path)->dict: # by their names
     "The arrays of an npz, or the one of an npy; an error for more bytes than could be meant."
     with reading(path):
+        if path.suffix == ".mat": return _mat_arrays(path)
         z = np.load(path)
         if isinstance(z, np.ndarray): return {"arr_0": z}
         with z:
@@ -732,22 +784,22 @@ def _unpickle_arrays(data:bytes, where)->dict: # with str keys
 # %% ../../nbs/3_data/02_read.ipynb #4f07fb03
 CIFAR = re.compile(r"(^|/)(data_batch_\d|test_batch|batches\.meta|train|test|meta)$")
 
+def _cifar_members(path, most=None):
+    "CIFAR's files in a compressed tar, among the first members."
+    left = unpacked_limit(path.stat().st_size)
+    with tarfile.open(path) as t:
+        for e in islice(t, most):
+            if (left := left - e.size) < 0: raise ValueError("it unpacks to more than could be meant")
+            if e.isreg() and CIFAR.search(e.name): yield t, e
+
 def _cifar_files(path:Path)->dict: # base name -> bytes
     "Batches and the meta file of a folder, or of the archive offered for download."
     if path.is_dir(): return {p.name: read_file(p) for p in path.iterdir() if CIFAR.search(p.name)}
-    files, left = {}, unpacked_limit(path.stat().st_size)
-    with tarfile.open(path) as t:
-        for e in t:
-            left -= e.size
-            if left < 0: raise ValueError("it unpacks to more than could be meant")
-            if not e.isreg() or not CIFAR.search(e.name): continue
-            files[os.path.basename(e.name)] = (t.extractfile(e) or io.BytesIO()).read()
-    if files: return files
-    raise ValueError(f"{path} is a compressed tar and not CIFAR's for Python: unpack it and give the folder")
+    return {os.path.basename(e.name): (t.extractfile(e) or io.BytesIO()).read() for t, e in _cifar_members(path)}
 
 # %% ../../nbs/3_data/02_read.ipynb #975a8899
 def open_cifar(where:Path)->ArraySource:
-    "CIFAR-10 or CIFAR-100 for Python, a folder or cifar-10-python.tar.gz; `ValueError` for any other compressed tar."
+    "CIFAR-10 or CIFAR-100 for Python, a folder or cifar-10-python.tar.gz."
     files, x, y = _cifar_files(where), [], []
     ten = any(n.startswith("data_batch") for n in files)
     fine, batches = "" if ten else "fine_", sorted(n for n in files if "meta" not in n)
@@ -849,21 +901,40 @@ def open_torchvision(name:str, root:str="data")->LibrarySource:
     return _of_parts(LibrarySource(name, "torchvision", []), name, parts, labels, classes)
 
 # %% ../../nbs/3_data/02_read.ipynb #17b5c00d
+class _Streamed:
+    "The pictures of a stream in a temporary file, which goes with this process, and their labels."
+    def __init__(self, rows, picture, label):
+        self.file, self.ends, self.labels = tempfile.TemporaryFile(), [0], []
+        for row in rows:
+            self.file.write(row[picture]["bytes"] or b"")
+            self.ends.append(self.file.tell())
+            self.labels.append(row.get(label))
+        self.file.flush()
+    def __len__(self): return len(self.labels)
+    def __getitem__(self, i): return (_bytes_at(self.file.fileno(), self.ends[i + 1] - self.ends[i], self.ends[i]),)
+
 def open_table(name:str, builder:str="")->LibrarySource:
     """A data set that `datasets` reads: the first column of images, and the first of classes if there is one.
 
-    `name` is a file of the `builder` "parquet" or "arrow", or without one a name on the Hub."""
-    sets = optional("datasets", "Parquet, Arrow or hub:NAME")
-    found = sets.load_dataset(builder, data_files=name) if builder else sets.load_dataset(name)
+    `name` is a file of the `builder` "parquet" or "arrow", a folder that `save_to_disk` has written ("disk"), or a name
+    on the Hub: kept on this disk ("hub"), or streamed and kept as long as this process ("hf")."""
+    sets = optional("datasets", "Parquet, Arrow, hub:NAME or hf:NAME")
+    if builder == "disk": found = sets.load_from_disk(name)
+    elif builder in ("hub", "hf"): found = sets.load_dataset(name, streaming=builder == "hf")
+    else: found = sets.load_dataset(builder, data_files=name)
+    if not isinstance(found, dict): found = {"train": found}
     tables = [found[k] for k in sorted(found, key=lambda k: not k.startswith("train"))]
     columns = tables[0].features
     pictures = [k for k, v in columns.items() if isinstance(v, sets.Image) or isinstance(v, dict) and "bytes" in v]
     label = next((k for k, v in columns.items() if isinstance(v, sets.ClassLabel)), "")
     if not pictures: raise ValueError(f"{name} has no column of images, but {few(list(columns))}")
     def content(rows): return {0: [v["bytes"] or v["path"] or b"" for v in rows[pictures[0]]]}
-    parts = [t.cast_column(pictures[0], sets.Image(decode=False)).with_transform(content) for t in tables]
+    parts = [t.cast_column(pictures[0], sets.Image(decode=False)) for t in tables]
+    streamed = builder == "hf"
+    parts = [_Streamed(t, pictures[0], label) if streamed else t.with_transform(content) for t in parts]
+    labels = [p.labels if streamed else t[label] for p, t in zip(parts, tables) if label]
     source = LibrarySource(Path(name).stem, "datasets", [])
-    return _of_parts(source, name, parts, [t[label] for t in tables if label], columns[label].names if label else None)
+    return _of_parts(source, name, parts, labels, columns[label].names if label else None)
 
 # %% ../../nbs/3_data/02_read.ipynb #b2ea563d
 def folder_kind(path:Path)->tuple: # the function that opens it, what to give it
@@ -873,6 +944,8 @@ def folder_kind(path:Path)->tuple: # the function that opens it, what to give it
     if "data.mdb" in names: return open_lmdb, path
     idx = {n.removesuffix(".gz") for n in names if "images" in n and re.search(r"idx3-ubyte(\.gz)?$", n)}
     if idx: return open_idx, [path/n if n in names else path/f"{n}.gz" for n in sorted(idx)]  # one of both forms
+    saved = "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names
+    if saved: return open_table, str(path), "disk"
     cifar = any(n.startswith("data_batch_") for n in names)
     if cifar or {"train", "test", "meta"} <= names and (path/"train").is_file(): return open_cifar, path
     if shards := sorted(path/n for n in names if n.endswith(".tar")): return open_archive, shards
@@ -897,7 +970,9 @@ def file_kind(path:Path)->tuple: # the function that opens it, what to give it
     if head[:4] == b"PAR1": return open_table, str(path), "parquet"
     if head[:6] == b"ARROW1": return open_table, str(path), "arrow"
     if head[257:262] == b"ustar": return open_archive, [path]
-    if unpacked[257:262] == b"ustar" or head[:6] == b"\xfd7zXZ\0" or head[:3] == b"BZh": return open_cifar, path
+    if unpacked[257:262] == b"ustar" or head[:6] == b"\xfd7zXZ\0" or head[:3] == b"BZh":
+        return (open_cifar, path) if any(_cifar_members(path, 16)) else (open_archive, [path])
+    if head[:10] == b"MATLAB 5.0": return open_npz, path
     raise ValueError(f"can't read {path}, begins with {head[:8]!r}: expected {EXPECTED}")
 
 # %% ../../nbs/3_data/02_read.ipynb #b1ff5d24
@@ -920,8 +995,8 @@ def open_source(
     if str(path) == "emoji": path = Path(str(resources.files("ctm_nb.data") / "emoji.zip"))
     word, _, rest = str(path).partition(":")
     shards, here = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(path)), Path(path).expanduser()
-    opener: Any = {"torchvision": open_torchvision, "hub": open_table}.get(word)
-    what: list = rest.split(":")
+    opener: Any = {"torchvision": open_torchvision, "hub": open_table, "hf": open_table}.get(word)
+    what: list = rest.split(":") if word == "torchvision" else [rest, word]
     if opener: pass
     elif str(path) == "digits": opener, what = open_digits, []
     elif shards:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'EXIT_CODES', 'FORMATS', 'Here', 'join', 'leave', 'Signals', 'choose_precision', 'unpacks',
-           'autocast', 'Scaler', 'prepare', 'compile_networks', 'Guard']
+           'autocast', 'Scaler', 'peak_memory', 'prepare', 'compile_networks', 'Guard']
 
 # %% ../../nbs/6_training/03_runtime.ipynb #af006914
-import logging, signal, threading
+import logging, signal, sys, threading
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -87,7 +87,8 @@ class Signals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            heard = [n for n in EXIT_CODES if signal.getsignal(getattr(signal, n)) != signal.SIG_IGN]  # nohup: go on
+            known = [n for n in EXIT_CODES if hasattr(signal, n)]  # Windows has few
+            heard = [n for n in known if signal.getsignal(getattr(signal, n)) != signal.SIG_IGN]  # nohup: go on
             self.before = {n: signal.signal(getattr(signal, n), self.note) for n in heard}
         return self
 
@@ -177,6 +178,13 @@ class Scaler:
         grow = self.good_steps >= self.patience
         self.scale = torch.where(good, torch.where(grow, self.scale * 2, self.scale), self.scale / 2)
         self.good_steps = torch.where(grow, 0, self.good_steps)
+
+# %% ../../nbs/6_training/03_runtime.ipynb #7ca43143
+def peak_memory() -> int: # bytes; 0 where nobody counts them
+    "The most that this process has had in memory."
+    try: import resource
+    except ImportError: return 0  # Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../../nbs/6_training/03_runtime.ipynb #7ca43144
 def prepare(

@@ -7,7 +7,7 @@ __all__ = ['log', 'check_changes', 'resume_point', 'open_images', 'no_scores_bec
            'NoBoard']
 
 # %% ../../nbs/6_training/08_trainer.ipynb #c62114fe
-import json, logging, math, resource, sys, time
+import json, logging, math, sys, time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -44,7 +44,7 @@ from .config import STAGES, Config, schedule, stage_at, teacherless
 from .optimizers import load_optimizer
 from .report import write_report
 from .runtime import (Guard, Scaler, Signals, autocast, choose_precision, compile_networks, join,
-                                     prepare, unpacks)
+                                     peak_memory, prepare, unpacks)
 from .stages import STAGE_CLASSES, Stage, carry_to, check_weights, step_generator, take
 from .step import apply_gradient, gradient, same_start
 
@@ -496,7 +496,7 @@ def log_window(self: Trainer) -> str:  # the losses in words, for the bar
     keys = dict.fromkeys(k for w in window for k in w if k not in ("stage", "loss"))
     means = {k: float(np.mean([w[k] for w in window if k in w])) for k in keys}  # those who take turns differ in keys
     batch, cuda = self.plan[self.now.name].batch, self.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.cuda.max_memory_allocated() if cuda else peak_memory()
     rate, s.logged_at = len(window) * batch / max(s.seconds - s.logged_at, 1e-9), s.seconds
     self.log.append(stage=window[-1]["stage"], step=s.step, images=(s.step - self.begun_at) * batch, **means,
                     images_per_sec=rate, peak_memory_mb=peak / 2**20, seconds=s.seconds)

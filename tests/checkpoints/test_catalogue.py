@@ -411,7 +411,7 @@ def test_every_file_of_the_reference_is_listed():
 
 def test_entries_are_complete():
     formats = {"EDM pickle", "EDM2 snapshot", "OpenAI state dict", "CTM, OpenAI state dict", "mu, sigma npz",
-               "TorchScript", "npz", "consistency model (not a CTM)"}
+               "TorchScript", "npz", "npm package", "consistency model (not a CTM)"}
     for name, e in CATALOGUE.items():
         assert (
             e.name == name
@@ -420,7 +420,7 @@ def test_entries_are_complete():
             and e.licence
             and e.file.startswith(name + ".")
         )
-        assert e.kind in {"teacher", "ctm", "cm", "reference", "features"} and e.loads_as in formats
+        assert e.kind in {"teacher", "ctm", "cm", "reference", "features", "runtime"} and e.loads_as in formats
         assert bool(e.url) != bool(e.how) and (e.url is None or urlsplit(e.url).scheme == "https")
     n = len(CATALOGUE)
     assert (

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch  # noqa: F401  # before the limit of memory, and only once
 from PIL import Image
+from scipy.io import savemat
 
 from ctm_nb.commands.data import ctm_nb_data
 from ctm_nb.data import convert, read  # noqa: F401  # imported here, once for all children
@@ -119,12 +120,15 @@ def seeds():
             for n, data in pngs.items(): txn.put(n.encode(), data)
 
     for name, write in {"stored.zip": zipped(0), "deflated.zip": zipped(8), "plain.tar": tarred(pngs),
+                        "bzip2.zip": zipped(12), "lzma.zip": zipped(14), "packed.tar.xz": tarred(pngs, "w:xz"),
                         "shard.tar": tarred(shard), "cifar.tar.gz": tarred(cifar, "w:gz"), "store.lmdb": store}.items():
         found[name] = ({name: packed(write)}, name)
     def arrays(save): return packed(lambda p: save(open(p, "wb")))  # numpy writes where it is told to
     found["arrays.npz"] = {"x.npz": arrays(lambda f: np.savez(f, x, y))}, "x.npz"
     named = dict(arr_0=x, arr_1=y, classes=np.array(["a", "b"]))
     found["small.npz"] = {"x.npz": arrays(lambda f: np.savez_compressed(f, **named))}, "x.npz"
+    digits = dict(X=x.transpose(1, 2, 3, 0), y=y[:, None] + 1)
+    found["svhn.mat"] = {"x.mat": arrays(lambda f: savemat(f, digits, do_compression=True))}, "x.mat"
     found["floats.npy"] = {"x.npy": arrays(lambda f: np.save(f, x / 255))}, "x.npy"
     return {**found, "cifar": (cifar, ""), "idx": (idx, "")}
 
