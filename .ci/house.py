@@ -43,6 +43,8 @@ NEW = {  # what came after BEFORE: its modules, and its definitions in others; a
         evaluation.evaluate: Training Evaluator.remember Evaluator.nearest _nearest_grid commands.evaluate: _sheet""",
     "emoji": "training.presets: EMOJI",
     "ONNX and the page": "checkpoints.export commands.convert: EXPORTED _export",
+    "Hub": """checkpoints.catalogue: HUB_FILE hub_file training.report: model_card
+        commands.convert: _share""",
     "safety of readers, labels": """data.read: existing unpacked_limit _Stub LABEL_KEYS _label_in _is_picture _as_bytes
         _stamp LMDB _lmdb_page lmdb_entries data.convert: folder_names data.images: _letters
         checkpoints.models: _is_consistency_model""",

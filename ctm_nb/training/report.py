@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['History', 'NAMES', 'DISTANCES_OF_FRECHET', 'USUAL', 'read_json', 'read_run', 'curve', 'draw_curves',
-           'duration', 'number', 'score_table', 'markdown_table', 'write_report', 'follow']
+           'duration', 'number', 'score_table', 'markdown_table', 'model_card', 'write_report', 'follow']
 
 # %% ../../nbs/6_training/07_report.ipynb #cdf40a69
 import base64
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..checkpoints.catalogue import CATALOGUE
 from ..checkpoints.store import atomic_write
 from .config import schedule
 
@@ -150,6 +151,25 @@ def markdown_table(
     cells = lambda row: [f"{row[c]:.{digits(c)}f}" if c in row else "" for c in columns]
     lines = [head, ["---"] * len(head), *([row["sampler"], *cells(row)] for row in rows)]
     return "\n".join("| " + " | ".join(l) + " |" for l in lines)
+
+# %% ../../nbs/6_training/07_report.ipynb #2e1bd671
+def model_card(
+    m,  # the student
+    name: str,  # owner/name
+    config: dict | None = None,  # of its run
+    records: list | None = None,  # of its scores.json
+    picture: bool = False,  # samples.png lies beside it
+) -> str:  # Markdown
+    "What a shared model says about itself: origin, use, scores and how they were measured."
+    from jinja2 import Environment
+    config, drawn = config or {}, [r for r in records or [] if r.get("sampler")]
+    teacher = config.get("teacher", {}).get("source", "")
+    known = CATALOGUE.get(teacher)
+    facts = dict(name=name, data=Path(config.get("data", {}).get("source", "")).name, teacher=known and teacher)
+    text = (resources.files("ctm_nb.training") / "card.md").read_text(encoding="utf-8")
+    return Environment().from_string(text).render(
+        **facts, m=m, licence=known and known.licence, weights=sum(p.numel() for p in m.parameters()), records=drawn,
+        table=markdown_table(score_table(drawn)), picture=picture).rstrip() + "\n"
 
 # %% ../../nbs/6_training/07_report.ipynb #c292815e
 def _head(h):
