@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from .catalogue import CATALOGUE, LATENTS, fetch, hub_file, nearest_name
-from .foreign import read_edm_pickle, read_safetensors, read_torch, sniff
+from .foreign import read_edm_pickle, read_safetensors, read_weights, sniff
 from .store import CheckpointError, latest_checkpoint, load_checkpoint
 from ..data.files import atomic_write
 from ..method.teacher import Denoiser, iddpm_levels
@@ -347,9 +347,13 @@ def save_model(
 # %% ../../nbs/4_checkpoints/05_models.ipynb #2c358bfc
 def _read_model(path, which, architecture):
     "Recognise a file by its content, and read the model in it: (the format, the model)."
-    kind = sniff(path)
+    kind, key = sniff(path), architecture.pop("key", None)
+    if key and kind != "torch": raise ValueError(f"key chooses weights in a file of torch.save, and this is {kind}")
     if kind == "edm_pickle": return "EDM pickle", _from_edm(read_edm_pickle(path), which, **architecture)
-    if kind == "torch": return "state dict", _from_state(read_torch(path), which, **architecture)
+    if kind == "torch":
+        state, where = read_weights(path, key)
+        state = {k: v for k, v in state.items() if "." in k or v.dim() or v.is_floating_point()}  # no counter
+        return f"state dict{where}", _from_state(state, which, **architecture)
     state, header = read_safetensors(path) if kind == "safetensors" else ({}, {})
     if kind == "safetensors" and "ctm_nb" not in header:
         return "state dict in safetensors", _from_state(state, which, **architecture)
@@ -397,7 +401,7 @@ def load(
     path: str | Path,  # run, checkpoint, .safetensors, EDM's .pkl, OpenAI's or sony's .pt, public name, URL or hf:NAME
     device: str = "cpu",  # where to put the model
     which: str | None = None,  # "ctm", "teacher", "cm", another EMA of a run ("ctm-0.9999"); None: a run's student
-    **architecture,  # what a bare state dict can't tell: channels_per_head, image_size, preconditioning, sigma_min, ...
+    **architecture,  # what a bare state dict can't tell: channels_per_head, image_size, preconditioning, ..., and `key`
 ) -> Denoiser | CTM:  # in evaluation mode, without gradients; class names in `.classes`, where it came from in `.about`
     """Load a model for sampling, from any checkpoint.
 

@@ -31,6 +31,8 @@ def convert_parser() -> Parser:
         "distill.profiles): the average of this relative length over its last stage, e.g. .08")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="what another program's state dict "
         f"doesn't tell, e.g. --set image_size=32 preconditioning=vp; of {', '.join(ARCHITECTURE)}")
+    add("--key", metavar="KEY", help="where the weights lie in a file of torch.save that has several, e.g. model_ema "
+        "(default: the first of the usual places, which is said)")
     add("--steps", type=int, default=1, metavar="K", help="jumps of an .onnx or a page (default: 1)")
     add("--jump", action="store_true", help="OUT.onnx holds G(x, t, s) itself instead of a sampler")
     add("--bytes", action="store_true", help="pictures of OUT.onnx are uint8, not float32 in [-1, 1]")
@@ -118,7 +120,7 @@ def ctm_nb_convert(
         to = a.web / "index.html" if a.web else a.target
         shared = to and to.as_posix().startswith("hf:")
         if to and not shared: _refuse(to, a)  # before a gigabyte is read
-        given = _architecture(a.set)
+        given = _architecture(a.set) | ({"key": a.key} if a.key else {})
         from ctm_nb.checkpoints.averages import average
         from ctm_nb.checkpoints.models import load, of_newest, save_model
         from ctm_nb.checkpoints.store import load_checkpoint
