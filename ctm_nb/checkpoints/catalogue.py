@@ -19,7 +19,6 @@ from urllib.parse import unquote, urlsplit
 
 from .. import __version__
 from ..data.files import cache_folder, file_hash
-from ..data.read import optional
 
 log = logging.getLogger(__name__)
 
@@ -283,6 +282,7 @@ def hub_file(
     name: str,  # hf:owner/name, or hf:owner/name@revision
 ) -> Path:  # of the model, in the Hub's cache
     "A model of the Hugging Face Hub; raises `DownloadError`, and `ValueError` without huggingface_hub."
+    from ctm_nb.data.read import optional  # here: it imports torch
     hub, (repo, _, revision) = optional("huggingface_hub", "hf:NAME"), name.removeprefix("hf:").partition("@")
     try: return Path(hub.hf_hub_download(repo, HUB_FILE, revision=revision or None))
     except (OSError, ValueError, hub.errors.HfHubHTTPError) as e:
