@@ -19,7 +19,8 @@ def test_a_folder_with_one_file_of_everything(tmp_path):
     assert (facts["images"], len(why)) == (good + bad, bad) and facts["sizes"]["16 x 24"] == 1  # turned upright
     for name, word in {"photo.heic": "pip install pillow-heif", "evil.png": "%!PS", "empty.png": "empty file",
                        "text.jpg": "dear", "half.jpg": "truncated", "bomb.png": "decompression bomb",
-                       "pipe.png": "a pipe", "page.gif": "<!DOC", "photoshop.tif": "8BPS", "gone.png": "can't be opened"}.items():
+                       "pipe.png": "a pipe", "page.gif": "<!DOC",
+                       "photoshop.tif": "8BPS", "gone.png": "can't be opened"}.items():
         assert word in why[name], (name, why[name])
     assert facts["copies"]["png.PNG"] == facts["copies"]["copy of png.png"] == "pixel by pixel a png.jpg"
     left = next(n for n in facts["notes"] if "are no images" in n)
