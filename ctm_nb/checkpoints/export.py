@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..data.files import atomic_write
 from ..data.images import to_uint8
+from ..data.read import optional
 from ..method.flow import noise
 from ..method.sampling import default_times, gamma_sample
 from ..method.trajectory import CTM, is_ctm
@@ -53,12 +54,6 @@ class Jump(nn.Module):
     def forward(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor | None = None) -> Tensor:
         return self.m.G(x, t, s, label)  # (n, C, H, W), (n,), (n,), (n,) -> (n, C, H, W)
 
-# %% ../../nbs/4_checkpoints/07_export.ipynb #960a71da
-def _needed(name):
-    "An optional package, or one line that says how to get it."
-    try: return __import__(name)
-    except ImportError: raise ImportError(f"{name} is not installed: pip install 'ctm_nb[onnx]'") from None
-
 # %% ../../nbs/4_checkpoints/07_export.ipynb #9fc5df17
 def onnx_bytes(
     m: CTM,  # a student
@@ -67,9 +62,9 @@ def onnx_bytes(
 ):  # the file's content
     """A student as an ONNX graph, the number of pictures variable, weights inside.
 
-    Raises ValueError for a teacher, ImportError without onnxscript."""
+    Raises ValueError for a teacher, and without onnxscript."""
     if not is_ctm(m): raise ValueError("only a student has jumps to export; this is a teacher (--which ctm?)")
-    for name in ("onnx", "onnxscript"): _needed(name)
+    for name in ("onnx", "onnxscript"): optional(name, "an ONNX file")
     x, ones, label = torch.zeros(2, *m.data_shape), torch.ones(2), torch.zeros(2, dtype=torch.long)
     inputs = {"noise": x} if steps else {"x": x, "t": ones, "s": ones / 2}
     if m.n_classes: inputs["label"] = label
@@ -99,8 +94,9 @@ def onnx_difference(
     steps: int | None = 1,  # as it was written
     n: int = 4,  # pictures
 ) -> float:  # in units of the data; of the bytes if they are bytes
-    "Largest difference between the file's pictures, by onnxruntime, and PyTorch's. Raises ImportError without it."
-    session = _needed("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    "Largest difference between the file's pictures, by onnxruntime, and PyTorch's. Raises ValueError without it."
+    runtime = optional("onnxruntime", "trying an ONNX file")
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     z, y = noise(m.data_shape, 0, range(n)), torch.arange(n) % max(1, m.n_classes)
     inputs = {"noise": z} if steps else {"x": 5 * z, "t": torch.full((n,), 5.), "s": torch.full((n,), .3)}
     if m.n_classes: inputs["label"] = y

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from .catalogue import CATALOGUE, LATENTS, fetch, nearest_name
-from .foreign import read_edm_pickle, read_safetensors, read_torch, sniff
+from .catalogue import CATALOGUE, LATENTS, fetch, hub_file, nearest_name
+from .foreign import read_edm_pickle, read_safetensors, read_weights, sniff
 from .store import CheckpointError, latest_checkpoint, load_checkpoint
 from ..data.files import atomic_write
 from ..method.teacher import Denoiser, iddpm_levels
@@ -347,9 +347,13 @@ def save_model(
 # %% ../../nbs/4_checkpoints/05_models.ipynb #2c358bfc
 def _read_model(path, which, architecture):
     "Recognise a file by its content, and read the model in it: (the format, the model)."
-    kind = sniff(path)
+    kind, key = sniff(path), architecture.pop("key", None)
+    if key and kind != "torch": raise ValueError(f"key chooses weights in a file of torch.save, and this is {kind}")
     if kind == "edm_pickle": return "EDM pickle", _from_edm(read_edm_pickle(path), which, **architecture)
-    if kind == "torch": return "state dict", _from_state(read_torch(path), which, **architecture)
+    if kind == "torch":
+        state, where = read_weights(path, key)
+        state = {k: v for k, v in state.items() if "." in k or v.dim() or v.is_floating_point()}  # no counter
+        return f"state dict{where}", _from_state(state, which, **architecture)
     state, header = read_safetensors(path) if kind == "safetensors" else ({}, {})
     if kind == "safetensors" and "ctm_nb" not in header:
         return "state dict in safetensors", _from_state(state, which, **architecture)
@@ -366,7 +370,7 @@ def _read_model(path, which, architecture):
 def _fetched(name, which):
     "A public file in the cache, and its entry; raises ValueError before fetching what can't be what is expected."
     entry = CATALOGUE.get(name)
-    if entry is None: return fetch(name), None
+    if entry is None: return hub_file(name) if name.startswith("hf:") else fetch(name), None
     if entry.kind not in ("teacher", "ctm", "cm"):
         raise ValueError(f"{name} can't be loaded: {entry.loads_as}; `ctm_nb_convert --list` shows all public files")
     if which not in (None, entry.kind):
@@ -394,10 +398,10 @@ def _what_it_is(m, format, known, given):
 
 # %% ../../nbs/4_checkpoints/05_models.ipynb #3614c4d7
 def load(
-    path: str | Path,  # run, checkpoint, .safetensors, EDM's .pkl, OpenAI's or sony's .pt, public name or address
+    path: str | Path,  # run, checkpoint, .safetensors, EDM's .pkl, OpenAI's or sony's .pt, public name, URL or hf:NAME
     device: str = "cpu",  # where to put the model
     which: str | None = None,  # "ctm", "teacher", "cm", another EMA of a run ("ctm-0.9999"); None: a run's student
-    **architecture,  # what a bare state dict can't tell: channels_per_head, image_size, preconditioning, sigma_min, ...
+    **architecture,  # what a bare state dict can't tell: channels_per_head, image_size, preconditioning, ..., and `key`
 ) -> Denoiser | CTM:  # in evaluation mode, without gradients; class names in `.classes`, where it came from in `.about`
     """Load a model for sampling, from any checkpoint.
 
@@ -405,7 +409,7 @@ def load(
     if which is not None and which.partition("-")[0] not in (*KINDS, "cm"):
         raise ValueError(f"which must be one of cm, ctm, teacher, another EMA (ctm-0.9999) or None, got {which!r}")
     entry, name = None, str(path)
-    if not Path(path).exists() and (name in CATALOGUE or "://" in name or name.startswith(LATENTS)):
+    if not Path(path).exists() and (name in CATALOGUE or "://" in name or name.startswith((LATENTS, "hf:"))):
         path, entry = _fetched(name, which)
         if entry and entry.file.endswith(".pt"): architecture = dict(image_size=64, channels_per_head=64) | architecture
     if not Path(path).exists():

@@ -23,7 +23,7 @@ def convert_parser() -> Parser:
         help="run or checkpoint folder, .safetensors, EDM .pkl, OpenAI or sony .pt, or a public name (see --list)")
     add("target", nargs="?", type=Path, metavar="OUT",
         help=".safetensors: our own format; .pt: a state dict for OpenAI's, sony's or EDM's program; .onnx: pictures "
-             "out of noise, for any program that reads ONNX")
+             "out of noise, for any program that reads ONNX; hf:owner/name: a repository of the Hugging Face Hub")
     add("--list", action="store_true", help="list the public checkpoints by name, with their licences")
     add("--which", metavar="MODEL", help="of a run's models: ctm, teacher, or another EMA, ctm-0.9999; "
         "for others' files: refuse anything else (default: a run's student)")
@@ -31,6 +31,8 @@ def convert_parser() -> Parser:
         "distill.profiles): the average of this relative length over its last stage, e.g. .08")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="what another program's state dict "
         f"doesn't tell, e.g. --set image_size=32 preconditioning=vp; of {', '.join(ARCHITECTURE)}")
+    add("--key", metavar="KEY", help="where the weights lie in a file of torch.save that has several, e.g. model_ema "
+        "(default: the first of the usual places, which is said)")
     add("--steps", type=int, default=1, metavar="K", help="jumps of an .onnx or a page (default: 1)")
     add("--jump", action="store_true", help="OUT.onnx holds G(x, t, s) itself instead of a sampler")
     add("--bytes", action="store_true", help="pictures of OUT.onnx are uint8, not float32 in [-1, 1]")
@@ -75,7 +77,33 @@ def _export(m, to, a):
     steps = None if a.jump else a.steps
     print(f"written: {export_onnx(m, to, steps, a.bytes)}")
     try: print(f"largest difference to PyTorch, by onnxruntime: {onnx_difference(m, to, steps):.1e}")
-    except ImportError as e: print(f"not tried: {e}")
+    except ValueError as e: print(f"not tried: {e}")
+
+# %% ../../nbs/7_commands/05_convert.ipynb #ee5d4d69
+def _share(m, name, run):
+    "Put a model on the Hub."
+    from tempfile import TemporaryDirectory
+    from ctm_nb.checkpoints.catalogue import HUB_FILE
+    from ctm_nb.checkpoints.foreign import read_safetensors
+    from ctm_nb.checkpoints.models import save_model
+    from ctm_nb.data.read import optional
+    from ctm_nb.training.report import model_card, read_json
+    hub, config = optional("huggingface_hub", "hf:NAME"), read_json(run / "config.json", {})
+    if run.suffix == ".safetensors":
+        config = json.loads(read_safetensors(run)[1].get("ctm_nb", "{}")).get("config") or {}
+    picture = run / "samples" / "final.png"
+    with TemporaryDirectory() as d:
+        save_model(m, folder := Path(d) / HUB_FILE, config)
+        card = model_card(m, name, config, read_json(run / "scores.json", []), picture.exists())
+        folder.with_name("README.md").write_text(card, encoding="utf-8")
+        if config: folder.with_name("config.json").write_text(json.dumps(config, indent=1))
+        if picture.exists(): folder.with_name("samples.png").write_bytes(picture.read_bytes())
+        try:
+            hub.create_repo(name, exist_ok=True)
+            done = hub.upload_folder(repo_id=name, folder_path=d, commit_message=f"Made by ctm_nb: {run.name}")
+        except (OSError, ValueError, hub.errors.HfHubHTTPError) as e:
+            raise ValueError(f"hf:{name}: not shared ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from None
+    print(f"shared: {done}")
 
 # %% ../../nbs/7_commands/05_convert.ipynb #896ee72f
 def ctm_nb_convert(
@@ -90,8 +118,9 @@ def ctm_nb_convert(
             from ctm_nb.checkpoints.catalogue import catalogue_table
             return print(catalogue_table())
         to = a.web / "index.html" if a.web else a.target
-        if to: _refuse(to, a)  # before a gigabyte is read
-        given = _architecture(a.set)
+        shared = to and to.as_posix().startswith("hf:")
+        if to and not shared: _refuse(to, a)  # before a gigabyte is read
+        given = _architecture(a.set) | ({"key": a.key} if a.key else {})
         from ctm_nb.checkpoints.averages import average
         from ctm_nb.checkpoints.models import load, of_newest, save_model
         from ctm_nb.checkpoints.store import load_checkpoint
@@ -99,5 +128,6 @@ def ctm_nb_convert(
         print(m.about)
         about = lambda folder: load_checkpoint(folder, parts=[]).meta
         ours = of_newest(a.source, about) if Path(a.source).is_dir() else {}
-        if to and to.suffix in EXPORTED: _export(m, to, a)
+        if shared: _share(m, to.as_posix()[3:], Path(a.source))
+        elif to and to.suffix in EXPORTED: _export(m, to, a)
         elif to: print(f"written: {save_model(m, to, ours.get('config'), a.overwrite)}")

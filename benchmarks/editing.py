@@ -1,0 +1,297 @@
+"""What editing through the trajectory keeps, costs and loses. Results are JSON files that the notebooks read.
+
+    python benchmarks/editing.py digits --run runs/digits
+        200 held-out digits; without a run there, the preset trains one first (two to five minutes)
+    python benchmarks/editing.py emoji --teacher runs/emoji
+        60 held-out emoji with the student of the clone; the teacher's rows need the run of the preset `emoji`
+
+Each part is a file under nbs/results/editing/ and is not measured again while it is there.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from digits import hardware
+from scipy.ndimage import median_filter
+
+from ctm_nb.checkpoints.models import load
+from ctm_nb.data.batches import load_data
+from ctm_nb.data.images import to_uint8
+from ctm_nb.evaluation.metrics import train_classifier
+from ctm_nb.method import editing as e
+from ctm_nb.method.flow import noise, rho_grid
+from ctm_nb.method.solvers import nfe, solve
+
+RESULTS = Path(__file__).resolve().parents[1] / "nbs" / "results" / "editing"
+EMOJI = RESULTS.parent / "emoji" / "student.safetensors"
+SEEDS, GAMMAS, JUMPS, LEVEL = (0, 1, 2), (0.0, 0.3, 0.6, 1.0), 4, 3.0
+TRUE = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+class Ends:
+    "A consistency model's view of a student: it can only be asked where a trajectory ends."
+
+    def __init__(self, m):
+        self.m, self.sigma_min, self.n_classes = m, m.sigma_min, m.n_classes
+
+    def g(self, x, t, s, y=None):
+        return self.m.g(x, t, self.sigma_min, y)
+
+    def D(self, x, t, y=None):
+        return self.m.g(x, t, self.sigma_min, y)
+
+
+class Bench:
+    "A student, its teacher (or None), held-out pictures and a classifier that scores."
+
+    def __init__(self, name, student, teacher, n):
+        self.name, self.student, self.teacher = (
+            name,
+            load(student, which="ctm"),
+            teacher and load(teacher, which="teacher"),
+        )
+        data = load_data(name, "held_out")
+        rows = torch.arange(n) * len(data) // n
+        self.x0, self.y, self.classes = data.x0(rows), data.labels[rows], data.classes
+        with torch.enable_grad():
+            self.classifier = train_classifier(load_data(name, "train"))
+
+    def classes_of(self, x):
+        return self.classifier(to_uint8(x).float() / 127.5 - 1).argmax(1)
+
+    def kept(self, x):
+        return (self.classes_of(x) == self.y).float().mean().item()
+
+    def draw(self, seed):
+        return lambda i: noise(tuple(self.x0.shape[1:]), seed, range(len(self.x0)), draw=i)
+
+    def tasks(self):
+        "name -> (P, first picture, mask of what is known or None); P is None where nothing is kept."
+        x0, size, made = self.x0, self.x0.shape[2], {}
+        for name, rows in {
+            "lower half": slice(size // 2),
+            "upper half": slice(size // 2, None),
+            "every other row": slice(None, None, 2),
+        }.items():
+            mask = torch.zeros(1, 1, size, size)
+            mask[:, :, rows] = 1
+            made[f"inpaint, {name} hidden"] = e.put_pixels(x0, mask), x0 * mask, mask
+        small = torch.nn.functional.avg_pool2d(x0, 2)
+        made[f"upscale, {size // 2} to {size}"] = (
+            e.put_means(small, 2),
+            torch.nn.functional.interpolate(small, size),
+            None,
+        )
+        if x0.shape[1] == 3:
+            grey = (x0 * torch.tensor(e.LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+            made["colour"] = e.put_brightness(grey), grey.expand_as(x0), None
+        rough = torch.nn.functional.avg_pool2d(x0, 3, 1, 1)  # blurred, then four tones: a sketch
+        made["stroke"] = None, ((rough + 1) * 1.5).round() / 1.5 - 1, None
+        return made
+
+
+def rmse(a, b, weight=None):
+    square = (a - b) ** 2 * (torch.ones_like(a) if weight is None else weight)
+    return math.sqrt(square.sum() / (torch.ones_like(a) * (1 if weight is None else weight)).sum())
+
+
+def methods(b):
+    "name -> (model that completes, denoiser that finds the class, solver, gamma, steps)."
+    made = {
+        "student": (b.student, b.student, "ctm", 0.6, JUMPS),
+        "consistency": (Ends(b.student), Ends(b.student), "ctm", 1.0, JUMPS),
+    }
+    if b.teacher:
+        made["teacher"] = b.teacher, b.teacher, "heun", None, 18
+    return made
+
+
+def task_rows(b, find):
+    "Each task by each method, the class given and (with `find`) found."
+    for task, (put, first, mask) in b.tasks().items():
+        for method, (m, finder, solver, gamma, steps) in methods(b).items():
+            for given in (True, False):
+                if not given and task not in find:
+                    continue
+                begin, y, cost = time.process_time(), b.y, 0
+                if not given:
+                    y, cost = (
+                        e.likeliest_class(finder, put or (lambda g: first), first, b.draw(1)),
+                        16 * b.student.n_classes,
+                    )
+                level = LEVEL if put else 1.0
+                times = rho_grid((steps if put or method == "teacher" else 1) + 1, b.student.sigma_min, level)
+                if method == "teacher":
+                    times = torch.cat([rho_grid(18, b.student.sigma_min, 80.0 if put else level), torch.zeros(1)])
+                how = {} if gamma is None else {"gamma": gamma}
+                x = e.complete(m, put or (lambda g: g), first, times, b.draw(0), y, solver, **how)
+                ms = 1000 * (time.process_time() - begin) / len(x)
+                pixels = to_uint8(x).float() / 127.5 - 1
+                row = {
+                    "task": task,
+                    "method": method,
+                    "class": "given" if given else "found",
+                    "class kept": b.kept(x),
+                    "class found": (y == b.y).float().mean().item(),
+                    "error": rmse(x, b.x0),
+                    "NFE": cost + (nfe("heun", times) if solver == "heun" else len(times) - 1),
+                    "ms": ms,
+                    "n": len(x),
+                }
+                if mask is not None:
+                    row |= {
+                        "error hidden": rmse(x, b.x0, 1 - mask),
+                        "error known": ((pixels - b.x0) * mask).abs().max().item() / 2,
+                    }
+                elif put:
+                    row["error known"] = (put(x) - x).abs().max().item() / 2
+                print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+                yield row
+
+
+def round_trips(b, most):
+    "RMSE of a picture to its latent and back over the evaluations of one way."
+    for steps in (4, 8, 16, 32, 64):
+        if steps > most:
+            return
+        for name, m, solver in (
+            ("teacher, 2M", b.teacher, "dpmpp_2m"),
+            ("teacher, Heun", b.teacher, "heun"),
+            ("student's denoiser, 2M", b.student, "dpmpp_2m"),
+        ):
+            if m is None:
+                continue
+            times = rho_grid(steps // (2 if solver == "heun" else 1) + 1, m.sigma_min, m.sigma_max)
+            z = e.encode(m, b.x0, times, b.y, solver)
+            yield {
+                "by": name,
+                "NFE up": steps,
+                "NFE down": steps,
+                "rmse": rmse(solve(m.D, z, times, b.y, solver), b.x0),
+            }
+            if m is not b.teacher or solver == "dpmpp_2m":
+                yield {
+                    "by": name + ", back by the student's jump",
+                    "NFE up": steps,
+                    "NFE down": 1,
+                    "rmse": rmse(b.student.G(z, m.sigma_max, m.sigma_min, b.y), b.x0),
+                }
+
+
+def freedom(b):
+    "Item by item: how much fresh noise, and whether the network is told where it lands."
+    for task, (put, first, _) in b.tasks().items():
+        if put is None or "upper" in task:
+            continue
+        for gamma in GAMMAS:
+            for s, m in (("midway", b.student), ("0", Ends(b.student))):
+                found = []
+                for seed in SEEDS:
+                    x = e.complete(
+                        m, put, first, rho_grid(JUMPS + 1, b.student.sigma_min, LEVEL), b.draw(seed), b.y, gamma=gamma
+                    )
+                    found.append((b.kept(x), rmse(x, b.x0), b.distance(x)))
+                columns = dict(zip(("class kept", "error", "distance"), zip(*found)))
+                yield {
+                    "task": task,
+                    "gamma": gamma,
+                    "s": s,
+                    "NFE": JUMPS,
+                    **{k: {"mean": statistics.mean(v), "deviation": statistics.stdev(v)} for k, v in columns.items()},
+                }
+
+
+def bilateral(x, sigma, reach=1):
+    "Every pixel the mean of its neighbours, weighted by nearness in place and in value; x (n, C, H, W)."
+    padded, total, weights = np.pad(x, ((0, 0), (0, 0), (reach, reach), (reach, reach)), mode="edge"), 0, 0
+    for i in range(2 * reach + 1):
+        for j in range(2 * reach + 1):
+            shifted = padded[:, :, i : i + x.shape[2], j : j + x.shape[3]]
+            w = np.exp(-((i - reach) ** 2 + (j - reach) ** 2) / 2 - (shifted - x) ** 2 / (2 * (3 * sigma) ** 2))
+            total, weights = total + w * shifted, weights + w
+    return total / weights
+
+
+def denoising(b, n):
+    "The level found against the true one, and PSNR (of pictures whose range is 2) by five denoisers."
+    b.x0, b.y = b.x0[:: max(1, len(b.x0) // n)][:n], b.y[:: max(1, len(b.y) // n)][:n]
+    psnr = lambda x: 20 * math.log10(2 / rmse(torch.as_tensor(np.asarray(x)).float().clamp(-1, 1), b.x0))
+    for true in TRUE:
+        x, n = b.x0 + true * b.draw(7)(0), len(b.x0)
+        begin = time.process_time()
+        t, y = e.noise_level(b.student, x, b.draw(8))
+        ms = 1000 * (time.process_time() - begin) / n
+        log = (t / true).log()
+        row = {
+            "true": true,
+            "median": t.median().item(),
+            "relative error": log.pow(2).mean().sqrt().item(),
+            "ms": ms,
+            "low": t.quantile(0.1).item(),
+            "high": t.quantile(0.9).item(),
+            "class found": (y == b.y).float().mean().item(),
+            "n": n,
+            "NFE": 48 * b.student.n_classes + 1,
+        }
+        t = t.clamp(b.student.sigma_min, b.student.sigma_max)
+        row["PSNR"] = {
+            "noisy": psnr(x),
+            "jump": psnr(b.student.G(x, t, b.student.sigma_min, y)),
+            "mean": psnr(b.student.D(x, t, y)),
+            "median filter": psnr(median_filter(x.numpy(), (1, 1, 3, 3))),
+            "bilateral filter, true level": psnr(bilateral(x.numpy(), true)),
+        }
+        print(row, flush=True)
+        yield row
+
+
+def keep(path, make):
+    "Measure unless it is there."
+    if path.exists():
+        return print(f"{path} is there", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"hardware": hardware(), "rows": list(make())}, indent=1) + "\n")
+    print(f"{path} written", flush=True)
+
+
+@torch.no_grad()
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=["digits", "emoji"])
+    p.add_argument("--run", type=Path, default=Path("runs/digits"), help="of the preset digits")
+    p.add_argument("--teacher", help="the run that holds the emoji's teacher")
+    p.add_argument("-n", type=int, help="held-out pictures (default: 200 digits, 60 emoji)")
+    a, name = p.parse_args(), None
+    name, digits = a.what, a.what == "digits"
+    if digits and not a.run.exists():
+        command = [
+            str(Path(sys.executable).with_name("ctm_nb_train")),
+            "--runs",
+            str(a.run.parent),
+            "--name",
+            a.run.name,
+        ]
+        subprocess.run(command, check=True)
+    b = Bench(
+        name, str(a.run) if digits else str(EMOJI), str(a.run) if digits else a.teacher, a.n or (200 if digits else 60)
+    )
+    features = lambda x: b.classifier.pool(b.classifier.body(to_uint8(x).float() / 127.5 - 1))
+    b.distance = lambda x: (features(x) - features(b.x0)).norm(dim=1).mean().item()
+    find = list(b.tasks()) if digits else ["inpaint, lower half hidden"]
+    keep(RESULTS / f"{name}_trips.json", lambda: round_trips(b, 64 if digits else 32))
+    keep(RESULTS / f"{name}_tasks.json", lambda: task_rows(b, find))
+    if digits:
+        keep(RESULTS / f"{name}_freedom.json", lambda: freedom(b))
+    keep(RESULTS / f"{name}_denoise.json", lambda: denoising(b, 100 if digits else 10))
+
+
+if __name__ == "__main__":
+    main()
