@@ -31,6 +31,7 @@ def evaluate_parser() -> Parser:
         "set: train)")
     add("--weights", metavar="FOLDER",
         help="where the weights of inception, cleanfid, lite0 or timm lie (default: the cache, or where pip put them)")
+    add("--trust", action="store_true", help="run the TorchScript file of --weights though it is not the published one")
     add("--ref-split", choices=("train", "held_out", "all"),
         help="part of a data set that is the reference (default: held_out for --features train, else all)")
     add("--skip-broken", action="store_true", help="leave out images of --ref that can't be read, instead of stopping")

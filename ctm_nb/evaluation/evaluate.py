@@ -255,6 +255,7 @@ class Request:
     tries: int = 40                 # scores that a search may compute
     search_n: int | None = None     # samples in each; None: n, at most 5,000
     tol: float = 1e-4               # of bpd
+    trust: bool = False             # run a TorchScript file that is not the published one
     skip_broken: bool = False       # leave out images of a data set that can't be read
     nearest: Path | None = None     # look for the nearest training pictures, and draw a sheet of some of them here
 
@@ -360,6 +361,7 @@ def run_evaluator(
     keep: bool = False,  # classifier and reference in the cache folder, by what they are made of
     split: str | None = None,  # of the reference; None: "held_out" for features "train", else "train"
     ranks: Ranks = Ranks(),  # the processes that share the work
+    trust: bool = False,  # run a TorchScript file that is not the published one
 ) -> Evaluator:
     "What scores a run, or any samples of such data."
     own, path, first = features == "train", None, ranks.rank == 0
@@ -373,7 +375,7 @@ def run_evaluator(
     learn = lambda: train_classifier(splits["train"], seed, most=most, device=device, progress=progress).cpu()
     if known: extractor: Extractor = ClassifierExtractor(known.net).to(device)
     elif own: extractor = ClassifierExtractor(ranks.send(learn() if first else None)).to(device)
-    else: extractor = load_extractor(features, weights, device)
+    else: extractor = load_extractor(features, weights, device, trust)
     reference = known or build_reference(extractor, real, name, batch, progress=progress, ranks=ranks)
     if path and not known:
         try:
@@ -391,7 +393,7 @@ def _find_reference(r: Request, subject: Subject, ranks: Ranks = Ranks()) -> Eva
         split = r.ref_split or ("held_out" if r.trains else "all")
         splits = load_splits(r.ref, **subject.reading)
         found = run_evaluator(splits, r.features or "train", r.weights, r.device, r.batch, True, r.seed, keep=r.search,
-                              split=split, ranks=ranks)
+                              split=split, ranks=ranks, trust=r.trust)
         found.reference.check(found.extractor.features_id, subject.shape)
         found = replace(found, metrics=r.words, progress=True)
         if r.nearest and subject.data_sha256 not in (None, splits["train"].sha256()):
@@ -404,7 +406,7 @@ def _find_reference(r: Request, subject: Subject, ranks: Ranks = Ranks()) -> Eva
     elif r.features == "train":
         raise ValueError(f"--features train: the reference {reference.name} was made in {made}; give the data set as "
                          "--ref to train on it")
-    else: extractor = load_extractor(r.features or kind, r.weights, r.device)
+    else: extractor = load_extractor(r.features or kind, r.weights, r.device, r.trust)
     reference.check(extractor.features_id, subject.shape)
     return Evaluator(reference, extractor, r.words, r.batch, ranks=ranks)
 
