@@ -56,7 +56,6 @@ NEW = {
     "machines without double, without fork": "method.flow: NO_DOUBLE finest training.runtime: peak_memory",
     "two at once, memory, a pulse": """data.files: claimed training.trainer: Trainer.claim Trainer.whereabouts
         checkpoints.models: of_newest commands.flags: Pulse training.costs: fit_memory""",
-    "ONNX, a page": "checkpoints.export commands.convert: EXPORTED _export",
 }
 
 
