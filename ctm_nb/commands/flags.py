@@ -52,10 +52,11 @@ def one_line_errors(
     """Turn expected errors into one line on stderr.
 
     Exit code 2 for bad input, 3 for a failed run, 130 for Ctrl-C, 141 where nobody reads on, 75 for a signal."""
-    rank, before, filters = os.environ.get("RANK", "0"), warnings.showwarning, warnings.filters[:]
+    rank, kept = os.environ.get("RANK", "0"), warnings.catch_warnings()
+    kept.__enter__()
     for stream in (sys.stdout, sys.stderr):  # a terminal may lack the letters of a name
         getattr(stream, "reconfigure", dict)(errors="backslashreplace")
-    if any(how == "error" and kind is Warning for how, _, kind, *_ in filters): warnings.simplefilter("default")
+    if any(how == "error" and kind is Warning for how, _, kind, *_ in warnings.filters): warnings.simplefilter("default")
     logging.basicConfig(level=level if rank == "0" else logging.WARNING, format="%(message)s")
     def shown(text): return "\n".join(map(readable, str(text).split("\n")))  # it may quote a stranger's file
     warnings.showwarning = lambda message, *_, **__: print(f"{command}: {shown(message)}", file=sys.stderr)
@@ -72,7 +73,7 @@ def one_line_errors(
         code, why = 3, str(e)
     except KeyboardInterrupt as e:
         code, why = 130, str(e) or "interrupted; the same command continues from the last checkpoint"
-    finally: warnings.showwarning, warnings.filters[:] = before, filters
+    finally: kept.__exit__(None, None, None)
     print(f"{command}{'' if rank == '0' else f' (process {rank})'}: {shown(why)}", file=sys.stderr)
     sys.exit(code)
 

@@ -121,7 +121,8 @@ def seeds():
             for n, data in pngs.items(): txn.put(n.encode(), data)
 
     for name, write in {"stored.zip": zipped(0), "deflated.zip": zipped(8), "plain.tar": lambda p: tarred(p, pngs),
-                        "bzip2.zip": zipped(12), "lzma.zip": zipped(14), "packed.tar.xz": lambda p: tarred(p, pngs, "w:xz"),
+                        "bzip2.zip": zipped(12), "lzma.zip": zipped(14),
+                        "packed.tar.xz": lambda p: tarred(p, pngs, "w:xz"),
                         "shard.tar": lambda p: tarred(p, shard),
                         "cifar.tar.gz": lambda p: tarred(p, cifar, "w:gz"), "store.lmdb": store}.items():
         found[name] = ({name: packed(write)}, name)
