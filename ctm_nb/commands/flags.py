@@ -56,7 +56,7 @@ def one_line_errors(
     kept.__enter__()
     for stream in (sys.stdout, sys.stderr):  # a terminal may lack the letters of a name
         getattr(stream, "reconfigure", dict)(errors="backslashreplace")
-    if any(how == "error" and kind is Warning for how, _, kind, *_ in warnings.filters): warnings.simplefilter("default")
+    if any(f[0] == "error" and f[2] is Warning for f in warnings.filters): warnings.simplefilter("default")
     logging.basicConfig(level=level if rank == "0" else logging.WARNING, format="%(message)s")
     def shown(text): return "\n".join(map(readable, str(text).split("\n")))  # it may quote a stranger's file
     warnings.showwarning = lambda message, *_, **__: print(f"{command}: {shown(message)}", file=sys.stderr)
