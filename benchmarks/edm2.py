@@ -63,8 +63,7 @@ def trained(preset, shared, section, choice, seconds, folder):
         shutil.rmtree(trial.folder, ignore_errors=True)
     else: steps = json.loads((folder / "config.json").read_text())[section]["steps"]
     t, started = Trainer(plan(steps), folder), time.process_time()
-    while t.step < t.total: t.train_step()
-    t.save()
+    t.run()  # snapshots of the averages too
     count = sum(p.numel() for p in t.parts["ctm" if section == "distill" else "teacher"].parameters())
     return dict(steps=steps, seconds=round(time.process_time() - started, 1), weights=count)
 
