@@ -33,7 +33,7 @@ from ..data.batches import Batches, Splits, load_splits
 from ..data.files import claimed
 from ..data.images import ImageData, named_grid, to_uint8
 from ..evaluation.draw import free_memory, out_of_memory
-from ..evaluation.evaluate import drawn_samples, extend_scores, run_evaluator
+from ..evaluation.evaluate import drawn_samples, extend_scores, read_scores, run_evaluator
 from ..evaluation.features import load_extractor
 from ..method.balance import alone
 from ..method.distill import MATCHING
@@ -268,6 +268,7 @@ def restore(self: Trainer):
     if found := resume_point(checkpoints): self.resume(found)
     else: self.begin(self.stage, {})
     if not self.here.main: return
+    read_scores(self.folder / "scores.json")  # raises now what it would at the end
     if not found and path.exists():
         check_changes({"config": json.loads(path.read_text())}, self.config, self.precision, what=str(self.folder))
     foreign = [] if path.exists() or not self.folder.exists() else self.folder.iterdir()
@@ -565,8 +566,8 @@ def evaluate(self: Trainer) -> list:  # records of scores.json; empty where this
         for r in rows: self.board.add_scalar(f"{r['metric']}/{name}", r["value"], self.step)
         distances += [f"{r['value']:.2f} ({name})" for r in rows if r["metric"] in ("frechet_distance", "fid")]
         found += rows
-    extend_scores(self.folder / "scores.json", found)
     log.info("step %d: %s", self.step, "; ".join(distances))
+    extend_scores(self.folder / "scores.json", found)
     return found
 
 # %% ../../nbs/6_training/08_trainer.ipynb #0bad0466
@@ -580,10 +581,10 @@ def whereabouts(self: Trainer) -> str:
 @patch
 def scores(self: Trainer) -> list:  # records; empty if this step was not scored
     "The records of the present step with as many samples as asked for, and those of the training images."
-    path, now = self.folder / "scores.json", (f"step_{self.step:08d}", self.config.evaluate.n)
-    every = json.loads(path.read_text()) if path.exists() else []
-    here = [r for r in every if (r["checkpoint"], r["n_samples"]) == now]
-    return [r for r in every if r["checkpoint"] is None] + here if here else []
+    now = f"step_{self.step:08d}", self.config.evaluate.n
+    every = read_scores(self.folder / "scores.json")
+    here = [r for r in every if (r.get("checkpoint"), r.get("n_samples")) == now]
+    return [r for r in every if r.get("checkpoint", "") is None] + here if here else []
 
 # %% ../../nbs/6_training/08_trainer.ipynb #2efb3308
 @patch
