@@ -19,7 +19,9 @@ BEFORE = "37a7a9299f58d05f396f86271ace39a5eb6c92cb"  # the last commit with all 
 ROOMS = ("networks", "method", "data", "checkpoints", "evaluation", "training", "commands", "explore")
 
 
-NEW = {  # what came after BEFORE: its modules, and its definitions in others; a class with the methods patched into it
+# What came after BEFORE: its modules, and its definitions in others; a class with the methods patched into it. Whoever
+# adds a feature adds it here.
+NEW = {
     "Muon": "training.optimizers: NEWTON_SCHULZ orthogonalise MOMENTUM ADAM_SHARE TABLES _muon_groups Muon",
     "trajectories, eulerian, phases": """method.trajectories method.eulerian
         training.config: phases _phases_fit _uses_trajectories _dsm_first training.costs: student_cost
@@ -33,8 +35,8 @@ NEW = {  # what came after BEFORE: its modules, and its definitions in others; a
         ScaleHead ProjectedDiscriminator DISCRIMINATORS method.balance: ApartGradients training.stages: GanStage.inherit
         networks.unet: Network.set_dropout Network.balance_layer OpenAIUNet.balance_layer data.images: BYTES
         data.read: LANCZOS evaluation.draw: _bytes_of""",
-    "EDM2": """networks.edm2 checkpoints.models: _infer_edm2 _edm2_heads EDM2_NUMBERS checkpoints.catalogue: LATENTS
-        method.teacher: uncertainty_loss training.presets: IMAGENET64_EDM2""",
+    "EDM2": """networks.edm2 checkpoints.models: _infer_edm2 _edm2_heads EDM2_NUMBERS
+        checkpoints.catalogue: LATENTS EDM2_FILES method.teacher: uncertainty_loss training.presets: IMAGENET64_EDM2""",
     "averages": """checkpoints.averages training.config: LENGTH training.trainer: Trainer.snapshot_due Trainer.snapshot
         commands.train: _averages""",
     "guides": "method.guidance: autoguide training.config: _can_guide",
@@ -48,6 +50,10 @@ NEW = {  # what came after BEFORE: its modules, and its definitions in others; a
     "safety of readers, labels": """data.read: existing unpacked_limit _Stub LABEL_KEYS _label_in _is_picture _as_bytes
         _stamp LMDB _lmdb_page lmdb_entries data.convert: folder_names data.images: _letters
         checkpoints.models: _is_consistency_model""",
+    "other forms, others' weights": """data.read: _Streamed _bytes_at _cifar_members _inflate _mat_arrays _plain_tar
+        checkpoints.foreign: _of_diffusers _states _rank _weights read_weights
+        checkpoints.unpickle: ANY Opaque TORCH_NAMES _latin _odd""",
+    "machines without double, without fork": "method.flow: NO_DOUBLE finest training.runtime: peak_memory",
     "two at once, memory, a pulse": """data.files: claimed training.trainer: Trainer.claim Trainer.whereabouts
         checkpoints.models: of_newest commands.flags: Pulse training.costs: fit_memory""",
 }

@@ -9,7 +9,7 @@ __all__ = ['data_parser', 'ctm_nb_data']
 import json, sys
 from pathlib import Path
 
-from .flags import Parser, one_line_errors, ranged
+from .flags import Parser, check_output, one_line_errors, ranged
 
 # %% ../../nbs/7_commands/04_data.ipynb #26e7c290
 def data_parser() -> Parser:
@@ -45,11 +45,13 @@ def data_parser() -> Parser:
 def _inspect(a):
     "Look at every image; write a contact sheet and a JSON report if asked, unless one of the files is there already."
     for p in filter(None, (a.sheet, a.json)):
+        check_output(p, *[".png", ".jpg", ".webp"] * (p is a.sheet))
         if p.exists(): raise FileExistsError(f"{p} exists: choose another name or remove it")
-    from ctm_nb.data.convert import contact_sheet, survey
+    from ctm_nb.data.convert import contact_sheet, report, survey
     from ctm_nb.data.read import open_source
     source = open_source(a.src, a.labels, a.background)
     facts = survey(source, a.size, a.crop, a.workers)
+    print(report(facts), flush=True)  # before anything can go wrong with a file
     if a.sheet: contact_sheet(source).save(a.sheet)
     if a.json: a.json.write_text(json.dumps(facts, indent=1) + "\n")
     return facts
@@ -78,7 +80,4 @@ def ctm_nb_data(
     getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # a terminal may lack the letters of a name
     with one_line_errors("ctm_nb_data"):
         if a.command == "convert": return print(_convert(a))
-        facts = _inspect(a)
-        from ctm_nb.data.convert import report
-        print(report(facts))
-        if facts["broken"]: sys.exit(1)
+        if _inspect(a)["broken"]: sys.exit(1)

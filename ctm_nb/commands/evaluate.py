@@ -9,7 +9,7 @@ __all__ = ['evaluate_parser', 'ctm_nb_evaluate']
 import argparse, logging, os
 from pathlib import Path
 
-from .flags import Parser, draw_flags, one_line_errors, ranged
+from .flags import Parser, check_output, draw_flags, one_line_errors, ranged
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #81f9db17
 def evaluate_parser() -> Parser:
@@ -31,6 +31,7 @@ def evaluate_parser() -> Parser:
         "set: train)")
     add("--weights", metavar="FOLDER",
         help="where the weights of inception, cleanfid, lite0 or timm lie (default: the cache, or where pip put them)")
+    add("--trust", action="store_true", help="run the TorchScript file of --weights though it is not the published one")
     add("--ref-split", choices=("train", "held_out", "all"),
         help="part of a data set that is the reference (default: held_out for --features train, else all)")
     add("--skip-broken", action="store_true", help="leave out images of --ref that can't be read, instead of stopping")
@@ -98,8 +99,12 @@ def ctm_nb_evaluate(
     with one_line_errors("ctm_nb_evaluate", logging.WARNING):
         r = _request_of(a)
         from ctm_nb.evaluation import evaluate as work
-        subject = work.open_subject(r)
         files = [f for f in (a.out, a.save_ref, r.nearest) if f]
+        for f in files:
+            if f.parent.name != "samples": check_output(f, *[".npz"] * (f is a.save_ref))  # a run makes that folder
+        if a.out: work.read_scores(a.out)  # raises if it holds something else
+        subject = work.open_subject(r)
         if a.dry_run: return print(work.plan(r, subject, files)) if first else None
         rows, found = work.evaluate(r, subject)
-        if first: print(work.report(r, rows, found, a.out))
+        if first: print(work.report(r, rows, found), flush=True)  # before anything can go wrong with the file
+        if first and a.out: work.extend_scores(a.out, rows)

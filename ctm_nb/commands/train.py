@@ -6,7 +6,7 @@
 __all__ = ['plan', 'train_parser', 'ctm_nb_train']
 
 # %% ../../nbs/7_commands/01_train.ipynb #eb035495
-import argparse, logging, os, shlex, time
+import argparse, logging, os, re, shlex, time
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict
@@ -83,6 +83,14 @@ def _paths(config, data):
             f"{(d.N - 1) * SOLVERS[solver_name(d.solver)]} evaluations of the teacher"]
 
 # %% ../../nbs/7_commands/01_train.ipynb #4d426b02
+def _check_given(config, data):
+    "Raise what training would raise for a given teacher or student; a public one that is not here yet is not fetched."
+    from ctm_nb.checkpoints.catalogue import CATALOGUE
+    from ctm_nb.training.stages import given_model
+    for which, section in (("teacher", config.teacher), ("ctm", config.distill)):
+        public = section.source in CATALOGUE or re.match(r"hf:|https?://", section.source)
+        if section.source not in ("", "none") and not public: given_model(config, which, data)
+
 def plan(
     config,  # config.Config
     folder: Path,  # where the run will live
@@ -100,6 +108,7 @@ def plan(
     from ctm_nb.training.trainer import no_scores_because, open_images
     splits, e, only = splits or open_images(config), config.evaluate, _until(config, stage)
     train, why = splits["train"], no_scores_because(config, splits)
+    _check_given(config, train)
     classes = f"{train.n_classes or 'no'} classes"
     if not config.data.use_labels: classes = "labels not used (data.use_labels=false)"
     images_per_sec = measure(only, train) if measured else None

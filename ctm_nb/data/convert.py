@@ -31,12 +31,7 @@ def fingerprint(a:np.ndarray, label:str="")->bytes: # 32
     return h.digest()
 
 # %% ../../nbs/3_data/05_convert.ipynb #9a3eb5a0
-def survey(
-    source:Source, # anything opened by `open_source`
-    size:int|None=None, # look at the images cropped and resized to this side; None: as they are
-    crop:str="center", # a key of `CROPS`
-    workers:int|None=None, # processes; None: all cores if there are many images
-)->dict: # JSON-able
+def survey(source:Source, size:int|None=None, crop:str="center", workers:int|None=None)->dict: # as for `decode_all`
     "Look at every image once, and tell what was found."
     def look(i):
         im = open_image(source.get(i))

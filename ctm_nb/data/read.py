@@ -733,15 +733,16 @@ def open_npz(*paths:Path)->ArraySource:
 def read_idx(path:Path)->np.ndarray: # uint8
     "The array of an idx file, plain or gz; `ValueError` if it isn't one."
     limit = unpacked_limit(path.stat().st_size)
-    with reading(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f: data = f.read(limit + 1)
-    if len(data) > limit: raise ValueError(f"{path} unpacks to more than {limit} bytes")
-    start = 4 + 4 * data[3] if len(data) > 3 else 4
-    if data[:3] != b"\0\0\x08" or len(data) < start:
-        raise ValueError(f"{path}: expected an idx file of bytes, begins with {data[:4]!r}")
-    shape = struct.unpack(f">{data[3]}I", data[4:start])
-    if len(data) - start != math.prod(shape):
-        raise ValueError(f"{path}: expected {math.prod(shape)} bytes of {shape}, got {len(data) - start}")
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+    with reading(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+        head = f.read(4)
+        axes = f.read(4 * head[3]) if len(head) == 4 else b""
+        if head[:3] != b"\0\0\x08" or len(head) < 4 or len(axes) < 4 * head[3]:
+            raise ValueError(f"{path}: expected an idx file of bytes, begins with {head!r}")
+        size = math.prod(shape := struct.unpack(f">{head[3]}I", axes))
+        if size > limit: raise ValueError(f"{path} unpacks to more than {limit} bytes")
+        data = f.read(size + 1)
+    if len(data) != size: raise ValueError(f"{path}: expected {size} bytes of {shape}, got {len(data)} or more")
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 def open_idx(files:list)->ArraySource:
     "MNIST and its relatives: one file of images, or those of training and test, with the labels beside them."
@@ -948,7 +949,8 @@ def folder_kind(path:Path)->tuple: # the function that opens it, what to give it
     if saved: return open_table, str(path), "disk"
     cifar = any(n.startswith("data_batch_") for n in names)
     if cifar or {"train", "test", "meta"} <= names and (path/"train").is_file(): return open_cifar, path
-    if shards := sorted(path/n for n in names if n.endswith(".tar")): return open_archive, shards
+    shards = [] if any(map(is_image_name, names)) else sorted(path/n for n in names if n.endswith(".tar"))
+    if shards: return open_archive, shards
     npzs = [path/n for n in names if re.fullmatch(r"sample_\d+\.npz", n)]
     if npzs: return open_npz, *sorted(npzs, key=lambda p: int(p.stem.rpartition("_")[2]))
     for below in ("raw", "cifar-10-batches-py", "cifar-100-python"):

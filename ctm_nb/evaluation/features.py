@@ -107,8 +107,8 @@ class TimmExtractor(Extractor):
         return Features(pooled, logits.double().softmax(1))
 
 # %% ../../nbs/5_evaluation/02_features.ipynb #9b22bd84
-def _inception(name: str, folder=None) -> InceptionExtractor:  # name: "inception" or "cleanfid"
-    "The network from its file; `ValueError` that says what to put where, or that the file is another."
+def _inception(name: str, folder=None, trust=False) -> InceptionExtractor:  # name: "inception" or "cleanfid"
+    "The network from its file; `ValueError` that says what to put where, or that the file is another program."
     entry = CATALOGUE["inception-2015-12-05"]
     try: path = fetch(entry.name) if folder is None else Path(folder).expanduser()
     except OSError as e:
@@ -117,6 +117,9 @@ def _inception(name: str, folder=None) -> InceptionExtractor:  # name: "inceptio
     if path.is_dir(): path = path / entry.file
     if not path.is_file():
         raise ValueError(f"Inception's weights are missing: there is no {path}; download {entry.url} and put it there")
+    if not trust and (found := file_hash(path)) != entry.sha256:
+        raise ValueError(f"{path} is not the published file: SHA-256 {found[:12]}..., expected {entry.sha256[:12]}...; "
+                         "TorchScript is a program, which runs when it is loaded: --trust runs this one")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the format is old
         try: script = torch.jit.load(path, map_location="cpu")
@@ -193,9 +196,10 @@ def load_extractor(
     name: str,  # "inception", "cleanfid", "lite0" or "timm:NAME"
     weights=None,  # file or folder with the weights; None: the cache, or where pip put them
     device: str = "cpu",  # where to compute
+    trust: bool = False,  # run a TorchScript file that is not the published one
 ) -> Extractor:  # ready to be called
     "A feature network by name; `ValueError` if there is no such thing or its weights are missing or damaged."
-    if name in ("inception", "cleanfid"): return _inception(name, weights).to(device)
+    if name in ("inception", "cleanfid"): return _inception(name, weights, trust).to(device)
     if name != "lite0" and not name.startswith("timm:"):
         raise ValueError(f"features must be train, inception, cleanfid, lite0 or timm:NAME, got {name!r}")
     which, path = name.removeprefix("timm:"), find_weights(name.removeprefix("timm:"), weights)

@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 from ..data.files import atomic_write, file_hash, readable
 from ..data.images import to_uint8
-from ..data.read import BrokenImage, open_source
+from ..data.read import BrokenImage, open_source, reading
 from .features import ClassifierExtractor, Extractor
 from .metrics import FeatureClassifier, FeatureStats
 
@@ -302,7 +302,7 @@ def read_reference(
     try:
         with np.load(path) as z: a = {k: z[k] for k in z.files}
     except Exception as e: raise ValueError(f"{path} can't be read as npz: {e}") from None  # damaged: anything
-    return _foreign_reference(path, a) if "mu" in a and "sigma" in a else _own_reference(path, a)
+    with reading(path): return (_foreign_reference if {"mu", "sigma"} <= {*a} else _own_reference)(path, a)
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #389c5857
 def _own_reference(path, a):

@@ -58,12 +58,6 @@ class Churn:
     S_max: float = 50.  # largest time at which noise is added, >= S_min
     S_noise: float = 1.003  # standard deviation of the noise, > 0
 
-    def __post_init__(self):
-        for name, low in (("S_churn", 0.), ("S_min", 0.), ("S_max", self.S_min)):
-            value = getattr(self, name)
-            if not value >= low: raise ValueError(f"{name} must be >= {low:g}, got {name}={value}")
-        if not self.S_noise > 0: raise ValueError(f"S_noise must be > 0, got S_noise={self.S_noise}")
-
 # %% ../../nbs/1_method/09_sampling.ipynb #6c71b89f
 def edm_sample(m: Model, x, times, y, draw, callback=None, churn=Churn()) -> Tensor:  # as `gamma_sample`; may end at 0
     "Before each Heun step a little way back up, with so much noise.  # EDM Alg. 2"

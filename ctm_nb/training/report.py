@@ -173,18 +173,15 @@ def model_card(
 
 # %% ../../nbs/6_training/07_report.ipynb #c292815e
 def _head(h):
-    "Where a run stands: state, a sentence; done in [0, 1]; tiles, (value, what it is)."
+    "Where a run stands: state, a sentence; done in [0, 1]; the last line of the log, and the images seen."
     plan, last = schedule(h.config), h.lines[-1] if h.lines else {}
     step, total = last.get("step", 0), max((s.end for s in plan.values()), default=0)
     stage, finished = last.get("stage") or next(iter(plan), ""), h.closed or 0 < total <= step
     end = plan[stage].end if stage in plan else total
     seen = {l.get("stage"): l.get("images") or 0 for l in h.lines}  # the last line of each stage counts
     where = f"step {step:,}, in the stage of the {NAMES.get(stage, stage)}, which ends at step {end:,}"
-    tiles = [(number(step), "optimizer steps"), (number(sum(seen.values())), "images seen"),
-             (duration(last.get("seconds") or 0), "of training"),
-             (number(last.get("images_per_sec")), "images a second at the end"),
-             (f"{(last.get('peak_memory_mb') or 0) / 1024:.2f} GiB", "peak memory")]
-    return dict(state="finished" if finished else where, done=1. if h.closed else step / max(total, 1), tiles=tiles)
+    done = 1. if h.closed else step / max(total, 1)
+    return dict(state="finished" if finished else where, done=done, last=last, images=sum(seen.values()))
 
 # %% ../../nbs/6_training/07_report.ipynb #3a690d61
 def _scores(records):
@@ -210,15 +207,12 @@ def _pictures(h, most=6):
 
 # %% ../../nbs/6_training/07_report.ipynb #34e162bc
 def _settings(h):
-    "Configuration and versions of a run, {section: {key: text}}, and sentences about changes."
-    text = lambda v: ", ".join(map(str, v)) if isinstance(v, (list, tuple)) else "none" if v is None else str(v)
+    "Configuration and versions of a run, {section: {key: value}}, and its changes."
     meta = h.manifest.get("meta") or {}
     found = {k: v for k, v in h.config.items() if isinstance(v, dict)}
     if meta.get("data_sha256"): found["data"] = {**(found.get("data") or {}), "sha256": meta["data_sha256"]}
     found["versions"] = h.manifest.get("versions") or {}
-    sections = {k: {n: text(v) for n, v in s.items()} for k, s in found.items() if s}
-    what = lambda c: "; ".join(map(str, c.get("what") or []))
-    return sections, [f"From step {c.get('step')} on: {what(c)}" for c in meta.get("changes") or []]
+    return {k: s for k, s in found.items() if s}, meta.get("changes") or []
 
 # %% ../../nbs/6_training/07_report.ipynb #4c6c635e
 def write_report(
@@ -233,6 +227,7 @@ def write_report(
     source, (sections, changes) = (h.config.get("data") or {}).get("source", "?"), _settings(h)
     page = template.render(
         name=h.folder.resolve().name, folder=h.folder, source=source, **_head(h), scores=_scores(h.records),
+        number=number, duration=duration,
         pictures=_pictures(h), curves=base64.b64encode(image.getvalue()).decode(), settings=sections, changes=changes)
     return atomic_write(h.folder / "report.html", page.encode())
 

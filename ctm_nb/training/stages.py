@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'OBJECTIVES', 'STAGE_CLASSES', 'step_generator', 'take', 'carry_to', 'Stage', 'make_network',
-           'make_denoiser', 'TeacherStage', 'DistillStage', 'TrajectoryFolder', 'Objective', 'GanStage',
+           'make_denoiser', 'TeacherStage', 'given_model', 'DistillStage', 'TrajectoryFolder', 'Objective', 'GanStage',
            'check_weights']
 
 # %% ../../nbs/6_training/05_stages.ipynb #4a3173e0
@@ -185,18 +185,25 @@ class TeacherStage(Stage):
         return {"edm": loss.mean()}
 
 # %% ../../nbs/6_training/05_stages.ipynb #8670360e
-@patch
-def given(self: Stage, which: str) -> Denoiser | CTM:  # "teacher" or "ctm"
+def given_model(
+    config: Config,  # of the run
+    which: str,  # "teacher" or "ctm"
+    data: Images,  # its images
+) -> Denoiser | CTM:
     "The model that the configuration names as the result of a stage; raises ValueError if it doesn't fit the data."
-    section, data = {"teacher": "teacher", "ctm": "distill"}[which], self.data
-    m = load(source := getattr(self.config, section).source, which=which)
-    if m.data_shape != self.shape:
+    section = {"teacher": "teacher", "ctm": "distill"}[which]
+    m = load(source := getattr(config, section).source, which=which)
+    shape = data.channels, data.image_size, data.image_size
+    if m.data_shape != shape:
         grey = "; data.channels=3 keeps grey images as the teacher takes them" * (m.channels == 3 > data.channels)
         raise ValueError(f"{section}.source={source} draws pictures of shape {m.data_shape}, the data have "
-                         f"{self.shape}; data.image_size={m.image_size} would resize them{grey}")
+                         f"{shape}; data.image_size={m.image_size} would resize them{grey}")
     if m.n_classes not in (0, data.n_classes):
         raise ValueError(f"{section}.source={source} knows {m.n_classes} classes, the data have {data.n_classes}")
     return m
+
+@patch
+def given(self: Stage, which: str) -> Denoiser | CTM: return given_model(self.config, which, self.data)
 
 # %% ../../nbs/6_training/05_stages.ipynb #e8c6d2b3
 class DistillStage(Stage):

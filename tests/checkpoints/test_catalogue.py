@@ -27,7 +27,7 @@ BODY = random.Random(0).randbytes(200_001)
 HASH = hashlib.sha256(BODY).hexdigest()
 NAME = "ct-imagenet64"
 FILE = f"{NAME}.pt"
-OTHER = "edm-cifar10-32x32-cond-vp"
+OTHER = "edm-cifar10-32x32-cond-ve"
 VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "CTM_NB_OFFLINE",
              "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
 PLAN = dict(
@@ -400,10 +400,11 @@ def test_every_file_of_the_reference_is_listed():
         "edm-imagenet64-openai": "consistency/edm_imagenet64_ema.pt",
         "ct-imagenet64": "consistency/ct_imagenet64.pt",
         "cd-imagenet64-lpips": "consistency/cd_imagenet64_lpips.pt",
-        "inception-2015-12-05": "consistency/inception/inception-2015-12-05.pt",
         "adm-imagenet64-reference": "diffusion/jul-2021/ref_batches/imagenet/64/VIRTUAL_imagenet64_labeled.npz",
     }.items():
         assert CATALOGUE[name].url == openai + address
+    ada = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
+    assert CATALOGUE["inception-2015-12-05"].url == f"{ada}inception-2015-12-05.pt"
     ctm = CATALOGUE["ctm-imagenet64"]
     assert ctm.url is None and "17XHwI5-IDpATRnBsxjOi6YCg1oD3MGC6" in ctm.how
     assert "1KPF3tWLRad3n18XJ1TD7J04XtoMIQ8QV" in ctm.how
@@ -459,8 +460,8 @@ def test_cache_folder(host, monkeypatch, tmp_path):
 
 
 def test_fetch_by_name_and_by_address(host):
-    assert host.get(OTHER) == host.cache/"edm-cifar10-32x32-cond-vp.pkl"
-    assert host.log()[0][0] == "/edm-cifar10-32x32-cond-vp.pkl"
+    assert host.get(OTHER) == host.cache/"edm-cifar10-32x32-cond-ve.pkl"
+    assert host.log()[0][0] == "/edm-cifar10-32x32-cond-ve.pkl"
     one, two = (host.get(f"{host.at}/{a}/my%20model.pt") for a in "ab")
     assert one != two and one.name.startswith("my_model-") and one.suffix == ".pt" and one.read_bytes() == BODY
     assert host.get(f"{host.at}/a/my%20model.pt") == one and len(host.log()) == 3
@@ -520,3 +521,16 @@ def test_the_catalogue_is_light():
         json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
         == []
     )
+
+
+def test_published_files_are_known_by_their_hash(tmp_path, monkeypatch):
+    "Where a hash is known, nothing else is taken for the file, not even on its first use."
+    from ctm_nb.checkpoints.catalogue import SHA256
+    monkeypatch.setenv("CTM_NB_CACHE", str(tmp_path))
+    monkeypatch.setenv("CTM_NB_OFFLINE", "1")
+    for name, pinned in SHA256.items():
+        assert len(bytes.fromhex(pinned)) == 32 and CATALOGUE[name].sha256 == pinned
+        (tmp_path / CATALOGUE[name].file).write_bytes(b"something else")
+        with pytest.raises(DownloadError, match=f"is not the published file.*expected {pinned[:12]}"): fetch(name)
+    (tmp_path / "ct-imagenet64.pt").write_bytes(b"of unknown hash")
+    assert fetch("ct-imagenet64").read_bytes() == b"of unknown hash"

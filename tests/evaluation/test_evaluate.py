@@ -131,7 +131,7 @@ def test_resizing_like_tensorflow_1_and_pil():
 
 def test_inception_by_both_ways(weights):
     x = digits("held_out").images[:3]
-    a, b = load_extractor("inception", weights), load_extractor("cleanfid", weights)
+    a, b = (load_extractor(n, weights, trust=True) for n in ("inception", "cleanfid"))
     f = a(x)
     assert torch.allclose(f.pooled, a.net(x.expand(-1, 3, -1, -1), return_features=True), atol=1e-4)
     assert a.features_id.split("-")[1] == b.features_id.split("-")[1]
@@ -162,10 +162,25 @@ def test_missing_weights_offline(tmp_path, monkeypatch):
 
 def test_another_network_in_inceptions_place_is_refused(tmp_path):
     torch.jit.script(nn.Linear(2, 3)).save(tmp_path / "inception-2015-12-05.pt")
-    with pytest.raises(ValueError, match="with layers and output"): load_extractor("inception", tmp_path)
-    with pytest.raises(ValueError, match="with layers and output"): load_extractor("cleanfid", tmp_path)
+    def refused(why, name="inception", **kw):
+        with pytest.raises(ValueError, match=why): load_extractor(name, tmp_path, **kw)
+    for name in ("inception", "cleanfid"): refused("with layers and output", name, trust=True)
+    for name in ("inception", "cleanfid"): refused("not the published file.*a program.*--trust runs this one", name)
     (tmp_path / "inception-2015-12-05.pt").write_bytes(b"no")
-    with pytest.raises(ValueError, match="can't be read as TorchScript"): load_extractor("inception", tmp_path)
+    refused("can't be read as TorchScript", trust=True)
+    refused("not the published file")
+
+
+def test_torchscript_does_not_run_unasked(weights, tmp_path, capsys, monkeypatch, npz):
+    "Neither from --weights nor from the cache is anything loaded that is not the published file, unless with --trust."
+    ran = []
+    monkeypatch.setattr(torch.jit, "load", lambda path, **_: ran.append(path) or torch.jit.script(nn.Linear(2, 3)))
+    np.savez(tmp_path / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    words = npz(), "--ref", tmp_path / "edm.npz", "--features", "inception"
+    assert "--trust runs this one" in fails(capsys, *words, "--weights", weights) and not ran
+    monkeypatch.setenv("CTM_NB_CACHE", str(weights))
+    assert "is not the published file" in fails(capsys, *words) and not ran
+    assert "with layers and output" in fails(capsys, *words, "--weights", weights, "--trust") and len(ran) == 1
 
 
 def test_timm(tmp_path):
@@ -316,7 +331,8 @@ def test_mistakes_are_one_line(npz, ref_file, weights, tmp_path, capsys):
     assert "8 x 8 as in the reference" in fails(capsys, npz(a=np.zeros((9, 4, 4, 1), np.uint8)), *ref)
     assert "must be below 10" in fails(capsys, npz(y=np.full(40, 10)), *ref)
     assert "integers >= 0, got -1" in fails(capsys, npz(y=np.full(40, -1)), *ref)
-    assert "can't be compared" in fails(capsys, npz(), *ref, "--features", "inception", "--weights", weights)
+    own = "--weights", weights, "--trust"
+    assert "can't be compared" in fails(capsys, npz(), *ref, "--features", "inception", *own)
     assert "got 'fdi'" in fails(capsys, npz(), *ref, "--metrics", "fid,fdi")
     assert "--gamma must be >= 0 and <= 1, got 2" in fails(capsys, npz(), *ref, "--gamma", "2")
     assert "--steps must be >= 1, got 0" in fails(capsys, npz(), *ref, "--steps", "0")
@@ -324,7 +340,7 @@ def test_mistakes_are_one_line(npz, ref_file, weights, tmp_path, capsys):
     assert "constant" in fails(capsys, npz(a=np.zeros((20, 8, 8, 1), np.uint8)), *ref)
     np.savez(tmp_path / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     assert "mean and covariance only" in fails(capsys, npz(), "--ref", tmp_path / "edm.npz", "--metrics", "pr",
-                                               "--weights", weights)
+                                               *own)
     assert "weights are missing" in fails(capsys, npz(), "--ref", tmp_path / "edm.npz", "--weights", tmp_path)
 
 
