@@ -431,7 +431,7 @@ def canvas_pixels(
 @torch.no_grad()
 def stroke_story(explorer: Explorer, path, stroke, t, y, seed):
     "Ten pictures of a stroke, one jump each: of every class in turn, or ten of one."
-    m, n = open_models(path)[0], 10
+    m, n = _open_models(path)[0], 10
     x0, begin = canvas_pixels(stroke, m.data_shape).expand(n, -1, -1, -1), time.perf_counter()
     labels = (torch.arange(n) % m.n_classes if y < 0 else torch.full((n,), y)) if m.n_classes else None
     x = m.G(x0 + t * noise(m.data_shape, seed, range(n)), t, m.sigma_min, labels)
@@ -445,7 +445,7 @@ def explore_strokes(
     t: float = 1., seed: int = 0,  # where the controls stand at first
 ) -> Explorer:
     "A canvas, and what one jump makes of the stroke on it."
-    m = open_models(str(path))[0]
+    m = _open_models(str(path))[0]
     C, H, W = m.data_shape
     kinds = [("every class in turn", -1), *((name, k) for k, name in enumerate(class_names(m)))]
     ground, pen = ("#000000", "#ffffff") if C == 1 else ("#ffffff", "#ffcc33")
