@@ -106,8 +106,10 @@ def _from_folder(path, which):
         hint = f"it describes {sorted(described) or 'no models'}"
         if which == "ctm" and "teacher" in described: hint = "this is a teacher's checkpoint, not a CTM's"
         raise ValueError(f"{path} holds no {which!r} model: {hint}")
-    part = described[which]["part"]
-    return rebuild(described[which]["description"], load_checkpoint(path, parts=[part]).models[part])
+    try: part, about = described[which]["part"], described[which]["description"]
+    except (LookupError, TypeError):
+        raise CheckpointError(f"{path}/checkpoint.json does not describe {which}") from None
+    return rebuild(about, load_checkpoint(path, parts=[part]).models[part])
 
 # %% ../../nbs/4_checkpoints/05_models.ipynb #36ff7788
 def _shape(state, name): return tuple(state[name].shape) if name in state else (0, 0)

@@ -189,12 +189,17 @@ def _read(file):
 def _manifest(path):
     "The content of checkpoint.json behind its seal."
     file = Path(path)/"checkpoint.json"
-    if (body := _unseal(_read(file))) is not None: return body
+    body = _unseal(_read(file))
+    if isinstance(body, dict) and "format" in body: return body
     raise CheckpointError(f"{file}: expected a sealed manifest, found a text that its seal does not fit")
 
 def _read_manifest(path):
     "The checked content of checkpoint.json."
     body = _manifest(path)
+    kinds = {"files": dict, "meta": dict, "versions": dict, "step": int}
+    for k, kind in kinds.items() if body["format"] == 1 else ():
+        if not isinstance(body.get(k), kind):
+            raise CheckpointError(f"{Path(path)/'checkpoint.json'}: expected {k} to be a {kind.__name__}")
     if body["format"] == 1: return body
     raise CheckpointError(f"{Path(path)/'checkpoint.json'}: format {body['format']}, of a newer ctm_nb than this one, "
                           f"{__version__}, which reads format 1: pip install --upgrade ctm_nb")

@@ -77,7 +77,6 @@ def ctm_nb_data(
 ):
     "Inspect and convert image data sets (the console command)."
     a = data_parser().parse_args(argv)
-    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # a terminal may lack the letters of a name
     with one_line_errors("ctm_nb_data"):
         if a.command == "convert": return print(_convert(a))
         if _inspect(a)["broken"]: sys.exit(1)

@@ -41,7 +41,7 @@ class Pulse(logging.Handler):
         logging.getLogger().removeHandler(self)
 
 # %% ../../nbs/7_commands/00_flags.ipynb #deb62513
-BAD = ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError  # input
+BAD = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)  # input
 FAILED = FloatingPointError, MemoryError, OSError  # the work
 
 @contextmanager
@@ -52,7 +52,11 @@ def one_line_errors(
     """Turn expected errors into one line on stderr.
 
     Exit code 2 for bad input, 3 for a failed run, 130 for Ctrl-C, 141 where nobody reads on, 75 for a signal."""
-    rank, before = os.environ.get("RANK", "0"), warnings.showwarning
+    rank, kept = os.environ.get("RANK", "0"), warnings.catch_warnings()
+    kept.__enter__()
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack the letters of a name
+        getattr(stream, "reconfigure", dict)(errors="backslashreplace")
+    if any(f[0] == "error" and f[2] is Warning for f in warnings.filters): warnings.simplefilter("default")
     logging.basicConfig(level=level if rank == "0" else logging.WARNING, format="%(message)s")
     def shown(text): return "\n".join(map(readable, str(text).split("\n")))  # it may quote a stranger's file
     warnings.showwarning = lambda message, *_, **__: print(f"{command}: {shown(message)}", file=sys.stderr)
@@ -63,13 +67,13 @@ def one_line_errors(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except BAD as e: code, why = 2, str(e)
-    except FAILED as e: code, why = 3, str(e) or type(e).__name__
+    except FAILED as e: code, why = 3, str(e) or "out of memory" * isinstance(e, MemoryError) or type(e).__name__
     except RuntimeError as e:
         if type(e).__name__ != "CheckpointError": raise  # known by name: importing it would import torch
         code, why = 3, str(e)
     except KeyboardInterrupt as e:
         code, why = 130, str(e) or "interrupted; the same command continues from the last checkpoint"
-    finally: warnings.showwarning = before
+    finally: kept.__exit__(None, None, None)
     print(f"{command}{'' if rank == '0' else f' (process {rank})'}: {shown(why)}", file=sys.stderr)
     sys.exit(code)
 

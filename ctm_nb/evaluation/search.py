@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..method.flow import grid_time
 from ..data.files import atomic_write
+from ..data.read import reading
 from .reference import Ranks
 
 # %% ../../nbs/5_evaluation/04_search.ipynb #5a0ebeb3
@@ -152,7 +153,9 @@ def stored_times(checkpoint: str | Path, steps: int | None = None) -> dict:  # w
     if path is None:
         raise ValueError(f"no times are stored for {checkpoint}: expected {places[0]}, from ctm_nb_evaluate CKPT "
                          "--ref DATA --search")
-    stored = json.loads(path.read_text())
+    with reading(path): stored = dict(json.loads(path.read_text()))
+    if not all(isinstance(v, dict) and {"times", "gamma"} <= v.keys() for v in stored.values()):
+        raise ValueError(f"{path} must hold times and gamma for each number of steps")
     if steps is None and len(stored) == 1: steps = next(iter(stored))
     if str(steps) not in stored:
         raise ValueError(f"{path} holds times for {', '.join(stored)} steps, got steps={steps}")

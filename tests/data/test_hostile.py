@@ -23,7 +23,7 @@ from ctm_nb.data.files import readable
 from ctm_nb.data.read import ENCODINGS, BrokenImage, decode, open_source
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "system"))
-from fuzz import fuzz, limited, planted  # noqa: E402
+from fuzz import fuzz, limited, planted, tarred  # noqa: E402
 
 ESCAPE = "\x1b]0;pwned\x07\x1b[31m"
 
@@ -44,15 +44,6 @@ def write(folder, files):
 def zipped(path, files, method=0):
     with zipfile.ZipFile(path, "w", method) as z:
         for n, data in files.items(): z.writestr(n, data)
-    return path
-
-
-def tarred(path, files, mode="w"):
-    with tarfile.open(path, mode) as t:
-        for n, data in files.items():
-            info = tarfile.TarInfo(n)
-            info.size = len(data)
-            t.addfile(info, io.BytesIO(data))
     return path
 
 

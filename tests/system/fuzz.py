@@ -75,6 +75,16 @@ def packed(write):
         return next(Path(d).iterdir()).read_bytes()
 
 
+def tarred(path, files, mode="w"):
+    "A tar of some files, name -> bytes; its path."
+    with tarfile.open(path, mode) as t:
+        for n, data in files.items():
+            info = tarfile.TarInfo(n)
+            info.size = len(data)
+            t.addfile(info, io.BytesIO(data))
+    return path
+
+
 def seeds():
     "Good data sets of every form: {name: (files, what is opened)}; `files` are path -> bytes."
     import lmdb
@@ -97,15 +107,6 @@ def seeds():
                 for n, data in {**pngs, "dataset.json": json.dumps(labels).encode()}.items(): z.writestr(n, data)
         return write
 
-    def tarred(files, mode="w"):
-        def write(p):
-            with tarfile.open(p, mode) as t:
-                for n, data in files.items():
-                    info = tarfile.TarInfo(n)
-                    info.size = len(data)
-                    t.addfile(info, io.BytesIO(data))
-        return write
-
     shard = {k: v for n in range(3) for k, v in ((f"{n}.png", picture(rng)), (f"{n}.cls", b"1"),
                                                  (f"{n}.json", b'{"label": 1}'))}
     batch = {b"data": rng.integers(0, 256, (3, 3072), np.uint8), b"labels": [0, 1, 9]}
@@ -119,9 +120,11 @@ def seeds():
         with lmdb.open(str(p), map_size=2**20, subdir=False, lock=False) as env, env.begin(write=True) as txn:
             for n, data in pngs.items(): txn.put(n.encode(), data)
 
-    for name, write in {"stored.zip": zipped(0), "deflated.zip": zipped(8), "plain.tar": tarred(pngs),
-                        "bzip2.zip": zipped(12), "lzma.zip": zipped(14), "packed.tar.xz": tarred(pngs, "w:xz"),
-                        "shard.tar": tarred(shard), "cifar.tar.gz": tarred(cifar, "w:gz"), "store.lmdb": store}.items():
+    for name, write in {"stored.zip": zipped(0), "deflated.zip": zipped(8), "plain.tar": lambda p: tarred(p, pngs),
+                        "bzip2.zip": zipped(12), "lzma.zip": zipped(14),
+                        "packed.tar.xz": lambda p: tarred(p, pngs, "w:xz"),
+                        "shard.tar": lambda p: tarred(p, shard),
+                        "cifar.tar.gz": lambda p: tarred(p, cifar, "w:gz"), "store.lmdb": store}.items():
         found[name] = ({name: packed(write)}, name)
     def arrays(save): return packed(lambda p: save(open(p, "wb")))  # numpy writes where it is told to
     found["arrays.npz"] = {"x.npz": arrays(lambda f: np.savez(f, x, y))}, "x.npz"

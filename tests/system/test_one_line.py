@@ -1,0 +1,76 @@
+"""Odd but valid files and odd surroundings end in one line that names the file."""
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+
+from ctm_nb.checkpoints.models import load
+from ctm_nb.checkpoints.store import CheckpointError, _seal
+from ctm_nb.commands.flags import one_line_errors
+from ctm_nb.evaluation.reference import FORMAT, is_reference_file, pick_device, read_reference
+from ctm_nb.evaluation.search import stored_times
+
+Z = np.zeros(3)
+REFERENCES = {
+    "words": dict(mu=np.array(["a"]), sigma=np.eye(1)), "complex": dict(mu=np.zeros(4, complex), sigma=np.eye(3)),
+    "objects": dict(mu=np.array([None]), sigma=np.eye(1)), "half a JSON": dict(meta="[", mean=Z),
+    "a number": dict(meta="3", mean=Z), "only its format": dict(meta=json.dumps({"format": FORMAT}), mean=Z),
+}
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_references(tmp_path, kind):
+    np.savez(tmp_path / "r.npz", **REFERENCES[kind])
+    with pytest.raises(ValueError, match="r.npz") as e: read_reference(tmp_path / "r.npz")
+    assert "\n" not in str(e.value)
+
+
+def test_references_whose_zip_is_damaged(tmp_path):
+    with zipfile.ZipFile(tmp_path / "r.npz", "w") as z: z.writestr("mu.npy", b"zzz")
+    with pytest.raises(ValueError, match="r.npz"): read_reference(tmp_path / "r.npz")
+    data = (tmp_path / "r.npz").read_bytes()
+    for at in range(len(data)):
+        (tmp_path / "x.npz").write_bytes(data[:at] + b"\xff" + data[at + 1:])
+        is_reference_file(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("text", ["[", "3", "[]", '{"1": 3}', '{"1": {"times": "x"}}', "null"])
+def test_stored_times(tmp_path, text):
+    (tmp_path / "m.times.json").write_text(text)
+    (tmp_path / "times.json").write_text(text)
+    with pytest.raises(ValueError, match="times"): stored_times(tmp_path / "m.safetensors", 1)
+
+
+@pytest.mark.parametrize("key, odd", [("meta", 3), ("meta", {"models": []}), ("meta", {"models": {"teacher": 3}}),
+                                      ("meta", {"models": {"teacher": {}}}), ("files", 3), ("versions", 3),
+                                      ("step", "x")])
+def test_manifests(tmp_path, untrained_run, key, odd):
+    run = untrained_run(tmp_path / "run", 1, ["a"])
+    file = next(run.glob("checkpoints/*/checkpoint.json"))
+    body = json.loads(file.read_bytes())
+    del body["seal"]
+    file.write_bytes(_seal({**body, key: odd}))
+    with pytest.raises((CheckpointError, ValueError), match="step_") as e: load(file.parent)
+    assert "\n" not in str(e.value)
+
+
+def test_devices_that_are_not_here():
+    with pytest.raises(ValueError, match="device mps: none is here"): pick_device("mps")
+    with pytest.raises(ValueError, match="device must be cpu, cuda or mps, got 'xpu'"): pick_device("xpu")
+
+
+def test_memory_has_words(capsys):
+    with pytest.raises(SystemExit), one_line_errors("command"): raise MemoryError
+    assert capsys.readouterr().err == "command: out of memory\n"
+
+
+def test_warnings_as_errors_and_an_ascii_python(tmp_path):
+    env = {**os.environ, "PYTHONWARNINGS": "error", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    words = [sys.executable, "-c", "from ctm_nb.commands.data import ctm_nb_data; ctm_nb_data()", "inspect"]
+    for path, code in (("digits", 0), ("кот", 2)):
+        done = subprocess.run([*words, path, "--workers", "0"], capture_output=True, text=True, env=env, cwd=tmp_path)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
