@@ -36,7 +36,7 @@ NETWORKS = {"ddpmpp": "network.family=ddpmpp",
             "edm2": "network.family=edm2 network.channels_per_head=16 teacher.weighting=uncertainty"}
 WIDTH = {"digits": {"ddpmpp": 16, "edm2": 16}, "mnist": {"ddpmpp": 16, "edm2": 16}, "cifar": {"ddpmpp": 24, "edm2": 24}}
 TEACHERS = {"ddpmpp": [("adamw", 4e-3), ("muon", .02)], "edm2": [("adamw", .1), ("muon", .2)]}
-STUDENTS = {"ddpmpp": [("muon", .02)], "edm2": [("adamw", .03), ("muon", .06), ("muon", .2)]}
+STUDENTS = {"ddpmpp": [("adamw", 1.6e-3), ("muon", .02)], "edm2": [("adamw", .03), ("muon", .06), ("muon", .2)]}
 STAGE = """distill.phases=trajectories:.6,soft:.4 distill.distance=pseudo_huber distill.stored=3008 gan.steps=0
     run.save_every=1000000 run.log_every=1000000 run.sample_every=1000000 evaluate.n=0"""
 LENGTHS = (.02, .04, .06, .09, .13, .2)
@@ -172,8 +172,8 @@ def fill_lengths(a, once, distances):
         for network in a.lengths:
             for what, who, ways in (("teacher", "teacher", ["teacher"]), ("distill", "ctm", ["1 steps", "2 steps"])):
                 run = run_of(a, seed, network, what, best(done, network, what))
-                for length in LENGTHS:
-                    which = lambda run, s=length: average(run, s, who)
+                for length in (None, *LENGTHS):  # None: the EMA at a fixed rate
+                    which = lambda run, s=length: average(run, s, who) if s else load(run, which=who)
                     key = dict(network=network, what=what, seed=seed, length=length)
                     once(key, lambda: dict(distance=distances(run, seed, which, ways)))
 

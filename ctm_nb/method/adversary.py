@@ -344,13 +344,20 @@ def project(self: Discriminator,
 
 # %% ../../nbs/1_method/08_adversary.ipynb #6f830ab3
 @patch
-def logits(self: Discriminator, mixed: list[list[Tensor]], y: Tensor | None = None) -> list[Tensor]:
+def logits(self: Discriminator,
+    mixed: list[list[Tensor]],  # from `project`
+    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
+) -> list[Tensor]:  # (B, P) logits for each head
     "The trained half: logits (B, P) for each head, of what `project` mixed."
     return [head(z, y) for heads, maps in zip(self.heads, mixed) for head, z in zip(heads, maps)]
 
 # %% ../../nbs/1_method/08_adversary.ipynb #fb9e82d9
 @patch
-def forward(self: Discriminator, x: Tensor, y: Tensor | None = None, numbers: dict | None = None) -> list[Tensor]:
+def forward(self: Discriminator,
+    x: Tensor,  # (B, C, H, W) pictures in [-1, 1]
+    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
+    numbers: dict | None = None,  # from `draw`; None: fresh
+) -> list[Tensor]:  # (B, P) logits for each head
     "Logits (B, P) for each head; arguments as of `project`."
     return self.logits(self.project(x, y, numbers), y)
 
@@ -395,7 +402,14 @@ def gan_loss_g(
     return torch.stack([GAN_LOSSES[loss][1](l).mean(1) for l in discriminator(estimate, y, numbers)]).mean(0)
 
 # %% ../../nbs/1_method/08_adversary.ipynb #6b07a48d
-def gan_loss_d(discriminator, real, fake, y=None, numbers=(None, None), loss="hinge") -> Tensor:  # as `gan_loss_g`
+def gan_loss_d(
+    discriminator: Discriminator,  # its heads learn
+    real: Tensor,  # (B, C, H, W) data
+    fake: Tensor,  # (B, C, H, W) the student's pictures; no gradient flows to them
+    y: Tensor | None = None,  # (B,) class indices of both
+    numbers=(None, None),  # of real and of fake pictures, each from `Discriminator.draw`; None: fresh
+    loss: str = "hinge",  # a key of GAN_LOSSES
+) -> Tensor:  # (B,)
     "Loss of the discriminator on two sets of pictures, numbers for each; no gradient to them.  # CTM: GAN loss [R]"
     with torch.no_grad(): mixed = [discriminator.project(x, y, n) for x, n in zip((real, fake), numbers)]
     on_real, on_fake = (discriminator.logits(maps, y) for maps in mixed)
@@ -403,7 +417,17 @@ def gan_loss_d(discriminator, real, fake, y=None, numbers=(None, None), loss="hi
     return torch.stack([(h(a) + h(-b)).mean(1) for a, b in zip(on_real, on_fake)]).mean(0)
 
 # %% ../../nbs/1_method/08_adversary.ipynb #d372cc51
-def discriminator_loss(student, target, discriminator: Discriminator, x_t, t, s, x0, y=None, **options) -> Tensor:
+def discriminator_loss(
+    student,  # G_theta, a CTM
+    target,  # G_ema
+    discriminator: Discriminator,  # its heads learn
+    x_t: Tensor,  # (B, C, H, W) where the student's jumps start
+    t: Tensor,  # (B,)
+    s: Tensor,  # (B,) where they land
+    x0: Tensor,  # (B, C, H, W) real pictures, whose noised copies x_t are
+    y: Tensor | None = None,  # (B,) class indices of both
+    **options,  # numbers, loss of `gan_loss_d`
+) -> Tensor:  # scalar
     "The discriminator's turn: real x0 against the student's estimates from x_t; options of `gan_loss_d`; a scalar."
     with torch.no_grad(): fake = to_end(target, student.G(x_t, t, s, y), s, y)
     return gan_loss_d(discriminator, x0, fake, y, **options).mean()

@@ -78,12 +78,23 @@ def interval_times(
 
 # %% ../../nbs/1_method/06_distill.ipynb #08875f97
 @torch.no_grad()
-def solve_interval(D, x_t: Tensor, times: Tensor, y=None, method: str = "heun") -> Tensor:  # arguments as of `solve`
+def solve_interval(
+    D,  # the teacher: D(x, t, y)
+    x_t: Tensor,  # (B, ...) data at times[0]
+    times: Tensor,  # (steps+1, B), all > 0, from `interval_times`
+    y: Tensor | None = None,  # (B,) class indices
+    method: str = "heun",  # of `solve`
+) -> Tensor:  # (B, ...) data at times[-1]
     "x_u = Solver(x_t, t -> u; D), without gradient; the times from `interval_times`, all > 0."
     return solve(D, x_t, times, y, method, above_zero=True)
 
 # %% ../../nbs/1_method/06_distill.ipynb #f3f192dc
-def to_end(target, x_s: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:  # (B, ...) data at sigma_min
+def to_end(
+    target,  # G_ema, a CTM
+    x_s: Tensor,  # (B, ...) data at time s
+    s: Tensor,  # (B,)
+    y: Tensor | None = None,  # (B,) class indices
+) -> Tensor:  # (B, ...) data at sigma_min
     "G_ema(x_s, s, sigma_min): to the end of the trajectory; gradient flows to x_s."
     return target.G(x_s, s, torch.full_like(s, target.sigma_min), y)
 
@@ -137,7 +148,14 @@ def dsm_sigma(
     return torch.cat([lognormal_sigma(z[:half]), grid_time(.7 * ramp[half:], 2, **grid).to(z)])
 
 # %% ../../nbs/1_method/06_distill.ipynb #e295a416
-def dsm_loss(student, x0, sigma, eps, y=None, sigma_data=SIGMA_DATA) -> Tensor:  # (B,); arguments as of `edm_loss`
+def dsm_loss(
+    student,  # CTM
+    x0: Tensor,  # (B, ...) clean data
+    sigma: Tensor,  # (B,) noise levels
+    eps: Tensor,  # (B, ...) standard normal noise
+    y: Tensor | None = None,  # (B,) class indices
+    sigma_data: float = SIGMA_DATA,  # standard deviation of the data
+) -> Tensor:  # (B,)
     "Denoising loss of the student at s = t, in float32 at least.  # CTM: DSM loss"
     return edm_loss(lambda *args: at_least_float32(student.D(*args)), x0, sigma, eps, y, sigma_data)
 

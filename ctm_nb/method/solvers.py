@@ -24,7 +24,14 @@ def jump(
     return r * x + (1 - r) * x0
 
 # %% ../../nbs/1_method/02_solvers.ipynb #84c5ff55
-def heun_step(D, x: Tensor, t: Tensor, u: Tensor, y=None, above_zero: bool = False) -> Tensor:  # as `solve`
+def heun_step(
+    D,  # denoiser: D(x, t, y)
+    x: Tensor,  # (B, ...) data at t
+    t: Tensor,  # (B,) or scalar
+    u: Tensor,  # (B,) or scalar, u < t
+    y: Tensor | None = None,  # (B,) class indices
+    above_zero: bool = False,  # u is known to be > 0: its values are not read (on a GPU that would stall the stream)
+) -> Tensor:  # (B, ...) data at u
     "One step of Heun's method, from t to u.  # EDM Alg. 1"
     D_t = D(x, t, y)
     x_u = jump(x, t, u, D_t)

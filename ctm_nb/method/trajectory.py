@@ -29,20 +29,34 @@ class CTM(Preconditioned):
 
 # %% ../../nbs/1_method/04_trajectory.ipynb #e0dc8209
 @patch
-def g(self: CTM, x: Tensor, t: float | Tensor, s: float | Tensor, y: Tensor | None = None) -> Tensor:  # as `forward`
+def g(self: CTM,
+    x: Tensor,  # (B, ...) data at noise level t
+    t: float | Tensor,  # start, > 0, (B,) or scalar
+    s: float | Tensor,  # landing time, 0 <= s <= t; below sigma_min it is read as sigma_min
+    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
+) -> Tensor:  # (B, ...) x_0-prediction
     "The network-preconditioned part of G.  # CTM: definition of g"
     return self(x, t, s, y)
 
 # %% ../../nbs/1_method/04_trajectory.ipynb #622ac604
 @patch
-def G(self: CTM, x: Tensor, t: float | Tensor, s: float | Tensor, y: Tensor | None = None) -> Tensor:  # as `forward`
+def G(self: CTM,
+    x: Tensor,  # (B, ...) data at noise level t
+    t: float | Tensor,  # start, > 0, (B,) or scalar
+    s: float | Tensor,  # landing time, 0 <= s <= t, (B,) or scalar
+    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
+) -> Tensor:  # (B, ...) data at noise level s
     "The jump from t to s; on the CPU, ValueError where s > t or s < 0.  # CTM: decomposition of G"
     if not (x.is_cuda or torch.compiler.is_compiling()): check_times(x, expand(t, x).flatten(), expand(s, x).flatten())
     return jump(x, t, s, self.g(x, t, s, y))
 
 # %% ../../nbs/1_method/04_trajectory.ipynb #f6db7db2
 @patch
-def D(self: CTM, x: Tensor, t: float | Tensor, y: Tensor | None = None) -> Tensor:  # as `forward`, with s = t
+def D(self: CTM,
+    x: Tensor,  # (B, ...) noisy data
+    t: float | Tensor,  # noise level > 0, (B,) or scalar
+    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
+) -> Tensor:  # (B, ...)
     "The student as denoiser: g where it lands where it starts."
     return self.g(x, t, t, y)
 
