@@ -164,7 +164,7 @@ def main():
                 path.stat().st_size if path.exists() else 0
             code, said, peak, seconds = inspect(path)
             told = [t for t in said.split("\n") if "at work" not in t]
-            line = next((t for t in told if "ctm_nb_data" in t or " a." in t), told[3])  # else the sizes
+            line = next((t for t in told if "ctm_nb_data" in t or " a." in t), [*told, *"   "][3])  # else the sizes
             rows.append(dict(name=name, stored=stored, unpacked=size, code=code, above=peak - usual, seconds=seconds,
                              said=line.replace(d, "").strip()[:160]))
             print(f"{name:26} {stored / 1e6:8.2f} MB {(size or 0) / 1e6:10.0f} MB  {(peak - usual) / 1e6:6.0f} MB  "
@@ -172,7 +172,7 @@ def main():
             if path.is_file(): path.unlink()
         (top / "everything").mkdir()
         everything(top / "everything")
-        code, said, _, _ = inspect(top / "everything")
+        said = "\n".join(t for t in inspect(top / "everything")[1].split("\n") if "at work" not in t)
     print(said)
     RESULTS.mkdir(parents=True, exist_ok=True)
     found = {"usual": usual, "bombs": rows, "everything": said}

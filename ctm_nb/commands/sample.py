@@ -31,8 +31,8 @@ def sample_parser() -> Parser:
     add("--edit", nargs="+", metavar=("TASK", "INPUT"), help="encode, interpolate, inpaint, colour, upscale, "
         "stroke or denoise these pictures, or those of these folders; --classes all finds their classes")
     add("--mask", type=Path, metavar="PNG", help="of --edit inpaint: white is painted")
-    add("--level", type=ranged(.002, 80, float), metavar="T", help="of --edit: noise to begin with (default: 3, of a "
-        "stroke 1, to denoise: found)")
+    add("--level", type=ranged(.002, 80, float), metavar="T", help="of --edit: noise to begin with (default: all; of a "
+        "stroke 1, to upscale 2, to denoise found)")
     return p
 
 # %% ../../nbs/7_commands/02_sample.ipynb #fac8749b

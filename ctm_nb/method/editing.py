@@ -214,9 +214,9 @@ def edit(
     x: Tensor,  # (B, C, H, W) in [-1, 1]; colour: (B, 1, H, W); upscale: smaller; denoise: any values
     mask: Tensor | None = None,  # (1 or B, 1, H, W) 1 known, 0 hidden; for inpaint
     y=None,  # class, or (B,) of them; None: found, where the model has classes
-    steps: int | None = None,  # jumps or solver steps; None: 16 along the ODE, 1 for a stroke, else 4
+    steps: int | None = None,  # jumps or solver steps; None: 16 along the ODE, 1 for a stroke, else 8
     gamma: float = .6,  # share of fresh noise of jumps, in [0, 1]
-    level: float | None = None,  # noise to begin with; None: 1 for a stroke, else 3; denoise: None: found
+    level: float | None = None,  # noise to begin with; None: 1 of a stroke, 2 to upscale, found to denoise, else all
     solver: str | None = None,  # a key of SAMPLERS; None: "ctm", for a teacher "heun"
     n: int = 9,  # interpolate: pictures from one to the next
     seed: int = 0,  # of the noise; row i depends on it and on i alone
@@ -238,7 +238,8 @@ def edit(
         if task == "interpolate": return Edited(interpolate(m, x, n, y, times, callback), y)
         z = encode(m, x, times, y, callback=callback)
         return Edited(m.G(z, m.sigma_max, m.sigma_min, y) if is_ctm(m) else solve(m.D, z, times, y, "dpmpp_2m"), y, z=z)
-    times = rho_grid((steps or (4 if put else 1)) + 1, m.sigma_min, level or (3. if put else 1.))
+    level = level or {"stroke": 1., "upscale": 2.}.get(task, m.sigma_max)
+    times = rho_grid((steps or (8 if put else 1)) + 1, m.sigma_min, level)
     how = {"gamma": gamma} if (solver := solver or ("ctm" if is_ctm(m) else "heun")) == "ctm" else {}
     return Edited(complete(m, put or (lambda g: g), first, times, draw, y, solver, callback, **how), y)
 

@@ -97,6 +97,22 @@ def test_an_arrow_key_changes_the_pictures(lab):
     box.screenshot(path=SHOTS/"pictures.png")
 
 
+def test_a_stroke_on_the_canvas_is_answered_while_it_is_drawn(lab):
+    canvas = lab.locator("canvas").first
+    canvas.scroll_into_view_if_needed(timeout=60_000)
+    box = canvas.locator("xpath=ancestor::*[contains(concat(' ', @class, ' '), ' jp-OutputArea-output ')][1]")
+    picture, place = box.locator("img").first, canvas.bounding_box()
+    idle(lab)
+    before = picture.get_attribute("src")
+    lab.mouse.move(place["x"] + 90, place["y"] + 40)
+    lab.mouse.down()
+    lab.mouse.move(place["x"] + 100, place["y"] + 150, steps=8)
+    expect(picture).not_to_have_attribute("src", before, timeout=60_000)  # the pen is still down
+    lab.mouse.up()
+    idle(lab)
+    box.screenshot(path=SHOTS/"stroke.png")
+
+
 def test_a_screen_reader_is_told_name_and_value(lab):
     rows = lab.locator(".widget-hslider").all()
     handles = [row.locator(".noUi-handle").first for row in rows]
