@@ -29,8 +29,8 @@ def _read_lines(path):
         try: out.append(json.loads(line))
         except ValueError: continue
     ok = lambda k, v: isinstance(v, str) if k == "stage" else isinstance(v, (int, float)) and abs(v) < 2**53
-    lines = [{k: v if ok(k, v) else None for k, v in l.items()} for l in out if isinstance(l, dict)]
-    return [l for l in lines if isinstance(l.get("step"), int)]
+    found = [{k: v if ok(k, v) else None for k, v in l.items()} for l in out if isinstance(l, dict)]
+    return [l for l in found if isinstance(l.get("step"), int)]
 
 # %% ../../nbs/6_training/07_report.ipynb #616feed1
 def read_json(
