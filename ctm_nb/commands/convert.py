@@ -61,6 +61,8 @@ def _refuse(to, a):
         raise ValueError(f"OUT must end in .safetensors (ours), .pt or .pth (others') or .onnx, got {to.name!r}")
     for flag in ("jump", "bytes"):
         if getattr(a, flag) and to.suffix != ".onnx": raise ValueError(f"--{flag} is for OUT.onnx, got {to.name!r}")
+    if a.jump and (a.bytes or a.steps > 1): raise ValueError("--jump writes G itself, without --steps or --bytes")
+    if a.steps > 1 and to.suffix not in EXPORTED: raise ValueError(f"--steps is for OUT.onnx or --web, got {to.name!r}")
     folder = (a.web or to).absolute().parent
     if not folder.is_dir(): raise FileNotFoundError(f"folder {folder} does not exist")
     if to.exists() and not a.overwrite: raise FileExistsError(f"{to} exists; --overwrite replaces it")
