@@ -82,6 +82,12 @@ def _export(m, to, a):
     except ValueError as e: print(f"not tried: {e}")
 
 # %% ../../nbs/7_commands/05_convert.ipynb #ee5d4d69
+def _public(v):
+    "A configuration without folders of this machine."
+    if isinstance(v, dict): return {k: _public(x) for k, x in v.items()}
+    if isinstance(v, list): return [_public(x) for x in v]
+    return Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v
+
 def _share(m, name, run):
     "Put a model on the Hub."
     from tempfile import TemporaryDirectory
@@ -93,7 +99,7 @@ def _share(m, name, run):
     hub, config = optional("huggingface_hub", "hf:NAME"), read_json(run / "config.json", {})
     if run.suffix == ".safetensors":
         config = json.loads(read_safetensors(run)[1].get("ctm_nb", "{}")).get("config") or {}
-    picture = run / "samples" / "final.png"
+    config, picture = _public(config), run / "samples" / "final.png"
     with TemporaryDirectory() as d:
         save_model(m, folder := Path(d) / HUB_FILE, config)
         card = model_card(m, name, config, read_json(run / "scores.json", []), picture.exists())
