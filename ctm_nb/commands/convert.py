@@ -61,6 +61,8 @@ def _refuse(to, a):
         raise ValueError(f"OUT must end in .safetensors (ours), .pt or .pth (others') or .onnx, got {to.name!r}")
     for flag in ("jump", "bytes"):
         if getattr(a, flag) and to.suffix != ".onnx": raise ValueError(f"--{flag} is for OUT.onnx, got {to.name!r}")
+    if a.jump and (a.bytes or a.steps > 1): raise ValueError("--jump writes G itself, without --steps or --bytes")
+    if a.steps > 1 and to.suffix not in EXPORTED: raise ValueError(f"--steps is for OUT.onnx or --web, got {to.name!r}")
     folder = (a.web or to).absolute().parent
     if not folder.is_dir(): raise FileNotFoundError(f"folder {folder} does not exist")
     if to.exists() and not a.overwrite: raise FileExistsError(f"{to} exists; --overwrite replaces it")
@@ -80,6 +82,12 @@ def _export(m, to, a):
     except ValueError as e: print(f"not tried: {e}")
 
 # %% ../../nbs/7_commands/05_convert.ipynb #ee5d4d69
+def _public(v):
+    "A configuration without folders of this machine."
+    if isinstance(v, dict): return {k: _public(x) for k, x in v.items()}
+    if isinstance(v, list): return [_public(x) for x in v]
+    return Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v
+
 def _share(m, name, run):
     "Put a model on the Hub."
     from tempfile import TemporaryDirectory
@@ -91,7 +99,7 @@ def _share(m, name, run):
     hub, config = optional("huggingface_hub", "hf:NAME"), read_json(run / "config.json", {})
     if run.suffix == ".safetensors":
         config = json.loads(read_safetensors(run)[1].get("ctm_nb", "{}")).get("config") or {}
-    picture = run / "samples" / "final.png"
+    config, picture = _public(config), run / "samples" / "final.png"
     with TemporaryDirectory() as d:
         save_model(m, folder := Path(d) / HUB_FILE, config)
         card = model_card(m, name, config, read_json(run / "scores.json", []), picture.exists())

@@ -58,6 +58,7 @@ def _edit(words, a):
     for k in ("times", "guidance", "guide", "bytes", "batch_size"):
         if a.pop(k) is not None: raise ValueError(f"--{k.replace('_', '-')} has no meaning with --edit")
     if len(words) < 2: raise ValueError(f"--edit needs a task and pictures, got only {words[0]}")
+    if a["n"] and words[0] != "interpolate": raise ValueError(f"-n has no meaning with --edit {words[0]}")
     from ctm_nb.evaluation.edit import edit_files
     return edit_files(a.pop("checkpoint"), words[0], words[1:], **a)
 

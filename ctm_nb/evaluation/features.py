@@ -20,12 +20,16 @@ from torch import nn
 from ..data.files import file_hash
 from ..method.adversary import FeatureNetwork
 from ..method.distances import feature_gap
+from ..method.flow import finest
 from .metrics import FeatureClassifier
 from ..checkpoints.catalogue import CATALOGUE, fetch
 
 # %% ../../nbs/5_evaluation/02_features.ipynb #ad3cebcc
 Features = namedtuple("Features", "pooled probs", defaults=[None])
 Features.__doc__ = "What a network computes: (B, d) features, and (B, K) float64 probabilities if it is a classifier."
+
+# %% ../../nbs/5_evaluation/02_features.ipynb #a3711cff
+def _probs(logits): return logits.to(finest(logits.device)).softmax(1)
 
 # %% ../../nbs/5_evaluation/02_features.ipynb #c9fe1516
 class Extractor(nn.Module):
@@ -56,7 +60,7 @@ class ClassifierExtractor(Extractor):
 
     def extract(self, x):
         maps = self.net.body(x.float() / 127.5 - 1)                              # (B, dim, 4, 4)
-        return Features(self.net.pool(maps), self.net.head(maps).double().softmax(1))
+        return Features(self.net.pool(maps), _probs(self.net.head(maps)))
 
 # %% ../../nbs/5_evaluation/02_features.ipynb #4a13f64b
 def _resize_tf1(x: torch.Tensor, size: int = 299) -> torch.Tensor:  # (B, C, size, size) float32
@@ -64,8 +68,8 @@ def _resize_tf1(x: torch.Tensor, size: int = 299) -> torch.Tensor:  # (B, C, siz
     x = x.float()
     for dim in (2, 3):
         n = x.shape[dim]
-        p = torch.arange(size, device=x.device, dtype=torch.float64) * n / size
-        low, w = p.long(), (p % 1).float().view([-1, 1] if dim == 2 else [1, -1])
+        p = torch.arange(size, dtype=torch.float64) * n / size  # float64 is not on every device
+        low, w = p.long().to(x.device), (p % 1).to(x).view([-1, 1] if dim == 2 else [1, -1])
         x = x.index_select(dim, low) * (1 - w) + x.index_select(dim, (low + 1).clamp(max=n - 1)) * w
     return x
 
@@ -88,7 +92,7 @@ class InceptionExtractor(Extractor):
 
     def extract(self, x):
         pooled = self.net.layers((self.resize(x) - 128) / 128).flatten(1)        # (B, 2048)
-        return Features(pooled, F.linear(pooled, self.net.output.weight).double().softmax(1))
+        return Features(pooled, _probs(F.linear(pooled, self.net.output.weight)))
 
 # %% ../../nbs/5_evaluation/02_features.ipynb #f3064900
 def _resize_clean(x: torch.Tensor, size: int = 299) -> torch.Tensor:  # (B, C, size, size) float32 in [0, 255]
@@ -104,7 +108,7 @@ class TimmExtractor(Extractor):
         x = (_resize_clean(x, cfg["input_size"][-1]) / 255 - mean) / std
         f = self.net.forward_features(x)
         pooled, logits = self.net.forward_head(f, pre_logits=True), self.net.forward_head(f)
-        return Features(pooled, logits.double().softmax(1))
+        return Features(pooled, _probs(logits))
 
 # %% ../../nbs/5_evaluation/02_features.ipynb #9b22bd84
 def _inception(name: str, folder=None, trust=False) -> InceptionExtractor:  # name: "inception" or "cleanfid"

@@ -68,7 +68,7 @@ def merge(self: FeatureStats, other: FeatureStats) -> FeatureStats:  # self, now
 @patch
 def update(self: FeatureStats, features) -> FeatureStats:  # self; features are (B, d), B >= 1
     "Add a batch of features."
-    f, dim = torch.as_tensor(features).detach().double().cpu(), len(self.mean)
+    f, dim = torch.as_tensor(features).detach().cpu().double(), len(self.mean)
     if f.ndim != 2 or f.shape[1] != dim: raise ValueError(f"features must be (B, {dim}), got shape {tuple(f.shape)}")
     if not f.isfinite().all(): raise ValueError("features must be finite, got NaN or infinity in this batch")
     batch = FeatureStats(dim)

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..checkpoints.catalogue import CATALOGUE
 from ..checkpoints.store import atomic_write
+from ..data.read import reading
 from .config import schedule
 
 # %% ../../nbs/6_training/07_report.ipynb #7575788a
@@ -27,7 +28,9 @@ def _read_lines(path):
     for line in lines:
         try: out.append(json.loads(line))
         except ValueError: continue
-    return [l for l in out if isinstance(l, dict) and isinstance(l.get("step"), int)]
+    ok = lambda k, v: isinstance(v, str) if k == "stage" else isinstance(v, (int, float)) and abs(v) < 2**53
+    found = [{k: v if ok(k, v) else None for k, v in l.items()} for l in out if isinstance(l, dict)]
+    return [l for l in found if isinstance(l.get("step"), int)]
 
 # %% ../../nbs/6_training/07_report.ipynb #616feed1
 def read_json(
@@ -218,18 +221,19 @@ def _settings(h):
 def write_report(
     folder: str | Path,  # runs/<name>
 ) -> Path:  # report.html in it
-    "Make the report of a run, finished or not; ValueError if it is no run."
+    "Make the report of a run, finished or not; ValueError if it is no run, or holds what no run writes."
     import jinja2
-    h, image = read_run(folder), io.BytesIO()
-    if figure := draw_curves(h): figure.savefig(image, format="png", dpi=110)
-    text = (resources.files("ctm_nb.training") / "report.html").read_text(encoding="utf-8")
-    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(text)
-    source, (sections, changes) = (h.config.get("data") or {}).get("source", "?"), _settings(h)
-    page = template.render(
-        name=h.folder.resolve().name, folder=h.folder, source=source, **_head(h), scores=_scores(h.records),
-        number=number, duration=duration,
-        pictures=_pictures(h), curves=base64.b64encode(image.getvalue()).decode(), settings=sections, changes=changes)
-    return atomic_write(h.folder / "report.html", page.encode())
+    with reading(folder):
+        h, image = read_run(folder), io.BytesIO()
+        if figure := draw_curves(h): figure.savefig(image, format="png", dpi=110)
+        text = (resources.files("ctm_nb.training") / "report.html").read_text(encoding="utf-8")
+        template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(text)
+        source, (sections, changes) = (h.config.get("data") or {}).get("source", "?"), _settings(h)
+        page = template.render(
+            name=h.folder.resolve().name, folder=h.folder, source=source, **_head(h), scores=_scores(h.records),
+            number=number, duration=duration, pictures=_pictures(h), settings=sections, changes=changes,
+            curves=base64.b64encode(image.getvalue()).decode())
+        return atomic_write(h.folder / "report.html", page.encode())
 
 # %% ../../nbs/6_training/07_report.ipynb #ae29c041
 def follow(

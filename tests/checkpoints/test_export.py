@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ctm_nb.checkpoints import export
+from ctm_nb.commands.convert import ctm_nb_convert
 from ctm_nb.method.teacher import Denoiser
 from ctm_nb.method.trajectory import student_from
 from ctm_nb.networks.families import build_network
@@ -57,3 +58,14 @@ def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(ImportError, match=re.escape("onnxscript is not installed: pip install 'ctm_nb[onnx]'")):
         export.onnx_bytes(student("ddpmpp"))
+
+
+@pytest.mark.parametrize("name, words, said", [
+    ("x.onnx", ["--jump", "--steps", "2"], "--jump writes G itself"),
+    ("x.onnx", ["--jump", "--bytes"], "--jump writes G itself"),
+    ("x.safetensors", ["--steps", "2"], "--steps is for OUT.onnx or --web"),
+    ("x.safetensors", ["--bytes"], "--bytes is for OUT.onnx"),
+])
+def test_words_without_an_effect_are_refused(tmp_path, capsys, name, words, said):
+    with pytest.raises(SystemExit): ctm_nb_convert(["student.safetensors", str(tmp_path / name), *words])
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())

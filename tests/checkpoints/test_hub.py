@@ -11,6 +11,8 @@ from threading import Thread
 
 import pytest
 
+from ctm_nb.checkpoints.models import load, save_model
+
 pytest.importorskip("huggingface_hub")
 EMOJI = Path(__file__).resolve().parents[2] / "nbs" / "results" / "emoji" / "student.safetensors"
 COMMIT = "0" * 39 + "1"
@@ -101,3 +103,12 @@ def test_refused_in_one_line(hub):
     load = "from ctm_nb.commands.convert import ctm_nb_convert\nctm_nb_convert(['hf:me/nothing'])"
     code, out, err = hub(load)
     assert code == 3 and "hf:me/nothing: no model.safetensors could be had" in err and "Traceback" not in err
+
+
+def test_folders_of_this_machine_stay_here(hub, tmp_path):
+    config = {"data": {"source": "/home/anna/cats.zip", "crops": ["/home/anna/a.json", 3]}, "run": {"name": "cats"}}
+    own = save_model(load(str(EMOJI)), tmp_path / "own.safetensors", config)
+    code, out, err = hub(SHARE.replace(str(EMOJI), str(own)))
+    assert code == 0, err
+    assert json.loads(Hub.files["config.json"])["data"] == {"source": "cats.zip", "crops": ["a.json", 3]}
+    assert not any(b"anna" in content for content in Hub.files.values())

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_map
 
 from ctm_nb.data.images import digits
+from ctm_nb.evaluation.features import ClassifierExtractor, _resize_tf1
+from ctm_nb.evaluation.metrics import FeatureClassifier, FeatureStats
 from ctm_nb.method import flow
 from ctm_nb.method.sampling import sample
 from ctm_nb.training.config import make_config
@@ -129,3 +131,16 @@ def test_a_step_and_samples_without_float64(stage, monkeypatch):
         for solver in (["ctm"] if "ctm" in parts else []) + ["heun", "dpmpp_2m", "edm"]:
             x = sample(m, n=3, steps=3, gamma=.5 if solver == "ctm" else 0., solver=solver)
             assert x.device == DEVICE and x.dtype == torch.float32
+
+
+def test_features_without_float64(monkeypatch):
+    monkeypatch.setattr(flow, "NO_DOUBLE", {DEVICE.type})
+    x, net = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8), FeatureClassifier(8, 1, 10).eval()
+    e, resized = ClassifierExtractor(net), _resize_tf1(x, 5)
+    there = e(x)
+    with NoDouble():
+        f = e.to(DEVICE)(x)
+        assert f.pooled.device == DEVICE and f.probs.dtype == torch.float32
+        assert torch.equal(_resize_tf1(x.to(DEVICE), 5).cpu(), resized)
+        stats = FeatureStats(64).update(f.pooled)
+    assert torch.allclose(stats.mean, there.pooled.double().mean(0)) and there.probs.dtype == torch.float64
