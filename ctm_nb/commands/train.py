@@ -211,9 +211,9 @@ def _on_cpu(config): return _device(config.run.device).type == "cpu"
 def _minutes(a, config, folder):
     "The budget that was asked for, that the run there has, or that one's own images get on a CPU; 0: none."
     from ctm_nb.evaluation.reference import launched
-    from ctm_nb.training.report import read_json
+    from ctm_nb.training.report import read_json, section
     saved = read_json(folder / "config.json", {})
-    minutes = a.minutes or config.run.minutes or saved.get("run", {}).get("minutes", 0)
+    minutes = a.minutes or config.run.minutes or section(saved, "run").get("minutes", 0)
     typed = [w for w in _words(a) if w.partition("=")[0].endswith(".steps") and not w.startswith("evaluate")]
     default = not saved and not typed and _preset(a) == "auto" and _on_cpu(config)
     if launched()[1] == 1: return minutes or 30 * default

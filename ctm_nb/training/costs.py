@@ -22,7 +22,7 @@ from ..data.images import ImageData, Images
 from ..evaluation.reference import pick_device
 from ..method.distill import MATCHING
 from ..method.solvers import SOLVERS, solver_name
-from .report import NAMES, duration, read_json
+from .report import NAMES, duration, read_json, section
 from .stages import make_network
 from .trainer import Trainer
 
@@ -102,7 +102,7 @@ def fit_memory(
 ):
     "On a CPU nothing fails when memory runs out, the system ends the program: take as many images at a time as fit."
     if config.run.micro_batch != "auto" or pick_device(config.run.device).type != "cpu": return
-    known = read_json(folder / "config.json", {}).get("run", {}).get("micro_batch", "auto")
+    known = section(read_json(folder / "config.json", {}), "run").get("micro_batch", "auto")
     room = available_memory() if room is None else room
     none, one, whole = (memory(config, data, n) for n in (0, 1, None))
     if known == "auto" and (most := max(whole.values())) > .8 * room:

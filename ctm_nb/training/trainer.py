@@ -90,6 +90,8 @@ def check_changes(
     what: str = "the run",  # for the message
 ) -> list:  # allowed changes, "key: old -> new"
     "Raise ValueError if the new configuration can't continue the old one."
+    for k, v in meta["config"].items():
+        if not isinstance(v, dict): raise ValueError(f"{what} has a config.json with {k}={v!r}, expected settings there")
     allowed, refused = _changes(meta["config"], asdict(config), step)
     if refused:
         raise ValueError(

@@ -64,7 +64,8 @@ def test_killed_at_random_moments_not_a_bit_differs():
 def test_a_signal_finishes_the_step_saves_and_says_so(tmp_path, name, code):
     endless = ["teacher.steps=100000", "run.save_every=100000", "run.log_every=1"]
     words = [*COMMAND, "--runs", tmp_path, "--name", "r", "--set", *TINY, *endless]
-    p = subprocess.Popen(words, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    heard = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may use nohup
+    p = subprocess.Popen(words, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=heard)
     log, waited = tmp_path / "r" / "metrics.jsonl", time.monotonic()
     while not (log.exists() and log.stat().st_size) and time.monotonic() - waited < 200 and p.poll() is None:
         time.sleep(.05)
@@ -85,6 +86,14 @@ def test_under_nohup_a_closed_terminal_is_no_reason_to_stop():
         with Signals() as signals: signal.raise_signal(signal.SIGHUP)
         assert not signals.asked and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally: signal.signal(signal.SIGHUP, before)
+
+
+def test_an_odd_configuration_is_one_line(tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.json").write_text('{"run": 3}')
+    words = [*COMMAND, "--runs", tmp_path, "--name", "r"]
+    done = subprocess.run(words, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2 and "has a config.json with run=3" in done.stderr and "Traceback" not in done.stderr
 
 
 # ---- no room
