@@ -7,7 +7,7 @@ __all__ = ['BAD', 'FAILED', 'Pulse', 'one_line_errors', 'Parser', 'ranged', 'che
 
 # %% ../../nbs/7_commands/00_flags.ipynb #25ad10ef
 import argparse, logging, os, re, sys, threading, time, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .. import __version__
@@ -55,7 +55,7 @@ def one_line_errors(
     rank, kept = os.environ.get("RANK", "0"), warnings.catch_warnings()
     kept.__enter__()
     for stream in (sys.stdout, sys.stderr):  # a terminal may lack the letters of a name
-        getattr(stream, "reconfigure", dict)(errors="backslashreplace")
+        with suppress(OSError): getattr(stream, "reconfigure", dict)(errors="backslashreplace")
     if any(f[0] == "error" and f[2] is Warning for f in warnings.filters): warnings.simplefilter("default")
     logging.basicConfig(level=level if rank == "0" else logging.WARNING, format="%(message)s")
     def shown(text): return "\n".join(map(readable, str(text).split("\n")))  # it may quote a stranger's file

@@ -64,9 +64,9 @@ def test_killed_at_random_moments_not_a_bit_differs():
 def test_a_signal_finishes_the_step_saves_and_says_so(tmp_path, name, code):
     endless = ["teacher.steps=100000", "run.save_every=100000", "run.log_every=1"]
     words = [*COMMAND, "--runs", tmp_path, "--name", "r", "--set", *TINY, *endless]
-    heard = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may use nohup
-    p = subprocess.Popen(words, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                         preexec_fn=heard)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may use nohup
+    p = subprocess.Popen(words, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    signal.signal(signal.SIGHUP, before)
     log, waited = tmp_path / "r" / "metrics.jsonl", time.monotonic()
     while not (log.exists() and log.stat().st_size) and time.monotonic() - waited < 200 and p.poll() is None:
         time.sleep(.05)
