@@ -91,7 +91,7 @@ def check_changes(
 ) -> list:  # allowed changes, "key: old -> new"
     "Raise ValueError if the new configuration can't continue the old one."
     for k, v in meta["config"].items():
-        if not isinstance(v, dict): raise ValueError(f"{what} has a config.json with {k}={v!r}, expected settings there")
+        if not isinstance(v, dict): raise ValueError(f"{what} has a config.json with {k}={v!r}, expected settings")
     allowed, refused = _changes(meta["config"], asdict(config), step)
     if refused:
         raise ValueError(
