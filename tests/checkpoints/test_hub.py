@@ -106,7 +106,7 @@ def test_refused_in_one_line(hub):
 
 
 def test_folders_of_this_machine_stay_here(hub, tmp_path):
-    config = {"data": {"source": "/home/anna/cats.zip", "crops": ["/home/anna/a.json", 3]}, "run": {"name": "cats"}}
+    config = {"data": {"source": "/srv/anna/cats.zip", "crops": ["/srv/anna/a.json", 3]}, "run": {"name": "cats"}}
     own = save_model(load(str(EMOJI)), tmp_path / "own.safetensors", config)
     code, out, err = hub(SHARE.replace(str(EMOJI), str(own)))
     assert code == 0, err
