@@ -23,7 +23,7 @@ from ..data.files import atomic_write
 from ..data.images import to_uint8
 from ..data.read import optional
 from ..method.flow import noise
-from ..method.sampling import default_times, gamma_sample
+from ..method.sampling import default_times, gamma_sample, sample
 from ..method.trajectory import CTM, is_ctm
 from .catalogue import fetch
 
@@ -101,8 +101,11 @@ def onnx_difference(
     inputs = {"noise": z} if steps else {"x": 5 * z, "t": torch.full((n,), 5.), "s": torch.full((n,), .3)}
     if m.n_classes: inputs["label"] = y
     got = session.run(None, {k: v.numpy() for k, v in inputs.items()})[0]
-    graph = Drawing(m, steps, got.dtype == "uint8") if steps else Jump(m)
-    with torch.no_grad(): return float((torch.from_numpy(got).double() - graph(*inputs.values())).abs().max())
+    if steps: x = sample(m, n, steps, y=y if m.n_classes else None, seed=0)
+    else:
+        with torch.no_grad(): x = m.G(*inputs.values())
+    if got.dtype == "uint8": x = to_uint8(x)
+    return float((torch.from_numpy(got).double() - x).abs().max())
 
 # %% ../../nbs/4_checkpoints/07_export.ipynb #f7ced54b
 RUNTIME = "onnxruntime-web"  # in the catalogue

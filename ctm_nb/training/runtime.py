@@ -88,9 +88,8 @@ class Signals:
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             known = [n for n in EXIT_CODES if hasattr(signal, n)]  # Windows has few
-            deaf = signal.SIG_IGN in [signal.getsignal(getattr(signal, n)) for n in known if n == "SIGHUP"]  # nohup
-            heard = [n for n in known if not (deaf and n == "SIGHUP")]
-            self.before = {n: signal.signal(getattr(signal, n), self.note) for n in heard}
+            if "SIGHUP" in known and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN: known.remove("SIGHUP")  # nohup
+            self.before = {n: signal.signal(getattr(signal, n), self.note) for n in known}
         return self
 
     def __exit__(self, *_):

@@ -32,6 +32,18 @@ from ctm_nb.data import convert, read  # noqa: F401  # imported here, once for a
 SECONDS, MEMORY = 20, 2 * 2**30
 
 
+def ended(f, args):
+    "Call a function in a child, and end the child with its code; 99 for what nobody expected."
+    code = 0
+    try: f(*args)
+    except SystemExit as e: code = e.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 99
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def limited(f, *args, seconds=SECONDS, memory=MEMORY):
     "What a function does in a child process: 'ok', 'refused', 'traceback', 'crash' or 'hang', and its words."
     with tempfile.TemporaryFile() as out:
@@ -45,14 +57,7 @@ def limited(f, *args, seconds=SECONDS, memory=MEMORY):
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
             signal.alarm(3 * seconds)  # for who waits and does nothing; others may want the processor, too
-            code = 0
-            try: f(*args)
-            except SystemExit as e: code = e.code or 0
-            except BaseException:
-                traceback.print_exc()
-                code = 99
-            sys.stdout.flush()
-            os._exit(code)
+            ended(f, args)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         out.seek(0)
         words = out.read().decode(errors="backslashreplace")

@@ -11,11 +11,11 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 
 import numpy as np
 import torch
+from fuzz import ended
 
 from ctm_nb.checkpoints.models import describe, find_checkpoint, load
 from ctm_nb.checkpoints.store import load_checkpoint, prune_checkpoints, save_checkpoint
@@ -38,14 +38,7 @@ class Child:
         if self.pid: return
         for fd in (1, 2): os.dup2(self.out.fileno(), fd)
         sys.stdout = sys.stderr = open(1, "w", closefd=False)
-        code = 0
-        try: f(*args)
-        except SystemExit as e: code = e.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 99
-        sys.stdout.flush()
-        os._exit(code)
+        ended(f, args)
 
     def end(self):
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
