@@ -56,6 +56,7 @@ NEW = {
     "machines without double, without fork": "method.flow: NO_DOUBLE finest training.runtime: peak_memory",
     "editing": "method.editing evaluation.edit commands.sample: _edit",
     "told before hours are spent": "commands.flags: check_output commands.train: _check_given",
+    "services that follow a run": "training.config: SERVICES training.trainer: Service",
     "known hashes": "checkpoints.catalogue: SHA256",
     "two at once, memory, a pulse": """data.files: claimed training.trainer: Trainer.claim Trainer.whereabouts
         checkpoints.models: of_newest commands.flags: Pulse training.costs: fit_memory""",
