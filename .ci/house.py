@@ -47,10 +47,10 @@ NEW = {
     "ONNX and the page": "checkpoints.export commands.convert: EXPORTED _export",
     "Hub": """checkpoints.catalogue: HUB_FILE hub_file training.report: model_card
         commands.convert: _share""",
-    "safety of readers, labels": """data.read: existing unpacked_limit _Stub LABEL_KEYS _label_in _is_picture _as_bytes
-        _stamp LMDB _lmdb_page lmdb_entries data.convert: folder_names data.images: _letters
+    "safety of readers, labels": """data.read: ENCODINGS existing unpacked_limit _Stub LABEL_KEYS _label_in _is_picture
+        _as_bytes _stamp _prefix _hint LMDB _lmdb_page lmdb_entries data.convert: folder_names data.images: _letters
         checkpoints.models: _is_consistency_model""",
-    "other forms, others' weights": """data.read: _Streamed _bytes_at _cifar_members _inflate _mat_arrays _plain_tar
+    "other forms, others' weights": """data.read: _bytes_at _inflate _mat_arrays PACKED _plain_tar open_table
         checkpoints.foreign: _of_diffusers _states _rank _weights read_weights
         checkpoints.unpickle: ANY Opaque TORCH_NAMES _latin _odd""",
     "machines without double, without fork": "method.flow: NO_DOUBLE finest training.runtime: peak_memory",
