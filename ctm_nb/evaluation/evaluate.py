@@ -22,7 +22,7 @@ from .. import __version__
 from ..data.batches import load_splits
 from ..data.files import atomic_write, cache_folder, readable
 from ..data.images import named_grid, to_uint8
-from ..method.flow import rho_grid
+from ..method.flow import finest, rho_grid
 from ..method.sampling import check_request, evaluations, sample
 from ..method.solvers import SOLVERS, solver_name
 from ..method.teacher import Model
@@ -115,7 +115,9 @@ def score(self: Evaluator,
     self.check(words, got.shape)
     if "fid" in words: got.stats.warn_rank("samples")
     if NEED_POINTS & set(words):
-        r = replace(r, points=r.get_points(self.extractor).to(next(self.extractor.parameters()).device))
+        device = next(self.extractor.parameters()).device
+        where = device if finest(device) == torch.float64 else "cpu"  # distances need double precision
+        r = replace(r, points=r.get_points(self.extractor).to(where))
     for word in words:
         names, f = METRICS[word]
         values |= zip(names.split(), np.atleast_1d(f(r, got)).tolist())
