@@ -91,6 +91,7 @@ def _check_given(config, data):
         public = section.source in CATALOGUE or re.match(r"hf:|https?://", section.source)
         if section.source not in ("", "none") and not public: given_model(config, which, data)
 
+# %% ../../nbs/7_commands/01_train.ipynb #95699eba
 def plan(
     config,  # config.Config
     folder: Path,  # where the run will live
