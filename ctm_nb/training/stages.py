@@ -296,7 +296,7 @@ class TrajectoryFolder:
     "A teacher's solutions from noise as a data set, for any of its students; raises ValueError if it is another's."
     CHUNK = 64  # trajectories a file
     def __init__(self,
-        d: DistillConfig,  # folder `trajectories`, how many are `stored` (whole files), solver, guidance, dropped labels
+        d: DistillConfig,  # folder `trajectories`, number `stored` (whole files), solver, guidance, dropped labels
         teacher: Model,  # that solves
         times: Tensor,  # (N,) decreasing, all > 0
         labels: Tensor | None = None,  # of the images, in whose shares classes are drawn; None: without
