@@ -10,15 +10,15 @@ __all__ = ['AT_LEAST_1', 'NOT_NEGATIVE', 'POSITIVE', 'FRACTION', 'LENGTH', 'OBJE
 
 # %% ../../nbs/6_training/02_config.ipynb #67deb94a
 import difflib, math
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
-
-import torch
 
 from .presets import PRESETS
 from ..data.images import BYTES
 from ..checkpoints.averages import LONGEST
 from ..data.read import CROPS
+from ..evaluation.reference import pick_device
 from ..method.distances import DISTANCES
 from ..method.distill import MATCHING
 from ..method.solvers import SOLVERS, solver_name
@@ -297,11 +297,9 @@ def make_config(
     check_config(config)
     return config
 
-# %% ../../nbs/6_training/02_config.ipynb #9449352b
+# %% ../../nbs/6_training/02_config.ipynb #bf7e44f7
 def _available(device):
-    if device == "auto": return True
-    try: return torch.empty(0, device=device) is not None
-    except (RuntimeError, AssertionError): return False
+    with suppress(ValueError): return pick_device(device)
 
 # %% ../../nbs/6_training/02_config.ipynb #a1c29868
 def _phases_fit(c):

@@ -425,8 +425,8 @@ def _back_off(self: Trainer, may: bool = True):
     for m in self.parts.values(): m.zero_grad(set_to_none=True)
     free_memory()
     if not may or self.micro == 1:
-        raise MemoryError(f"out of memory on {self.device}; what would help: --micro-batch {max(1, self.micro // 2)} "
-                          f"(was {self.micro}; the gradient stays that of the whole batch), run.precision=bf16 on a "
+        raise MemoryError(f"out of memory on {self.device}; what would help: run.micro_batch={max(1, self.micro // 2)}"
+                          f" (was {self.micro}; the gradient stays that of the whole batch), run.precision=bf16 on a "
                           "GPU, more processes (torchrun --nproc_per_node N), or a smaller network "
                           "(network.model_channels) or smaller images (data.image_size)")
     self.micro = (self.micro + 1) // 2
