@@ -28,11 +28,7 @@ def sample_parser() -> Parser:
         help="names or indices, e.g. cat,dog or 0,1; all: every class in turn; none: without label (default: all)")
     add("--batch-size", type=ranged(1), metavar="B", help="samples at a time (default: as many as memory allows)")
     add("--overwrite", action="store_true", help="replace OUT")
-    add("--edit", nargs="+", metavar=("TASK", "INPUT"), help="encode, interpolate, inpaint, colour, upscale, "
-        "stroke or denoise these pictures, or those of these folders; --classes all finds their classes")
-    add("--mask", type=Path, metavar="PNG", help="of --edit inpaint: white is painted")
-    add("--level", type=ranged(.002, 80, float), metavar="T", help="of --edit: noise to begin with (default: all; of a "
-        "stroke 1, to upscale 2, to denoise found)")
+    _edit_flags(add)
     return p
 
 # %% ../../nbs/7_commands/02_sample.ipynb #fac8749b
@@ -53,6 +49,13 @@ def ctm_nb_sample(
         if os.environ.get("RANK", "0") == "0": print(_summary(out, recipe))
 
 # %% ../../nbs/7_commands/02_sample.ipynb #0bef0f42
+def _edit_flags(add):
+    add("--edit", nargs="+", metavar=("TASK", "INPUT"), help="encode, interpolate, inpaint, colour, upscale, "
+        "stroke or denoise these pictures, or those of these folders; --classes all finds their classes")
+    add("--mask", type=Path, metavar="PNG", help="of --edit inpaint: white is painted")
+    add("--level", type=ranged(.002, 80, float), metavar="T", help="of --edit: noise to begin with (default: all; of a "
+        "stroke 1, to upscale 2, to denoise found)")
+
 def _edit(words, a):
     "Edit the pictures that were named; what was done, in a line."
     for k in ("times", "guidance", "guide", "bytes", "batch_size"):
