@@ -205,7 +205,7 @@ def _read_manifest(path):
     ok = {"step": type(body.get("step")) is int, "files": nested(body.get("files")), **plain}
     if plain["meta"]: ok["meta"] = nested(meta.get("models") or {}) and isinstance(meta.get("config") or {}, dict)
     if all(ok.values()): return body
-    raise CheckpointError(f"{file}: expected settings, got {json.dumps(body[min(ok, key=ok.get)])[:60]}")
+    raise CheckpointError(f"{file}: expected settings, got {json.dumps(body[min(ok, key=lambda k: ok[k])])[:60]}")
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #ceaf2713
 @dataclass
