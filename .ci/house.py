@@ -54,7 +54,7 @@ NEW = {
         checkpoints.foreign: _of_diffusers _states _rank _weights read_weights
         checkpoints.unpickle: ANY Opaque TORCH_NAMES _latin _odd""",
     "machines without double, without fork": "method.flow: NO_DOUBLE finest training.runtime: peak_memory",
-    "editing": "method.editing evaluation.edit commands.sample: _edit",
+    "editing": "method.editing evaluation.edit",
     "told before hours are spent": "commands.flags: check_output commands.train: _check_given",
     "known hashes": "checkpoints.catalogue: SHA256",
     "two at once, memory, a pulse": """data.files: claimed training.trainer: Trainer.claim Trainer.whereabouts
