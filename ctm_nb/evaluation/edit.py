@@ -52,7 +52,7 @@ def read_pictures(
     return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2) / 127.5 - 1
 
 # %% ../../nbs/5_evaluation/08_edit.ipynb #dc7bb5cc
-def _write(out: Path, files, done: Edited):
+def _write(out: Path, files, done: Edited, classes):
     "Pictures in the form that the name asks for, whole or not at all."
     end = out.suffix.lower()
     x = to_uint8(done.x.flatten(0, -4))
@@ -64,18 +64,17 @@ def _write(out: Path, files, done: Edited):
             return publish(made, out)
     data = io.BytesIO()
     if end == ".npz": np.savez(data, arr_0=rows, **({} if done.z is None else {"latents": done.z.cpu().numpy()}))
-    elif end == ".png": (as_image(rows[0]) if len(rows) == 1 else _sheet(done.x, x, files)).save(data, "png")
+    elif end == ".png": (as_image(rows[0]) if len(rows) == 1 else _sheet(done.x, x, files, classes)).save(data, "png")
     else:
         zoom = max(1, 128 // x.shape[2])
         frames = [as_image(a.repeat(zoom, 0).repeat(zoom, 1)) for a in rows]
         frames[0].save(data, end[1:], save_all=True, append_images=frames[1:], duration=120, loop=0, lossless=True)
     atomic_write(out, data.getvalue())
 
-def _sheet(made, x, files):
-    "A grid with the files' names; of ways one a row."
-    names = [f.stem for f in files]
-    if made.ndim == 5: return named_grid(x, made.shape[1], rows=[f"{a} to {b}" for a, b in zip(names, names[1:])])
-    return named_grid(x, math.ceil(len(x) ** .5), names)
+def _sheet(made, x, files, classes):
+    "A grid with the names of classes; of ways one a row, with its ends."
+    if made.ndim == 4: return named_grid(x, math.ceil(len(x) ** .5), classes)
+    return named_grid(x, made.shape[1], rows=[f"{a.stem} to {b.stem}" for a, b in zip(files, files[1:])])
 
 # %% ../../nbs/5_evaluation/08_edit.ipynb #ce799e8b
 def edit_files(
@@ -104,9 +103,10 @@ def edit_files(
     y = None if classes == "all" else _class_list(classes, m.n_classes, m.classes)
     request = {k: v for k, v in request.items() if v is not None}
     done = edit(m, task, x, known, y and (y * len(x))[:len(x)], **request)
-    _write(out, files, done)
-    said, shown = [f"{out}: {task} of {len(x)} picture{'s' * (len(x) > 1)}"], 8
     names = [*map(str, m.classes or range(m.n_classes)), "none"]  # the last is class -1
-    if done.y is not None: said.append("class " + ", ".join(names[k] for k in done.y.tolist()[:shown]))
-    if done.t is not None: said.append("noise " + ", ".join(f"{v:.3g}" for v in done.t.tolist()[:shown]))
+    named = [] if done.y is None else [names[k] for k in done.y.tolist()]
+    _write(out, files, done, named)
+    said = [f"{out}: {task} of {len(x)} picture{'s' * (len(x) > 1)}"]
+    if named: said.append("class " + ", ".join(named[:8]))
+    if done.t is not None: said.append("noise " + ", ".join(f"{v:.3g}" for v in done.t.tolist()[:8]))
     return "; ".join(said)
