@@ -29,7 +29,7 @@ NEW = {
         _tangent_numbers _tangent_example _tangent_losses Objective OBJECTIVES""",
     "kept trajectories": "training.stages: TrajectoryFolder commands.train: _paths",
     "a student without a teacher": "training.config: teacherless training.stages: _noise_example _noise_losses",
-    "budget": """training.budget training.trainer: _goes_on commands.train: _minutes _on_cpu
+    "budget": """training.budget training.trainer: _goes_on commands.train: _minutes _own _budgeted
         evaluation.evaluate: _kept_reference""",
     "published adversary, recipe": """method.adversary: _frozen _seeded CrossMixing TokenMaps SpectralConv head_widths
         ScaleHead ProjectedDiscriminator DISCRIMINATORS method.balance: ApartGradients training.stages: GanStage.inherit
@@ -44,18 +44,21 @@ NEW = {
     "lite0, nearest": """evaluation.features: LITE0 lite0_file evaluation.metrics: nearest_points nearer_share
         evaluation.evaluate: Training Evaluator.remember Evaluator.nearest _nearest_grid commands.evaluate: _sheet""",
     "emoji": "training.presets: EMOJI",
-    "ONNX and the page": "checkpoints.export commands.convert: EXPORTED _export",
+    "ONNX and the page": """checkpoints.export commands.convert: EXPORTED _export_flags _refuse_export
+        _export""",
     "Hub": """checkpoints.catalogue: HUB_FILE hub_file training.report: model_card
-        commands.convert: _share""",
-    "safety of readers, labels": """data.read: existing unpacked_limit _Stub LABEL_KEYS _label_in _is_picture _as_bytes
-        _stamp LMDB _lmdb_page lmdb_entries data.convert: folder_names data.images: _letters
+        commands.convert: _public _share""",
+    "safety of readers, labels": """data.read: ENCODINGS existing unpacked_limit _Stub LABEL_KEYS _label_in _is_picture
+        _as_bytes _stamp _prefix _hint LMDB _lmdb_page lmdb_entries data.convert: folder_names data.images: _letters
         checkpoints.models: _is_consistency_model""",
-    "other forms, others' weights": """data.read: _Streamed _bytes_at _cifar_members _inflate _mat_arrays _plain_tar
+    "other forms, others' weights": """data.read: _bytes_at _inflate _mat_arrays PACKED _plain_tar open_table
         checkpoints.foreign: _of_diffusers _states _rank _weights read_weights
         checkpoints.unpickle: ANY Opaque TORCH_NAMES _latin _odd""",
     "machines without double, without fork": "method.flow: NO_DOUBLE finest training.runtime: peak_memory",
-    "editing": "method.editing evaluation.edit",
+    "editing": """method.editing evaluation.edit commands.sample: _edit_flags
+        explore.explorer: CANVAS canvas_pixels stroke_story explore_strokes explore""",
     "told before hours are spent": "commands.flags: check_output commands.train: _check_given",
+    "services that follow a run": "training.config: SERVICES training.trainer: Service",
     "known hashes": "checkpoints.catalogue: SHA256",
     "two at once, memory, a pulse": """data.files: claimed training.trainer: Trainer.claim Trainer.whereabouts
         checkpoints.models: of_newest commands.flags: Pulse training.costs: fit_memory""",

@@ -84,8 +84,9 @@ def main(argv=None):
             if not isinstance(found, dict):
                 m, how = found
                 evaluator = evaluator or run_evaluator(open_images(make_config("digits")), keep=True)
-                got = evaluator.collect(drawn_samples(m, a.n, how, evaluator.reference.label_counts, seed + 1), ["fid"])
-                found = dict(value=evaluator.score(got, ["fid"])["frechet_distance"], n=a.n)
+                evaluator.metrics = ["fid"]
+                got = evaluator.collect(drawn_samples(m, a.n, how, evaluator.reference.label_counts, seed + 1))
+                found = dict(value=evaluator.score(got)["frechet_distance"], n=a.n)
             rows.append({"name": name, "seed": seed, **found})
             print(rows[-1], flush=True)
             a.out.parent.mkdir(parents=True, exist_ok=True)

@@ -82,14 +82,14 @@ class Meter:
         known = read_reference(ref) if ref else None
         self.judge = (Evaluator(known, ClassifierExtractor(known.net), progress=False) if known else
                       run_evaluator(self.data, keep=True))
-        self.counts = self.judge.reference.label_counts
+        self.counts, self.judge.metrics = self.judge.reference.label_counts, ["fid"]
 
     def features(self, images):
         with torch.no_grad(): return torch.cat([self.net(part).pooled for part in images.split(50)]).numpy()
 
     def __call__(self, model, how, seed):
         drawn = drawn_samples(model, self.n, how, self.counts, seed + 1)
-        if self.net is None: return self.judge.score(self.judge.collect(drawn, ["fid"]), ["fid"])["frechet_distance"]
+        if self.net is None: return self.judge.score(self.judge.collect(drawn))["frechet_distance"]
         images = torch.cat([x for x, _ in drawn.batches()])
         return frechet_distance(self.real, self.features(images))
 

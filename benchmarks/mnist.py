@@ -94,7 +94,7 @@ def strict(run, work, n=5000):
     ways |= {f"{k} step{'s' * (k > 1)}": ("ctm", {"solver": "ctm", "steps": k, "gamma": 0.0}) for k in (1, 2, 4)}
     with torch.no_grad():
         samples = {k: drawn_samples(load(run, which=w), n, how, reference.label_counts) for k, (w, how) in ways.items()}
-        return {k: judge.score(judge.collect(s, judge.metrics)) for k, s in samples.items()}
+        return {k: judge.score(judge.collect(s)) for k, s in samples.items()}
 
 
 def preset(work, minutes):

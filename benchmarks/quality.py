@@ -63,16 +63,18 @@ RECIPES |= {f"preset, {k}": f"distill.{v}".split() for k, v in CHANGES.items()}
 
 def distances(trainer, evaluator, seed, n):
     "Frechet distances of one, two and four steps."
+    from dataclasses import replace
+
     import torch
 
     from ctm_nb.evaluation.reference import image_samples
     from ctm_nb.method.sampling import sample
 
-    y = trainer.data.labels[torch.arange(n) * len(trainer.data) // n]
+    y, fid = trainer.data.labels[torch.arange(n) * len(trainer.data) // n], replace(evaluator, metrics=["fid"])
 
     def distance(steps):
         x = sample(trainer.parts["ctm"], n, y=y, steps=steps, seed=seed + 1, batch_size=500)
-        return evaluator.score(evaluator.collect(image_samples(x, y), ["fid"]), ["fid"])["frechet_distance"]
+        return fid.score(fid.collect(image_samples(x, y)))["frechet_distance"]
 
     return {str(k): distance(k) for k in (1, 2, 4)}
 

@@ -33,11 +33,7 @@ def convert_parser() -> Parser:
         f"doesn't tell, e.g. --set image_size=32 preconditioning=vp; of {', '.join(ARCHITECTURE)}")
     add("--key", metavar="KEY", help="where the weights lie in a file of torch.save that has several, e.g. model_ema "
         "(default: the first of the usual places, which is said)")
-    add("--steps", type=int, default=1, metavar="K", help="jumps of an .onnx or a page (default: 1)")
-    add("--jump", action="store_true", help="OUT.onnx holds G(x, t, s) itself instead of a sampler")
-    add("--bytes", action="store_true", help="pictures of OUT.onnx are uint8, not float32 in [-1, 1]")
-    add("--web", type=Path, metavar="FOLDER",
-        help="write FOLDER/index.html, a page that draws in a browser, by a double click and without a network")
+    _export_flags(add)
     add("--overwrite", action="store_true", help="replace OUT if it is there")
     return p
 
@@ -53,21 +49,32 @@ def _architecture(words):
 # %% ../../nbs/7_commands/05_convert.ipynb #caec74d6
 EXPORTED = (".onnx", ".html")  # what draws without PyTorch
 
-def _refuse(to, a):
-    "Raise what is wrong about OUT, or about the words beside it."
+def _refuse_export(to, a):
+    "Raise what is wrong about the words that belong to an ONNX file or a page."
     if a.web and a.target: raise ValueError(f"give OUT or --web, not both: {a.target}, {a.web}")
     if a.steps < 1: raise ValueError(f"--steps must be at least 1, got {a.steps}")
-    if not a.web and to.suffix not in (".safetensors", ".pt", ".pth", ".onnx"):
-        raise ValueError(f"OUT must end in .safetensors (ours), .pt or .pth (others') or .onnx, got {to.name!r}")
     for flag in ("jump", "bytes"):
         if getattr(a, flag) and to.suffix != ".onnx": raise ValueError(f"--{flag} is for OUT.onnx, got {to.name!r}")
     if a.jump and (a.bytes or a.steps > 1): raise ValueError("--jump writes G itself, without --steps or --bytes")
     if a.steps > 1 and to.suffix not in EXPORTED: raise ValueError(f"--steps is for OUT.onnx or --web, got {to.name!r}")
+
+def _refuse(to, a):
+    "Raise what is wrong about OUT, before a gigabyte is read."
+    _refuse_export(to, a)
+    if not a.web and to.suffix not in (".safetensors", ".pt", ".pth", ".onnx"):
+        raise ValueError(f"OUT must end in .safetensors (ours), .pt or .pth (others') or .onnx, got {to.name!r}")
     folder = (a.web or to).absolute().parent
     if not folder.is_dir(): raise FileNotFoundError(f"folder {folder} does not exist")
     if to.exists() and not a.overwrite: raise FileExistsError(f"{to} exists; --overwrite replaces it")
 
 # %% ../../nbs/7_commands/05_convert.ipynb #11f19d5e
+def _export_flags(add):
+    add("--steps", type=int, default=1, metavar="K", help="jumps of an .onnx or a page (default: 1)")
+    add("--jump", action="store_true", help="OUT.onnx holds G(x, t, s) itself instead of a sampler")
+    add("--bytes", action="store_true", help="pictures of OUT.onnx are uint8, not float32 in [-1, 1]")
+    add("--web", type=Path, metavar="FOLDER",
+        help="write FOLDER/index.html, a page that draws in a browser, by a double click and without a network")
+
 def _export(m, to, a):
     "Write an ONNX file or a page, and say how near it is to what PyTorch draws."
     from ctm_nb.checkpoints.export import export_onnx, onnx_difference, web_page
@@ -127,7 +134,7 @@ def ctm_nb_convert(
             return print(catalogue_table())
         to = a.web / "index.html" if a.web else a.target
         shared = to and to.as_posix().startswith("hf:")
-        if to and not shared: _refuse(to, a)  # before a gigabyte is read
+        if to and not shared: _refuse(to, a)
         given = _architecture(a.set) | ({"key": a.key} if a.key else {})
         from ctm_nb.checkpoints.averages import average
         from ctm_nb.checkpoints.models import load, of_newest, save_model

@@ -91,6 +91,7 @@ def _check_given(config, data):
         public = section.source in CATALOGUE or re.match(r"hf:|https?://", section.source)
         if section.source not in ("", "none") and not public: given_model(config, which, data)
 
+# %% ../../nbs/7_commands/01_train.ipynb #95699eba
 def plan(
     config,  # config.Config
     folder: Path,  # where the run will live
@@ -129,6 +130,31 @@ def plan(
         f"scores    {scored}", f"writes    {folder}/ ({_place(config, folder)})"])
 
 # %% ../../nbs/7_commands/01_train.ipynb #2d2be2f7
+def _data_flags(add):
+    add("--preset", help="where to start from: digits, emoji, mnist, cifar10, cifar10-cond, imagenet64, "
+        "imagenet64-edm2, tiny (a trial of seconds), or auto: from the data (default: digits, with --data auto)")
+    add("--data", metavar="PATH", help="images: a folder (one sub-folder a class), zip, npz, CIFAR or MNIST files, "
+        "LMDB, shards, torchvision:NAME (see ctm_nb_data inspect)")
+    add("--skip-broken", action="store_true", help="leave out images that can't be read, instead of stopping")
+    add("--image-size", type=ranged(1), metavar="N", help="crop and resize the images to N x N (default: as the preset "
+        "says; with --data as they are, but at most 32 x 32 on a CPU and 64 x 64 on a GPU)")
+
+# %% ../../nbs/7_commands/01_train.ipynb #90dc4dc8
+def _work_flags(add):
+    add("--stage", choices=("teacher", "ctm_dsm", "ctm_dsm_gan", "all"), help="train to the end of this stage; "
+        "ctm_dsm_gan and all include an adversary (default: ctm_dsm, or ctm_dsm_gan with --student)")
+    add("--teacher", metavar="PATH", help="distil this teacher instead of training one: a run, an EDM .pkl, "
+        "an OpenAI .pt, or a public name (ctm_nb_convert --list); none: do without")
+    add("--trajectories", metavar="FOLDER", help="keep the teacher's solutions there, for this student and others "
+        "(distill.stored of them; with a phase trajectories)")
+    add("--student", metavar="PATH", help="start the adversarial stage from this CTM instead of distilling one")
+    add("--steps", metavar="N,N", help="optimizer steps of the teacher and of the student, and of the adversary after "
+        "one more comma; a single number is both")
+    add("--minutes", type=ranged(.01, kind=float), metavar="N", help="steps, scores and pictures so that the whole "
+        "command takes N minutes here; with more than a finished run has, go on from it (default: what the preset "
+        "says; with --data on a CPU 30)")
+
+# %% ../../nbs/7_commands/01_train.ipynb #3a69cbd2
 def train_parser() -> Parser:
     "The flags of `ctm_nb_train`."
     p = Parser(
@@ -138,29 +164,10 @@ def train_parser() -> Parser:
         "3 failed, 130 Ctrl-C, 75 stopped by SIGTERM, SIGHUP or SIGUSR1; 75 and 130 after saving: the same command "
         "continues.")
     add = p.add_argument
-    add("--preset", help="where to start from: digits, emoji, mnist, cifar10, cifar10-cond, imagenet64, "
-        "imagenet64-edm2, tiny (a trial of seconds), or auto: from the data (default: digits, with --data auto)")
-    add("--data", metavar="PATH", help="images: a folder (one sub-folder a class), zip, npz, CIFAR or MNIST files, "
-        "LMDB, shards, torchvision:NAME (see ctm_nb_data inspect)")
-    add("--skip-broken", action="store_true", help="leave out images that can't be read, instead of stopping")
-    add("--stage", choices=("teacher", "ctm_dsm", "ctm_dsm_gan", "all"), help="train to the end of this stage; "
-        "ctm_dsm_gan and all include an adversary (default: ctm_dsm, or ctm_dsm_gan with --student)")
-    add("--teacher", metavar="PATH", help="distil this teacher instead of training one: a run, an EDM .pkl, "
-        "an OpenAI .pt, or a public name (ctm_nb_convert --list); none: do without")
-    add("--trajectories", metavar="FOLDER", help="keep the teacher's solutions there, for this student and others "
-        "(distill.stored of them; with a phase trajectories)")
-    add("--student", metavar="PATH", help="start the adversarial stage from this CTM instead of distilling one")
+    _data_flags(add)
+    _work_flags(add)
     add("--name", help="the run is written to RUNS/NAME (default: the preset's name, or the data's)")
-    add("--image-size", type=ranged(1), metavar="N", help="crop and resize the images to N x N (default: as the preset "
-        "says; with --data as they are, but at most 32 x 32 on a CPU and 64 x 64 on a GPU)")
-    add("--steps", metavar="N,N", help="optimizer steps of the teacher and of the student, and of the adversary after "
-        "one more comma; a single number is both")
-    add("--minutes", type=ranged(.01, kind=float), metavar="N", help="steps, scores and pictures so that the whole "
-        "command takes N minutes here; with more than a finished run has, go on from it (default: what the preset "
-        "says; with --data on a CPU 30)")
     add("--runs", type=Path, default=Path("runs"), metavar="RUNS", help="folder of all runs (default: runs)")
-    add("--micro-batch", metavar="N", help="images that a device takes at a time; the gradient stays that of the whole "
-        "batch (default: auto, as many as fit)")
     add("--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE",
         help="values of the configuration, e.g. --set distill.lr=1e-3 run.seed=1")
     add("--dry-run", action="store_true", help="print the resolved configuration and the plan, write nothing")
@@ -176,7 +183,7 @@ def _words(a):
     "What was typed, as settings."
     given = {"data.source": a.data, "teacher.source": a.teacher, "distill.source": a.student,
              "distill.trajectories": a.trajectories, "data.skip_broken": "true" if a.skip_broken else "",
-             "run.micro_batch": a.micro_batch, "data.image_size": a.image_size}
+             "data.image_size": a.image_size}
     steps = (a.steps or "").split(",")
     if len(steps) > 3: raise ValueError(f"--steps takes at most three numbers, got {a.steps}")
     given |= {f"{k}.steps": n for k, n in zip(("teacher", "distill", "gan"), steps * (1 + (len(steps) == 1)))}
@@ -206,7 +213,7 @@ def _folder(a):
     if folder.startswith(os.path.join(runs, "")): return a.runs / name
     raise ValueError(f"--name must be that of a folder in {a.runs}, got {name!r}")
 
-def _on_cpu(config): return _device(config.run.device).type == "cpu"
+def _own(a, config): return _preset(a) == "auto" and _device(config.run.device).type == "cpu"
 
 def _minutes(a, config, folder):
     "The budget that was asked for, that the run there has, or that one's own images get on a CPU; 0: none."
@@ -215,13 +222,29 @@ def _minutes(a, config, folder):
     saved = read_json(folder / "config.json", {})
     minutes = a.minutes or config.run.minutes or section(saved, "run").get("minutes", 0)
     typed = [w for w in _words(a) if w.partition("=")[0].endswith(".steps") and not w.startswith("evaluate")]
-    default = not saved and not typed and _preset(a) == "auto" and _on_cpu(config)
+    default = not saved and not typed and _own(a, config)
     if launched()[1] == 1: return minutes or 30 * default
     if minutes: raise ValueError("--minutes is kept by one process; with several give the numbers of steps, "
                                  "teacher.steps and distill.steps")
     return 0
 
 # %% ../../nbs/7_commands/01_train.ipynb #a4d2152a
+def _budgeted(a, config, folder, minutes, stage, began):
+    "What fits into the time: the configuration, the images, and how the time is spent."
+    from ctm_nb.training.budget import budget
+    from ctm_nb.training.config import schedule
+    stages, own = list(schedule(_until(config, stage))), _own(a, config)
+    ours = own or _preset(a) in ("digits", "mnist", "emoji")
+    return budget(config, _words(a), minutes, folder, stages, began, ours, own)
+
+def _show(config, what):
+    "Every value of the configuration, and the plan."
+    for section, values in asdict(config).items():
+        for k, v in values.items():
+            print(f"{section}.{k}={','.join(map(str, v)) if isinstance(v, (tuple, list)) else v}")
+    print("", what, sep="\n")
+
+# %% ../../nbs/7_commands/01_train.ipynb #56a85061
 def _train(a: argparse.Namespace, began: float, pulse):  # when the command was started, by time.perf_counter; a `Pulse`
     "The work behind `ctm_nb_train`."
     from ctm_nb.training.report import follow, markdown_table, score_table, write_report
@@ -232,29 +255,16 @@ def _train(a: argparse.Namespace, began: float, pulse):  # when the command was 
     import torch
     from ctm_nb.data.files import claimed
     from ctm_nb.evaluation.reference import launched
-    from ctm_nb.training.config import schedule
+    from ctm_nb.training.budget import BudgetTrainer
     from ctm_nb.training.costs import fit_memory
     from ctm_nb.training.runtime import leave
     from ctm_nb.training.trainer import Trainer, open_images
-    pulse.say = lambda: "opening the images"
-    config, stage = _config(a), a.stage or ("ctm_dsm_gan" if a.student else "ctm_dsm")
-    folder = _folder(a)
+    pulse.say = lambda: "opening and measuring"
+    config, stage, folder = _config(a), a.stage or ("ctm_dsm_gan" if a.student else "ctm_dsm"), _folder(a)
     splits, spent, minutes = None, "", _minutes(a, config, folder)
-    if minutes:
-        pulse.say = lambda: "measuring what fits into the time"
-        from ctm_nb.training.budget import BudgetTrainer, budget
-        stages, own = list(schedule(_until(config, stage))), _preset(a) == "auto" and _on_cpu(config)
-        ours = own or _preset(a) in ("digits", "mnist", "emoji")
-        config, splits, spent = budget(config, _words(a), minutes, folder, stages, began, ours, own)
-    elif launched()[1] == 1:
-        splits = open_images(config)
-        fit_memory(config, splits["train"], folder)
-    if a.dry_run:
-        what = plan(config, folder, a.measure, stage, spent, splits)
-        for section, values in asdict(config).items():
-            for k, v in values.items():
-                print(f"{section}.{k}={','.join(map(str, v)) if isinstance(v, (tuple, list)) else v}")
-        return print("", what, sep="\n")
+    if minutes: config, splits, spent = _budgeted(a, config, folder, minutes, stage, began)
+    elif launched()[1] == 1: fit_memory(config, (splits := open_images(config))["train"], folder)
+    if a.dry_run: return _show(config, plan(config, folder, a.measure, stage, spent, splits))
     torch.set_flush_denormal(True)
     if spent: logging.info("%g minutes: %s", minutes, spent)
     with nullcontext() if launched()[0] else claimed(folder / ".lock", folder):

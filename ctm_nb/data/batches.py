@@ -7,7 +7,7 @@ __all__ = ['log', 'each', 'tried', 'decode_all', 'remembered', 'source_key', 'St
            'fits', 'load_splits', 'load_data', 'Batch', 'Batches']
 
 # %% ../../nbs/3_data/04_batches.ipynb #41a20b03
-import hashlib, json, logging, math, os
+import hashlib, json, logging, math, mmap, os
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -21,7 +21,7 @@ from .augment import augment
 from .files import atomic_write, cache_folder
 from .images import ImageData, Images, split_mask, stream_indices
 from .read import (CROPS, BrokenImage, Source, check_square, complain, cores, held_out_of, in_order,
-    is_grey, one_mode, open_source, shared_array, side_of, workers_for)
+    is_grey, one_mode, open_source, side_of, workers_for)
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def decode_all(
 )->tuple: # (N, C, H, W) uint8 array or None, broken: position -> reason, C
     "All images of a source in memory; rows of broken ones are undefined. `ValueError` if sizes differ."
     n, side, grey = len(source), size or side_of(source), True
-    out = shared_array((n, 3, side, side)) if keep else None
+    out = np.frombuffer(mmap.mmap(-1, n * 3 * side ** 2), np.uint8).reshape(n, 3, side, side) if keep else None
     def look(i):
         nonlocal grey  # of those that this process has seen
         a = source.pixels(i, size, crop)

@@ -6,21 +6,20 @@
 __all__ = ['MAX_PIXELS', 'MAX_ENTRY', 'ENCODINGS', 'LANCZOS', 'CROPS', 'SUFFIXES', 'LABEL_FILES', 'HELPERS', 'EXPECTED',
            'SPLITS', 'LABEL_KEYS', 'PLAIN', 'PACKED', 'CIFAR', 'LMDB', 'BrokenImage', 'read_file', 'open_image',
            'as_image', 'standardise', 'crop_center', 'crop_square', 'is_grey', 'one_mode', 'decode', 'in_order',
-           'cores', 'workers_for', 'shared_array', 'Source', 'held_out_of', 'check_square', 'side_of', 'complain',
-           'is_image_name', 'is_hidden', 'reading', 'few', 'existing', 'walk', 'distinct', 'class_fields',
-           'folder_classes', 'FileSource', 'Folder', 'open_folder', 'unpacked_limit', 'zip_entries', 'tar_entries',
-           'read_entry', 'Pack', 'open_archive', 'ArraySource', 'LibrarySource', 'numbered', 'open_npz', 'read_idx',
-           'open_idx', 'ArraysOnly', 'open_cifar', 'lmdb_entries', 'open_lmdb', 'optional', 'open_torchvision',
-           'open_table', 'folder_kind', 'file_kind', 'open_digits', 'open_source']
+           'cores', 'workers_for', 'Source', 'held_out_of', 'check_square', 'side_of', 'complain', 'is_image_name',
+           'is_hidden', 'reading', 'few', 'existing', 'walk', 'distinct', 'class_fields', 'folder_classes',
+           'FileSource', 'Folder', 'open_folder', 'unpacked_limit', 'zip_entries', 'tar_entries', 'read_entry', 'Pack',
+           'open_archive', 'ArraySource', 'LibrarySource', 'numbered', 'open_npz', 'read_idx', 'open_idx', 'ArraysOnly',
+           'is_cifar', 'open_cifar', 'lmdb_entries', 'open_lmdb', 'optional', 'open_torchvision', 'open_table',
+           'folder_kind', 'file_kind', 'open_digits', 'open_source']
 
 # %% ../../nbs/3_data/02_read.ipynb #18fbe850
-import bz2, csv, gzip, importlib, inspect, io, json, lzma, math, mmap, os, pickle, re, stat, struct, tarfile, tempfile
+import atexit, bz2, csv, gzip, importlib, inspect, io, json, lzma, math, os, pickle, re, stat, struct, tarfile, tempfile
 import warnings, zipfile, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib import resources, util
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,9 @@ MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26  # Pillow's own limit, 89,478,485
 MAX_ENTRY = 2**30  # bytes of one file, on a disk or in an archive
 ENCODINGS = ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000"]  # as Pillow calls them
 if util.find_spec("PIL.AvifImagePlugin"): ENCODINGS.append("AVIF")
+if util.find_spec("pillow_heif"):
+    importlib.import_module("pillow_heif").register_heif_opener()
+    ENCODINGS.append("HEIF")
 
 class BrokenImage(ValueError):
     "An image that can't be read; the text says why."
@@ -57,21 +59,19 @@ def open_image(image)->Image.Image: # decoded to the last pixel, in its own mode
     if isinstance(image, Image.Image): return image
     blob = image if isinstance(image, bytes) else read_file(image)
     if not blob: raise BrokenImage("empty file")
-    heif = blob[4:8] == b"ftyp" and blob[8:11] in (b"hei", b"hev")
-    if heif and not util.find_spec("pillow_heif"):
+    if "HEIF" not in ENCODINGS and blob[4:8] == b"ftyp" and blob[8:11] in (b"hei", b"hev"):
         raise BrokenImage("HEIF, which needs the package pillow-heif: pip install pillow-heif")
     try:
-        if heif: importlib.import_module("pillow_heif").register_heif_opener()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit below is stricter
-            im = Image.open(io.BytesIO(blob), formats=[*ENCODINGS, *["HEIF"] * heif])
+            im = Image.open(io.BytesIO(blob), formats=ENCODINGS)
             if im.width * im.height > MAX_PIXELS or max(im.size) >= 2**16:
                 raise BrokenImage(f"decompression bomb? {im.width} x {im.height} pixels, the limit is {MAX_PIXELS}, "
                                   "and 65535 a side")
             im.load()
-    except BrokenImage: raise
     except UnidentifiedImageError: raise BrokenImage(f"not an image, begins with {blob[:8]!r}") from None
-    except Exception as e: raise BrokenImage(f"truncated or damaged ({e})") from None  # decoders raise anything
+    except Exception as e:  # decoders raise anything
+        raise e if isinstance(e, BrokenImage) else BrokenImage(f"truncated or damaged ({e})") from None
     return im
 
 def as_image(a:np.ndarray)->Image.Image: # mode L or RGB
@@ -178,12 +178,6 @@ def cores()->int: return len(os.sched_getaffinity(0)) if hasattr(os, "sched_geta
 def workers_for(n:int, workers:int|None)->int:
     "Processes for n images, if the user doesn't say: all cores if there are many."
     return workers if workers is not None else cores() if n > 2000 else 0
-
-# %% ../../nbs/3_data/02_read.ipynb #4cf9bebf
-def shared_array(shape:tuple)->np.ndarray:
-    "Bytes in memory that worker processes started later write into, and this one reads."
-    n = math.prod(shape)
-    return np.frombuffer(mmap.mmap(-1, max(n, 1)), np.uint8, n).reshape(shape)
 
 # %% ../../nbs/3_data/02_read.ipynb #afcad3df
 @dataclass(repr=False, eq=False)
@@ -323,32 +317,35 @@ def _prefix(name):
     base = os.path.splitext(name.rpartition("/")[2])[0]
     return m[1] if (m := re.fullmatch(r"(.+)_[0-9]+", base)) else base.partition("_")[0]
 
+def _hint(names):
+    "A remark, if names look like CLASS_NUMBER."
+    heads = {_prefix(n) for n in names} if all(re.search(r"_[0-9]+[.][a-zA-Z]+$", n) for n in names) else ()
+    if not 1 < len(heads) <= len(names) / 2: return []
+    return [f"names like CLASS_NUMBER ({few(sorted(heads))}): --labels prefix makes classes of them"]
+
+# %% ../../nbs/3_data/02_read.ipynb #a5bf1011
 def folder_classes(names:list, where)->dict: # fields of a `Source`, and "keep", (N,) bool
     "Classes and split that the folders of the images mean; `ValueError` if images lie beside and inside folders."
     folders, held, gone, notes = [n.rpartition("/")[0] for n in names], set(), set(), []
     paths = {f: [word for word in f.split("/") if word] for f in folders}
-    def tops(): return {p[0] if p else "" for p in paths.values()}
-    while len(tops()) == 1 and all(len(p) > 1 for p in paths.values()): paths = {f: p[1:] for f, p in paths.items()}
-    if {t.lower() for t in tops()} <= SPLITS and any(t.lower().startswith("train") for t in tops()):
-        held = {f for f, p in paths.items() if not p[0].lower().startswith("train")}
-        paths = {f: p[1:] for f, p in paths.items()}
-        if all(p for f, p in paths.items() if f not in held):  # labels for training only
-            gone = {f for f in held if not paths[f]}
-    keep = np.array([f not in gone for f in folders])
+    def tops(): return {f: p[0] if p else "" for f, p in paths.items()}
+    def cut(): return {f: p[1:] for f, p in paths.items()}
+    while len({*tops().values()}) == 1 and all(len(p) > 1 for p in paths.values()): paths = cut()
+    train = {f for f, top in tops().items() if top.lower().startswith("train")}
+    if train and {top.lower() for top in tops().values()} <= SPLITS:
+        held, paths = paths.keys() - train, cut()
+        if all(paths[f] for f in train): gone = {f for f in held if not paths[f]}  # labels for training only
+    keep, top = np.array([f not in gone for f in folders]), tops()
     if gone: notes.append(f"{(~keep).sum()} images outside of train lie in no class folder and are left out")
-    folders = [f for f in folders if f not in gone]
-    top = {f: p[0] if p else "" for f, p in paths.items()}
-    found, is_held = sorted({top[f] for f in folders}), np.array([f in held for f in folders])
-    if "" in found and len(found) > 1:
-        raise ValueError(f"{where} holds {sum(not top[f] for f in folders)} images beside sub-folders with images: "
+    where_each, is_held = [top[f] for f in folders if f not in gone], np.array([f in held for f in folders])[keep]
+    classes = sorted({*where_each})
+    if len(classes) == 1 and classes[0]: notes.append(f"all images are in one folder, {few(classes)}: no classes")
+    if len(classes) > 1 and not classes[0]:
+        raise ValueError(f"{where} holds {where_each.count('')} images beside sub-folders with images: "
                          "expected one or the other, or a labels.csv with a line name,class for each")
-    if len(found) == 1 and found[0]: notes.append(f"all images are in one folder, {readable(found[0])}: no classes")
-    number = {t: k for k, t in enumerate(found if len(found) > 1 else [])}
-    labels = np.array([number[top[f]] for f in folders], np.int64) if number else None
-    alike = not number and all(re.search(r"_[0-9]+[.][a-zA-Z]+$", n) for n in names)
-    heads = {_prefix(n) for n in names} if alike else ()
-    if 1 < len(heads) <= len(names) / 2:
-        notes.append(f"names like CLASS_NUMBER ({few(sorted(heads))}): --labels prefix makes classes of them")
+    number = {t: k for k, t in enumerate(classes if len(classes) > 1 else [])}
+    labels = np.array([number[t] for t in where_each], np.int64) if number else None
+    if not number: notes += _hint(names)
     return dict(labels=labels, classes=distinct(number), held_out=is_held if is_held.any() else None, notes=notes,
                 keep=keep)
 
@@ -437,6 +434,7 @@ def _file_labels(text:bytes, said, base, images, where)->dict: # fields of a `So
     if pairs: return _labels_of([(base + n, y) for n, y in pairs], images, said, given)
     return {} if edm else folder_classes(images, where)
 
+# %% ../../nbs/3_data/02_read.ipynb #5a6e4fc4
 def _arrange(box, where, name, kind, labels=None, is_image=is_image_name):
     "Choose the images among the files of a container and find their classes; `labels`: text and path, or \"prefix\"."
     seen = [k for k, n in enumerate(box.names) if not is_hidden(n)]
@@ -522,20 +520,16 @@ def _inflate(data, method, most):
     "So many bytes of a member of a zip, by deflate, bzip2 or LZMA."
     if method == 8: return zlib.decompressobj(-15).decompress(data, most)
     if method == 12: return bz2.BZ2Decompressor().decompress(data, most)
-    mixed, window = struct.unpack("<BI", data[4:9])  # the properties, after a version and their length
-    sizes = dict(lc=mixed % 9, lp=mixed // 9 % 5, pb=mixed // 45, dict_size=min(window, most + 4096))
-    chain = dict(id=lzma.FILTER_LZMA1, **sizes)
-    return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[chain]).decompress(data[9:], most)
+    head = data[4:9] + b"\xff" * 8  # properties and window, of a size that nobody says: so an .lzma file begins
+    return lzma.LZMADecompressor(lzma.FORMAT_ALONE, 2**27).decompress(head + data[9:], most)
 
 def read_entry(fd:int, offset:int, stored:int, size:int, check:int, method:int)->bytes:
     "Content of an entry at its place in an open archive; `BrokenImage` if it is damaged there."
-    ahead = 0 if method == PLAIN else 430  # bytes of a zip's header: 30, and two fields of variable length
-    raw, start = _bytes_at(fd, ahead + stored, offset), 0
-    if method != PLAIN:
-        if raw[:4] != b"PK\3\4" or len(raw) < 30:
-            raise BrokenImage("the zip has no entry where its directory says")
-        start = 30 + sum(struct.unpack("<HH", raw[26:30]))
-    data = raw[start:start + stored] if start <= ahead else _bytes_at(fd, stored, offset + start)
+    if method != PLAIN:  # a zip's own header, and two fields of variable length
+        head = _bytes_at(fd, 30, offset)
+        if head[:4] != b"PK\3\4" or len(head) < 30: raise BrokenImage("the zip has no entry where its directory says")
+        offset += 30 + sum(struct.unpack("<HH", head[26:]))
+    data = _bytes_at(fd, stored, offset)
     if len(data) < stored: raise BrokenImage(f"the archive ends {stored - len(data)} bytes too early")
     if method == PLAIN: return data
     if method:
@@ -550,9 +544,10 @@ def _stamp(s): return s.st_ino, s.st_size, s.st_mtime_ns
 
 class Pack:
     "Files inside of archives, each at a known place: (N, 6) int64, number of the archive and what `read_entry` takes."
-    def __init__(self, paths:list, entries:list):
-        self.paths, self.names, self.fds = paths, [n for n, _ in entries], {}
-        self.place = np.array([where for _, where in entries], np.int64).reshape(-1, 6)
+    def __init__(self, paths:list, entries:list): # of each archive
+        self.paths, self.names, self.fds = paths, [n for some in entries for n, _ in some], {}
+        places = [(number, *where) for number, some in enumerate(entries) for _, where in some]
+        self.place = np.array(places, np.int64).reshape(-1, 6)
         self.stamps = [_stamp(os.stat(p)) for p in paths]
     def read(self, k):
         number, *where = self.place[k].tolist()
@@ -562,28 +557,26 @@ class Pack:
             raise OSError(f"{self.paths[number]} has changed since it was opened; open it again")
         return read_entry(self.fds[number], *where)
 
+# %% ../../nbs/3_data/02_read.ipynb #3ce97340
 PACKED: dict = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open, b"BZ": bz2.open}
-_tars: dict = {}  # a compressed tar as it is now -> the temporary file with the plain one, which goes with this process
 
-def _plain_tar(path, unpack)->Path:
-    "The tar in a compressed one; `ValueError` for more bytes than could be meant."
-    key, left = (path, _stamp(path.stat())), unpacked_limit(path.stat().st_size)
-    if key not in _tars:
-        out = tempfile.NamedTemporaryFile(suffix=".tar")
-        with unpack(path) as f:
-            while block := f.read(2**20):
-                if (left := left - len(block)) < 0: raise ValueError("it unpacks to more than could be meant")
-                out.write(block)
-        out.flush()
-        _tars[key] = out
-    return Path(_tars[key].name)
+@cache
+def _plain_tar(path, unpack, stamp):
+    "The tar in a compressed one, in a file that goes with this process; `ValueError` for more than could be meant."
+    out, left = tempfile.NamedTemporaryFile(suffix=".tar"), unpacked_limit(path.stat().st_size)
+    with unpack(path) as f:
+        while block := f.read(2**20):
+            if (left := left - len(block)) < 0: raise ValueError("it unpacks to more than could be meant")
+            out.write(block)
+    out.flush()
+    return out
 
 def _archive_entries(path:Path)->tuple: # "zip" or "tar", list of name and place, the file with these places
     "The files of an archive; `ValueError` for a path that leads outside of it, and for one that is there twice."
     with open(path, "rb") as f: head = f.read(512)
     kind, unpack = "zip" if head[:2] == b"PK" else "tar", None if head[257:262] == b"ustar" else PACKED.get(head[:2])
     with reading(path):
-        at = _plain_tar(path, unpack) if unpack else path
+        at = Path(_plain_tar(path, unpack, _stamp(path.stat())).name) if unpack else path
         found = list((zip_entries if kind == "zip" else tar_entries)(at))
     seen: set = set()
     for n, _ in found:
@@ -630,9 +623,9 @@ def open_archive(paths, labels:tuple|str|None=None)->FileSource:
     keys = {_example_of(f) for f, _ in found[0] if is_image_name(f)} if kinds[0] == "tar" and not labels else ()
     if n > 1: where, name, kind = where.parent, where.resolve().parent.name, f"{n} WebDataset shards"
     elif any(f.endswith((".cls", ".json")) and _example_of(f) in keys for f, _ in found[0]): kind = "1 WebDataset shard"
-    if "shard" in kind: entries = [(f"{p.name}/{f}", (k, *at)) for k, p in enumerate(paths) for f, at in found[k]]
-    else: entries = sorted(((f, (0, *at)) for f, at in found[0]), key=lambda e: e[0].replace("/", "\0"))  # by folders
-    source = _arrange(Pack(at, entries), where, name, kind, labels)
+    if "shard" in kind: found = [[(f"{p.name}/{f}", place) for f, place in some] for p, some in zip(paths, found)]
+    else: found[0].sort(key=lambda e: e[0].replace("/", "\0"))  # by folders
+    source = _arrange(Pack(at, found), where, name, kind, labels)
     source.files = paths
     return source
 
@@ -699,6 +692,7 @@ def _arrays(path:Path)->dict: # by their names
         if isinstance(a, bytes): raise ValueError(f"{path} can't be read: {readable(k)} is no array")
     return arrays
 
+# %% ../../nbs/3_data/02_read.ipynb #fe71e086
 def _as_bytes(a:np.ndarray, notes:list)->np.ndarray: # (N, H, W, C)
     "Pictures whose channels come first, or are missing, or that are numbers in [0, 1] or [-1, 1]."
     if a.ndim == 3: a = a[..., None]
@@ -725,8 +719,7 @@ def open_npz(*paths:Path)->ArraySource:
         parts.append(_as_bytes(a, source.notes))
         if y is not None: labels.append(y)
         if "classes" in z: names = z["classes"].tolist()
-        if labels and len(labels) < len(parts) or parts[-1].shape[1:] != parts[0].shape[1:]:
-            raise ValueError(f"{path}: images or labels unlike those of {first.name}")
+        if labels and len(labels) < len(parts): raise ValueError(f"{path} has no labels, {first.name} has some")
     return _of_parts(source, first, parts, labels, names, [False] * len(parts))
 
 # %% ../../nbs/3_data/02_read.ipynb #7f7454c0
@@ -750,9 +743,8 @@ def open_idx(files:list)->ArraySource:
     beside = [p.with_name(p.name.replace("images", "labels").replace("idx3", "idx1")) for p in files]
     labels = [read_idx(q) for p, q in zip(files, beside) if q != p and q.is_file()]
     name = (folder.parent if folder.name == "raw" else folder).name if len(files) > 1 else files[0].name
-    source = ArraySource(name, "idx", [], files=files)
-    labels = labels if len(labels) == len(files) else []
-    return _of_parts(source, files[0], [read_idx(p)[..., None] for p in files], labels)
+    images, whole = [read_idx(p)[..., None] for p in files], len(labels) == len(files)
+    return _of_parts(ArraySource(name, "idx", [], files=files), files[0], images, labels if whole else [])
 
 # %% ../../nbs/3_data/02_read.ipynb #a60f13a6
 class _Stub:
@@ -785,25 +777,24 @@ def _unpickle_arrays(data:bytes, where)->dict: # with str keys
 # %% ../../nbs/3_data/02_read.ipynb #4f07fb03
 CIFAR = re.compile(r"(^|/)(data_batch_\d|test_batch|batches\.meta|train|test|meta)$")
 
-def _cifar_members(path, most=None):
-    "CIFAR's files in a compressed tar, among the first members."
-    left = unpacked_limit(path.stat().st_size)
-    with tarfile.open(path) as t:
-        for e in islice(t, most):
-            if (left := left - e.size) < 0: raise ValueError("it unpacks to more than could be meant")
-            if e.isreg() and CIFAR.search(e.name): yield t, e
+def is_cifar(names)->bool:
+    "Whether these are the files of CIFAR-10 or CIFAR-100."
+    return any(n.startswith("data_batch_") for n in names) or {"train", "test", "meta"} <= {*names}
 
 def _cifar_files(path:Path)->dict: # base name -> bytes
     "Batches and the meta file of a folder, or of the archive offered for download."
     if path.is_dir(): return {p.name: read_file(p) for p in path.iterdir() if CIFAR.search(p.name)}
-    return {os.path.basename(e.name): (t.extractfile(e) or io.BytesIO()).read() for t, e in _cifar_members(path)}
+    _, entries, at = _archive_entries(path)
+    box = Pack([at], [entries])
+    return {n.rpartition("/")[2]: box.read(k) for k, n in enumerate(box.names) if CIFAR.search(n)}
 
 # %% ../../nbs/3_data/02_read.ipynb #975a8899
 def open_cifar(where:Path)->ArraySource:
     "CIFAR-10 or CIFAR-100 for Python, a folder or cifar-10-python.tar.gz."
     files, x, y = _cifar_files(where), [], []
     ten = any(n.startswith("data_batch") for n in files)
-    fine, batches = "" if ten else "fine_", sorted(n for n in files if "meta" not in n)
+    fine, classes = ("", 10) if ten else ("fine_", 100)
+    batches = sorted(n for n in files if "meta" not in n)
     for n in batches:
         p = _unpickle_arrays(files[n], f"{where}/{n}")
         a, labels = p.get("data"), p.get(f"{fine}labels")
@@ -814,13 +805,11 @@ def open_cifar(where:Path)->ArraySource:
     gone = [n for n in (f"data_batch_{k}" for k in range(1, 6)) if ten and n not in files]
     if gone: raise ValueError(f"{where}: CIFAR-10 has five batches, {few(gone)} are not there")
     meta = _unpickle_arrays(files.get("batches.meta" if ten else "meta", pickle.dumps({})), f"{where}/meta")
-    given = [c.decode("latin-1") if isinstance(c, bytes) else c for c in meta.get(f"{fine}label_names") or []]
-    if not given: given = list(map(str, range(10 if ten else 100)))
-    source = ArraySource(where.resolve().name.split(".")[0], "", [])
-    source.files = [where/n for n in files] if where.is_dir() else [where]
-    _of_parts(source, where, x, y, given, [n.startswith("test") for n in batches])
-    source.kind = f"CIFAR-{len(source.classes)} for Python"
-    return source
+    names = meta.get(f"{fine}label_names") or [*map(str, range(classes))]
+    given = [c.decode("latin-1") if isinstance(c, bytes) else c for c in names]
+    paths = [where/n for n in files] if where.is_dir() else [where]
+    source = ArraySource(where.resolve().name.split(".")[0], f"CIFAR-{classes} for Python", [], files=paths)
+    return _of_parts(source, where, x, y, given, [n.startswith("test") for n in batches])
 
 # %% ../../nbs/3_data/02_read.ipynb #71258889
 LMDB = b"\xde\xc0\xef\xbe\1\0\0\0"  # magic number and version
@@ -840,6 +829,7 @@ def _lmdb_page(data:bytes, number:int):  # yields whether it is a branch, key, f
         branch = flags & 1
         yield branch, data[at + 8:at + 8 + n], kind, a | b << 16 | kind * branch << 32, at + 8 + n
 
+# %% ../../nbs/3_data/02_read.ipynb #7125888a
 def lmdb_entries(path:Path):  # yields name and place, as `zip_entries`
     "All values of an LMDB in the order of their keys; an error if it is damaged, cut off, or more than a table."
     room, seen = path.stat().st_size, set()
@@ -874,7 +864,7 @@ def open_lmdb(path:Path)->FileSource:
     "The images of an LMDB (data.mdb, or its folder); `ValueError` if it can't be read or is empty."
     file = (path/"data.mdb" if path.is_dir() else path).resolve()
     where = file.parent if file.name == "data.mdb" else file
-    box = Pack([file], [(n, (0, *at)) for n, at in lmdb_entries(file)])
+    box = Pack([file], [list(lmdb_entries(file))])
     return _arrange(box, where, where.stem, "LMDB", is_image=lambda n: n not in HELPERS)
 
 # %% ../../nbs/3_data/02_read.ipynb #c99b85e8
@@ -902,18 +892,6 @@ def open_torchvision(name:str, root:str="data")->LibrarySource:
     return _of_parts(LibrarySource(name, "torchvision", []), name, parts, labels, classes)
 
 # %% ../../nbs/3_data/02_read.ipynb #17b5c00d
-class _Streamed:
-    "The pictures of a stream in a temporary file, which goes with this process, and their labels."
-    def __init__(self, rows, picture, label):
-        self.file, self.ends, self.labels = tempfile.TemporaryFile(), [0], []
-        for row in rows:
-            self.file.write(row[picture]["bytes"] or b"")
-            self.ends.append(self.file.tell())
-            self.labels.append(row.get(label))
-        self.file.flush()
-    def __len__(self): return len(self.labels)
-    def __getitem__(self, i): return (_bytes_at(self.file.fileno(), self.ends[i + 1] - self.ends[i], self.ends[i]),)
-
 def open_table(name:str, builder:str="")->LibrarySource:
     """A data set that `datasets` reads: the first column of images, and the first of classes if there is one.
 
@@ -930,10 +908,12 @@ def open_table(name:str, builder:str="")->LibrarySource:
     label = next((k for k, v in columns.items() if isinstance(v, sets.ClassLabel)), "")
     if not pictures: raise ValueError(f"{name} has no column of images, but {few(list(columns))}")
     def content(rows): return {0: [v["bytes"] or v["path"] or b"" for v in rows[pictures[0]]]}
-    parts = [t.cast_column(pictures[0], sets.Image(decode=False)) for t in tables]
-    streamed = builder == "hf"
-    parts = [_Streamed(t, pictures[0], label) if streamed else t.with_transform(content) for t in parts]
-    labels = [p.labels if streamed else t[label] for p, t in zip(parts, tables) if label]
+    tables = [t.cast_column(pictures[0], sets.Image(decode=False)) for t in tables]
+    if builder == "hf":
+        kept = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        atexit.register(kept.cleanup)
+        tables = [sets.Dataset.from_generator(partial(iter, t), t.features, kept.name, split=t.split) for t in tables]
+    parts, labels = [t.with_transform(content) for t in tables], [t[label] for t in tables if label]
     source = LibrarySource(Path(name).stem, "datasets", [])
     return _of_parts(source, name, parts, labels, columns[label].names if label else None)
 
@@ -947,8 +927,7 @@ def folder_kind(path:Path)->tuple: # the function that opens it, what to give it
     if idx: return open_idx, [path/n if n in names else path/f"{n}.gz" for n in sorted(idx)]  # one of both forms
     saved = "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names
     if saved: return open_table, str(path), "disk"
-    cifar = any(n.startswith("data_batch_") for n in names)
-    if cifar or {"train", "test", "meta"} <= names and (path/"train").is_file(): return open_cifar, path
+    if is_cifar(names) and not (path/"train").is_dir(): return open_cifar, path
     shards = [] if any(map(is_image_name, names)) else sorted(path/n for n in names if n.endswith(".tar"))
     if shards: return open_archive, shards
     npzs = [path/n for n in names if re.fullmatch(r"sample_\d+\.npz", n)]
@@ -966,15 +945,15 @@ def file_kind(path:Path)->tuple: # the function that opens it, what to give it
     if head[:4] in (b"PK\3\4", b"PK\5\6"):
         first = head[30:30 + int.from_bytes(head[26:28], "little")]  # the name of the first member
         return (open_npz, path) if first.endswith(b".npy") or path.suffix == ".npz" else (open_archive, [path])
-    if head[:6] == b"\x93NUMPY": return open_npz, path
+    if head[:6] == b"\x93NUMPY" or head[:10] == b"MATLAB 5.0": return open_npz, path
     if unpacked[:3] == b"\0\0\x08": return open_idx, [path]
     if head[16:20] == b"\xde\xc0\xef\xbe": return open_lmdb, path
     if head[:4] == b"PAR1": return open_table, str(path), "parquet"
     if head[:6] == b"ARROW1": return open_table, str(path), "arrow"
     if head[257:262] == b"ustar": return open_archive, [path]
     if unpacked[257:262] == b"ustar" or head[:6] == b"\xfd7zXZ\0" or head[:3] == b"BZh":
-        return (open_cifar, path) if any(_cifar_members(path, 16)) else (open_archive, [path])
-    if head[:10] == b"MATLAB 5.0": return open_npz, path
+        names = {n.rpartition("/")[2] for n, _ in _archive_entries(path)[1]}
+        return (open_cifar, path) if is_cifar(names) else (open_archive, [path])
     raise ValueError(f"can't read {path}, begins with {head[:8]!r}: expected {EXPECTED}")
 
 # %% ../../nbs/3_data/02_read.ipynb #b1ff5d24
@@ -995,20 +974,19 @@ def open_source(
 
     Raises `FileNotFoundError` if there is nothing, `ValueError` if what is there can't be used."""
     if str(path) == "emoji": path = Path(str(resources.files("ctm_nb.data") / "emoji.zip"))
-    word, _, rest = str(path).partition(":")
-    shards, here = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(path)), Path(path).expanduser()
-    opener: Any = {"torchvision": open_torchvision, "hub": open_table, "hf": open_table}.get(word)
-    what: list = rest.split(":") if word == "torchvision" else [rest, word]
-    if opener: pass
-    elif str(path) == "digits": opener, what = open_digits, []
-    elif shards:
+    here, (word, _, rest) = Path(path).expanduser(), str(path).partition(":")
+    words = {"digits": (open_digits,), f"torchvision:{rest}": (open_torchvision, *rest.split(":")),
+             f"hub:{rest}": (open_table, rest, word), f"hf:{rest}": (open_table, rest, word)}
+    opener: Any
+    if str(path) in words: opener, *what = words[str(path)]
+    elif shards := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(path)):
         begin, first, last, end = shards.groups()
         numbers = range(int(first), int(last) + 1)
         opener, what = open_archive, [(Path(f"{begin}{k:0{len(first)}}{end}").expanduser() for k in numbers)]
     else:
         with reading(here): opener, *what = (folder_kind if existing(here).is_dir() else file_kind)(here)
     if labels is not None:
-        if opener not in (open_folder, open_archive) or opener is open_archive and (shards or len(what[0]) > 1):
+        if opener is not open_folder and not (opener is open_archive and here.is_file()):
             raise ValueError(f"a labels file goes with a folder, a zip or a tar of images, not with {path}")
         what.append(labels if labels == "prefix" else (Path(labels).read_bytes(), labels))
     try: ImageColor.getrgb(background)

@@ -22,7 +22,7 @@ from .. import __version__
 from ..data.batches import load_splits
 from ..data.files import atomic_write, cache_folder, readable
 from ..data.images import named_grid, to_uint8
-from ..method.flow import rho_grid
+from ..method.flow import finest, rho_grid
 from ..method.sampling import check_request, evaluations, sample
 from ..method.solvers import SOLVERS, solver_name
 from ..method.teacher import Model
@@ -37,7 +37,7 @@ from .features import ClassifierExtractor, Extractor, InceptionExtractor, load_e
 from .reference import (Collected, Ranks, Reference, SampleSet, build_reference, collect, data_samples,
                         is_reference_file, open_samples, process_group, read_reference)
 from .search import SEARCH_SEED, aligned, beside, confirm, search_table, search_times, store_times
-from .draw import guided_model, timesteps_of, warn_unsuited, weights_hash
+from .draw import guided_model, timesteps_of, _warn_unsuited, weights_hash
 from .likelihood import likelihood_record
 
 log = logging.getLogger(__name__)
@@ -89,12 +89,9 @@ def check(self: Evaluator, metrics: list, shape: tuple | None = None):
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #a2f28619
 @patch
-def collect(self: Evaluator,
-    samples: SampleSet,  # finished, or drawn as they are read
-    metrics: list | None = None,  # words that will be computed; None: the evaluator's
-) -> Collected | None:  # in the first process; None in the others
+def collect(self: Evaluator, samples: SampleSet) -> Collected | None:  # in the first process; None in the others
     "What the scores need of a set, from all processes; `ValueError` for labels that the reference doesn't know."
-    r, words = self.reference, set(metrics or self.metrics or ["pr"] * self.reference.has_points)
+    r, words = self.reference, set(self.metrics or ["pr"] * self.reference.has_points)
     if samples.labels is not None and r.net is not None and (top := int(samples.labels.max())) >= r.net.n_classes:
         raise ValueError(f"labels of {samples.name} must be below {r.net.n_classes} as in the reference {r.name}, "
                          f"got {top}")
@@ -103,19 +100,18 @@ def collect(self: Evaluator,
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #3e86239f
 @patch
-def score(self: Evaluator,
-    got: Collected, # from `Evaluator.collect`
-    metrics: list | None = None, # words; None: the evaluator's
-)->dict: # name -> value
+def score(self: Evaluator, got: Collected) -> dict:  # name -> value; `got` is from `Evaluator.collect`
     "The scores of a set; `ValueError` if samples and reference don't fit, or a score's needs aren't met."
-    r, words, values = self.reference, metrics or self.metrics, {}
+    r, words, values = self.reference, self.metrics, {}
     if not words:
         own = r.net is not None
         words = ["fid", *["pr"] * r.has_points, *["acc"] * (own and got.labels is not None), *["is"] * own]
     self.check(words, got.shape)
     if "fid" in words: got.stats.warn_rank("samples")
     if NEED_POINTS & set(words):
-        r = replace(r, points=r.get_points(self.extractor).to(next(self.extractor.parameters()).device))
+        device = next(self.extractor.parameters()).device
+        where = device if finest(device) == torch.float64 else "cpu"  # distances need double precision
+        r = replace(r, points=r.get_points(self.extractor).to(where))
     for word in words:
         names, f = METRICS[word]
         values |= zip(names.split(), np.atleast_1d(f(r, got)).tolist())
@@ -126,26 +122,24 @@ def score(self: Evaluator,
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #669d8685
 @patch
-def as_records(self: Evaluator,
-    values: dict, # name -> value, from `Evaluator.score`
-    n_samples: int, # how many samples
-    sampler: dict | None = None, # solver, steps, gamma, times; None for finished samples
-    seed: int | None = None, # of the samples, if known
-    checkpoint: str | None = None, # what drew them, or the file they came from
-)->list: # of dicts, ready for json
-    "One self-contained record for each score."
+def _records(self: Evaluator, values: dict, n: int, sampler=None, seed=None, checkpoint=None) -> list:
+    "One self-contained record for each score, of dicts, ready for json."
     r = self.reference
-    common = {"n_samples": n_samples, "reference": {"name": r.name, "sha256": r.sha256, "n": r.n},
+    common = {"n_samples": n, "reference": {"name": r.name, "sha256": r.sha256, "n": r.n},
               "features": self.extractor.features_id, "sampler": sampler, "seed": seed, "checkpoint": checkpoint}
     return [{"metric": k, "value": float(v), **common} for k, v in values.items()]
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #908f13e8
 @patch
-def records(self: Evaluator, samples: SampleSet, *about, sheet: Path | None = None) -> list:
-    "Score a set; `about` goes to `as_records`: sampler, seed, checkpoint. Of several processes, the first has records."
+def records(self: Evaluator,
+    samples: SampleSet,  # finished, or drawn as they are read
+    *about,  # sampler: solver, steps, gamma, times (None for finished samples); seed; checkpoint, or the samples' file
+    sheet: Path | None = None,  # picture of samples beside their nearest training pictures, see `remember`
+) -> list:  # in the first of several processes
+    "Score a set."
     got = self.collect(samples)
     if got is None: return []
-    rows = self.as_records(self.score(got), got.n, *about)
+    rows = self._records(self.score(got), got.n, *about)
     return [*rows, self.nearest(samples, got, rows[0], sheet)] if self.training else rows
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #8ae3585d
@@ -305,26 +299,21 @@ class Subject:
     data_sha256: str | None = None      # and which, if known
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #d127402c
-def open_subject(
-    r: Request,  # whose words are checked
-) -> Subject:
-    "The samples, or the model with its sampler settings; `ValueError` for what makes no sense."
-    for word in r.words or []:
-        if word not in METRICS: raise ValueError(f"metrics must be of {', '.join([*METRICS, 'bpd'])}, got {word!r}")
-    for asked, need in ((r.bpd, "--metrics bpd needs images"), (r.nearest, "--nearest needs training pictures")):
-        if asked and (r.ref in CATALOGUE or is_reference_file(Path(r.ref).expanduser())):
-            raise ValueError(f"{need}: --ref must be a data set (digits, a folder, ...), got statistics: {r.ref}")
-    if r.nearest and r.words == []: raise ValueError("--nearest needs scores of samples, got --metrics bpd alone")
-    if not _is_checkpoint(r.what):
-        if r.bpd: raise ValueError(f"--metrics bpd needs a model: a run, a checkpoint or a public name, got {r.what}")
-        for no, given in {"search": r.search, "guidance": r.guidance, "ema-lengths": r.ema_lengths}.items():
-            if given: raise ValueError(f"--{no} needs a checkpoint, got samples: {r.what}")
-        s = open_samples(r.what)
-        if s.n < (r.n or 6):
-            raise ValueError(f"{r.what} has too few samples: {r.n or 'at least 6'} are needed, got {s.n}")
-        shape = tuple(s.read(slice(0, 1)).shape[1:])
-        read = {"image_size": shape[2], "skip_broken": r.skip_broken}
-        return Subject(r.what, shape, replace(s, n=r.n or s.n), reading=read)
+def _finished(r: Request) -> Subject:
+    "The samples of a request."
+    if r.bpd: raise ValueError(f"--metrics bpd needs a model: a run, a checkpoint or a public name, got {r.what}")
+    for no, given in {"search": r.search, "guidance": r.guidance, "ema-lengths": r.ema_lengths}.items():
+        if given: raise ValueError(f"--{no} needs a checkpoint, got samples: {r.what}")
+    s = open_samples(r.what)
+    if s.n < (r.n or 6):
+        raise ValueError(f"{r.what} has too few samples: {r.n or 'at least 6'} are needed, got {s.n}")
+    shape = tuple(s.read(slice(0, 1)).shape[1:])
+    read = {"image_size": shape[2], "skip_broken": r.skip_broken}
+    return Subject(r.what, shape, replace(s, n=r.n or s.n), reading=read)
+
+# %% ../../nbs/5_evaluation/07_evaluate.ipynb #4de58ad9
+def _model(r: Request) -> Subject:
+    "The model of a request, its sampler settings, and how its run read images."
     for s in r.ema_lengths or []: gamma_of(s)  # raises what can't be
     for flag, given in {"guidance": r.guidance, "ema-lengths": r.ema_lengths}.items():
         if given is not None and (r.search or r.bpd):
@@ -341,6 +330,19 @@ def open_subject(
     reading = {"image_size": m.data_shape[-1], **{k: data[k] for k in words if data.get(k)}}
     if r.skip_broken: reading["skip_broken"] = True
     return Subject(name, tuple(m.data_shape), None, m, _sampler_settings(r, m), bytes, reading, meta.get("data_sha256"))
+
+# %% ../../nbs/5_evaluation/07_evaluate.ipynb #dc712c7c
+def open_subject(
+    r: Request,  # whose words are checked
+) -> Subject:
+    "The samples, or the model with its sampler settings; `ValueError` for what makes no sense."
+    for word in r.words or []:
+        if word not in METRICS: raise ValueError(f"metrics must be of {', '.join([*METRICS, 'bpd'])}, got {word!r}")
+    for asked, need in ((r.bpd, "--metrics bpd needs images"), (r.nearest, "--nearest needs training pictures")):
+        if asked and (r.ref in CATALOGUE or is_reference_file(Path(r.ref).expanduser())):
+            raise ValueError(f"{need}: --ref must be a data set (digits, a folder, ...), got statistics: {r.ref}")
+    if r.nearest and r.words == []: raise ValueError("--nearest needs scores of samples, got --metrics bpd alone")
+    return _model(r) if _is_checkpoint(r.what) else _finished(r)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #45ab864d
 def _kept_reference(data, real, seed: int, most: int) -> Path:  # in the cache folder; it need not exist
@@ -414,11 +416,11 @@ def _find_reference(r: Request, subject: Subject, ranks: Ranks = Ranks()) -> Eva
 def _search_model(evaluator: Evaluator, r: Request, m) -> list:
     "Search the times of a model, or go on where it was interrupted."
     word, seed, n = (r.metrics or ["fid"])[0], r.seed + SEARCH_SEED, r.search_n or min(r.n or 50000, 5000)
-    quiet, counts = replace(evaluator, progress=False, training=None), evaluator.reference.label_counts
+    quiet, counts = replace(evaluator, progress=False, training=None, metrics=[word]), evaluator.reference.label_counts
     def one(times, gamma):
         drawn = drawn_samples(m, n, dict(solver="ctm", times=times, gamma=gamma), counts, seed)
-        got = quiet.collect(drawn, [word])
-        return got and next(iter(quiet.score(got, [word]).values()))
+        got = quiet.collect(drawn)
+        return got and next(iter(quiet.score(got).values()))
     settings = {"weights": weights_hash(m), "metric": word, "features": evaluator.extractor.features_id,
                 "reference": evaluator.reference.sha256, "n_samples": n, "seed": seed}
     gamma, folder = r.gammas[0] if r.gammas else None, beside(r.what, "search")
@@ -452,7 +454,7 @@ def evaluate(
                 default = dict(solver="ctm", steps=f["steps"], gamma=(r.gammas or [0.])[0])
                 settings += [default, {**default, "gamma": f["gamma"], "times": f["times"]}]
         m, length = subject.model, None
-        warn_unsuited(m, r.guidance, r.guide, r.what)
+        _warn_unsuited(m, r.guidance, r.guide, r.what)
         for i, sampler in enumerate({**s, "bytes": subject.bytes} for s in settings):
             if sampler.get("ema_length") != length:
                 length = sampler["ema_length"]
@@ -489,9 +491,8 @@ def _row_name(r):
 def report(
     r: Request,  # what was asked for
     rows: list, found: list,  # what `evaluate` returned
-    out: Path | None = None,  # file of records, see `extend_scores`
 ) -> str:
-    "What was found as text; records go into a file, and what a search found beside the checkpoint."
+    "What was found as text; what a search found is stored beside the checkpoint."
     lines = []
     for group in ([a for a in rows if not a["features"]], [a for a in rows if a["features"]]):
         if not group: continue
@@ -501,7 +502,6 @@ def report(
         lines.append(f"\n{head}\n\n{text_table(group)}")
     if found: lines.append(_report_search(r, rows, found))
     if r.nearest: lines.append(f"\nnearest training pictures of some: {r.nearest}")
-    if out: extend_scores(out, rows)
     return "\n".join(lines)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #4bc15477
@@ -547,4 +547,4 @@ def floor(self: Evaluator, splits) -> list:  # records; none if training images 
     held_out = splits["held_out"]
     got: Any = collect(self.extractor, data_samples(held_out), self.batch, keep=False)  # one process
     accuracy = {"classifier_accuracy": class_accuracy(got.probs, held_out.labels)}
-    return [*self.as_records(accuracy, got.n), *self.records(data_samples(splits["train"], most=10000))]
+    return [*self._records(accuracy, got.n), *self.records(data_samples(splits["train"], most=10000))]

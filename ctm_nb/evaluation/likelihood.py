@@ -35,15 +35,15 @@ def _denoise_with_trace(m: Model, x: Tensor, t: Tensor, y: Tensor | None, probes
     with torch.enable_grad(): D_x = m.D(x, t, y)
     for k, v in enumerate(probes):
         vJ, = torch.autograd.grad(D_x, x, v, retain_graph=k + 1 < len(probes))
-        trace = trace + (vJ * v).double().flatten(1).sum(1)
-    return D_x.detach(), trace
+        trace = trace + (vJ * v).cpu().double().flatten(1).sum(1)
+    return D_x.detach().cpu(), trace
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #9f31cb0e
 def _unit_slope(m: Model, lam: float, state: Tensor, y: Tensor | None, probes: Tensor) -> Tensor:  # (B, d+1)
-    "The ODE in unit variance, Eq. (2): its slope at lam = ln t and a state (B, d+1), float64."
+    "The ODE in unit variance, Eq. (2): its slope at lam = ln t and a state (B, d+1), float64 on the CPU."
     t, z = math.exp(lam), state[:, :-1]
     sigma = math.hypot(t, m.sigma_data)
-    c, x = m.sigma_data / sigma, (sigma * z).to(probes.dtype).reshape(-1, *probes.shape[2:])
+    c, x = m.sigma_data / sigma, (sigma * z).to(probes).reshape(-1, *probes.shape[2:])
     D_x, trace = _denoise_with_trace(m, x, x.new_full((len(x),), t), y, probes)
     dz = c * (c * z - D_x.double().flatten(1) / m.sigma_data)
     return torch.cat([dz, (c ** 2 - trace / z.shape[1])[:, None]], 1)
@@ -77,21 +77,21 @@ def ode_log_density(
     from scipy.integrate import solve_ivp  # here, because it is slow to import
     x, y, ids = _check_points(m, x, y, ids, tol)
     v, sigma = _trace_probes(tuple(m.data_shape), probes, seed, ids).to(x), math.hypot(m.sigma_min, m.sigma_data)
-    state = torch.cat([x.double().flatten(1) / sigma, x.new_zeros(len(x), 1, dtype=torch.float64)], 1)
+    state = torch.cat([x.cpu().double().flatten(1) / sigma, torch.zeros(len(x), 1, dtype=torch.float64)], 1)
     left, dim = iter(range(5_000)), state.shape[1] - 1
     def slope(lam, flat):
         if next(left, None) is None:
             raise FloatingPointError(f"tol={tol:g} can't be reached: the rounding of the model is larger; take a "
                                      "larger tol, or a model in double precision")
-        out = _unit_slope(m, lam, torch.from_numpy(flat).view(state.shape).to(x.device), y, v)
+        out = _unit_slope(m, lam, torch.from_numpy(flat).view(state.shape), y, v)
         for i in (~torch.isfinite(out).all(1)).nonzero()[:1, 0].tolist():
             raise FloatingPointError(f"{type(m).__name__} or its gradient is not finite for image {ids[i]} at "
                                      f"t={math.exp(lam):.4g}; expected finite numbers")
-        return out.flatten().cpu().numpy()
-    weights = torch.full_like(state, tol).cpu()
+        return out.flatten().numpy()
+    weights = torch.full_like(state, tol)
     weights[:, -1] /= dim ** .5
     ends = math.log(m.sigma_min), math.log(m.sigma_max)
-    found = solve_ivp(slope, ends, state.flatten().cpu().numpy(), t_eval=ends[1:], rtol=1e-12, atol=weights.flatten())
+    found = solve_ivp(slope, ends, state.flatten().numpy(), t_eval=ends[1:], rtol=1e-12, atol=weights.flatten())
     end = torch.from_numpy(found.y[:, -1]).view(state.shape)
     ell, squares = end[:, -1], end[:, :-1].square().sum(1)
     return dim * (ell - math.log(sigma) - math.log(2 * math.pi) / 2) - squares / 2, found.nfev  # Eq. (3)
@@ -104,14 +104,15 @@ def bits_per_dim(nats, dim): return -nats / (dim * math.log(2))  # length of an 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #ba5daed6
 def _dequantise(x: Tensor, seed: int, ids) -> Tensor:  # (B, ...) float64, anywhere in the cells of the levels
     "Fill the 256 grey levels with uniform noise; an image's noise depends on its number alone."
-    u = torch.special.ndtr(_fresh_noise(tuple(x.shape[1:]), seed, ids).double()).to(x.device)
+    u = torch.special.ndtr(_fresh_noise(tuple(x.shape[1:]), seed, ids).double())
     return x.double() + PIXEL * (u - .5)
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #6214ed83
 def ode_bits(m: Model, x, y=None, tol=1e-4, probes=1, seed=0, ids=None) -> Tensor:  # (B,); as `ode_log_density`
     "Bits per dimension, lower is better, of images in [-1, 1] of 256 levels, with uniform dequantisation."
     x, y, ids = _check_points(m, x, y, ids, tol)
-    v, dim = (x.double() + 1) * 127.5, math.prod(m.data_shape)
+    x, dim = x.cpu().double(), math.prod(m.data_shape)
+    v = (x + 1) * 127.5
     outside, between = (v < -1e-3) | (v > 255.001), (v - v.round()).abs() > .02
     for bad, what in ((outside, "lie in [-1, 1]"), (between, "have the 256 levels v / 127.5 - 1")):
         for i in bad.flatten(1).any(1).nonzero()[:1, 0].tolist():

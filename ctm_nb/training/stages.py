@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ from ..method.teacher import Denoiser, Model, edm_loss, lognormal_sigma, uncerta
 from ..method.trajectories import anchor_loss, draw_pair, stored_batch, trajectories_loss, trajectory
 from ..method.trajectory import CTM, student_from
 from ..networks.families import build_network
-from .config import STAGES, Config, Span, phases, schedule, teacherless
+from .config import SERVICES, STAGES, Config, DistillConfig, Span, phases, schedule, teacherless
 from .optimizers import load_optimizer, lr_at, make_optimizer
 
 log = logging.getLogger(__name__)
@@ -215,9 +216,7 @@ class DistillStage(Stage):
         teacher = None if teacherless(self.config) else parts.get("teacher") or self.given("teacher")
         self.freeze(teacher or make_denoiser(self.config, self.data), parts)
         if (d := self.config.distill).trajectories:
-            solver, labels = solver_name(d.solver), self.data.labels
-            self.folder = TrajectoryFolder(d.trajectories, d.stored, self.teacher, self.times, solver, labels,
-                                           d.label_dropout, d.guidance)
+            self.folder = TrajectoryFolder(d, self.teacher, self.times, self.data.labels)
             self.folder.make(*launched()[:2])
         self.start(copy.deepcopy(parts.get("ctm")) or student_from(self.parts["teacher"], self.optim.init))
 
@@ -298,20 +297,17 @@ class TrajectoryFolder:
     "A teacher's solutions from noise as a data set, for any of its students; raises ValueError if it is another's."
     CHUNK = 64  # trajectories a file
     def __init__(self,
-        folder: str | Path,  # where they are or will be
-        n: int,  # how many; whole files
+        d: DistillConfig,  # folder `trajectories`, number `stored` (whole files), solver, guidance, dropped labels
         teacher: Model,  # that solves
         times: Tensor,  # (N,) decreasing, all > 0
-        solver: str = "dpmpp_2m",  # of `solve`
         labels: Tensor | None = None,  # of the images, in whose shares classes are drawn; None: without
-        dropped: float = 0.,  # share without a label
-        guidance: float | None = None,  # of the teacher, if it is guided
     ):
-        self.folder, self.files, self.teacher, self.times = Path(folder), math.ceil(n / self.CHUNK), teacher, times
-        self.solver, self.labels, self.dropped = solver, labels if teacher.n_classes else None, dropped
-        about = {"teacher": weights_hash(teacher), "times": [f"{t:.6g}" for t in times.tolist()], "solver": solver,
-                 "without label": dropped, "classes": teacher.n_classes}
-        if guidance is not None: about["guidance"] = guidance
+        self.folder, self.files = Path(d.trajectories), math.ceil(d.stored / self.CHUNK)
+        self.teacher, self.times, self.dropped = teacher, times, d.label_dropout
+        self.solver, self.labels = solver_name(d.solver), labels if teacher.n_classes else None
+        about = {"teacher": weights_hash(teacher), "times": [f"{t:.6g}" for t in times.tolist()], "solver": self.solver,
+                 "without label": d.label_dropout, "classes": teacher.n_classes}
+        if d.guidance is not None: about["guidance"] = d.guidance
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "trajectories.json"
         try: known = json.loads(file.read_text()) if file.exists() else about
@@ -551,7 +547,9 @@ def losses(self: GanStage, e: dict, n: int) -> dict:  # name -> scalar
 def check_weights(
     config: Config,  # of the run
 ):
-    "Raise ValueError or FileNotFoundError for published weights that a later stage needs and does not find."
+    "Raise ValueError or FileNotFoundError for a package or published weights that are needed later and not found."
+    if (track := config.run.track) in SERVICES and not find_spec(track):
+        raise ValueError(f"run.track={track} needs a package that is not installed: pip install {track}")
     stages, d, g = schedule(config), config.distill, config.gan
     if d.distance == "lpips" and stages.keys() & {"ctm_dsm", "ctm_dsm_gan"}: backbone_file(folder=d.weights or None)
     for f in g.features.split(",") if "ctm_dsm_gan" in stages else ():

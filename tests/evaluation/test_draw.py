@@ -10,7 +10,7 @@ from ctm_nb.checkpoints.models import describe, load
 from ctm_nb.checkpoints.store import save_checkpoint
 from ctm_nb.commands.sample import ctm_nb_sample
 from ctm_nb.data.images import to_uint8
-from ctm_nb.evaluation.draw import draw_samples, make_recipe, warn_unsuited
+from ctm_nb.evaluation.draw import draw_samples, make_recipe, _warn_unsuited
 from ctm_nb.method.guidance import autoguide
 from ctm_nb.method.sampling import sample
 from ctm_nb.method.teacher import Denoiser
@@ -46,11 +46,11 @@ def test_guidance_without_dropped_labels_is_warned_about(run, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"teacher": {"label_dropout": share}}))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            warn_unsuited(m, 2., None, tmp_path)
+            _warn_unsuited(m, 2., None, tmp_path)
         assert [word in str(w.message) for w in said] == ([True] if word else [])
     config = {"teacher": {"label_dropout": .1}, "distill": {"label_dropout": 0}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.warns(RuntimeWarning, match="distill.label_dropout=0"): warn_unsuited(load(run), 2., None, tmp_path)
+    with pytest.warns(RuntimeWarning, match="distill.label_dropout=0"): _warn_unsuited(load(run), 2., None, tmp_path)
 
 
 def test_guidance_is_an_error_or_warned_about_and_not_both(run, tmp_path):

@@ -280,9 +280,9 @@ def test_foreign_references(tmp_path):
     maps = dict(mu_s=np.zeros(7), sigma_s=np.eye(7))  # for sFID; not read
     np.savez(tmp_path / "adm.npz", **stats, **maps, arr_0=x.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy())
     edm, adm = read_reference(tmp_path / "edm.npz"), read_reference(tmp_path / "adm.npz")
-    with pytest.warns(RuntimeWarning, match="samples: 30 images"): values = Evaluator(adm, e).score(got, ["fid", "pr"])
+    with pytest.warns(RuntimeWarning, match="samples: 30 images"): values = Evaluator(adm, e, ["fid", "pr"]).score(got)
     assert values == {"fid": pytest.approx(0, abs=1e-5), "precision": 1, "recall": 1}
-    with pytest.raises(ValueError, match="mean and covariance only"): Evaluator(edm, e).score(got, ["pr"])
+    with pytest.raises(ValueError, match="mean and covariance only"): Evaluator(edm, e, ["pr"]).score(got)
     with pytest.raises(ValueError, match="can't be compared"): edm.check("cleanfid-0")
     np.savez(tmp_path / "bad.npz", mu=stats["mu"], sigma=stats["sigma"][:5])
     with pytest.raises(ValueError, match=r"mu must be \(d,\) and sigma"): read_reference(tmp_path / "bad.npz")

@@ -210,7 +210,7 @@ def test_scores_see_noise_collapse_and_wrong_labels(scored):
 def test_records_are_complete(scored):
     evaluator, splits = scored
     sampler = {"solver": "ctm", "steps": 1, "gamma": 0.}
-    (record,) = evaluator.as_records({"precision": np.float64(.5)}, 10, sampler, 3, "step_5")
+    (record,) = evaluator._records({"precision": np.float64(.5)}, 10, sampler, 3, "step_5")
     names = {"metric", "value", "n_samples", "reference", "features", "sampler", "seed", "checkpoint"}
     assert set(record) == names and type(record["value"]) is float
     assert record["reference"] == {"name": "digits, held out", "sha256": digits("held_out").sha256(), "n": 445}

@@ -1,6 +1,7 @@
 """What people stumbled on with their own pictures: flags, names, plans that can't be, silence, advice that helps."""
 import logging
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from ctm_nb.data.convert import report, survey
 from ctm_nb.data.read import open_source
 from ctm_nb.evaluation.evaluate import Request, open_subject
 from ctm_nb.training.config import make_config
-from ctm_nb.training.costs import empty_data, fit_memory, memory
+from ctm_nb.training.costs import fit_memory, memory
 from ctm_nb.training.presets import choose
 
 
@@ -86,7 +87,8 @@ def test_copies_are_shown(pictures):
 
 
 def test_a_batch_that_does_not_fit_is_taken_in_parts_on_a_cpu(tmp_path, caplog):
-    config, data = make_config("digits", ["data.image_size=256", "run.device=cpu"]), empty_data(3, 256)
+    config = make_config("digits", ["data.image_size=256", "run.device=cpu"])
+    data = SimpleNamespace(channels=3, image_size=256, n_classes=0)
     whole, gib = max(memory(config, data).values()), 2 ** 30
     assert whole > 23 * gib
     fit_memory(config, data, tmp_path, room=2 * whole)

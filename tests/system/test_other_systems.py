@@ -11,10 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_map
 
 from ctm_nb.data.images import digits
+from ctm_nb.evaluation.evaluate import Evaluator
 from ctm_nb.evaluation.features import ClassifierExtractor, _resize_tf1
+from ctm_nb.evaluation.likelihood import ode_bits, ode_log_density
 from ctm_nb.evaluation.metrics import FeatureClassifier, FeatureStats
+from ctm_nb.evaluation.reference import build_reference, collect, data_samples
 from ctm_nb.method import flow
 from ctm_nb.method.sampling import sample
+from ctm_nb.method.teacher import Denoiser
+from ctm_nb.networks.families import build_network
 from ctm_nb.training.config import make_config
 from ctm_nb.training.stages import STAGE_CLASSES, carry_to, step_generator, take
 from ctm_nb.training.step import gradient
@@ -144,3 +149,20 @@ def test_features_without_float64(monkeypatch):
         assert torch.equal(_resize_tf1(x.to(DEVICE), 5).cpu(), resized)
         stats = FeatureStats(64).update(f.pooled)
     assert torch.allclose(stats.mean, there.pooled.double().mean(0)) and there.probs.dtype == torch.float64
+
+
+def test_scores_and_likelihoods_without_float64(monkeypatch):
+    monkeypatch.setattr(flow, "NO_DOUBLE", {DEVICE.type})
+    torch.manual_seed(0)
+    data, net = digits("held_out"), FeatureClassifier(8, 1, 10).eval()
+    m = Denoiser(build_network("ddpmpp", image_size=8, channels=1, model_channels=8)).eval()
+    x, extractor = data.x0(slice(0, 1)), ClassifierExtractor(net)
+    reference = build_reference(extractor, data)
+    got = collect(extractor, data_samples(data, 40))
+    here = ode_log_density(m, x, tol=.1)[0], Evaluator(reference, extractor, ["fid", "pr", "kid"]).score(got)
+    with NoDouble():
+        m.to(DEVICE)
+        assert torch.equal(ode_log_density(m, x, tol=.1)[0], here[0])
+        assert torch.isfinite(ode_bits(m, x, tol=.1)).all()
+        there = Evaluator(reference, extractor.to(DEVICE), ["fid", "pr", "kid"])
+        assert there.score(there.collect(data_samples(data, 40))) == pytest.approx(here[1], rel=1e-4, abs=1e-6)

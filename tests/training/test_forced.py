@@ -2,6 +2,7 @@
 import math
 import re
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from ctm_nb.data.images import digits
 from ctm_nb.method.sampling import sample
 from ctm_nb.method.teacher import edm_loss
 from ctm_nb.training.config import make_config
-from ctm_nb.training.costs import empty_data, estimate, memory, saved_bytes
+from ctm_nb.training.costs import estimate, memory, saved_bytes
 from ctm_nb.training.optimizers import lr_at, make_optimizer
 from ctm_nb.training.stages import TeacherStage, step_generator
 from ctm_nb.training.trainer import Trainer, _changes
@@ -180,13 +181,14 @@ def test_its_preset_says_where_each_value_comes_from_and_what_it_takes(tmp_path,
     assert "edm2, 279.4" in out and "given: edm2-img64-s-1073741-0.075" in out
     assert re.search(r"memory    student \d+\.\d\d GiB", out)
     config = make_config("imagenet64-edm2", ["data.source=x"])
-    assert "(20 s a step)" in estimate(config, empty_data(3, 64, 1000), 100.)[1]  # 2048 images
+    data = SimpleNamespace(channels=3, image_size=64, n_classes=1000)
+    assert "(20 s a step)" in estimate(config, data, 100.)[1]  # 2048 images
     assert not (tmp_path / "runs").exists()
 
 
 def test_normalised_weights_are_counted_once_and_not_for_each_image():
     words = ["data.source=x", "teacher.source=", "run.micro_batch=1"]
-    config, data = make_config("imagenet64-edm2", words), empty_data(3, 64, 1000)
+    config, data = make_config("imagenet64-edm2", words), SimpleNamespace(channels=3, image_size=64, n_classes=1000)
     each, parameters, fixed = saved_bytes(config, data)
     assert parameters == 280_209_381 and 4 * parameters < fixed < 5 * 4 * parameters
     need = memory(config, data, 1)["ctm_dsm"], memory(config, data, 5)["ctm_dsm"]

@@ -164,7 +164,7 @@ def test_out_of_memory_takes_fewer_at_a_time_and_changes_nothing_else(alone, tmp
 
 
 @pytest.mark.parametrize("words, most, message",
-                         [(["run.micro_batch=6"], 4, "--micro-batch 3"), ([], 0, "smaller network")])
+                         [(["run.micro_batch=6"], 4, "run.micro_batch=3"), ([], 0, "smaller network")])
 def test_out_of_memory_ends_with_advice(tmp_path, words, most, message):
     t = Trainer(make_config("tiny", [*SHORT, *words]), tmp_path)
     greedy(t, most)

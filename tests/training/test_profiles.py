@@ -17,7 +17,7 @@ from ctm_nb.commands.train import ctm_nb_train
 from ctm_nb.method.guidance import Guided, autoguide, guide_free
 from ctm_nb.method.teacher import Denoiser
 from ctm_nb.networks.unet import MLP
-from ctm_nb.training.config import make_config
+from ctm_nb.training.config import DistillConfig, make_config
 from ctm_nb.training.costs import costs, mean_evals, memory
 from ctm_nb.training.stages import STAGE_CLASSES, DistillStage, TrajectoryFolder
 from ctm_nb.training.trainer import Trainer
@@ -274,7 +274,8 @@ def test_the_guided_teacher_is_scored_as_such(whole, tmp_path):
 
 def test_a_folder_of_trajectories_belongs_to_one_guidance(tmp_path):
     m, times = Denoiser(MLP(2, n_classes=3)), torch.tensor([80., 1., .002])
-    kept = lambda teacher, w: TrajectoryFolder(tmp_path, 64, teacher, times, guidance=w)
+    kept = lambda teacher, w: TrajectoryFolder(
+        DistillConfig(trajectories=str(tmp_path), stored=64, guidance=w), teacher, times)
     kept(guide_free(m, 2.), 2.)
     kept(guide_free(m, 2.), 2.)
     for teacher, w in ((guide_free(m, 3.), 3.), (m, None), (autoguide(m, m, 2.), 2.)):
