@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..checkpoints.models import load
 from ..data.convert import png
