@@ -55,9 +55,10 @@ NEW = {
         checkpoints.foreign: _of_diffusers _states _rank _weights read_weights
         checkpoints.unpickle: ANY Opaque TORCH_NAMES _latin _odd""",
     "machines without double, without fork": "method.flow: NO_DOUBLE finest training.runtime: peak_memory",
-    "editing": """method.editing evaluation.edit commands.sample: _edit _edit_flags
+    "editing": """method.editing evaluation.edit commands.sample: _edit_flags
         explore.explorer: CANVAS canvas_pixels stroke_story explore_strokes explore""",
     "told before hours are spent": "commands.flags: check_output commands.train: _check_given",
+    "services that follow a run": "training.config: SERVICES training.trainer: Service",
     "known hashes": "checkpoints.catalogue: SHA256",
     "two at once, memory, a pulse": """data.files: claimed training.trainer: Trainer.claim Trainer.whereabouts
         checkpoints.models: of_newest commands.flags: Pulse training.costs: fit_memory""",

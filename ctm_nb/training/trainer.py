@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'check_changes', 'resume_point', 'open_images', 'no_scores_because', 'RunState', 'ShortNames',
-           'Trainer', 'Ahead', 'NoBoard']
+           'Trainer', 'Ahead', 'NoBoard', 'Service']
 
 # %% ../../nbs/6_training/08_trainer.ipynb #c62114fe
 import json, logging, math, sys, time
@@ -13,8 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -40,7 +42,7 @@ from ..method.distill import MATCHING
 from ..method.guidance import Guided
 from ..method.sampling import evaluations, sample
 from ..method.solvers import OLD_NAMES
-from .config import STAGES, Config, schedule, stage_at, teacherless
+from .config import SERVICES, STAGES, Config, schedule, stage_at, teacherless
 from .optimizers import load_optimizer
 from .report import write_report
 from .runtime import (Guard, Scaler, Signals, autocast, choose_precision, compile_networks, join,
@@ -482,7 +484,7 @@ def train_step(self: Trainer) -> dict:  # numbers of this step; on a GPU, tensor
 # %% ../../nbs/6_training/08_trainer.ipynb #f2514833
 @patch
 def log_window(self: Trainer) -> str:  # the losses in words, for the bar
-    "Append the means of the last steps to metrics.jsonl and TensorBoard."
+    "Append the means of the last steps to metrics.jsonl and where run.track says."
     s = self.state
     if s.window: self.look()
     window, s.window = s.window, []
@@ -499,18 +501,48 @@ def log_window(self: Trainer) -> str:  # the losses in words, for the bar
 
 # %% ../../nbs/6_training/08_trainer.ipynb #cb90a904
 class NoBoard:
-    "Stands for TensorBoard's writer where that is not installed; metrics.jsonl has the numbers all the same."
+    "Stands for TensorBoard's writer where there is none; metrics.jsonl has the numbers all the same."
     def __getattr__(self, name): return lambda *_, **__: None
 
+# %% ../../nbs/6_training/08_trainer.ipynb #77d74a94
+class Service:
+    "Has the methods of TensorBoard's writer, and hands on to a package with the functions of wandb."
+    def __init__(self,
+        name: str,  # of the package: wandb or trackio
+        folder: Path,  # of the run; `tracker` in it keeps the name there
+        settings: dict,  # of the run
+    ):
+        if not (known := folder / "tracker").exists(): atomic_write(known, f"{folder.name}-{uuid4().hex[:8]}".encode())
+        self.package, key, self.step, self.numbers = import_module(name), known.read_text(), 0, {}
+        own = dict(id=key, dir=str(folder)) if name == "wandb" else dict(embed=False)
+        self.run = self.package.init(project="ctm_nb", name=key, config=settings, resume="allow", **own)
+
+    def add_scalar(self, tag, value, step):
+        if step != self.step: self.flush()
+        self.numbers[tag], self.step = value, step
+
+    def add_image(self, tag, image, step, dataformats="HWC"): self.add_scalar(tag, self.package.Image(image), step)
+
+    def flush(self):
+        if self.numbers: self.run.log(self.numbers, step=self.step)
+        self.numbers = {}
+
+    def close(self):
+        self.flush()
+        self.package.finish()
+
+# %% ../../nbs/6_training/08_trainer.ipynb #483fbae9
 @patch(as_prop=True)
-def board(self: Trainer):  # torch.utils.tensorboard.SummaryWriter
-    "TensorBoard's writer, made when first needed."
+def board(self: Trainer):  # with the methods of torch.utils.tensorboard.SummaryWriter
+    "Where curves and grids go (run.track), made when first needed."
     if self.writer is not None: return self.writer
-    try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        log.warning("TensorBoard is not installed (pip install tensorboard): the curves are in metrics.jsonl alone")
-        self.writer = NoBoard()
-    else: self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step)
+    track, self.writer = self.config.run.track, NoBoard()
+    if track in SERVICES: self.writer = Service(track, self.folder, asdict(self.config))
+    elif track == "tensorboard":
+        try: from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            log.warning("TensorBoard is not installed (pip install tensorboard): the curves are in metrics.jsonl alone")
+        else: self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step)
     return self.writer
 
 # %% ../../nbs/6_training/08_trainer.ipynb #70e7b357
@@ -657,4 +689,5 @@ def run(self: Trainer,
         found = self.scores() or ([] if why else self.evaluate())
         if self.step > begun or not (self.folder / "samples" / "final.png").exists(): self.save_grid(final=True)
         write_report(self.folder)
+        if self.writer: self.writer.close()
     return found
