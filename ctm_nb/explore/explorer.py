@@ -443,12 +443,12 @@ def explore_strokes(
     kinds = [("every class in turn", -1), *((name, k) for k, name in enumerate(class_names(m)))]
     ground, pen = ("#000000", "#ffffff") if C == 1 else ("#ffffff", "#ffcc33")
     explorer = Explorer(dict(
-        path=w.Dropdown(options=[str(path)], description="checkpoint"), stroke=w.Textarea(),
+        path=w.Dropdown(options=[str(path)], description="checkpoint"),
+        stroke=w.Textarea(layout=w.Layout(display="none")),
         t=level(t, name="t", tip="t: noise level, what is smaller in the stroke is drawn anew"),
         y=w.Dropdown(options=kinds, description="class", tooltip="class: of the pictures"),
         seed=count(seed, 0, 999, "seed", "seed: number of the noise"),
     ), stroke_story, "A stroke, and pictures made of it in one jump each")
-    explorer.controls["stroke"].layout.display = "none"
     look = "width: 200px; height: 200px; border: 1px solid #888; image-rendering: pixelated; touch-action: none"
     board = w.HTML(f'<canvas width="{W}" height="{H}" data-ground="{ground}" style="{look}" aria-label="draw here">'
                    f'</canvas><br><input type="color" value="{pen}" aria-label="colour of the pen"> '
