@@ -256,7 +256,7 @@ def reading(*files:str|Path):
     try: yield
     except MemoryError: raise ValueError(f"{files[0]} asks for more memory than there is") from None
     except Exception as e:
-        if isinstance(e, (ValueError, OSError)) and any(str(f) in str(e) for f in files): raise
+        if isinstance(e, (ValueError, OSError, RuntimeError)) and any(str(f) in str(e) for f in files): raise
         raise ValueError(f"{files[0]} can't be read: {readable(str(e)) or type(e).__name__}") from e
 
 def few(names)->str:
