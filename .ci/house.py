@@ -39,6 +39,7 @@ NEW = {
         checkpoints.catalogue: LATENTS EDM2_FILES method.teacher: uncertainty_loss training.presets: IMAGENET64_EDM2""",
     "averages": """checkpoints.averages training.config: LENGTH training.trainer: Trainer.snapshot_due Trainer.snapshot
         commands.train: _averages""",
+    "trackers": "training.config: SERVICES training.trainer: Service",
     "guides": "method.guidance: autoguide training.config: _can_guide",
     "iDDPM": "method.teacher: iddpm_levels checkpoints.models: _first_half _range",
     "lite0, nearest": """evaluation.features: LITE0 lite0_file evaluation.metrics: nearest_points nearer_share
