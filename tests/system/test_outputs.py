@@ -80,6 +80,15 @@ def test_what_was_computed_is_printed_though_it_can_not_be_written(here, capsys,
     assert "images     8" in out and "No space left" in err
 
 
+def test_files_beside_scores_that_can_not_be_written_lose_no_score(here, capsys, monkeypatch):
+    def full(*_): raise OSError(28, "No space left on device", "x")
+    monkeypatch.setattr(work, "atomic_write", full)
+    np.savez("grey.npz", np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8))
+    ctm_nb_evaluate(["grey.npz", "--ref", "digits", "--save-ref", "r.npz", "--nearest"])
+    out, err = capsys.readouterr()
+    assert "nearer_to_training" in out and "frechet" in out and not (here / "r.npz").exists()
+
+
 def test_overwrite_removes_what_another_sampling_has_left(here, untrained_run):
     run = untrained_run(here / "run", 3, ["cat", "dog", "cow"])
     words = dict(which="teacher", solver="euler", steps=1, device="cpu")
