@@ -271,8 +271,8 @@ def check(self: Reference, features_id: str, shape: tuple | None = None):
 FORMAT, FACTS = "ctm_nb reference 1", ("name", "sha256", "features", "n", "shape", "label_counts")
 
 @patch
-def packed(self: Reference) -> bytes:
-    "The content of an .npz file that `read_reference` reads."
+def save(self: Reference, path) -> Path:
+    "Write the reference into an .npz file; whole or not at all."
     arrays = {"mean": self.mean, "cov": self.cov}
     if self.points is not None: arrays["points"] = self.points
     meta = {"format": FORMAT, **{k: vars(self)[k] for k in FACTS}}
@@ -282,12 +282,7 @@ def packed(self: Reference) -> bytes:
     arrays = {k: v.detach().cpu().numpy() for k, v in arrays.items()}
     buffer = BytesIO()
     np.savez(buffer, meta=json.dumps(meta), **arrays)  # a zip, whose checksums are verified when it is read
-    return buffer.getvalue()
-
-@patch
-def save(self: Reference, path) -> Path:
-    "Write the reference into an .npz file; whole or not at all."
-    return atomic_write(path, self.packed())
+    return atomic_write(path, buffer.getvalue())
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #618578c9
 def is_reference_file(
