@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'OBJECTIVES', 'STAGE_CLASSES', 'step_generator', 'take', 'carry_to', 'Stage', 'make_network',
-           'make_denoiser', 'TeacherStage', 'given_model', 'DistillStage', 'TrajectoryFolder', 'Objective', 'GanStage',
-           'check_weights']
+           'make_denoiser', 'TeacherStage', 'given_model', 'initial_model', 'DistillStage', 'TrajectoryFolder',
+           'Objective', 'GanStage', 'check_weights']
 
 # %% ../../nbs/6_training/05_stages.ipynb #4a3173e0
 import copy
@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 
 # %% ../../nbs/6_training/05_stages.ipynb #4a3173e2
 from ..checkpoints.averages import Profile
-from ..checkpoints.models import load
+from ..checkpoints.models import load, relabel
 from ..checkpoints.store import EMA
 from ..data.files import atomic_write
 from ..data.images import Images
@@ -158,9 +158,11 @@ class TeacherStage(Stage):
 
     def build(self, parts: dict):
         self.augment = self.optim.augment
-        model = make_denoiser(self.config, self.data).to(self.device)
-        if known := parts.get("teacher"): model.load_state_dict(known.state_dict())  # a longer run goes on
-        self.learn(model, "teacher")
+        known = copy.deepcopy(parts.get("teacher")) or initial_model(self.config, "teacher", self.data)
+        model = known.requires_grad_(True).train() if known else make_denoiser(self.config, self.data)
+        if self.augment and not model.net.config["augment_dim"]:
+            raise ValueError(f"teacher.augment must be 0 for the network of {self.optim.initial}, got {self.augment}")
+        self.learn(model.to(self.device), "teacher")
         if student := parts.get("ctm"): self.parts["ctm"] = student.to(self.device).eval().requires_grad_(False)
 
     def draw(self, B: int, gen: torch.Generator, n: int) -> dict:
@@ -186,6 +188,13 @@ class TeacherStage(Stage):
         return {"edm": loss.mean()}
 
 # %% ../../nbs/6_training/05_stages.ipynb #8670360e
+def _of_this_size(m, what, data):
+    "The model; ValueError if its pictures have another shape."
+    if m.data_shape == (shape := (data.channels, data.image_size, data.image_size)): return m
+    grey = "; data.channels=3 keeps grey images as the teacher takes them" * (m.channels == 3 > data.channels)
+    raise ValueError(f"{what} draws pictures of shape {m.data_shape}, the data have {shape}; "
+                     f"data.image_size={m.image_size} would resize them{grey}")
+
 def given_model(
     config: Config,  # of the run
     which: str,  # "teacher" or "ctm"
@@ -193,18 +202,25 @@ def given_model(
 ) -> Denoiser | CTM:
     "The model that the configuration names as the result of a stage; raises ValueError if it doesn't fit the data."
     section = {"teacher": "teacher", "ctm": "distill"}[which]
-    m = load(source := getattr(config, section).source, which=which)
-    shape = data.channels, data.image_size, data.image_size
-    if m.data_shape != shape:
-        grey = "; data.channels=3 keeps grey images as the teacher takes them" * (m.channels == 3 > data.channels)
-        raise ValueError(f"{section}.source={source} draws pictures of shape {m.data_shape}, the data have "
-                         f"{shape}; data.image_size={m.image_size} would resize them{grey}")
+    m = _of_this_size(load(source := getattr(config, section).source, which=which), f"{section}.source={source}", data)
     if m.n_classes not in (0, data.n_classes):
         raise ValueError(f"{section}.source={source} knows {m.n_classes} classes, the data have {data.n_classes}")
     return m
 
 @patch
 def given(self: Stage, which: str) -> Denoiser | CTM: return given_model(self.config, which, self.data)
+
+# %% ../../nbs/6_training/05_stages.ipynb #eea511e9
+def initial_model(
+    config: Config,  # of the run
+    which: str,  # "teacher" or "ctm"
+    data: Images,  # its images
+) -> Denoiser | CTM | None:  # for the classes of the data; None where the stage begins with random weights
+    "The model with whose weights a stage begins; raises ValueError for one that draws pictures of another shape."
+    section = {"teacher": "teacher", "ctm": "distill"}[which]
+    if not (path := getattr(config, section).initial): return None
+    m = load(path, which="teacher" if which == "teacher" else None)
+    return relabel(_of_this_size(m, f"{section}.initial={path}", data), list(data.classes))
 
 # %% ../../nbs/6_training/05_stages.ipynb #e8c6d2b3
 class DistillStage(Stage):
@@ -218,7 +234,8 @@ class DistillStage(Stage):
         if (d := self.config.distill).trajectories:
             self.folder = TrajectoryFolder(d, self.teacher, self.times, self.data.labels)
             self.folder.make(*launched()[:2])
-        self.start(copy.deepcopy(parts.get("ctm")) or student_from(self.parts["teacher"], self.optim.init))
+        known = copy.deepcopy(parts.get("ctm")) or initial_model(self.config, "ctm", self.data)
+        self.start(known if isinstance(known, CTM) else student_from(self.parts["teacher"], self.optim.init))
 
     def phase(self, n: int) -> Span:
         "The phase of distillation that a step belongs to."
