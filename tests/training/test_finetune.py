@@ -66,6 +66,7 @@ def test_more_steps_follow_a_finished_run_and_the_same_words_resume_them(finishe
     ctm_nb_train(words(finished, "e", "--steps", "+20,+10", "--stage", "teacher"))  # 20 + 20 more, then 20 more: cut short
     assert rows(finished / "e")[-1]["step"] == 60
     ctm_nb_train(words(finished, "e", "--steps", "+20,+10"))  # goes on, adds nothing
-    assert rows(finished / "e")[-1]["step"] == 70 and json.loads((finished / "e/config.json").read_text())["run"]["before"] == 40
+    assert rows(finished / "e")[-1]["step"] == 70
+    assert json.loads((finished / "e/config.json").read_text())["run"]["before"] == 40
     ctm_nb_train(words(finished, "e", "--steps", "+0,+10"))
     assert rows(finished / "e")[-1]["step"] == 80
