@@ -44,7 +44,7 @@ def test_finetuning_begins_with_teacher_and_student(finished):
     known = load(finished / "a", which="teacher").state_dict()
     assert all(torch.equal(v, known[k]) for k, v in t.parts["model"].state_dict().items())
     while t.now.name == "teacher": t.train_step()
-    assert t.step == t.plan["teacher"].end + 1  # the first step of the student is made: its EMA is near what it began with
+    assert t.step == t.plan["teacher"].end + 1  # the first step of the student is made
     student, begun = t.parts["ctm"].state_dict(), load(finished / "a", which="ctm").state_dict()
     assert max(float((v - begun[k]).abs().max()) for k, v in student.items()) < .01
     assert any(float(v.abs().max()) > 0 for k, v in begun.items() if "affine_s" in k)
@@ -63,7 +63,7 @@ def test_more_steps_follow_a_finished_run_and_the_same_words_resume_them(finishe
     ctm_nb_train(words(finished, "e", "--steps", "20"))
     with pytest.raises(SystemExit): ctm_nb_train(words(finished, "f", "--steps", "+20"))
     assert "needs a finished run" in capsys.readouterr().err
-    ctm_nb_train(words(finished, "e", "--steps", "+20,+10", "--stage", "teacher"))  # 20 + 20 more, then 20 more: cut short
+    ctm_nb_train(words(finished, "e", "--steps", "+20,+10", "--stage", "teacher"))  # of 70
     assert rows(finished / "e")[-1]["step"] == 60
     ctm_nb_train(words(finished, "e", "--steps", "+20,+10"))  # goes on, adds nothing
     assert rows(finished / "e")[-1]["step"] == 70
