@@ -6,7 +6,7 @@ SETUP := settings.ini setup.py pyproject.toml
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser check nbtest pytest export readme docs clean
+.PHONY: help demo test browser check nbtest pytest export readme docs docker clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -46,6 +46,9 @@ readme: $(VENV)/.dev ## make README.md from nbs/index.ipynb
 docs: $(VENV)/.docs ## build the documentation site in _docs and check it (see CONTRIBUTING.md)
 	-$(BIN)/ctm_nb_convert nbs/results/emoji/student.safetensors --web build/page --overwrite # if make test was there
 	$(BIN)/python docs/build.py
+
+docker: ## build and try both images with buildah, on a Debian base that mmdebstrap makes (docker/README.md)
+	docker/build.sh cpu cuda
 
 clean: ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) _proc _docs build dist *.egg-info .pytest_cache

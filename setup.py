@@ -32,6 +32,8 @@ setup(
         "all": cfg["optional_requirements"].split(),
         "dev": cfg["dev_requirements"].split() + cfg["optional_requirements"].split(),
         "docs": cfg["docs_requirements"].split(),
+        "hub": [r for r in cfg["optional_requirements"].split() if r.startswith("huggingface_hub")],
+        **{r.split(">")[0]: [r] for r in cfg["tracker_requirements"].split()},
         "onnx": [r for r in cfg["optional_requirements"].split() if r.startswith("onnx")],
     },
     entry_points={

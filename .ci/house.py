@@ -39,6 +39,7 @@ NEW = {
         checkpoints.catalogue: LATENTS method.teacher: uncertainty_loss training.presets: IMAGENET64_EDM2""",
     "averages": """checkpoints.averages training.config: LENGTH training.trainer: Trainer.snapshot_due Trainer.snapshot
         commands.train: _averages""",
+    "trackers": "training.config: SERVICES training.trainer: Service",
     "guides": "method.guidance: autoguide training.config: _can_guide",
     "iDDPM": "method.teacher: iddpm_levels checkpoints.models: _first_half _range",
     "lite0, nearest": """evaluation.features: LITE0 lite0_file evaluation.metrics: nearest_points nearer_share
@@ -55,9 +56,10 @@ NEW = {
         checkpoints.foreign: _of_diffusers _states _rank _weights read_weights
         checkpoints.unpickle: ANY Opaque TORCH_NAMES _latin _odd""",
     "machines without double, without fork": "method.flow: NO_DOUBLE finest training.runtime: peak_memory",
-    "editing": """method.editing evaluation.edit commands.sample: _edit _edit_flags
+    "editing": """method.editing evaluation.edit commands.sample: _edit_flags
         explore.explorer: CANVAS canvas_pixels stroke_story explore_strokes explore""",
     "told before hours are spent": "commands.flags: check_output commands.train: _check_given",
+    "services that follow a run": "training.config: SERVICES training.trainer: Service",
     "known hashes": "checkpoints.catalogue: SHA256",
     "two at once, memory, a pulse": """data.files: claimed training.trainer: Trainer.claim Trainer.whereabouts
         checkpoints.models: of_newest commands.flags: Pulse training.costs: fit_memory""",

@@ -3,7 +3,7 @@
     python benchmarks/editing.py digits --run runs/digits
         200 held-out digits; without a run there, the preset trains one first (two to five minutes)
     python benchmarks/editing.py emoji --teacher runs/emoji
-        60 held-out emoji with the student of the clone; the teacher's rows need the run of the preset `emoji`
+        200 held-out emoji with the student of the clone; the teacher's rows need the run of the preset `emoji`
 
 Each part is a file under nbs/results/editing/ and is not measured again while it is there.
 """
@@ -15,6 +15,8 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -53,16 +55,16 @@ class Bench:
     "A student, its teacher (or None), held-out pictures and a classifier that scores."
 
     def __init__(self, name, student, teacher, n):
-        self.name, self.student, self.teacher = (
-            name,
-            load(student, which="ctm"),
-            teacher and load(teacher, which="teacher"),
-        )
+        self.name, self.student = name, load(student, which="ctm")
+        self.teacher = load(teacher, which="teacher") if teacher else None
         data = load_data(name, "held_out")
         rows = torch.arange(n) * len(data) // n
         self.x0, self.y, self.classes = data.x0(rows), data.labels[rows], data.classes
         with torch.enable_grad():
             self.classifier = train_classifier(load_data(name, "train"))
+        features = lambda x: self.classifier.pool(self.classifier.body(to_uint8(x).float() / 127.5 - 1))
+        true = features(self.x0)
+        self.distance = lambda x: (features(x) - true).norm(dim=1).mean().item()
 
     def classes_of(self, x):
         return self.classifier(to_uint8(x).float() / 127.5 - 1).argmax(1)
@@ -74,7 +76,7 @@ class Bench:
         return lambda i: noise(tuple(self.x0.shape[1:]), seed, range(len(self.x0)), draw=i)
 
     def tasks(self):
-        "name -> (P, first picture, mask of what is known or None); P is None where nothing is kept."
+        "name -> (P, first picture, what is seen of a picture); P is None where nothing is kept."
         x0, size, made = self.x0, self.x0.shape[2], {}
         for name, rows in {
             "lower half": slice(size // 2),
@@ -83,19 +85,23 @@ class Bench:
         }.items():
             mask = torch.zeros(1, 1, size, size)
             mask[:, :, rows] = 1
-            made[f"inpaint, {name} hidden"] = e.put_pixels(x0, mask), x0 * mask, mask
-        small = torch.nn.functional.avg_pool2d(x0, 2)
-        made[f"upscale, {size // 2} to {size}"] = (
-            e.put_means(small, 2),
-            torch.nn.functional.interpolate(small, size),
-            None,
-        )
+            see = partial(torch.mul, mask)
+            made[f"inpaint, {name} hidden"] = e.put_pixels(x0, mask), see(x0), see
+        see, luma = partial(torch.nn.functional.avg_pool2d, kernel_size=2), torch.tensor(e.LUMA).view(3, 1, 1)
+        enlarged = torch.nn.functional.interpolate(see(x0), size)
+        made[f"upscale, {size // 2} to {size}"] = e.put_means(see(x0), 2), enlarged, see
         if x0.shape[1] == 3:
-            grey = (x0 * torch.tensor(e.LUMA).view(3, 1, 1)).sum(1, keepdim=True)
-            made["colour"] = e.put_brightness(grey), grey.expand_as(x0), None
+            see = lambda x: (x * luma).sum(1, keepdim=True)
+            made["colour"] = e.put_brightness(see(x0)), see(x0).expand_as(x0), see
         rough = torch.nn.functional.avg_pool2d(x0, 3, 1, 1)  # blurred, then four tones: a sketch
         made["stroke"] = None, ((rough + 1) * 1.5).round() / 1.5 - 1, None
         return made
+
+    def made(self, m, put, first, level, steps, seed=0, y=None, **how):
+        "Pictures in [-1, 1] by `steps` jumps from a level."
+        times, same = rho_grid(steps + 1, self.student.sigma_min, level), lambda g: g
+        x = e.complete(m, put or same, first, times, self.draw(seed), self.y if y is None else y, **how)
+        return e.agree(x, put) if put else x.clamp(-1, 1)
 
 
 def rmse(a, b, weight=None):
@@ -103,58 +109,66 @@ def rmse(a, b, weight=None):
     return math.sqrt(square.sum() / (torch.ones_like(a) * (1 if weight is None else weight)).sum())
 
 
-def methods(b):
-    "name -> (model that completes, denoiser that finds the class, solver, gamma, steps)."
-    made = {
-        "student": (b.student, b.student, "ctm", 0.6, JUMPS),
-        "consistency": (Ends(b.student), Ends(b.student), "ctm", 1.0, JUMPS),
+def settings(task):
+    "Level, jumps and gamma: the defaults of `ctm_nb_sample --edit`."
+    how = e.TASKS[task.split(",")[0]]
+    return how["level"] or 80.0, how["steps"], how["gamma"]
+
+
+def one(b, task, method, found):
+    "One task by one method, the class told or found."
+    (put, first, see), m = b.tasks()[task], {"student": b.student, "teacher": b.teacher}.get(method, Ends(b.student))
+    begin, y, (level, steps, gamma) = time.process_time(), b.y, settings(task)
+    if found:
+        y = e.likeliest_class(m, put or (lambda g: first), first, b.draw(1))
+    if method == "teacher":  # 35 evaluations from all noise, as `sample` makes them
+        times = torch.cat([rho_grid(18, b.student.sigma_min, 80.0 if put else level), torch.zeros(1)])
+        x, cost = e.complete(m, put or (lambda g: g), first, times, b.draw(0), y, "heun"), nfe("heun", times)
+        x = e.agree(x, put) if put else x.clamp(-1, 1)
+    else:
+        x, cost = b.made(m, put, first, level, steps, y=y, gamma=1.0 if method == "consistency" else gamma), steps
+    ms, pixels = 1000 * (time.process_time() - begin) / len(x), to_uint8(x).float() / 127.5 - 1
+    row = {
+        "task": task,
+        "method": method,
+        "class": "found" if found else "given",
+        "class kept": b.kept(x),
+        "class found": (y == b.y).float().mean().item(),
+        "error": rmse(x, b.x0),
+        "distance": b.distance(x),
+        "NFE": cost + found * 16 * b.student.n_classes,
+        "ms": ms,
+        "n": len(x),
     }
-    if b.teacher:
-        made["teacher"] = b.teacher, b.teacher, "heun", None, 18
-    return made
+    if task.startswith("inpaint"):
+        row["error hidden"] = rmse(x, b.x0, 1 - see(torch.ones_like(x)))
+    if see:
+        row["error known"] = (see(pixels) - see(b.x0)).abs().max().item() / 2  # in the bytes that are written
+    print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    return row
 
 
 def task_rows(b, find):
     "Each task by each method, the class given and (with `find`) found."
-    for task, (put, first, mask) in b.tasks().items():
-        for method, (m, finder, solver, gamma, steps) in methods(b).items():
-            for given in (True, False):
-                if not given and task not in find:
-                    continue
-                begin, y, cost = time.process_time(), b.y, 0
-                if not given:
-                    y, cost = (
-                        e.likeliest_class(finder, put or (lambda g: first), first, b.draw(1)),
-                        16 * b.student.n_classes,
-                    )
-                level = LEVEL if put else 1.0
-                times = rho_grid((steps if put or method == "teacher" else 1) + 1, b.student.sigma_min, level)
-                if method == "teacher":
-                    times = torch.cat([rho_grid(18, b.student.sigma_min, 80.0 if put else level), torch.zeros(1)])
-                how = {} if gamma is None else {"gamma": gamma}
-                x = e.complete(m, put or (lambda g: g), first, times, b.draw(0), y, solver, **how)
-                ms = 1000 * (time.process_time() - begin) / len(x)
-                pixels = to_uint8(x).float() / 127.5 - 1
-                row = {
-                    "task": task,
-                    "method": method,
-                    "class": "given" if given else "found",
-                    "class kept": b.kept(x),
-                    "class found": (y == b.y).float().mean().item(),
-                    "error": rmse(x, b.x0),
-                    "NFE": cost + (nfe("heun", times) if solver == "heun" else len(times) - 1),
-                    "ms": ms,
-                    "n": len(x),
-                }
-                if mask is not None:
-                    row |= {
-                        "error hidden": rmse(x, b.x0, 1 - mask),
-                        "error known": ((pixels - b.x0) * mask).abs().max().item() / 2,
-                    }
-                elif put:
-                    row["error known"] = (put(x) - x).abs().max().item() / 2
-                print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-                yield row
+    methods = ["student", "consistency", *(["teacher"] if b.teacher else [])]
+    for task, method, found in product(b.tasks(), methods, (False, True)):
+        if not found or task in find:
+            yield one(b, task, method, found)
+
+
+def settings_rows(b, seeds):
+    "What the number of jumps and the level they start from are good for, by the student."
+    for task, (put, first, _) in b.tasks().items():
+        if "upper" in task or "every" in task:
+            continue
+        for level, steps in product((1.0, 2.0, 3.0, 80.0), (1, 2, 4, 8)):
+            found = []
+            for seed in seeds:
+                x = b.made(b.student, put, first, level, steps, seed, gamma=0.6)
+                found.append((b.kept(x), rmse(x, b.x0), b.distance(x)))
+            means = dict(zip(("class kept", "error", "distance"), map(statistics.mean, zip(*found))))
+            print(task, level, steps, means, flush=True)
+            yield {"task": task, "level": level, "jumps": steps, **means, "n": len(b.x0), "seeds": len(seeds)}
 
 
 def round_trips(b, most):
@@ -195,9 +209,7 @@ def freedom(b):
             for s, m in (("midway", b.student), ("0", Ends(b.student))):
                 found = []
                 for seed in SEEDS:
-                    x = e.complete(
-                        m, put, first, rho_grid(JUMPS + 1, b.student.sigma_min, LEVEL), b.draw(seed), b.y, gamma=gamma
-                    )
+                    x = b.made(m, put, first, LEVEL, JUMPS, seed, gamma=gamma)
                     found.append((b.kept(x), rmse(x, b.x0), b.distance(x)))
                 columns = dict(zip(("class kept", "error", "distance"), zip(*found)))
                 yield {
@@ -253,12 +265,27 @@ def denoising(b, n):
         yield row
 
 
-def keep(path, make):
+def strokes(b, run, n=20):
+    "Processor and wall time of the explorer's callback, a stroke drawn anew each time."
+    from ctm_nb.explore.explorer import explore_strokes
+
+    explorer, spent = explore_strokes(run), []
+    for k in range(n):
+        begin, wall = time.process_time(), time.perf_counter()
+        explorer.controls["seed"].value = k + 1
+        spent.append((1000 * (time.process_time() - begin), 1000 * (time.perf_counter() - wall)))
+    cpu, wall = map(statistics.median, zip(*spent))
+    yield {"strokes": n, "processor ms": cpu, "wall ms": wall}
+
+
+def keep(b, part, make):
     "Measure unless it is there."
+    path = RESULTS / f"{b.name}_{part}.json"
     if path.exists():
         return print(f"{path} is there", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"hardware": hardware(), "rows": list(make())}, indent=1) + "\n")
+    about = {"hardware": hardware(), "classifier reads right": b.kept(b.x0), "teacher": b.teacher is not None}
+    path.write_text(json.dumps({**about, "rows": list(make)}, indent=1) + "\n")
     print(f"{path} written", flush=True)
 
 
@@ -268,29 +295,21 @@ def main():
     p.add_argument("what", choices=["digits", "emoji"])
     p.add_argument("--run", type=Path, default=Path("runs/digits"), help="of the preset digits")
     p.add_argument("--teacher", help="the run that holds the emoji's teacher")
-    p.add_argument("-n", type=int, help="held-out pictures (default: 200 digits, 60 emoji)")
-    a, name = p.parse_args(), None
-    name, digits = a.what, a.what == "digits"
+    p.add_argument("-n", type=int, default=200, help="held-out pictures (default: 200)")
+    a = p.parse_args()
+    digits, run = a.what == "digits", str(a.run)
     if digits and not a.run.exists():
-        command = [
-            str(Path(sys.executable).with_name("ctm_nb_train")),
-            "--runs",
-            str(a.run.parent),
-            "--name",
-            a.run.name,
-        ]
-        subprocess.run(command, check=True)
-    b = Bench(
-        name, str(a.run) if digits else str(EMOJI), str(a.run) if digits else a.teacher, a.n or (200 if digits else 60)
-    )
-    features = lambda x: b.classifier.pool(b.classifier.body(to_uint8(x).float() / 127.5 - 1))
-    b.distance = lambda x: (features(x) - features(b.x0)).norm(dim=1).mean().item()
-    find = list(b.tasks()) if digits else ["inpaint, lower half hidden"]
-    keep(RESULTS / f"{name}_trips.json", lambda: round_trips(b, 64 if digits else 32))
-    keep(RESULTS / f"{name}_tasks.json", lambda: task_rows(b, find))
+        train = str(Path(sys.executable).with_name("ctm_nb_train"))
+        subprocess.run([train, "--runs", str(a.run.parent), "--name", a.run.name], check=True)
+    b = Bench(a.what, run, run, a.n) if digits else Bench("emoji", str(EMOJI), a.teacher, a.n)
+    keep(b, "settings", settings_rows(b, SEEDS if digits else SEEDS[:1]))
+    keep(b, "tasks", task_rows(b, list(b.tasks()) if digits else ["inpaint, lower half hidden"]))
     if digits:
-        keep(RESULTS / f"{name}_freedom.json", lambda: freedom(b))
-    keep(RESULTS / f"{name}_denoise.json", lambda: denoising(b, 100 if digits else 10))
+        keep(b, "freedom", freedom(b))
+        keep(b, "explorer", strokes(b, run))
+    few = b if digits else Bench("emoji", str(EMOJI), a.teacher, min(a.n, 40))
+    keep(few, "trips", round_trips(few, 64 if digits else 32))
+    keep(few, "denoise", denoising(few, 100 if digits else 10))
 
 
 if __name__ == "__main__":

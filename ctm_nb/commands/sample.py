@@ -11,6 +11,15 @@ from pathlib import Path
 
 from .flags import Parser, draw_flags, one_line_errors, ranged
 
+# %% ../../nbs/7_commands/02_sample.ipynb #0bef0f42
+def _edit_flags(add):
+    add("--edit", nargs="+", metavar=("TASK", "INPUT"), help="encode, interpolate, inpaint, colour, upscale, stroke or "
+        "denoise these pictures, or those of these folders; --classes all finds their classes (default: 8 jumps with "
+        "gamma .6, a stroke 1; encode and interpolate 16 steps; a teacher 18)")
+    add("--mask", type=Path, metavar="PNG", help="of --edit inpaint: white is painted")
+    add("--level", type=ranged(.01, 80, float), metavar="T", help="of --edit: noise to begin with (default: to inpaint "
+        "80, to colour and upscale 2, of a stroke 1, to denoise found)")
+
 # %% ../../nbs/7_commands/02_sample.ipynb #b67d6913
 def sample_parser() -> Parser:
     "The flags of `ctm_nb_sample`."
@@ -40,30 +49,14 @@ def ctm_nb_sample(
     out, folder = a["out"], a["out"].absolute().parent
     with one_line_errors("ctm_nb_sample"):
         if not folder.is_dir(): raise FileNotFoundError(f"there is no folder {folder} for {out.name}")
-        words, extra = a.pop("edit"), {k: a.pop(k) for k in ("mask", "level")}
-        if words: return print(_edit(words, {**a, **extra}))
-        for k, v in extra.items():
-            if v is not None: raise ValueError(f"--{k} belongs to --edit")
+        if words := a.pop("edit"):
+            from ctm_nb.evaluation.edit import edit_files
+            return print(edit_files(a.pop("checkpoint"), words[0], words[1:], **a))
+        for k in ("mask", "level"):
+            if a.pop(k) is not None: raise ValueError(f"--{k} belongs to --edit")
         from ctm_nb.evaluation.draw import draw_samples
         recipe = draw_samples(**{**a, "n": a["n"] or 16})
         if os.environ.get("RANK", "0") == "0": print(_summary(out, recipe))
-
-# %% ../../nbs/7_commands/02_sample.ipynb #0bef0f42
-def _edit_flags(add):
-    add("--edit", nargs="+", metavar=("TASK", "INPUT"), help="encode, interpolate, inpaint, colour, upscale, "
-        "stroke or denoise these pictures, or those of these folders; --classes all finds their classes")
-    add("--mask", type=Path, metavar="PNG", help="of --edit inpaint: white is painted")
-    add("--level", type=ranged(.002, 80, float), metavar="T", help="of --edit: noise to begin with (default: all; of a "
-        "stroke 1, to upscale 2, to denoise found)")
-
-def _edit(words, a):
-    "Edit the pictures that were named; what was done, in a line."
-    for k in ("times", "guidance", "guide", "bytes", "batch_size"):
-        if a.pop(k) is not None: raise ValueError(f"--{k.replace('_', '-')} has no meaning with --edit")
-    if len(words) < 2: raise ValueError(f"--edit needs a task and pictures, got only {words[0]}")
-    if a["n"] and words[0] != "interpolate": raise ValueError(f"-n has no meaning with --edit {words[0]}")
-    from ctm_nb.evaluation.edit import edit_files
-    return edit_files(a.pop("checkpoint"), words[0], words[1:], **a)
 
 # %% ../../nbs/7_commands/02_sample.ipynb #19fbad84
 def _summary(out, r):

@@ -110,20 +110,19 @@ def plan(
     splits, e, only = splits or open_images(config), config.evaluate, _until(config, stage)
     train, why = splits["train"], no_scores_because(config, splits)
     _check_given(config, train)
-    classes = f"{train.n_classes or 'no'} classes"
-    if not config.data.use_labels: classes = "labels not used (data.use_labels=false)"
-    images_per_sec = measure(only, train) if measured else None
+    classes = f"{train.n_classes or 'no'} classes" * config.data.use_labels or "labels not used (data.use_labels=false)"
     with torch.device("meta"): weights = sum(p.numel() for p in make_network(config, train).parameters())
     given = " (that of the given teacher counts)" if config.teacher.source not in ("", "none") else ""
     copies = 6 + max(len(getattr(config, k).emas + getattr(config, k).profiles) for k in STAGES.values())
-    student = f", student with {', '.join(map(str, e.steps))}" if stage != "teacher" else ""
     nfe = evaluations(e.teacher_solver, torch.arange(e.teacher_steps, -1, -1))
+    student = f", student with {', '.join(map(str, e.steps))}" if stage != "teacher" else ""
     scored = f"none: {why}" if why else f"{e.n} samples: teacher with {nfe} evaluations{student}"
     size = f"{train.channels} x {train.image_size} x {train.image_size}"
     return "\n".join([
         f"data      {train.name}: {len(train)} training images, {size}, {classes}",
         f"network   {config.network.family}, {weights / 1e6:.2f} M parameters{given}",
-        *_stages(config, stage), *estimate(only, train, images_per_sec)[:1 if minutes else None],
+        *_stages(config, stage),
+        *estimate(only, train, measure(only, train) if measured else None)[:1 if minutes else None],
         *([f"budget    {config.run.minutes:g} min: {minutes}"] if minutes else []),
         *_averages(only, weights), *_paths(config, train),
         f"disk      about {weights * 4 * copies / 2**20:.0f} MiB a checkpoint, {config.run.keep} are kept",

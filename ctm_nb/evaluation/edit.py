@@ -6,18 +6,18 @@
 __all__ = ['input_files', 'read_pictures', 'edit_files']
 
 # %% ../../nbs/5_evaluation/08_edit.ipynb #c4674bfc
-import io, shutil
+import io, math
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..checkpoints.models import load
 from ..data.convert import png
-from ..data.files import atomic_write, publish, temp_name
+from ..data.files import atomic_write, publish
 from ..data.images import named_grid, to_uint8
-from ..data.read import as_image, decode, one_mode
+from ..data.read import as_image, decode, is_image_name
 from .draw import _class_list, _refuse_existing
 from .reference import pick_device
 from ..method.editing import Edited, edit
@@ -27,55 +27,53 @@ def input_files(
     paths: list,  # of pictures and folders
 ) -> list[Path]:
     "The pictures; those of a folder by name."
-    files: list[Path] = []
-    for p in map(Path, paths):
-        pictures = Image.registered_extensions() if p.is_dir() else {}
-        found = sorted(f for f in p.iterdir() if f.suffix.lower() in pictures) if p.is_dir() else [p]
-        if not found: raise ValueError(f"there is no picture in the folder {p}")
-        files += found
+    pictures = lambda p: sorted(f for f in p.iterdir() if is_image_name(f.name)) if p.is_dir() else [p]
+    files = [f for p in map(Path, paths) for f in pictures(p)]
+    if not files: raise ValueError(f"there is no picture in {', '.join(map(str, paths)) or 'INPUT, which is missing'}")
     return files
 
 # %% ../../nbs/5_evaluation/08_edit.ipynb #964508ee
 def read_pictures(
     files: list[Path],  # of one size
     channels: int,  # 1 or 3
+    background: str = "white",  # under transparent pixels
 ) -> torch.Tensor:  # (B, channels, H, W) float32 in [-1, 1]
     "One batch; ValueError naming the first file that has another size, or can't be read."
     rows: list = []
     for f in files:
         if not f.is_file(): raise FileNotFoundError(f"there is no file {f}")
-        try: a = decode(f)
+        try: im = as_image(decode(f, background=background)).convert("L" if channels == 1 else "RGB")
         except ValueError as e: raise ValueError(f"{f}: {e}") from None
-        if channels == 1 and a.shape[2] == 3: a = np.asarray(as_image(a).convert("L"))[..., None]
-        rows.append(one_mode(a, channels == 1))
+        rows.append(np.asarray(im).reshape(im.height, im.width, channels))
         if rows[0].shape != rows[-1].shape:
-            sizes = [f"{r.shape[0]} x {r.shape[1]}" for r in (rows[0], rows[-1])]
-            raise ValueError(f"pictures of one batch must have one size: {files[0]} is {sizes[0]}, {f} is {sizes[1]}")
+            size = f"{im.height} x {im.width}, {files[0]} is {rows[0].shape[0]} x {rows[0].shape[1]}"
+            raise ValueError(f"pictures of one batch must have one size: {f} is {size}")
     return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2) / 127.5 - 1
 
 # %% ../../nbs/5_evaluation/08_edit.ipynb #dc7bb5cc
-def _write(out: Path, files, done: Edited):
+def _write(out: Path, files, done: Edited, classes):
     "Pictures in the form that the name asks for, whole or not at all."
     end = out.suffix.lower()
     x = to_uint8(done.x.flatten(0, -4))
     rows = x.permute(0, 2, 3, 1).cpu().numpy()
     if not end:
-        temp = temp_name(out)
-        temp.mkdir(parents=True)
-        try:
-            for f, a in zip(files, rows, strict=True): (temp / f"{f.stem}.png").write_bytes(png(a, 6))
-            return publish(temp, out)
-        finally: shutil.rmtree(temp, ignore_errors=True)
+        with TemporaryDirectory(dir=out.absolute().parent) as temp:
+            (made := Path(temp) / out.name).mkdir()
+            for f, a in zip(files, rows, strict=True): (made / f"{f.stem}.png").write_bytes(png(a, 6))
+            return publish(made, out)
     data = io.BytesIO()
     if end == ".npz": np.savez(data, arr_0=rows, **({} if done.z is None else {"latents": done.z.cpu().numpy()}))
-    elif end == ".png": (as_image(rows[0]) if len(rows) == 1 else named_grid(x, _columns(done.x))).save(data, "png")
+    elif end == ".png": (as_image(rows[0]) if len(rows) == 1 else _sheet(done.x, x, files, classes)).save(data, "png")
     else:
         zoom = max(1, 128 // x.shape[2])
         frames = [as_image(a.repeat(zoom, 0).repeat(zoom, 1)) for a in rows]
         frames[0].save(data, end[1:], save_all=True, append_images=frames[1:], duration=120, loop=0, lossless=True)
     atomic_write(out, data.getvalue())
 
-def _columns(x): return x.shape[1] if x.ndim == 5 else round(len(x) ** .5 + .49)
+def _sheet(made, x, files, classes):
+    "A grid with the names of classes; of ways one a row, with its ends."
+    if made.ndim == 4: return named_grid(x, math.ceil(len(x) ** .5), classes)
+    return named_grid(x, made.shape[1], rows=[f"{a.stem} to {b.stem}" for a, b in zip(files, files[1:])])
 
 # %% ../../nbs/5_evaluation/08_edit.ipynb #ce799e8b
 def edit_files(
@@ -88,7 +86,7 @@ def edit_files(
     which: str | None = None,  # "ctm" or "teacher"; None: the student if there is one
     device: str = "auto",  # see `pick_device`
     overwrite: bool = False,  # replace OUT
-    **request,  # for `edit`: steps, gamma, level, solver, n, seed
+    **request,  # for `edit`: seed, and what TASKS lists; None: its default
 ) -> str:  # what was done, in a line
     "Edit files; everything that does not fit is refused before the first evaluation."
     out, files = Path(out), input_files(inputs)
@@ -100,14 +98,14 @@ def edit_files(
     m = load(checkpoint, str(pick_device(device)), which)
     place = next(m.parameters())
     x = read_pictures(files, 1 if task == "colour" else m.data_shape[0]).to(place)
-    hidden = None if mask is None else (read_pictures([Path(mask)], 1).to(place) + 1) / 2
-    chosen = None if classes == "all" else _class_list(classes, m.n_classes, m.classes)
-    y = None if chosen is None else torch.tensor(chosen)[torch.arange(len(x)) % len(chosen)]
+    known = None if mask is None else (1 - read_pictures([Path(mask)], 1, "black").to(place)) / 2
+    y = None if classes == "all" else _class_list(classes, m.n_classes, m.classes)
     request = {k: v for k, v in request.items() if v is not None}
-    done = edit(m, task, x, None if hidden is None else 1 - hidden, y, **request)
-    _write(out, files, done)
-    said, shown = [f"{out}: {task} of {len(x)} picture{'s' * (len(x) > 1)}"], 8
+    done = edit(m, task, x, known, y and (y * len(x))[:len(x)], **request)
     names = [*map(str, m.classes or range(m.n_classes)), "none"]  # the last is class -1
-    if done.y is not None: said.append("class " + ", ".join(names[k] for k in done.y.tolist()[:shown]))
-    if done.t is not None: said.append("noise " + ", ".join(f"{v:.3g}" for v in done.t.tolist()[:shown]))
+    named = [] if done.y is None else [names[k] for k in done.y.tolist()]
+    _write(out, files, done, named)
+    said = [f"{out}: {task} of {len(x)} picture{'s' * (len(x) > 1)}"]
+    if named: said.append("class " + ", ".join(named[:8]))
+    if done.t is not None: said.append("noise " + ", ".join(f"{v:.3g}" for v in done.t.tolist()[:8]))
     return "; ".join(said)

@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ from ..method.teacher import Denoiser, Model, edm_loss, lognormal_sigma, uncerta
 from ..method.trajectories import anchor_loss, draw_pair, stored_batch, trajectories_loss, trajectory
 from ..method.trajectory import CTM, student_from
 from ..networks.families import build_network
-from .config import STAGES, Config, DistillConfig, Span, phases, schedule, teacherless
+from .config import SERVICES, STAGES, Config, DistillConfig, Span, phases, schedule, teacherless
 from .optimizers import load_optimizer, lr_at, make_optimizer
 
 log = logging.getLogger(__name__)
@@ -546,7 +547,9 @@ def losses(self: GanStage, e: dict, n: int) -> dict:  # name -> scalar
 def check_weights(
     config: Config,  # of the run
 ):
-    "Raise ValueError or FileNotFoundError for published weights that a later stage needs and does not find."
+    "Raise ValueError or FileNotFoundError for a package or published weights that are needed later and not found."
+    if (track := config.run.track) in SERVICES and not find_spec(track):
+        raise ValueError(f"run.track={track} needs a package that is not installed: pip install {track}")
     stages, d, g = schedule(config), config.distill, config.gan
     if d.distance == "lpips" and stages.keys() & {"ctm_dsm", "ctm_dsm_gan"}: backbone_file(folder=d.weights or None)
     for f in g.features.split(",") if "ctm_dsm_gan" in stages else ():

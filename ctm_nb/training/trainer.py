@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'check_changes', 'resume_point', 'open_images', 'no_scores_because', 'RunState', 'ShortNames',
-           'Trainer', 'Ahead', 'NoBoard']
+           'Trainer', 'Ahead', 'NoBoard', 'Service']
 
 # %% ../../nbs/6_training/08_trainer.ipynb #c62114fe
 import json, logging, math, sys, time
@@ -13,8 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ from ..checkpoints.store import (Checkpoint, CheckpointError, MetricsLog, atomic
 from ..data.batches import Batches, Splits, load_splits
 from ..data.files import claimed
 from ..data.images import ImageData, named_grid, to_uint8
+from ..data.read import reading
 from ..evaluation.draw import free_memory, out_of_memory
 from ..evaluation.evaluate import drawn_samples, extend_scores, read_scores, run_evaluator
 from ..evaluation.features import load_extractor
@@ -40,7 +43,7 @@ from ..method.distill import MATCHING
 from ..method.guidance import Guided
 from ..method.sampling import evaluations, sample
 from ..method.solvers import OLD_NAMES
-from .config import STAGES, Config, schedule, stage_at, teacherless
+from .config import SERVICES, STAGES, Config, schedule, stage_at, teacherless
 from .optimizers import load_optimizer
 from .report import write_report
 from .runtime import (Guard, Scaler, Signals, autocast, choose_precision, compile_networks, join,
@@ -241,21 +244,23 @@ def load(self: RunState, c: Checkpoint):  # of the stage in memory
 @patch
 def resume(self: Trainer, c: Checkpoint):
     "Continue from a checkpoint; raises ValueError if this configuration or these images may not."
-    changed = check_changes(c.meta, self.config, self.precision, c.step, str(self.folder))
-    if c.meta["data_sha256"] != self.data_sha256:
-        raise ValueError(f"{c.path} was trained on other images than {self.config.data.source!r} holds now")
-    then, now = c.versions, versions()
-    changed += [f"{k}: {then[k] or 'none'} -> {now[k] or 'none'}" for k in now if k in then and then[k] != now[k]]
-    self.changes = c.meta.get("changes", []) + ([{"step": c.step, "what": changed}] if changed else [])
+    with reading(c.path, self.folder):
+        changed = check_changes(c.meta, self.config, self.precision, c.step, str(self.folder))
+        if c.meta["data_sha256"] != self.data_sha256:
+            raise ValueError(f"{c.path} was trained on other images than {self.config.data.source!r} holds now")
+        then, now = c.versions, versions()
+        changed += [f"{k}: {then[k] or 'none'} -> {now[k] or 'none'}" for k in now if k in then and then[k] != now[k]]
+        self.changes = c.meta.get("changes", []) + ([{"step": c.step, "what": changed}] if changed else [])
+        parts = {k: rebuild(about["description"], {n: v.clone() for n, v in c.models[k].items()})
+                 for k, about in c.meta["models"].items() if k in (*KINDS, "teacher-guide")}
+        longer, stage = _goes_on(c.meta["config"], asdict(self.config), c.step), self.plan[c.state["stage"]].name
     for change in changed: log.warning("from step %d on: %s", c.step, change)
-    parts = {k: rebuild(about["description"], {n: v.clone() for n, v in c.models[k].items()})
-             for k, about in c.meta["models"].items() if k in (*KINDS, "teacher-guide")}
     self.state.step = c.step
-    if _goes_on(c.meta["config"], asdict(self.config), c.step):
+    if longer:
         self.state.seconds, self.state.logged_at = c.state["seconds"], c.state["logged_at"]
         return self.begin(self.stage, parts)
-    self.begin(c.state["stage"], parts)
-    self.state.load(c)
+    self.begin(stage, parts)
+    with reading(c.path): self.state.load(c)
 
 # %% ../../nbs/6_training/08_trainer.ipynb #41182fe5
 @patch
@@ -281,7 +286,7 @@ def restore(self: Trainer):
                               "restore one or choose another name")
     self.folder.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(asdict(self.config), indent=1).encode())
-    self.log.rewind(found.state["log_lines"] if found else 0)
+    with reading(found.path if found else path, self.folder): self.log.rewind(found.state["log_lines"] if found else 0)
     forget_snapshots(self.folder, self.step)
     if found: log.info("resumed %s at step %d", self.folder, self.step)
 
@@ -482,7 +487,7 @@ def train_step(self: Trainer) -> dict:  # numbers of this step; on a GPU, tensor
 # %% ../../nbs/6_training/08_trainer.ipynb #f2514833
 @patch
 def log_window(self: Trainer) -> str:  # the losses in words, for the bar
-    "Append the means of the last steps to metrics.jsonl and TensorBoard."
+    "Append the means of the last steps to metrics.jsonl and where run.track says."
     s = self.state
     if s.window: self.look()
     window, s.window = s.window, []
@@ -499,18 +504,48 @@ def log_window(self: Trainer) -> str:  # the losses in words, for the bar
 
 # %% ../../nbs/6_training/08_trainer.ipynb #cb90a904
 class NoBoard:
-    "Stands for TensorBoard's writer where that is not installed; metrics.jsonl has the numbers all the same."
+    "Stands for TensorBoard's writer where there is none; metrics.jsonl has the numbers all the same."
     def __getattr__(self, name): return lambda *_, **__: None
 
+# %% ../../nbs/6_training/08_trainer.ipynb #77d74a94
+class Service:
+    "Has the methods of TensorBoard's writer, and hands on to a package with the functions of wandb."
+    def __init__(self,
+        name: str,  # of the package: wandb or trackio
+        folder: Path,  # of the run; `tracker` in it keeps the name there
+        settings: dict,  # of the run
+    ):
+        if not (known := folder / "tracker").exists(): atomic_write(known, f"{folder.name}-{uuid4().hex[:8]}".encode())
+        self.package, key, self.step, self.numbers = import_module(name), known.read_text(), 0, {}
+        own = dict(id=key, dir=str(folder)) if name == "wandb" else dict(embed=False)
+        self.run = self.package.init(project="ctm_nb", name=key, config=settings, resume="allow", **own)
+
+    def add_scalar(self, tag, value, step):
+        if step != self.step: self.flush()
+        self.numbers[tag], self.step = value, step
+
+    def add_image(self, tag, image, step, dataformats="HWC"): self.add_scalar(tag, self.package.Image(image), step)
+
+    def flush(self):
+        if self.numbers: self.run.log(self.numbers, step=self.step)
+        self.numbers = {}
+
+    def close(self):
+        self.flush()
+        self.package.finish()
+
+# %% ../../nbs/6_training/08_trainer.ipynb #483fbae9
 @patch(as_prop=True)
-def board(self: Trainer):  # torch.utils.tensorboard.SummaryWriter
-    "TensorBoard's writer, made when first needed."
+def board(self: Trainer):  # with the methods of torch.utils.tensorboard.SummaryWriter
+    "Where curves and grids go (run.track), made when first needed."
     if self.writer is not None: return self.writer
-    try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        log.warning("TensorBoard is not installed (pip install tensorboard): the curves are in metrics.jsonl alone")
-        self.writer = NoBoard()
-    else: self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step)
+    track, self.writer = self.config.run.track, NoBoard()
+    if track in SERVICES: self.writer = Service(track, self.folder, asdict(self.config))
+    elif track == "tensorboard":
+        try: from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            log.warning("TensorBoard is not installed (pip install tensorboard): the curves are in metrics.jsonl alone")
+        else: self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step)
     return self.writer
 
 # %% ../../nbs/6_training/08_trainer.ipynb #70e7b357
@@ -657,4 +692,5 @@ def run(self: Trainer,
         found = self.scores() or ([] if why else self.evaluate())
         if self.step > begun or not (self.folder / "samples" / "final.png").exists(): self.save_grid(final=True)
         write_report(self.folder)
+        if self.writer: self.writer.close()
     return found

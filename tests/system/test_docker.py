@@ -66,12 +66,14 @@ def stages(steps):
 def complaints(text):
     "What a linter would say; the numbers are hadolint's, where it has the rule."
     steps, found = instructions(text), []
+    given = dict(arg.split("=", 1) for kind, arg in steps if kind == "ARG" and "=" in arg)
     say = lambda bad, rule: found.append(rule) if bad else None
     parts = stages(steps)
     last, env = list(parts.values())[-1], " ".join(a for k, a in steps if k == "ENV")
     say(not {k for k, _ in steps} <= KNOWN, "unknown instruction or ADD (DL3020)")
     for kind, arg in steps:
         if kind == "FROM":
+            arg = re.sub(r"\$\{(\w+)\}", lambda m: given.get(m[1], ""), arg)
             say(":" not in arg.split("@")[0] or ":latest" in arg, "FROM without a tag (DL3006, DL3007)")
             say(not re.search(r"@sha256:[0-9a-f]{64}(\s|$)", arg), "FROM without a digest")
         if kind == "WORKDIR": say(not arg.startswith("/"), "WORKDIR must be absolute (DL3000)")
@@ -113,6 +115,7 @@ def test_lint(file):
     assert complaints(text) == []
     steps = instructions(text)
     assert ast.literal_eval(dict(steps)["ENTRYPOINT"])[0] in SCRIPTS
+    assert {arg.split("=")[0] for kind, arg in steps if kind == "ARG"} == {"BASE", "TORCH_INDEX"}
     minimum = {re.split(r"[<>=]", r)[0]: r for r in CFG["requirements"].split()}
     for name in ("torch", "torchvision"):
         assert any(f'"{minimum[name]}"' in arg for kind, arg in steps if kind == "RUN"), f"{minimum[name]} expected"
@@ -186,7 +189,7 @@ def test_compose():
 def satisfied(words):
     "Stands in for `pip install NAMES` from an index: the names must be installed here in versions that are wanted."
     from packaging.requirements import Requirement
-    names = [w for w in words[2:] if not w.startswith(("-", "http", "/"))]
+    names = [w for w in words[2:] if not w.startswith(("-", "$", "/"))]
     for r in map(Requirement, names): assert r.specifier.contains(metadata.version(r.name), prereleases=True), r
     return names
 

@@ -56,8 +56,8 @@ def test_latents(run, here):
     (["stroke", "in", "--mask", "mask.png"], "only inpaint"),
     (["paint", "in"], "task must be one of"),
     (["upscale", "in"], "divided by k"),
-    (["stroke", "in", "--times", "3,1"], "--times has no meaning"),
-    (["stroke", "in", "-n", "5"], "-n has no meaning"),
+    (["stroke", "in", "--times", "3,1"], "times has no meaning"),
+    (["stroke", "in", "-n", "5"], "n has no meaning"),
     (["encode", "in"], "must end in .npz"),
 ])
 def test_bad_input_is_a_sentence(run, here, capsys, words, said):

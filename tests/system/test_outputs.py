@@ -33,7 +33,9 @@ EARLY = [
     ((*EVALUATE, "--out", "no/e.json"), "there is no folder .*/no for e.json"),
     ((*EVALUATE, "--out", "."), ". is a folder, expected the name of a file"),
     ((*EVALUATE, "--out", "bad.json"), "bad.json must be a list of score records, got no JSON"),
-    ((*EVALUATE, "--out", "list.json"), r"list.json must be a list of score records, got \[3\]"),
+    ((*EVALUATE, "--out", "list.json"), r"list.json must be a list of score records, got 3"),
+    ((*EVALUATE, "--out", "odd.json"), "odd.json must be a list of score records, got .*sampler"),
+    ((*EVALUATE, "--out", "text.json"), "text.json must be a list of score records, got .*value"),
     ((*EVALUATE, "--save-ref", "no/r.npz"), "there is no folder .*/no for r.npz"),
     ((*EVALUATE, "--save-ref", "r.txt"), "r.txt must end in .npz, got .txt"),
     ((*EVALUATE, "--nearest", "--out", "no/e.json"), "there is no folder"),
@@ -50,6 +52,8 @@ EARLY = [
 def test_checked_before_anything_is_computed(here, capsys, monkeypatch, words, why):
     (here / "bad.json").write_text("{")
     (here / "list.json").write_text("[3]")
+    (here / "odd.json").write_text('[{"sampler": [1], "metric": "fid", "value": 3}]')
+    (here / "text.json").write_text('[{"metric": "fid", "value": "low"}]')
     for module, name in ((work, "open_subject"), (convert, "survey")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("it computes"))
     out, err = said(capsys, *words)
