@@ -15,6 +15,7 @@ import torch
 
 from .models import rebuild
 from .store import EMA, discard, load_checkpoint, prune_checkpoints, save_checkpoint, step_folders
+from ..data.read import reading
 from ..method.teacher import Denoiser
 from ..method.trajectory import CTM
 
@@ -100,8 +101,10 @@ def snapshots_of(run: str | Path, which: str | None = None) -> list:  # (folder,
     found: dict = {}
     for path in reversed(step_folders(Path(run) / "averages")):
         meta = load_checkpoint(path, parts=[]).meta
-        for k, v in meta["models"].items():
-            found.setdefault(k.partition("-")[0], []).append((meta["stage"], path, k, v["t"], v["std"]))
+        with reading(path):
+            for k, v in meta["models"].items():
+                row = meta["stage"], path, k, float(v["t"]), float(v["std"])
+                found.setdefault(k.partition("-")[0], []).append(row)
     rows = found.get(which or ("ctm" if "ctm" in found else "teacher"), [])
     found = {row[3:]: row[1:] for row in rows if row[0] == rows[-1][0] and row[3] > 0}  # no time counts twice
     if found: return list(found.values())
@@ -119,12 +122,13 @@ def average(
     gamma_of(std)  # raises what can't be
     rows, state = snapshots_of(run, which), {}
     t, stds = np.array([r[2:] for r in rows], dtype=float).T
-    weights, error = fit_profile(t, stds, t[-1], std)
-    for (path, name, *_), w in zip(rows, weights.tolist()):
-        c = load_checkpoint(path, parts=[name])
-        for k, v in c.models[name].items():  # what is not in half precision is a buffer: the last one counts
-            state[k] = state.get(k, 0) + w * v.float() if v.dtype == torch.float16 else v
-    m = rebuild(c.meta["models"][name]["description"], state)
+    with reading(Path(run) / "averages"):
+        weights, error = fit_profile(t, stds, t[-1], std)
+        for (path, name, *_), w in zip(rows, weights.tolist()):
+            c = load_checkpoint(path, parts=[name])
+            for k, v in c.models[name].items():  # what is not in half precision is a buffer: the last one counts
+                state[k] = state.get(k, 0) + w * v.float() if v.dtype == torch.float16 else v
+        m = rebuild(c.meta["models"][name]["description"], state)
     m.about = (f"{run}: {name.partition('-')[0]}, average of length {std:g} over {len(rows)} snapshots "
                f"up to step {c.step}, its profile met to {error:.1%}")
     return m.to(device).eval().requires_grad_(False)
