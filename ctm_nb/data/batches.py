@@ -265,7 +265,7 @@ def from_workers(self:Batches, position:int)->torch.Tensor: # (B / W, C, H, W) u
     if self.running is None or self.running[0] != position:
         self.close()
         tasks = (self.indices(p).numpy() for p in count(position, self.batch_size))
-        self.running = [position, in_order(self.data.decode, tasks, self.workers)]  # type: ignore[attr-defined]
+        self.running = [position, in_order(self.data.decode, tasks, self.workers or 0)]  # type: ignore[attr-defined]
     x = next(self.running[1])
     self.running[0] += self.batch_size
     return torch.from_numpy(x)
