@@ -93,7 +93,7 @@ def test_nothing_of_a_stand_in_is_imported_or_run(tmp_path):
     torch.save({"model": {"w": torch.ones(3), "v": Evil()}}, tmp_path / "in.pt")
     del sys.modules["evil_module"]
     assert list(read_weights(tmp_path / "x.pt")[0]) == ["w"] and "evil_module" not in sys.modules
-    with pytest.raises(ForeignFileError, match="holds no state dict"): read_weights(tmp_path / "in.pt")  # not among them
+    with pytest.raises(ForeignFileError, match="holds no state dict"): read_weights(tmp_path / "in.pt")
 
 
 # ---- where the weights lie
