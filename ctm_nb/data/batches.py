@@ -7,7 +7,7 @@ __all__ = ['log', 'each', 'tried', 'decode_all', 'remembered', 'source_key', 'St
            'fits', 'load_splits', 'load_data', 'Batch', 'Batches']
 
 # %% ../../nbs/3_data/04_batches.ipynb #41a20b03
-import hashlib, json, logging, math, mmap, os
+import hashlib, json, logging, mmap, os
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
