@@ -22,6 +22,7 @@ from .catalogue import CATALOGUE, LATENTS, fetch, hub_file, nearest_name
 from .foreign import read_edm_pickle, read_safetensors, read_weights, sniff
 from .store import CheckpointError, latest_checkpoint, load_checkpoint
 from ..data.files import atomic_write
+from ..data.read import reading
 from ..method.teacher import Denoiser, iddpm_levels
 from ..method.trajectory import CTM
 from ..networks.blocks import Resample
@@ -106,10 +107,9 @@ def _from_folder(path, which):
         hint = f"it describes {sorted(described) or 'no models'}"
         if which == "ctm" and "teacher" in described: hint = "this is a teacher's checkpoint, not a CTM's"
         raise ValueError(f"{path} holds no {which!r} model: {hint}")
-    try: part, about = described[which]["part"], described[which]["description"]
-    except (LookupError, TypeError):
-        raise CheckpointError(f"{path}/checkpoint.json does not describe {which}") from None
-    return rebuild(about, load_checkpoint(path, parts=[part]).models[part])
+    with reading(path):
+        part, about = described[which]["part"], described[which]["description"]
+        return rebuild(about, load_checkpoint(path, parts=[part]).models[part])
 
 # %% ../../nbs/4_checkpoints/05_models.ipynb #36ff7788
 def _shape(state, name): return tuple(state[name].shape) if name in state else (0, 0)
@@ -352,11 +352,9 @@ def _read_model(path, which, architecture):
         return "state dict in safetensors", _from_state(state, which, **architecture)
     if architecture: raise ValueError(f"our own files know their network; {', '.join(architecture)} can't be given")
     if kind != "safetensors": return kind, of_newest(path, lambda folder: _from_folder(folder, which))
-    try:
+    with reading(path):
         description = json.loads(header["ctm_nb"])["description"]
         if which in (None, description["kind"]): return kind, rebuild(description, state)
-    except (AttributeError, KeyError, TypeError) as e:
-        raise ValueError(f"its header should describe a model, and doesn't ({type(e).__name__}: {e})") from None
     raise ValueError(f"this is a {description['kind']} checkpoint, expected a {which}")
 
 # %% ../../nbs/4_checkpoints/05_models.ipynb #dbbdb466
