@@ -36,7 +36,7 @@ NEW = {
         networks.unet: Network.set_dropout Network.balance_layer OpenAIUNet.balance_layer data.images: BYTES
         data.read: LANCZOS evaluation.draw: _bytes_of""",
     "EDM2": """networks.edm2 checkpoints.models: _infer_edm2 _edm2_heads EDM2_NUMBERS
-        checkpoints.catalogue: LATENTS EDM2_FILES method.teacher: uncertainty_loss training.presets: IMAGENET64_EDM2""",
+        checkpoints.catalogue: LATENTS method.teacher: uncertainty_loss training.presets: IMAGENET64_EDM2""",
     "averages": """checkpoints.averages training.config: LENGTH training.trainer: Trainer.snapshot_due Trainer.snapshot
         commands.train: _averages""",
     "trackers": "training.config: SERVICES training.trainer: Service",
