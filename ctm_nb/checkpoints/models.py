@@ -211,22 +211,14 @@ def _infer_network(state, **given):
         if found[k] != given[k]: raise ValueError(f"{k} is {found[k]} in the file, got {k}={given[k]}")
     return {**found, **given}, state
 
-# %% ../../nbs/4_checkpoints/05_models.ipynb #185ec1aa
-def _from_openai(net, state):
-    "Weights with OpenAI's names and shapes under ours."
-    ours = {theirs: k for k, theirs in openai_names(net).items()}
-    out = {}
-    for k, v in state.items():
-        if k == "label_emb.weight": v = v.T
-        elif v.ndim == 3 and ("qkv" in k or "proj_out" in k): v = v[..., None]
-        out[ours.get(k, k)] = v
-    return out
-
 # %% ../../nbs/4_checkpoints/05_models.ipynb #0f1c85ee
 def _our_state(net, state):
     "Weights of another program in our names and shapes; raises ValueError if the file has other filters."
     if isinstance(net, EDM2): return state
-    if isinstance(net, OpenAIUNet): state = _from_openai(net, state)
+    if isinstance(net, OpenAIUNet):
+        ours = {theirs: k for k, theirs in openai_names(net).items()}
+        old = {k: v[..., None] for k, v in state.items() if v.ndim == 3 and ("qkv" in k or "proj_out" in k)}
+        state = {ours.get(k, k): v.T if k == "label_emb.weight" else v for k, v in {**state, **old}.items()}
     taps, fixed = net.conventions.taps, {}
     for name, m in net.named_modules():  # on the meta device; the filters are made again on the CPU
         if isinstance(m, Resample) and m.how: fixed[f"{name}.resample_filter"] = Resample(m.how, taps).resample_filter
@@ -298,15 +290,18 @@ def _check_numbers(settings, where, **usual):
 # %% ../../nbs/4_checkpoints/05_models.ipynb #1f1945d9
 def _heads(n):
     "What an EDM network's blocks say of its heads: {} or {channels_per_head}; raises ValueError for what we lack."
-    k, found = FAMILIES[_infer_network(n.state)[0]["family"]].conventions, set()
-    for name, block in n.config.get("modules", {}).items():
-        _check_numbers(block, f"{name} in this family", skip_scale=k.skip_scale, adaptive_scale=k.scale_shift)
-        weight, count = n.state.get(f"{name}.proj.weight"), int(_number(block, "num_heads", 0))
-        if weight is not None and count: found.add((len(weight), count))
-    return _per_head(found, k.channels_per_head)
+    k = FAMILIES[_infer_network(n.state)[0]["family"]].conventions
+    return _per_head(n, "proj", k.channels_per_head, skip_scale=k.skip_scale, adaptive_scale=k.scale_shift)
 
-def _per_head(found, usual, least=0):
-    "{} where heads of the usual width explain all (channels, heads), else {channels_per_head}, else ValueError."
+def _per_head(n, proj, usual, least=0, **numbers):
+    """{} where heads of the usual width explain all (channels, heads) of the blocks, else {channels_per_head}.
+
+    ValueError where no width does, or where other numbers than the usual ones stand in a block."""
+    found = set()
+    for name, block in n.config.get("modules", {}).items():
+        _check_numbers(block, f"{name} in this family", **numbers)
+        weight, count = n.state.get(f"{name}.{proj}.weight"), int(_number(block, "num_heads", 0))
+        if weight is not None and count: found.add((len(weight), count))
     def fit(per_head): return all(count == max(least, width // (per_head or width)) for width, count in found)
     if fit(usual): return {}
     if fit(per_head := min(width // count for width, count in found)): return dict(channels_per_head=per_head)
@@ -317,18 +312,14 @@ EDM2_NUMBERS = dict(label_balance=.5, concat_balance=.5, res_balance=.3, attn_ba
 
 def _edm2_heads(n):
     "What an EDM2 snapshot says of its heads, as `_heads`; raises ValueError for latents and for what we lack."
-    channels, found = _shape(n.state, "unet.out_conv.weight")[0], set()
+    channels = _shape(n.state, "unet.out_conv.weight")[0]
     if n.encoder not in ("", "StandardRGBEncoder") or channels not in (1, 3):
         raise ValueError(f"it draws latents of {channels} channels ({n.encoder or 'no encoder is named'}), "
                          "this package draws pixels; edm2-img64-... draw pixels")
     if not n.encoder: log.warning("this EDM2 snapshot names no encoder: taken as one of pixels")
     if any(v.dtype != torch.float16 for v in n.state.values()):
         log.warning("this EDM2 snapshot is not in float16, as its authors' program writes it; read all the same")
-    for name, module in n.config.get("modules", {}).items():
-        _check_numbers(module, f"{name} in EDM2's network", **EDM2_NUMBERS)
-        weight, count = n.state.get(f"{name}.attn_proj.weight"), int(_number(module, "num_heads", 0))
-        if weight is not None and count: found.add((len(weight), count))
-    return _per_head(found, 64, least=1)
+    return _per_head(n, "attn_proj", 64, least=1, **EDM2_NUMBERS)
 
 # %% ../../nbs/4_checkpoints/05_models.ipynb #8ca129d1
 def _foreign_state(m):
