@@ -1,4 +1,4 @@
-"""Damaged and hostile files, in child processes with limits:  python tests/system/fuzz.py [N] [SEED]
+"""Damaged and hostile files, in child processes with limits:  python tests/system/fuzz.py [N] [SEED] [FORM]
 
 A trial may end in a result or in one line that names the file; a traceback, a crash or a hang is a failure. Before it
 starts, the script shows that it reports each of these when it is planted. Data sets go through `ctm_nb_data inspect`
@@ -416,13 +416,13 @@ def trial(numbers, seed, folder):
     return {made[Path(p)][0]: trouble for p, trouble in found.items()}
 
 
-def fuzz(n, seed, folder, size=40):
-    "Failures of n damaged inputs, and the names of the forms, which come in turn; by two processes."
+def fuzz(n, seed, folder, only="", size=40):
+    "Failures of n damaged inputs of the forms in whose names `only` occurs, which come in turn; by two processes."
     os.environ["CTM_NB_CACHE"] = f"{folder}/cache"
     MADE.update(run=f"{folder}/made/runs/run", samples=f"{folder}/made/s.npz", config=make_config("tiny", WORDS_OF_RUN),
                 images={"train": digits(), "held_out": digits("held_out")})
     (folder / "made").mkdir()
-    GOOD.update({**seeds(), **others(folder / "made")})
+    GOOD.update({k: v for k, v in {**seeds(), **others(folder / "made")}.items() if only in k})
     for name, (files, target, how, *_) in GOOD.items():
         put(root := folder / name.replace("/", "-"), files)
         if trouble := judged([(root / target, how)]): raise SystemExit(f"a good {name} fails: {trouble}")
@@ -432,10 +432,10 @@ def fuzz(n, seed, folder, size=40):
         return {k: v for failures in found for k, v in failures.items()}
 
 
-def main(n=10_000, seed=0):
+def main(n=10_000, seed=0, only=""):
     planted()
     began, kinds = time.time(), ("traceback", "crash", "hang", "escape", "unnamed")
-    with tempfile.TemporaryDirectory() as d: failures = fuzz(int(n), int(seed), Path(d))
+    with tempfile.TemporaryDirectory() as d: failures = fuzz(int(n), int(seed), Path(d), only)
     for what, (kind, words) in failures.items(): print(f"{kind}: {what}\n{words[-1500:]}")
     print(f"{'form':22}{'inputs':>7}" + "".join(f"{k:>11}" for k in kinds))
     for k, name in enumerate(GOOD):

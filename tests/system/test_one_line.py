@@ -12,7 +12,7 @@ import pytest
 from ctm_nb.checkpoints.models import load
 from ctm_nb.checkpoints.store import CheckpointError, _seal, load_checkpoint
 from ctm_nb.commands.flags import one_line_errors
-from ctm_nb.evaluation.draw import warn_unsuited
+from ctm_nb.evaluation.draw import _warn_unsuited
 from ctm_nb.evaluation.reference import FORMAT, is_reference_file, pick_device, read_reference
 from ctm_nb.evaluation.search import _Ledger, stored_times
 
@@ -78,8 +78,8 @@ def test_parts_that_are_damaged_though_the_manifest_knows_them(tmp_path, untrain
 def test_a_configuration_beside_guidance(tmp_path, untrained_run, text):
     run = untrained_run(tmp_path / "run", 1, ["a", "b"])
     (run / "config.json").write_bytes(text.encode("latin-1"))
-    if "label" in text: return warn_unsuited(load(run), 2., None, run)
-    with pytest.raises(ValueError, match="config.json can't be read"): warn_unsuited(load(run), 2., None, run)
+    if "label" in text: return _warn_unsuited(load(run), 2., None, run)
+    with pytest.raises(ValueError, match="config.json can't be read"): _warn_unsuited(load(run), 2., None, run)
 
 
 @pytest.mark.parametrize("text", ["[", '{"tries": 3}', '{"tries": [{"times": ["a"], "gamma": 0, "score": 1}]}', "\xff"])

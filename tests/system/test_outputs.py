@@ -10,6 +10,7 @@ from ctm_nb.commands.evaluate import ctm_nb_evaluate
 from ctm_nb.commands.train import ctm_nb_train
 from ctm_nb.data import convert
 from ctm_nb.evaluation import evaluate as work
+from ctm_nb.evaluation import reference
 from ctm_nb.evaluation.draw import draw_samples, _open_parts, _parts_of
 
 
@@ -78,6 +79,16 @@ def test_what_was_computed_is_printed_though_it_can_not_be_written(here, capsys,
     monkeypatch.setattr(Image.Image, "save", full)
     out, err = said(capsys, ctm_nb_data, "inspect", "good.npz", "--workers", 0, "--sheet", "s.png")
     assert "images     8" in out and "No space left" in err
+
+
+def test_files_beside_scores_that_can_not_be_written_lose_no_score(here, capsys, monkeypatch):
+    def full(*_): raise OSError(28, "No space left on device", "x")
+    monkeypatch.setattr(reference, "atomic_write", full)
+    monkeypatch.setattr(Image.Image, "save", full)
+    np.savez("grey.npz", np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8))
+    ctm_nb_evaluate(["grey.npz", "--ref", "digits", "--save-ref", "r.npz", "--nearest"])
+    out, err = capsys.readouterr()
+    assert "nearer_to_training" in out and "frechet" in out and not (here / "r.npz").exists()
 
 
 def test_overwrite_removes_what_another_sampling_has_left(here, untrained_run):

@@ -1,7 +1,7 @@
 """Two writers, or a writer and a reader, of the same thing, at moments drawn by chance:
-python tests/system/two_at_once.py [TIMES] [SEED] [FILE]
+python tests/system/two_at_once.py [TIMES] [SEED] [FILE] [KIND ...]
 
-It writes its counts into FILE, nbs/results/data/two_at_once.json say. Of two trainers or samplers one does the work,
+It adds its counts to FILE, nbs/results/data/two_at_once.json say. Of two trainers or samplers one does the work,
 the other says who does it and leaves with 3; a killed one holds nothing; a closed terminal stops a run that is saved.
 """
 import json
@@ -14,8 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import matplotlib.backends.backend_agg  # noqa: F401  # imported here, once for all children
+import matplotlib.figure  # noqa: F401
 import numpy as np
 import torch
+import torch.utils.tensorboard  # noqa: F401
 from fuzz import ended
 
 from ctm_nb.checkpoints.models import describe, find_checkpoint, load
@@ -131,17 +134,17 @@ KINDS = {"two trainers": two_trainers, "two samplers": two_samplers, "killed": k
          "read while saved": reading}
 
 
-def main(times=20, seed=0, out=None):
-    found = {}
+def main(times=20, seed=0, out=None, *names):
+    found = json.loads(Path(out).read_text()) if out and Path(out).exists() else {}
     torch.set_num_threads(1)
     rng, began = random.Random(int(seed)), time.time()
-    for name, trial in KINDS.items():
+    for name, trial in ((k, KINDS[k]) for k in names or KINDS):
         with tempfile.TemporaryDirectory() as d:
             met, longest = 0, 0.
             for k in range(int(times)):
                 folder, start = Path(d) / str(k), time.time()
                 folder.mkdir()
-                met += trial(folder, rng.uniform(0, longest * .8))
+                met += trial(folder, rng.uniform(0, longest * .3))
                 longest = max(longest, time.time() - start)
         print(f"{name}: {times} trials, in {met} of them the two met", flush=True)
         found[name] = {"trials": int(times), "met": met, "wrong": 0}  # else it would have stopped
