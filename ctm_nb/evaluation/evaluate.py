@@ -167,15 +167,20 @@ def _nearest_grid(samples, training, distances, ids, most=16):
     return named_grid(torch.cat([x.expand(-1, 3, -1, -1) for x in images]), 1 + ids.shape[1], words, beside)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #d85d2c5e
+def _keep(path: Path, save):
+    "Save a file beside scores, which are not lost if that can't be done."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path)
+    except OSError as e: log.warning("%s can't be written: %s", path, e.strerror)
+
 @patch
 def nearest(self: Evaluator, samples: SampleSet, got: Collected, row: dict, sheet: Path | None = None) -> dict:
     "A record like `row` of how often samples are nearer to training pictures than held-out ones; a sheet of some."
     training: Any = self.training
     distances, ids = nearest_points(got.points, training.points, min(5, len(training.points)))
     share, error = nearer_share(distances[:, 0], training.held_out)
-    if sheet:
-        sheet.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(sheet, lambda f: _nearest_grid(samples, training, distances, ids).save(f, "png"))
+    if sheet: _keep(sheet, lambda p: _nearest_grid(samples, training, distances, ids).save(p, "png"))
     about = {"name": f"{training.data.name}, train", "sha256": training.data.sha256(), "n": len(training.data)}
     return {**row, "metric": "nearer_to_training", "value": share, "standard_error": error, "reference": about}
 
@@ -389,11 +394,7 @@ def run_evaluator(
     elif own: extractor = ClassifierExtractor(ranks.send(learn() if first else None)).to(device)
     else: extractor = load_extractor(features, weights, device, trust)
     reference = known or build_reference(extractor, real, name, batch, progress=progress, ranks=ranks)
-    if path and not known:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            reference.save(path)
-        except OSError as e: log.warning("%s can't be kept: %s", path, e.strerror)  # no reason to stop
+    if path and not known: _keep(path, reference.save)
     reference.name = name
     return Evaluator(reference, extractor, batch=batch, progress=False, ranks=ranks)
 
@@ -454,7 +455,7 @@ def evaluate(
         if r.words == []: return rows, found
         evaluator = _find_reference(r, subject, ranks)
         evaluator.check(r.words or [])
-        if r.save_ref and ranks.rank == 0: evaluator.reference.save(r.save_ref)
+        if r.save_ref and ranks.rank == 0: _keep(r.save_ref, evaluator.reference.save)
         if subject.samples:
             return rows + evaluator.records(subject.samples, None, None, subject.name, sheet=r.nearest), found
         settings = subject.settings
