@@ -78,14 +78,14 @@ def _refuse(to, a):
 # %% ../../nbs/7_commands/05_convert.ipynb #11f19d5e
 def _export(m, to, a):
     "Write an ONNX file or a page, and say how near it is to what PyTorch draws."
-    from ctm_nb.checkpoints.export import export_onnx, onnx_difference, web_page
+    from ctm_nb.checkpoints.export import onnx_bytes, onnx_difference, web_page
+    from ctm_nb.data.files import atomic_write
     if a.web:
-        from ctm_nb.data.files import atomic_write
         page = web_page(m, Path(a.source).stem.replace("-", " ").replace("_", " "), a.steps)
         to.parent.mkdir(exist_ok=True)
         return print(f"written: {atomic_write(to, page.encode())}, {len(page) / 2 ** 20:.1f} MiB, open it in a browser")
     steps = None if a.jump else a.steps
-    print(f"written: {export_onnx(m, to, steps, a.bytes)}")
+    print(f"written: {atomic_write(to, onnx_bytes(m, steps, a.bytes))}")
     try: print(f"largest difference to PyTorch, by onnxruntime: {onnx_difference(m, to, steps):.1e}")
     except ValueError as e: print(f"not tried: {e}")
 

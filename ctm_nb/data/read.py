@@ -6,12 +6,12 @@
 __all__ = ['MAX_PIXELS', 'MAX_ENTRY', 'ENCODINGS', 'LANCZOS', 'CROPS', 'SUFFIXES', 'LABEL_FILES', 'HELPERS', 'EXPECTED',
            'SPLITS', 'LABEL_KEYS', 'PLAIN', 'PACKED', 'CIFAR', 'LMDB', 'BrokenImage', 'read_file', 'open_image',
            'as_image', 'standardise', 'crop_center', 'crop_square', 'is_grey', 'one_mode', 'decode', 'in_order',
-           'cores', 'workers_for', 'Source', 'held_out_of', 'check_square', 'side_of', 'complain', 'is_image_name',
-           'is_hidden', 'reading', 'few', 'existing', 'walk', 'distinct', 'class_fields', 'folder_classes',
-           'FileSource', 'Folder', 'open_folder', 'unpacked_limit', 'zip_entries', 'tar_entries', 'read_entry', 'Pack',
-           'open_archive', 'ArraySource', 'LibrarySource', 'numbered', 'open_npz', 'read_idx', 'open_idx', 'ArraysOnly',
-           'is_cifar', 'open_cifar', 'lmdb_entries', 'open_lmdb', 'optional', 'open_torchvision', 'open_table',
-           'folder_kind', 'file_kind', 'open_digits', 'open_source']
+           'cores', 'Source', 'held_out_of', 'check_square', 'side_of', 'complain', 'is_image_name', 'is_hidden',
+           'reading', 'few', 'existing', 'walk', 'distinct', 'class_fields', 'folder_classes', 'FileSource', 'Folder',
+           'open_folder', 'unpacked_limit', 'zip_entries', 'tar_entries', 'read_entry', 'Pack', 'open_archive',
+           'ArraySource', 'LibrarySource', 'numbered', 'open_npz', 'read_idx', 'open_idx', 'ArraysOnly', 'is_cifar',
+           'open_cifar', 'lmdb_entries', 'open_lmdb', 'optional', 'open_torchvision', 'open_table', 'folder_kind',
+           'file_kind', 'open_digits', 'open_source']
 
 # %% ../../nbs/3_data/02_read.ipynb #18fbe850
 import atexit, bz2, csv, gzip, importlib, inspect, io, json, lzma, math, os, pickle, re, stat, struct, tarfile, tempfile
@@ -156,15 +156,14 @@ class _Work(torch.utils.data.Dataset):
 def in_order(
     work, # a function of one argument
     tasks, # its arguments, an iterable
-    workers:int=0, # processes; 0: this one
-    ahead:int=2, # tasks in flight a worker
+    workers:int=0, # processes, each with a task in hand and one more; 0: this one
 ):  # a generator of results
     "Results of `work` in the order of `tasks`, whatever the number of workers; `OSError` if one of them dies."
     if not workers or not hasattr(os, "fork"):  # as on Windows
         yield from map(work, tasks)
         return
-    answers = iter(DataLoader(_Work(work), None, sampler=tasks, num_workers=workers, prefetch_factor=ahead,
-                              collate_fn=lambda answer: answer, multiprocessing_context="fork"))
+    answers = iter(DataLoader(_Work(work), None, sampler=tasks, num_workers=workers, collate_fn=lambda answer: answer,
+                              multiprocessing_context="fork"))
     while True:
         try: result, error = pickle.loads(next(answers))
         except StopIteration: return
@@ -174,10 +173,6 @@ def in_order(
 
 # %% ../../nbs/3_data/02_read.ipynb #0be4fab6
 def cores()->int: return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-def workers_for(n:int, workers:int|None)->int:
-    "Processes for n images, if the user doesn't say: all cores if there are many."
-    return workers if workers is not None else cores() if n > 2000 else 0
 
 # %% ../../nbs/3_data/02_read.ipynb #afcad3df
 @dataclass(repr=False, eq=False)
