@@ -109,11 +109,11 @@ def plan(
     from ctm_nb.training.stages import make_network
     from ctm_nb.training.trainer import no_scores_because, open_images
     splits, e, only = splits or open_images(config), config.evaluate, _until(config, stage)
-    train, why = splits["train"], no_scores_because(config, splits)
+    train, why, t = splits["train"], no_scores_because(config, splits), config.teacher
     _check_given(config, train)
     classes = f"{train.n_classes or 'no'} classes" * config.data.use_labels or "labels not used (data.use_labels=false)"
     with torch.device("meta"): weights = sum(p.numel() for p in make_network(config, train).parameters())
-    known = (config.teacher.source or config.teacher.initial) not in ("", "none")
+    given = " (that of the given teacher counts)" * ((t.source or t.initial) not in ("", "none"))
     copies = 6 + max(len(getattr(config, k).emas + getattr(config, k).profiles) for k in STAGES.values())
     nfe = evaluations(e.teacher_solver, torch.arange(e.teacher_steps, -1, -1))
     student = f", student with {', '.join(map(str, e.steps))}" if stage != "teacher" else ""
@@ -121,7 +121,7 @@ def plan(
     size = f"{train.channels} x {train.image_size} x {train.image_size}"
     return "\n".join([
         f"data      {train.name}: {len(train)} training images, {size}, {classes}",
-        f"network   {config.network.family}, {weights / 1e6:.2f} M parameters{' (that of the given teacher counts)' * known}",
+        f"network   {config.network.family}, {weights / 1e6:.2f} M parameters{given}",
         *_stages(config, stage),
         *estimate(only, train, measure(only, train) if measured else None)[:1 if minutes else None],
         *([f"budget    {config.run.minutes:g} min: {minutes}"] if minutes else []),
