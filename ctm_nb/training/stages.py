@@ -187,6 +187,7 @@ def make_denoiser(config: Config, data: Images) -> Denoiser:
 # %% ../../nbs/6_training/05_stages.ipynb #2e9f53a9
 def _hidden(y, numbers): return y if y is None or "hide" not in numbers else torch.where(numbers["hide"], -1, y)
 
+# %% ../../nbs/6_training/05_stages.ipynb #8a983935
 class TeacherStage(Stage):
     "A denoiser and its EMA."
     name = "teacher"
