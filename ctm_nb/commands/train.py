@@ -110,12 +110,11 @@ def plan(
     from ctm_nb.training.stages import make_network
     from ctm_nb.training.trainer import no_scores_because, open_images
     splits, e, only = splits or open_images(config), config.evaluate, _until(config, stage)
-    train, why = splits["train"], no_scores_because(config, splits)
+    train, why, t = splits["train"], no_scores_because(config, splits), config.teacher
     _check_given(config, train)
     classes = f"{train.n_classes or 'no'} classes" * config.data.use_labels or "labels not used (data.use_labels=false)"
     with torch.device("meta"): weights = sum(p.numel() for p in make_network(config, train).parameters())
-    known = config.teacher.source or config.teacher.initial
-    given = " (that of the given teacher counts)" if known not in ("", "none") else ""
+    given = " (that of the given teacher counts)" * ((t.source or t.initial) not in ("", "none"))
     copies = 6 + max(len(getattr(config, k).emas + getattr(config, k).profiles) for k in STAGES.values())
     nfe = evaluations(e.teacher_solver, torch.arange(e.teacher_steps, -1, -1))
     student = f", student with {', '.join(map(str, e.steps))}" if stage != "teacher" else ""
