@@ -60,6 +60,8 @@ NEW = {
         explore.explorer: CANVAS canvas_pixels stroke_story explore_strokes explore""",
     "told before hours are spent": "commands.flags: check_output commands.train: _check_given",
     "services that follow a run": "training.config: SERVICES training.trainer: Service",
+    "fine-tuning, more steps": """checkpoints.models: relabel training.stages: initial_model
+        commands.train: _finished""",
     "known hashes": "checkpoints.catalogue: SHA256",
     "two at once, memory, a pulse": """data.files: claimed training.trainer: Trainer.claim Trainer.whereabouts
         checkpoints.models: of_newest commands.flags: Pulse training.costs: fit_memory""",

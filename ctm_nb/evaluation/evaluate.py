@@ -186,7 +186,7 @@ def nearest(self: Evaluator, samples: SampleSet, got: Collected, row: dict, shee
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #e507afae
 def is_record(r) -> bool:
-    "Has it the form that `Evaluator.as_records` gives a record?"
+    "Has it the form that `Evaluator.records` gives a record?"
     plain: dict = {"metric": str, "value": (int, float), "sampler": (dict, type(None)), "reference": (dict, type(None)),
              "n_samples": (int, type(None)), "features": (str, type(None)), "checkpoint": (str, type(None))}
     if not (isinstance(r, dict) and all(isinstance(r.get(k), kind) for k, kind in plain.items())): return False
