@@ -128,15 +128,15 @@ def rmse(a, b, weight=None):
 
 
 def settings(task):
-    "Level, jumps and gamma: the defaults of `ctm_nb_sample --edit`."
+    "Level and jumps: the defaults of `ctm_nb_sample --edit`."
     how = e.TASKS[task.split(",")[0]]
-    return how["level"] or 80.0, how["steps"], how["gamma"]
+    return how["level"] or 80.0, how["steps"]
 
 
 def one(b, task, method, found):
     "One task by one method, the class told or found."
     (put, first, see), m = b.tasks()[task], {"student": b.student, "teacher": b.teacher}.get(method, Ends(b.student))
-    begin, y, (level, steps, gamma) = time.process_time(), b.y, settings(task)
+    begin, y, (level, steps) = time.process_time(), b.y, settings(task)
     if found:
         y = e.likeliest_class(m, put or (lambda g: first), first, b.draw(1))
     if method == "teacher":  # 35 evaluations from all noise, as `sample` makes them
@@ -144,7 +144,7 @@ def one(b, task, method, found):
         x, cost = e.complete(m, put or (lambda g: g), first, times, b.draw(0), y, "heun"), nfe("heun", times)
         x = e.agree(x, put) if put else x.clamp(-1, 1)
     else:
-        x, cost = b.made(m, put, first, level, steps, y=y, gamma=1.0 if method == "consistency" else gamma), steps
+        x, cost = b.made(m, put, first, level, steps, y=y, gamma=1.0 if method == "consistency" else 0.6), steps
     ms, pixels = 1000 * (time.process_time() - begin) / len(x), to_uint8(x).float() / 127.5 - 1
     row = {
         "task": task,

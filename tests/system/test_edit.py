@@ -1,5 +1,4 @@
 """Editing by the command, and the canvas of the explorer, without a browser."""
-import re
 import statistics
 import time
 
@@ -112,8 +111,9 @@ def test_the_help_says_the_defaults_of_every_task():
     assert level == dict(inpaint=80, colour=2, upscale=2, stroke=1)
     assert "to inpaint 80, to colour and upscale 2, of a stroke 1, to denoise found" in words
     steps = {k: how["steps"] for k, how in TASKS.items() if "steps" in how}
+    assert {how["gamma"] for how in TASKS.values() if "gamma" in how} == {1.}
     assert steps == dict(encode=16, interpolate=16, inpaint=8, colour=8, upscale=8, stroke=1)
-    assert re.search("8 jumps with gamma .6, a stroke 1; encode and interpolate 16 steps; a teacher 18", words)
+    assert "8 jumps with gamma 1, a stroke 1; encode and interpolate 16 steps; a teacher 18" in words
 
 
 def test_a_mask_that_hides_all_or_has_another_size(run, here, capsys):
