@@ -189,11 +189,9 @@ def settings_rows(b, seeds):
             yield {"task": task, "level": level, "jumps": steps, **means, "n": len(b.x0), "seeds": len(seeds)}
 
 
-def round_trips(b, most):
+def round_trips(b):
     "RMSE of a picture to its latent and back over the evaluations of one way."
     for steps in (4, 8, 16, 32, 64):
-        if steps > most:
-            return
         for name, m, solver in (
             ("teacher, 2M", b.teacher, "dpmpp_2m"),
             ("teacher, Heun", b.teacher, "heun"),
@@ -325,9 +323,7 @@ def main():
     if digits:
         keep(b, "freedom", freedom(b))
         keep(b, "explorer", strokes(b, run))
-    few = b if digits else Bench("emoji", str(EMOJI), a.teacher, min(a.n, 40))
-    keep(few, "trips", round_trips(few, 64 if digits else 16))
-    if digits:
+        keep(b, "trips", round_trips(b))
         keep(b, "denoise", denoising(b, 100))
 
 
