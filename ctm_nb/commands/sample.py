@@ -11,6 +11,15 @@ from pathlib import Path
 
 from .flags import Parser, draw_flags, one_line_errors, ranged
 
+# %% ../../nbs/7_commands/02_sample.ipynb #0bef0f42
+def _edit_flags(add):
+    add("--edit", nargs="+", metavar=("TASK", "INPUT"), help="encode, interpolate, inpaint, colour, upscale, stroke or "
+        "denoise these pictures, or those of these folders; --classes all finds their classes (default: 8 jumps with "
+        "gamma 1, a stroke 1; encode and interpolate 16 steps; a teacher 18)")
+    add("--mask", type=Path, metavar="PNG", help="of --edit inpaint: white is painted")
+    add("--level", type=ranged(.01, 80, float), metavar="T", help="of --edit: noise to begin with (default: to inpaint "
+        "80, to colour and upscale 2, of a stroke 1, to denoise found)")
+
 # %% ../../nbs/7_commands/02_sample.ipynb #b67d6913
 def sample_parser() -> Parser:
     "The flags of `ctm_nb_sample`."
@@ -48,15 +57,6 @@ def ctm_nb_sample(
         from ctm_nb.evaluation.draw import draw_samples
         recipe = draw_samples(**{**a, "n": a["n"] or 16})
         if os.environ.get("RANK", "0") == "0": print(_summary(out, recipe))
-
-# %% ../../nbs/7_commands/02_sample.ipynb #0bef0f42
-def _edit_flags(add):
-    add("--edit", nargs="+", metavar=("TASK", "INPUT"), help="encode, interpolate, inpaint, colour, upscale, stroke or "
-        "denoise these pictures, or those of these folders; --classes all finds their classes (default: 8 jumps with "
-        "gamma 1, a stroke 1; encode and interpolate 16 steps; a teacher 18)")
-    add("--mask", type=Path, metavar="PNG", help="of --edit inpaint: white is painted")
-    add("--level", type=ranged(.01, 80, float), metavar="T", help="of --edit: noise to begin with (default: to inpaint "
-        "80, to colour and upscale 2, of a stroke 1, to denoise found)")
 
 # %% ../../nbs/7_commands/02_sample.ipynb #19fbad84
 def _summary(out, r):
