@@ -36,9 +36,10 @@ NEW = {
         networks.unet: Network.set_dropout Network.balance_layer OpenAIUNet.balance_layer data.images: BYTES
         data.read: LANCZOS evaluation.draw: _bytes_of""",
     "EDM2": """networks.edm2 checkpoints.models: _infer_edm2 _edm2_heads EDM2_NUMBERS
-        checkpoints.catalogue: LATENTS EDM2_FILES method.teacher: uncertainty_loss training.presets: IMAGENET64_EDM2""",
+        checkpoints.catalogue: LATENTS method.teacher: uncertainty_loss training.presets: IMAGENET64_EDM2""",
     "averages": """checkpoints.averages training.config: LENGTH training.trainer: Trainer.snapshot_due Trainer.snapshot
         commands.train: _averages""",
+    "trackers": "training.config: SERVICES training.trainer: Service",
     "guides": "method.guidance: autoguide training.config: _can_guide",
     "iDDPM": "method.teacher: iddpm_levels checkpoints.models: _first_half _range",
     "lite0, nearest": """evaluation.features: LITE0 lite0_file evaluation.metrics: nearest_points nearer_share
@@ -59,6 +60,8 @@ NEW = {
         explore.explorer: CANVAS canvas_pixels stroke_story explore_strokes explore""",
     "told before hours are spent": "commands.flags: check_output commands.train: _check_given",
     "services that follow a run": "training.config: SERVICES training.trainer: Service",
+    "fine-tuning, more steps": """checkpoints.models: relabel training.stages: initial_model
+        commands.train: _finished""",
     "known hashes": "checkpoints.catalogue: SHA256",
     "two at once, memory, a pulse": """data.files: claimed training.trainer: Trainer.claim Trainer.whereabouts
         checkpoints.models: of_newest commands.flags: Pulse training.costs: fit_memory""",

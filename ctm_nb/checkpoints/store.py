@@ -28,6 +28,7 @@ from safetensors.torch import load as tensors_of, save as bytes_of
 
 from .. import __version__
 from ..data.files import atomic_write, discard, fsync_folder, naming, publish, temp_name, write_synced
+from ..data.read import reading
 
 log = logging.getLogger(__name__)
 
@@ -189,20 +190,22 @@ def _read(file):
 def _manifest(path):
     "The content of checkpoint.json behind its seal."
     file = Path(path)/"checkpoint.json"
-    body = _unseal(_read(file))
+    with reading(file): body = _unseal(_read(file))
     if isinstance(body, dict) and "format" in body: return body
     raise CheckpointError(f"{file}: expected a sealed manifest, found a text that its seal does not fit")
 
 def _read_manifest(path):
     "The checked content of checkpoint.json."
-    body = _manifest(path)
-    kinds = {"files": dict, "meta": dict, "versions": dict, "step": int}
-    for k, kind in kinds.items() if body["format"] == 1 else ():
-        if not isinstance(body.get(k), kind):
-            raise CheckpointError(f"{Path(path)/'checkpoint.json'}: expected {k} to be a {kind.__name__}")
-    if body["format"] == 1: return body
-    raise CheckpointError(f"{Path(path)/'checkpoint.json'}: format {body['format']}, of a newer ctm_nb than this one, "
-                          f"{__version__}, which reads format 1: pip install --upgrade ctm_nb")
+    file, body = Path(path)/"checkpoint.json", _manifest(path)
+    if body["format"] != 1:
+        raise CheckpointError(f"{file}: format {body['format']}, of a newer ctm_nb than this one, {__version__}, which "
+                              "reads format 1: pip install --upgrade ctm_nb")
+    nested = lambda v: isinstance(v, dict) and all(isinstance(x, dict) for x in v.values())
+    plain, meta = {k: isinstance(body.get(k), dict) for k in ("versions", "meta")}, body.get("meta")
+    ok = {"step": type(body.get("step")) is int, "files": nested(body.get("files")), **plain}
+    if plain["meta"]: ok["meta"] = nested(meta.get("models") or {}) and isinstance(meta.get("config") or {}, dict)
+    if all(ok.values()): return body
+    raise CheckpointError(f"{file}: expected settings, got {json.dumps(body[min(ok, key=lambda k: ok[k])])[:60]}")
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #ceaf2713
 @dataclass
@@ -229,10 +232,11 @@ def load_checkpoint(
         if part not in have: raise ValueError(f"{path} has no part {part!r}; it holds {sorted(have)}")
         data, want = _read(path/have[part]), body["files"][have[part]]
         for key, found in dict(size=len(data), sha256=_sha256(data)).items():
-            if found != want[key]:
-                raise CheckpointError(f"{path/have[part]}: expected {key} {want[key]}, found {key} {found}")
-        if part == "state": state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        else: models[part] = tensors_of(data)
+            if found != want.get(key):
+                raise CheckpointError(f"{path/have[part]}: expected {key} {want.get(key)}, found {key} {found}")
+        with reading(path/have[part]):
+            if part == "state": state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            else: models[part] = tensors_of(data)
     return Checkpoint(path, body["step"], models, state, body["meta"], body["versions"])
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #62b05e45
@@ -241,7 +245,7 @@ def _is_complete(path):
     try:
         body = _manifest(path)
         return body["format"] != 1 or all((path/n).stat().st_size == f["size"] for n, f in body["files"].items())
-    except (CheckpointError, OSError): return False
+    except (CheckpointError, OSError, AttributeError, LookupError, TypeError): return False
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #eaebc193
 def step_folders(folder:str|Path) -> list[Path]: # complete or not

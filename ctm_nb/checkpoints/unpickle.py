@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_STEPS', 'SLACK', 'INSTRUCTIONS', 'ACTIONS', 'ANY', 'PLAIN_NAMES', 'DTYPES', 'STORAGE_NAMES',
            'TENSOR_NAMES', 'TORCH_NAMES', 'MAGIC', 'TORCH_CLASSES', 'EDM_NAMES', 'MAX_DEPTH', 'ForeignFileError',
-           'printable', 'Budget', 'Global', 'Unpickler', 'Stub', 'Opaque', 'Storage', 'fill_storage', 'read_legacy',
-           'EdmNetwork', 'edm_network']
+           'printable', 'Budget', 'Unpickler', 'Stub', 'Opaque', 'Storage', 'fill_storage', 'read_legacy', 'EdmNetwork',
+           'edm_network']
 
 # %% ../../nbs/4_checkpoints/02_unpickle.ipynb #58724067
 import math
@@ -58,12 +58,6 @@ GLOBAL STACK_GLOBAL BINPERSID"""
 # %% ../../nbs/4_checkpoints/02_unpickle.ipynb #38b58321
 ACTIONS: dict = {code[0]: pickle._Unpickler.dispatch[code[0]]
                  for code in (getattr(pickle, name) for name in INSTRUCTIONS.split())}
-
-# %% ../../nbs/4_checkpoints/02_unpickle.ipynb #4626baa4
-@dataclass(frozen=True, slots=True)
-class Global:
-    "A global of a pickle, never resolved."
-    means: object  # our function of (unpickler, arguments), or a torch.dtype
 
 # %% ../../nbs/4_checkpoints/02_unpickle.ipynb #7522c155
 class Unpickler(pickle._Unpickler):
@@ -121,11 +115,11 @@ class Opaque(Stub):
     def extend(self, items): pass
 
 @patch
-def find_class(self: Unpickler, module: str, name: str) -> Global:
+def find_class(self: Unpickler, module: str, name: str):  # our function of (unpickler, arguments), or a torch.dtype
     "What GLOBAL and STACK_GLOBAL push: nothing is imported. Raises ForeignFileError for a name outside of the table."
-    if (module, name) in self.allowed: return Global(self.allowed[module, name])
+    if (module, name) in self.allowed: return self.allowed[module, name]
     asked = f"{printable(module)}.{printable(name)}"
-    if ANY in self.allowed: return Global(lambda u, arguments: Opaque(asked))
+    if ANY in self.allowed: return lambda u, arguments: Opaque(asked)
     raise ForeignFileError(f"it asks for {asked}, which is not on the list of harmless names")
 
 def _odd(u, what):
@@ -157,9 +151,9 @@ def _call(u):
     "REDUCE and NEWOBJ."
     arguments, function = u.stack.pop(), u.stack.pop()
     if type(function) is Opaque: return u.append(function)
-    if type(arguments) is not tuple or type(function) is not Global or not callable(function.means):
+    if type(arguments) is not tuple or not callable(function):
         raise ForeignFileError(f"it calls a {type(function).__name__}")
-    u.append(function.means(u, arguments))
+    u.append(function(u, arguments))
 
 # %% ../../nbs/4_checkpoints/02_unpickle.ipynb #4f3868c7
 def _fill(u, stub, state):
@@ -292,10 +286,9 @@ def persistent_load(self: Unpickler, pid) -> object:  # a Storage, where it is o
     "What BINPERSID pushes: a storage, its numbers still to come."
     if self.storages is None: raise ForeignFileError("it refers to an object outside of the file (a persistent id)")
     match pid:
-        case ("storage", Global(means=means), *_) if type(means) is not torch.dtype and ANY in self.allowed:
-            return Opaque("a storage of other numbers")
-        case ("module", Global() | Opaque() as cls, *_) if ANY in self.allowed: return cls  # before it, its source
-        case ("storage", Global(means=torch.dtype() as dtype), str(key), str(), int(n), *view) if view in ([], [None]):
+        case ("storage", kind, *_) if callable(kind) and ANY in self.allowed: return Opaque("other numbers")
+        case ("module", cls, *_) if ANY in self.allowed: return cls  # before it, its source
+        case ("storage", torch.dtype() as dtype, str(key), str(), int(n), *view) if view in ([], [None]):
             if n < 0 or key in self.storages: n = 0
             self.budget.spend(nbytes=n * dtype.itemsize)
             return self.storages.setdefault(key, Storage(torch.empty(n, dtype=dtype)))

@@ -11,6 +11,14 @@ from pathlib import Path
 
 from .flags import Parser, one_line_errors
 
+# %% ../../nbs/7_commands/05_convert.ipynb #7321b541
+def _export_flags(add):
+    add("--steps", type=int, default=1, metavar="K", help="jumps of an .onnx or a page (default: 1)")
+    add("--jump", action="store_true", help="OUT.onnx holds G(x, t, s) itself instead of a sampler")
+    add("--bytes", action="store_true", help="pictures of OUT.onnx are uint8, not float32 in [-1, 1]")
+    add("--web", type=Path, metavar="FOLDER",
+        help="write FOLDER/index.html, a page that draws in a browser, by a double click and without a network")
+
 # %% ../../nbs/7_commands/05_convert.ipynb #8fdc8b99
 ARCHITECTURE = ("channels_per_head", "image_size", "preconditioning", "sigma_min", "sigma_max", "sigma_data")
 
@@ -68,23 +76,16 @@ def _refuse(to, a):
     if to.exists() and not a.overwrite: raise FileExistsError(f"{to} exists; --overwrite replaces it")
 
 # %% ../../nbs/7_commands/05_convert.ipynb #11f19d5e
-def _export_flags(add):
-    add("--steps", type=int, default=1, metavar="K", help="jumps of an .onnx or a page (default: 1)")
-    add("--jump", action="store_true", help="OUT.onnx holds G(x, t, s) itself instead of a sampler")
-    add("--bytes", action="store_true", help="pictures of OUT.onnx are uint8, not float32 in [-1, 1]")
-    add("--web", type=Path, metavar="FOLDER",
-        help="write FOLDER/index.html, a page that draws in a browser, by a double click and without a network")
-
 def _export(m, to, a):
     "Write an ONNX file or a page, and say how near it is to what PyTorch draws."
-    from ctm_nb.checkpoints.export import export_onnx, onnx_difference, web_page
+    from ctm_nb.checkpoints.export import onnx_bytes, onnx_difference, web_page
+    from ctm_nb.data.files import atomic_write
     if a.web:
-        from ctm_nb.data.files import atomic_write
         page = web_page(m, Path(a.source).stem.replace("-", " ").replace("_", " "), a.steps)
         to.parent.mkdir(exist_ok=True)
         return print(f"written: {atomic_write(to, page.encode())}, {len(page) / 2 ** 20:.1f} MiB, open it in a browser")
     steps = None if a.jump else a.steps
-    print(f"written: {export_onnx(m, to, steps, a.bytes)}")
+    print(f"written: {atomic_write(to, onnx_bytes(m, steps, a.bytes))}")
     try: print(f"largest difference to PyTorch, by onnxruntime: {onnx_difference(m, to, steps):.1e}")
     except ValueError as e: print(f"not tried: {e}")
 

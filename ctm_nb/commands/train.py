@@ -86,10 +86,11 @@ def _paths(config, data):
 def _check_given(config, data):
     "Raise what training would raise for a given teacher or student; a public one that is not here yet is not fetched."
     from ctm_nb.checkpoints.catalogue import CATALOGUE
-    from ctm_nb.training.stages import given_model
+    from ctm_nb.training.stages import given_model, initial_model
+    here = lambda path: path not in ("", "none") and path not in CATALOGUE and not re.match(r"hf:|https?://", path)
     for which, section in (("teacher", config.teacher), ("ctm", config.distill)):
-        public = section.source in CATALOGUE or re.match(r"hf:|https?://", section.source)
-        if section.source not in ("", "none") and not public: given_model(config, which, data)
+        if here(section.source): given_model(config, which, data)
+        if here(section.initial): initial_model(config, which, data)
 
 # %% ../../nbs/7_commands/01_train.ipynb #95699eba
 def plan(
@@ -108,22 +109,21 @@ def plan(
     from ctm_nb.training.stages import make_network
     from ctm_nb.training.trainer import no_scores_because, open_images
     splits, e, only = splits or open_images(config), config.evaluate, _until(config, stage)
-    train, why = splits["train"], no_scores_because(config, splits)
+    train, why, t = splits["train"], no_scores_because(config, splits), config.teacher
     _check_given(config, train)
-    classes = f"{train.n_classes or 'no'} classes"
-    if not config.data.use_labels: classes = "labels not used (data.use_labels=false)"
-    images_per_sec = measure(only, train) if measured else None
+    classes = f"{train.n_classes or 'no'} classes" * config.data.use_labels or "labels not used (data.use_labels=false)"
     with torch.device("meta"): weights = sum(p.numel() for p in make_network(config, train).parameters())
-    given = " (that of the given teacher counts)" if config.teacher.source not in ("", "none") else ""
+    given = " (that of the given teacher counts)" * ((t.source or t.initial) not in ("", "none"))
     copies = 6 + max(len(getattr(config, k).emas + getattr(config, k).profiles) for k in STAGES.values())
-    student = f", student with {', '.join(map(str, e.steps))}" if stage != "teacher" else ""
     nfe = evaluations(e.teacher_solver, torch.arange(e.teacher_steps, -1, -1))
+    student = f", student with {', '.join(map(str, e.steps))}" if stage != "teacher" else ""
     scored = f"none: {why}" if why else f"{e.n} samples: teacher with {nfe} evaluations{student}"
     size = f"{train.channels} x {train.image_size} x {train.image_size}"
     return "\n".join([
         f"data      {train.name}: {len(train)} training images, {size}, {classes}",
         f"network   {config.network.family}, {weights / 1e6:.2f} M parameters{given}",
-        *_stages(config, stage), *estimate(only, train, images_per_sec)[:1 if minutes else None],
+        *_stages(config, stage),
+        *estimate(only, train, measure(only, train) if measured else None)[:1 if minutes else None],
         *([f"budget    {config.run.minutes:g} min: {minutes}"] if minutes else []),
         *_averages(only, weights), *_paths(config, train),
         f"disk      about {weights * 4 * copies / 2**20:.0f} MiB a checkpoint, {config.run.keep} are kept",
@@ -148,8 +148,10 @@ def _work_flags(add):
     add("--trajectories", metavar="FOLDER", help="keep the teacher's solutions there, for this student and others "
         "(distill.stored of them; with a phase trajectories)")
     add("--student", metavar="PATH", help="start the adversarial stage from this CTM instead of distilling one")
+    add("--finetune", metavar="PATH", help="begin with the networks of this run, checkpoint or public teacher instead "
+        "of random weights; other pictures and other classes are welcome")
     add("--steps", metavar="N,N", help="optimizer steps of the teacher and of the student, and of the adversary after "
-        "one more comma; a single number is both")
+        "one more comma; a single number is both; +N: so many more, after a run that is finished")
     add("--minutes", type=ranged(.01, kind=float), metavar="N", help="steps, scores and pictures so that the whole "
         "command takes N minutes here; with more than a finished run has, go on from it (default: what the preset "
         "says; with --data on a CPU 30)")
@@ -182,11 +184,13 @@ def _preset(a): return a.preset or ("auto" if a.data and a.data != "digits" else
 def _words(a):
     "What was typed, as settings."
     given = {"data.source": a.data, "teacher.source": a.teacher, "distill.source": a.student,
+             "distill.initial": a.finetune, "teacher.initial": "" if a.teacher else a.finetune,
              "distill.trajectories": a.trajectories, "data.skip_broken": "true" if a.skip_broken else "",
              "data.image_size": a.image_size}
-    steps = (a.steps or "").split(",")
+    steps = (a.steps or "").replace("+", "").split(",")
     if len(steps) > 3: raise ValueError(f"--steps takes at most three numbers, got {a.steps}")
     given |= {f"{k}.steps": n for k, n in zip(("teacher", "distill", "gan"), steps * (1 + (len(steps) == 1)))}
+    if steps[0] and a.steps.startswith("+"): given["run.before"] = str(_finished(_folder(a)))
     none = ["distill.phases=dsm:.5,soft:.5", "gan.steps=0"] if a.teacher == "none" else []
     return [*none, *(f"{k}={v}" for k, v in given.items() if v), *a.set]
 
@@ -228,6 +232,18 @@ def _minutes(a, config, folder):
                                  "teacher.steps and distill.steps")
     return 0
 
+# %% ../../nbs/7_commands/01_train.ipynb #a8534125
+def _finished(folder):
+    "Step at which a finished run stands, or that which it was continued from; `ValueError` if it stands elsewhere."
+    from ctm_nb.checkpoints.store import step_folders
+    from ctm_nb.training.config import schedule
+    from ctm_nb.training.report import read_json, section
+    saved, steps = read_json(folder / "config.json", {}), step_folders(folder / "checkpoints")
+    end, before = max([s.end for s in schedule(saved).values()], default=0), section(saved, "run").get("before", 0)
+    step = int(steps[0].name.partition("_")[2]) if steps else 0
+    if step == end > 0 or before: return end if step == end else before
+    raise ValueError(f"--steps +N needs a finished run, {folder} stands at step {step} of {end}")
+
 # %% ../../nbs/7_commands/01_train.ipynb #a4d2152a
 def _budgeted(a, config, folder, minutes, stage, began):
     "What fits into the time: the configuration, the images, and how the time is spent."
@@ -261,7 +277,7 @@ def _train(a: argparse.Namespace, began: float, pulse):  # when the command was 
     from ctm_nb.training.trainer import Trainer, open_images
     pulse.say = lambda: "opening and measuring"
     config, stage, folder = _config(a), a.stage or ("ctm_dsm_gan" if a.student else "ctm_dsm"), _folder(a)
-    splits, spent, minutes = None, "", _minutes(a, config, folder)
+    splits, spent, minutes = None, "", 0 if (a.steps or "").startswith("+") else _minutes(a, config, folder)
     if minutes: config, splits, spent = _budgeted(a, config, folder, minutes, stage, began)
     elif launched()[1] == 1: fit_memory(config, (splits := open_images(config))["train"], folder)
     if a.dry_run: return _show(config, plan(config, folder, a.measure, stage, spent, splits))

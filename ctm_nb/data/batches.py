@@ -7,10 +7,11 @@ __all__ = ['log', 'each', 'tried', 'decode_all', 'remembered', 'source_key', 'St
            'fits', 'load_splits', 'load_data', 'Batch', 'Batches']
 
 # %% ../../nbs/3_data/04_batches.ipynb #41a20b03
-import hashlib, json, logging, math, mmap, os
+import hashlib, json, logging, mmap, os
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from .augment import augment
 from .files import atomic_write, cache_folder
 from .images import ImageData, Images, split_mask, stream_indices
 from .read import (CROPS, BrokenImage, Source, check_square, complain, cores, held_out_of, in_order,
-    is_grey, one_mode, open_source, side_of, workers_for)
+    is_grey, one_mode, open_source, side_of)
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ def each(
     def work(some): return [look(i) for i in some]
     parts = (numbers[i:i + 128] for i in range(0, n, 128))
     with tqdm(total=n, desc=f"{word} {source.name}", unit=" images", delay=2, disable=None) as bar:
-        for answers in in_order(work, parts, workers_for(n, workers)):
+        if workers is None: workers = cores() if n > 2000 else 0
+        for answers in in_order(work, parts, workers):
             yield from answers
             bar.update(len(answers))
 
@@ -126,9 +128,8 @@ def sha256(self:StreamData, workers:int|None=None)->str: # 64 hexadecimal digits
     "Fingerprint of the content, that of the same images in memory."
     def find():
         h = hashlib.sha256(repr(((len(self), self.channels, *[self.image_size] * 2), self.classes)).encode())
-        look = lambda i: self.source.pixels(i, self.image_size, self.crop)
-        for a in each(self.source, look, workers, "fingerprint of", self.positions):
-            h.update(np.ascontiguousarray(one_mode(a, self.channels == 1).transpose(2, 0, 1)))
+        look = lambda k: self.decode([k])
+        for x in each(self.source, look, workers, "fingerprint of", range(len(self))): h.update(x)
         if self.labels is not None: h.update(self.labels.numpy().tobytes())
         return {"sha256": h.hexdigest()}
     which = hashlib.sha256(self.key.encode() + self.positions.tobytes()).hexdigest()[:24]
@@ -205,15 +206,8 @@ def load_splits(
     return Splits(source, ~np.isin(np.arange(len(source)), list(broken)), images, (side, channels, crop, key))
 
 # %% ../../nbs/3_data/04_batches.ipynb #aebaa897
-def load_data(
-    source:str|Path="digits", # anything that `open_source` opens
-    split:str="train", # "train", "held_out" or "all"
-    image_size:int|None=None, # crop and resize to this side; None keeps the size
-    **reading, # further arguments of `load_splits`
-)->Images: # the split
-    """Images from wherever they are.
-
-    Raises `FileNotFoundError` if there is nothing at `source`, `ValueError` if what is there can't be used."""
+def load_data(source:str|Path="digits", split:str="train", image_size:int|None=None, **reading)->Images:
+    "One split, \"train\", \"held_out\" or \"all\", of what `load_splits` reads with the same arguments."
     return load_splits(source, image_size, **reading)[split]
 
 # %% ../../nbs/3_data/04_batches.ipynb #7fd0bfbb
@@ -225,42 +219,40 @@ class Batch:
     augment: torch.Tensor | None  # (B, 9) float32, None without augmentation
     position: int  # of the first image of the whole batch
 
+@dataclass(repr=False, eq=False)
 class Batches:
     """Batches of a data set, a function of data, seed and position.
 
     Raises `ValueError` if the processes can't share a batch evenly."""
-    def __init__(self,
-        data:Images, # the images
-        batch_size:int, # images of all processes together
-        seed:int=0, # of the run
-        flip:bool=False, # flip half of the images left and right
-        p:float=0., # probability of each of EDM's other transformations; 0: no augmentation and no label
-        rank:int=0, # of this process
-        world:int=1, # number of processes
-        device="cpu", # where batches are wanted
-        workers:int|None=None, # processes that decode a `StreamData`; None: all cores, shared with the other ranks
-    ):
-        if batch_size % world: raise ValueError(f"a batch of {batch_size} can't be shared evenly by {world} processes")
-        if not 0 <= rank < world: raise ValueError(f"rank must be in 0..{world - 1}, got {rank}")
-        self.data, self.batch_size, self.seed, self.flip, self.p = data, batch_size, seed, flip, p
-        self.rank, self.world, self.device = rank, world, torch.device(device)
-        if workers is None: workers = max(1, cores() // world)
-        self.workers = 0 if data.in_memory else workers
+    data: Images  # the images
+    batch_size: int  # images of all processes together
+    seed: int = 0  # of the run
+    flip: bool = False  # flip half of the images left and right
+    p: float = 0.  # probability of each of EDM's other transformations; 0: no augmentation and no label
+    rank: int = 0  # of this process
+    world: int = 1  # number of processes
+    device: Any = "cpu"  # where batches are wanted
+    workers: int | None = None  # processes that decode a `StreamData`; None: all cores, shared with the other ranks
+
+    def __post_init__(self):
+        self.share, rest = divmod(self.batch_size, self.world)  # of this process
+        if rest: raise ValueError(f"a batch of {self.batch_size} can't be shared evenly by {self.world} processes")
+        if self.workers is None: self.workers = max(1, cores() // self.world)
+        if self.data.in_memory: self.workers = 0
         self.running: list | None = None  # position of the next batch from the workers, and the generator
 
 # %% ../../nbs/3_data/04_batches.ipynb #aecd8548
 @patch
 def indices(self:Batches, position:int)->torch.Tensor: # (B / W,) int64
     "Which images this process takes of the batch at a position."
-    share = self.batch_size // self.world
-    return stream_indices(len(self.data), self.seed, position + self.rank * share, share)
+    return stream_indices(len(self.data), self.seed, position + self.rank * self.share, self.share)
 
 @patch
 def at(self:Batches, position:int)->Batch:
     "The batch at any position: images of the stream before it."
     idx = self.indices(position)
     x = self.from_workers(position) if self.workers else self.data.take(idx)
-    if self.device.type == "cuda": x = x.pin_memory()
+    if torch.device(self.device).type == "cuda": x = x.pin_memory()
     x0, label = x.to(self.device, non_blocking=True).float() / 127.5 - 1, None
     y = None if self.data.labels is None else self.data.labels[idx].to(self.device, non_blocking=True)
     if self.p or self.flip: x0, label = augment(x0, self.seed, position + self.rank * len(idx), self.p, self.flip)
@@ -268,26 +260,12 @@ def at(self:Batches, position:int)->Batch:
 
 # %% ../../nbs/3_data/04_batches.ipynb #5106fe5c
 @patch
-def decoding(self:Batches, position:int):  # a generator of (B / W, C, H, W) uint8 arrays
-    "Batches of pixels from a position on, made by processes."
-    share = self.batch_size // self.world
-    starts = range(0, share, min(64, math.ceil(share / self.workers)))  # of the pieces of a batch
-    ahead = max(2, math.ceil(2 * len(starts) / self.workers))  # tasks in flight for each process: two batches
-    def pieces():
-        for p in count(position, self.batch_size):
-            idx = self.indices(p).numpy()
-            yield from (idx[i:i + starts.step] for i in starts)
-    done = in_order(self.data.decode, pieces(), self.workers, ahead)  # type: ignore[attr-defined]  # of a `StreamData`
-    try:
-        while True: yield np.concatenate([next(done) for _ in starts])
-    finally: done.close()
-
-@patch
 def from_workers(self:Batches, position:int)->torch.Tensor: # (B / W, C, H, W) uint8
     "Pixels of the batch at a position; those of the next ones are being decoded."
     if self.running is None or self.running[0] != position:
         self.close()
-        self.running = [position, self.decoding(position)]
+        tasks = (self.indices(p).numpy() for p in count(position, self.batch_size))
+        self.running = [position, in_order(self.data.decode, tasks, self.workers or 0)]  # type: ignore[attr-defined]
     x = next(self.running[1])
     self.running[0] += self.batch_size
     return torch.from_numpy(x)

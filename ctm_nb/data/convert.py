@@ -107,12 +107,8 @@ def edm_name(number:int)->str:
     "EDM's path of an image."
     return f"{number // 1000:05}/img{number:08}.png"
 
-def dataset_json(
-    labels, # a label an image, or None
-    classes:list, # their names
-    name=edm_name, # a function from an image's number to its path
-)->bytes:
-    "EDM's file of labels, with the names of the classes as one more key."
+def dataset_json(labels, classes:list, name=edm_name)->bytes:
+    "EDM's file of labels, or of none, for images by their numbers' names; the names of the classes as one more key."
     if labels is None: return b'{"labels": null}'
     pairs = ", ".join(f"[{json.dumps(name(n))}, {y}]" for n, y in enumerate(labels))
     return f'{{"labels": [{pairs}], "classes": {json.dumps(classes)}}}'.encode()

@@ -6,12 +6,12 @@
 __all__ = ['MAX_PIXELS', 'MAX_ENTRY', 'ENCODINGS', 'LANCZOS', 'CROPS', 'SUFFIXES', 'LABEL_FILES', 'HELPERS', 'EXPECTED',
            'SPLITS', 'LABEL_KEYS', 'PLAIN', 'PACKED', 'CIFAR', 'LMDB', 'BrokenImage', 'read_file', 'open_image',
            'as_image', 'standardise', 'crop_center', 'crop_square', 'is_grey', 'one_mode', 'decode', 'in_order',
-           'cores', 'workers_for', 'Source', 'held_out_of', 'check_square', 'side_of', 'complain', 'is_image_name',
-           'is_hidden', 'reading', 'few', 'existing', 'walk', 'distinct', 'class_fields', 'folder_classes',
-           'FileSource', 'Folder', 'open_folder', 'unpacked_limit', 'zip_entries', 'tar_entries', 'read_entry', 'Pack',
-           'open_archive', 'ArraySource', 'LibrarySource', 'numbered', 'open_npz', 'read_idx', 'open_idx', 'ArraysOnly',
-           'is_cifar', 'open_cifar', 'lmdb_entries', 'open_lmdb', 'optional', 'open_torchvision', 'open_table',
-           'folder_kind', 'file_kind', 'open_digits', 'open_source']
+           'cores', 'Source', 'held_out_of', 'check_square', 'side_of', 'complain', 'is_image_name', 'is_hidden',
+           'reading', 'few', 'existing', 'walk', 'distinct', 'class_fields', 'folder_classes', 'FileSource', 'Folder',
+           'open_folder', 'unpacked_limit', 'zip_entries', 'tar_entries', 'read_entry', 'Pack', 'open_archive',
+           'ArraySource', 'LibrarySource', 'numbered', 'open_npz', 'read_idx', 'open_idx', 'ArraysOnly', 'is_cifar',
+           'open_cifar', 'lmdb_entries', 'open_lmdb', 'optional', 'open_torchvision', 'open_table', 'folder_kind',
+           'file_kind', 'open_digits', 'open_source']
 
 # %% ../../nbs/3_data/02_read.ipynb #18fbe850
 import atexit, bz2, csv, gzip, importlib, inspect, io, json, lzma, math, os, pickle, re, stat, struct, tarfile, tempfile
@@ -156,15 +156,14 @@ class _Work(torch.utils.data.Dataset):
 def in_order(
     work, # a function of one argument
     tasks, # its arguments, an iterable
-    workers:int=0, # processes; 0: this one
-    ahead:int=2, # tasks in flight a worker
+    workers:int=0, # processes, each with a task in hand and one more; 0: this one
 ):  # a generator of results
     "Results of `work` in the order of `tasks`, whatever the number of workers; `OSError` if one of them dies."
     if not workers or not hasattr(os, "fork"):  # as on Windows
         yield from map(work, tasks)
         return
-    answers = iter(DataLoader(_Work(work), None, sampler=tasks, num_workers=workers, prefetch_factor=ahead,
-                              collate_fn=lambda answer: answer, multiprocessing_context="fork"))
+    answers = iter(DataLoader(_Work(work), None, sampler=tasks, num_workers=workers, collate_fn=lambda answer: answer,
+                              multiprocessing_context="fork"))
     while True:
         try: result, error = pickle.loads(next(answers))
         except StopIteration: return
@@ -174,10 +173,6 @@ def in_order(
 
 # %% ../../nbs/3_data/02_read.ipynb #0be4fab6
 def cores()->int: return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-def workers_for(n:int, workers:int|None)->int:
-    "Processes for n images, if the user doesn't say: all cores if there are many."
-    return workers if workers is not None else cores() if n > 2000 else 0
 
 # %% ../../nbs/3_data/02_read.ipynb #afcad3df
 @dataclass(repr=False, eq=False)
@@ -256,7 +251,7 @@ def reading(*files:str|Path):
     try: yield
     except MemoryError: raise ValueError(f"{files[0]} asks for more memory than there is") from None
     except Exception as e:
-        if isinstance(e, (ValueError, OSError)) and any(str(f) in str(e) for f in files): raise
+        if isinstance(e, (ValueError, OSError, RuntimeError)) and any(str(f) in str(e) for f in files): raise
         raise ValueError(f"{files[0]} can't be read: {readable(str(e)) or type(e).__name__}") from e
 
 def few(names)->str:
@@ -693,13 +688,18 @@ def _arrays(path:Path)->dict: # by their names
     return arrays
 
 # %% ../../nbs/3_data/02_read.ipynb #fe71e086
-def _as_bytes(a:np.ndarray, notes:list)->np.ndarray: # (N, H, W, C)
-    "Pictures whose channels come first, or are missing, or that are numbers in [0, 1] or [-1, 1]."
+def _as_bytes(a:np.ndarray, where, notes:list)->np.ndarray: # (N, H, W, C)
+    "Pictures whose channels come first, or are missing, or whose pixels are other numbers."
     if a.ndim == 3: a = a[..., None]
     if a.ndim == 4 and a.shape[3] not in (1, 3) and a.shape[1] in (1, 3): a = a.transpose(0, 2, 3, 1)
-    if a.dtype.kind != "f" or not a.size or not (a.min() >= -1 and a.max() <= 1): return a
-    low = -1 if a.min() < 0 else 0
-    notes.append(f"numbers from {a.min():.3g} to {a.max():.3g}, read as pixels in [{low}, 1]")
+    if a.dtype == np.uint8 or a.dtype.kind not in "iuf" or not a.size: return a
+    least, most, whole = a.min(), a.max(), a.dtype.kind != "f"
+    if 0 <= least <= most <= 255 and (whole or most > 1 and not (a % 1).any()): return a.astype(np.uint8)
+    if whole or not -1 <= least <= most <= 1:
+        raise ValueError(f"{where}: expected pixels uint8, or numbers in [0, 1], [-1, 1] or 0, 1, ..., 255, got "
+                         f"{a.dtype} from {least:.5g} to {most:.5g}")
+    low = -1 if least < 0 else 0
+    notes.append(f"numbers from {least:.3g} to {most:.3g}, read as pixels in [{low}, 1]")
     return np.round((a - low) * (255 / (1 - low))).astype(np.uint8)
 
 def open_npz(*paths:Path)->ArraySource:
@@ -716,7 +716,7 @@ def open_npz(*paths:Path)->ArraySource:
             return z.get(name, found[0] if len(found) == 1 else None)
         a, y = only("arr_0", lambda v: v.ndim in (3, 4)), only("arr_1", lambda v: v.ndim == 1 and v.dtype.kind in "iu")
         if a is None: raise ValueError(f"{path}: expected arr_0 uint8 (N, H, W, 1 or 3), got no arr_0 but {few(z)}")
-        parts.append(_as_bytes(a, source.notes))
+        parts.append(_as_bytes(a, path, source.notes))
         if y is not None: labels.append(y)
         if "classes" in z: names = z["classes"].tolist()
         if labels and len(labels) < len(parts): raise ValueError(f"{path} has no labels, {first.name} has some")

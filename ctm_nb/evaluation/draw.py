@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..data.convert import folder_names, png, write_edm_zip
 from ..data.files import atomic_write, claimed, publish, temp_name
 from ..data.images import BYTES, named_grid, to_uint8
+from ..data.read import reading
 from ..method.guidance import autoguide, guide_free
 from ..method.sampling import check_request, default_times, evaluations, sample
 from ..method.solvers import solver_name
@@ -148,7 +149,8 @@ def _warn_unsuited(m, guidance: float | None, guide: str | None, checkpoint: str
     "Warn where guidance leans on what the model was never trained to do; called when nothing else is wrong."
     stage, file = "distill" if is_ctm(m) else "teacher", Path(checkpoint) / "config.json"
     if guidance is None or guide or not file.is_file(): return
-    if json.loads(file.read_text()).get(stage, {}).get("label_dropout") == 0:
+    with reading(file): dropped = json.loads(file.read_text()).get(stage, {}).get("label_dropout")
+    if dropped == 0:
         warnings.warn("guidance needs a model that was trained with labels dropped, and this one was not: its run has "
                       f"{stage}.label_dropout=0", RuntimeWarning, stacklevel=3)
 

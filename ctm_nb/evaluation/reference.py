@@ -304,7 +304,14 @@ def read_reference(
                                 "sigma, arr_0)")
     with reading(path):  # damaged: anything
         with np.load(path) as z: a = {k: z[k] for k in z.files}
-        return _foreign_reference(path, a) if "mu" in a and "sigma" in a else _own_reference(path, a)
+        r = _foreign_reference(path, a) if "mu" in a and "sigma" in a else _own_reference(path, a)
+        d, parts = r.mean.numel(), [r.mean, r.cov, *([] if r.points is None else [r.points])]
+        got = [tuple(v.shape) for v in parts]
+        if not d or got[:2] != [(d,), (d, d)] or any(shape[1:] != (d,) for shape in got[2:]):
+            raise ValueError(f"{path}: mu must be (d,) and sigma (d, d), features (N, d), got {got}")
+        if not all(v.isfinite().all() for v in parts):
+            raise ValueError(f"{path}: mu, sigma and features must be finite, got NaN or infinity")
+        return r
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #389c5857
 def _own_reference(path, a):
@@ -318,16 +325,14 @@ def _own_reference(path, a):
     if "classifier" in meta:
         r.net = FeatureClassifier(**meta["classifier"]).eval()
         r.net.load_state_dict({k[4:]: v for k, v in t.items() if k.startswith("net.")})
+        if (own := ClassifierExtractor(r.net).features_id) != r.features:
+            raise ValueError(f"{path} holds the classifier {own}, expected {r.features}")
     return r
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #8b7e9fc1
 def _foreign_reference(path, a):
     "EDM's or ADM's arrays as a reference."
     mean, cov = (torch.from_numpy(a[k]).double() for k in ("mu", "sigma"))
-    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
-        raise ValueError(f"{path}: mu must be (d,) and sigma (d, d), got {tuple(mean.shape)} and {tuple(cov.shape)}")
-    if not (mean.isfinite().all() and cov.isfinite().all()):
-        raise ValueError(f"{path}: mu and sigma must be finite, got NaN or infinity")
     r = Reference(path.stem, file_hash(path), "inception", None, mean, cov)
     if "arr_0" in a:
         x = a["arr_0"]

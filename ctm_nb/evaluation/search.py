@@ -47,10 +47,13 @@ class _Ledger:
     "Scores by times and gamma, on disk after each evaluation."
     def __init__(self, score, budget: int, path: Path | None = None, ranks=Ranks()):
         self.score, self.budget, self.path, self.ranks = score, budget, path, ranks
-        text = path.read_text() if path and path.exists() and ranks.rank == 0 else '{"tries": []}'
-        try: self.tries = ranks.send(json.loads(text)["tries"])
-        except (ValueError, KeyError, TypeError):
+        known: list = []
+        try:
+            if path and path.exists() and ranks.rank == 0: known = json.loads(path.read_text())["tries"]
+            np.array([[*t["times"], t["gamma"], t["score"]] for t in known], float)  # numbers, as many in each
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise ValueError(f"{path} is not the ledger of a search; expected JSON with 'tries'") from None
+        self.tries = ranks.send(known)
 
 # %% ../../nbs/5_evaluation/04_search.ipynb #35354743
 @patch
@@ -153,9 +156,11 @@ def stored_times(checkpoint: str | Path, steps: int | None = None) -> dict:  # w
     if path is None:
         raise ValueError(f"no times are stored for {checkpoint}: expected {places[0]}, from ctm_nb_evaluate CKPT "
                          "--ref DATA --search")
-    with reading(path): stored = dict(json.loads(path.read_text()))
-    if not all(isinstance(v, dict) and {"times", "gamma"} <= v.keys() for v in stored.values()):
-        raise ValueError(f"{path} must hold times and gamma for each number of steps")
+    with reading(path):
+        stored = dict(json.loads(path.read_text()))
+        for v in stored.values():
+            if not (0 <= float(v["gamma"]) <= 1 and all(a > b > 0 for a, b in zip(v["times"], v["times"][1:]))):
+                raise ValueError(f"expected decreasing times and gamma in [0, 1], got {v['times']}, {v['gamma']}")
     if steps is None and len(stored) == 1: steps = next(iter(stored))
     if str(steps) not in stored:
         raise ValueError(f"{path} holds times for {', '.join(stored)} steps, got steps={steps}")

@@ -43,9 +43,8 @@ class Plane:
     def __init__(self,
         toy: GaussianMixture,  # data and teacher, 2-D
         m,  # a student of it, or the mixture itself
-        n: int = 24,  # trajectories
     ):
-        self.toy, self.m = toy, m
+        self.toy, self.m, n = toy, m, 24
         times = rho_grid(80, toy.sigma_min, toy.sigma_max).tolist()
         x = [toy.sigma_max * noise((2,), 0, range(n)).double() + toy.sample(n)]
         for t, s in zip(times, times[1:]): x.append(toy.flow(x[-1], t, s, tol=1e-8))
@@ -168,11 +167,8 @@ def _scene(picture, text):
 # %% ../../nbs/8_explore/01_explorer.ipynb #8b0e8227
 @patch
 @torch.no_grad()
-def scene(self: Plane,
-    t: float = 80., s: float = .002,  # start and landing of the single jump
-    gamma: float = 0., steps: int = 1, seed: int = 0,  # of the chain and its samples
-) -> Scene:
-    "One jump, a chain of jumps and their samples; raises ValueError where s > t."
+def scene(self: Plane, t=80., s=.002, gamma=0., steps=1, seed=0) -> Scene:  # t, s of one jump; the others of a chain
+    "One jump from t to s, a chain of jumps and their samples; raises ValueError where s > t."
     high, low = self.toy.sigma_max, self.toy.sigma_min
     t, s = (min(max(v, low), high) for v in (t, s))
     if s > t: raise ValueError(f"s must be <= t, got s={s:g} > t={t:g}")
@@ -309,17 +305,15 @@ level = partial(_slider, w.FloatLogSlider, low=-2.699, high=1.9031, step=.02, re
 def explore_flow(
     toy: GaussianMixture,  # data and teacher, 2-D
     m,  # a student of it, or the mixture itself
-    t: float = 80., s: float = .002,  # where the sliders stand at first
-    gamma: float = 0., steps: int = 1, seed: int = 0,
 ) -> Explorer:
     "The plane with sliders."
     plane = Plane(toy, m)
     return Explorer(dict(
-        t=level(t, name="t", tip="t: noise level at which the jump starts"),
-        s=level(s, name="s", tip="s: noise level at which the jump lands, at most t"),
-        gamma=share(gamma, name="γ (gamma)", tip="gamma: share of fresh noise at each timestep of the chain"),
-        steps=count(steps, 1, 18, "steps", "steps: number of jumps of the chain"),
-        seed=count(seed, 0, 99, "seed", "seed: number of the noise that the samples start from"),
+        t=level(80., name="t", tip="t: noise level at which the jump starts"),
+        s=level(.002, name="s", tip="s: noise level at which the jump lands, at most t"),
+        gamma=share(0., name="γ (gamma)", tip="gamma: share of fresh noise at each timestep of the chain"),
+        steps=count(1, 1, 18, "steps", "steps: number of jumps of the chain"),
+        seed=count(0, 0, 99, "seed", "seed: number of the noise that the samples start from"),
     ), lambda explorer, **values: [plane.scene(**values)], "One jump, a chain of jumps, samples")
 
 # %% ../../nbs/8_explore/01_explorer.ipynb #35eec010
@@ -370,7 +364,6 @@ def story(explorer: Explorer, path, y, seed, steps, gamma, **taus):
 def explore_images(
     *paths: str | Path,  # checkpoints to choose from; none: the runs that are there
     runs: str | Path = "runs",  # where to look for them
-    steps: int = 2, gamma: float = 0., seed: int = 0,  # where the controls stand at first
 ) -> Explorer:
     "Ten pictures of a checkpoint with controls; raises ValueError if there is none."
     known = [str(p) for p in paths] or find_runs(runs)
@@ -379,9 +372,9 @@ def explore_images(
     return Explorer(dict(
         path=w.Combobox(value=known[0], options=known, continuous_update=False, **named),
         y=w.Dropdown(options=[("every class in turn", -1)], description="class", tooltip="class: of the pictures"),
-        seed=count(seed, 0, 999, "seed", "seed: number of the noise", continuous_update=False),
-        steps=count(steps, 1, 4, "steps", "steps: jumps, each one evaluation of the student"),
-        gamma=share(gamma, name="γ (gamma)", tip="gamma: share of fresh noise at each timestep"),
+        seed=count(0, 0, 999, "seed", "seed: number of the noise", continuous_update=False),
+        steps=count(2, 1, 4, "steps", "steps: jumps, each one evaluation of the student"),
+        gamma=share(0., name="γ (gamma)", tip="gamma: share of fresh noise at each timestep"),
         **{f"tau{k}": level(1., name=f"τ{k}", tip=f"tau {k}: a noise level between two jumps") for k in (1, 2, 3)},
     ), story, "Rows of pictures, from noise to the student's, and the teacher's")
 

@@ -91,8 +91,9 @@ class OptimConfig:
 @dataclass
 class TeacherConfig(OptimConfig):
     "Training of the denoiser, or where to get one."
-    steps: int = need(30000, AT_LEAST_1)  # optimizer steps, not needed with a source
+    steps: int = need(30000, NOT_NEGATIVE)  # optimizer steps, not needed with a source
     source: str = ""  # an existing teacher: whatever `load` reads; empty: train one; "none": do without
+    initial: str = ""  # a model with whose weights training begins, for any classes; empty: random ones
     P_mean: float = -1.2  # of ln sigma
     P_std: float = 1.2  # of ln sigma
     weighting: str = need("edm", one_of("edm", "uncertainty"))  # of noise levels; or learned
@@ -104,6 +105,7 @@ class TeacherConfig(OptimConfig):
 class DistillConfig(OptimConfig):
     "CTM + DSM, or where to get a student."
     source: str = ""  # an existing CTM, for an adversarial stage on top of it; empty: distil one
+    initial: str = ""  # a CTM with whose weights distillation begins; a mere teacher or empty: the teacher's
     N: int = need(18, (lambda v: v >= 2, "at least 2"))  # points of the time grid
     K: int = need(17, AT_LEAST_1)  # longest solver interval of the teacher, in grid steps
     k_power: float = 1.  # the interval has length k with probability proportional to k**k_power
@@ -323,6 +325,8 @@ TOGETHER = [
     ("teacher.weighting", lambda c: c.teacher.weighting == "edm" or c.network.family == "edm2",
      "edm for a family without a log-variance (edm2 has one)"),
     ("network.sigma_min", lambda c: c.network.sigma_min < c.network.sigma_max, "below network.sigma_max"),
+    ("teacher.steps", lambda c: c.teacher.steps or c.teacher.source or c.run.before, "at least 1"),
+    ("teacher.initial", lambda c: not (c.teacher.initial and c.teacher.source), "empty where teacher.source is given"),
     ("teacher.source", lambda c: c.teacher.source or not c.distill.source,
      "given when distill.source is (an adversarial stage needs both)"),
 ]

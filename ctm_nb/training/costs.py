@@ -23,6 +23,7 @@ from ..evaluation.reference import pick_device
 from ..method.distill import MATCHING
 from ..method.solvers import SOLVERS, solver_name
 from .report import NAMES, duration, read_json, section
+from .runtime import choose_precision
 from .stages import make_network
 from .trainer import Trainer
 
@@ -69,7 +70,8 @@ def memory(
         copies = COPIES[stage] + len(optim.emas) + len(optim.profiles)
         if stage != "teacher" and config.distill.guide: copies += 1
         weights = 4 * parameters * (copies + .5 * half)
-        activations = (optim.batch if micro_batch is None else micro_batch) * PASSES[stage] * each * (.5 if half else 1)
+        rows = optim.batch if micro_batch is None else min(micro_batch, optim.batch)
+        activations = rows * PASSES[stage] * each * (.5 if half else 1)
         found[stage] = int(weights + activations + PASSES[stage] * fixed)
     return found
 
@@ -86,23 +88,26 @@ def mean_evals(
 
 # %% ../../nbs/6_training/09_costs.ipynb #dad3ebce
 def fit_memory(
-    config: Config,  # of a run on a CPU; its `run.micro_batch` is set where a batch doesn't fit
+    config: Config,  # of a run; on a CPU its `run.micro_batch` is set where a batch doesn't fit
     data: Images,  # its images
     folder: Path,  # where the run lives: one that is there goes on as it began
-    room: int | None = None,  # bytes; None: what this computer has left
+    room: int | None = None,  # bytes; None: what this computer, or its GPU, has left
 ):
-    "On a CPU nothing fails when memory runs out, the system ends the program: take as many images at a time as fit."
-    if config.run.micro_batch != "auto" or pick_device(config.run.device).type != "cpu": return
-    known = section(read_json(folder / "config.json", {}), "run").get("micro_batch", "auto")
-    room = available_memory() if room is None else room
-    none, one, whole = (memory(config, data, n) for n in (0, 1, None))
-    if known == "auto" and (most := max(whole.values())) > .8 * room:
-        n = int(min((.8 * room - none[s]) / (one[s] - none[s]) for s in whole))
-        log.warning("a step of whole batches would take %.1f GiB, and %.1f GiB are free: %s", most / 2 ** 30,
-                    room / 2 ** 30, f"{n} images at a time" if n else "one image at a time, which may be too much as "
-                    "well: take smaller ones (--image-size) or a smaller network (network.model_channels)")
-        known = max(1, n)
-    config.run.micro_batch = str(known)
+    "Warn of a step that doesn't fit; on a CPU, where the system would end the program, take fewer images at a time."
+    device, wanted = pick_device(config.run.device), config.run.micro_batch
+    if device.type not in ("cpu", "cuda"): return
+    saved = section(read_json(folder / "config.json", {}), "run").get("micro_batch", "auto")
+    if wanted == "auto" and device.type == "cpu": config.run.micro_batch = wanted = str(saved)
+    if room is None: room = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    half = choose_precision(config.run.precision, device) != "fp32"
+    none, one, asked = (memory(config, data, n, half) for n in (0, 1, None if wanted == "auto" else int(wanted)))
+    if (most := max(asked.values())) <= .8 * room: return
+    n = int(min((.8 * room - none[s]) / (one[s] - none[s]) for s in none))
+    log.warning("a step of %s would take %.1f GiB, and %.1f GiB are free: %s",
+                "whole batches" if wanted == "auto" else f"{wanted} images at a time", most / 2 ** 30, room / 2 ** 30,
+                f"{n} images at a time{' fit' * (wanted != 'auto')}" if n > 0 else "one image at a time, which may be "
+                "too much as well: take smaller ones (--image-size) or a smaller network (network.model_channels)")
+    if wanted == "auto" and device.type == "cpu": config.run.micro_batch = str(max(1, n))
 
 # %% ../../nbs/6_training/09_costs.ipynb #dad3ebcd
 def student_cost(

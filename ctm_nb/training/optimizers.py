@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEWTON_SCHULZ', 'MOMENTUM', 'ADAM_SHARE', 'TABLES', 'OPTIMIZERS', 'DECAYS', 'orthogonalise', 'Muon',
-           'make_optimizer', 'lr_at', 'set_lr', 'load_optimizer']
+           'make_optimizer', 'lr_at', 'load_optimizer']
 
 # %% ../../nbs/6_training/04_optimizers.ipynb #106a3864
 import math
@@ -122,14 +122,6 @@ def lr_at(
     if n < o.warmup: return o.lr * (n + 1) / o.warmup
     done = (n - o.warmup) / max(1, o.steps - o.warmup)
     return o.lr * DECAYS[o.decay](done, n / o.reference)
-
-# %% ../../nbs/6_training/04_optimizers.ipynb #fb648e1c
-def set_lr(
-    optimizer: torch.optim.Optimizer,  # changed in place
-    lr: float,  # of all its parameters; a group with a `factor` gets that share
-):
-    "Give an optimizer the learning rate of its next step."
-    for group in optimizer.param_groups: group["lr"] = lr * group.get("factor", 1.)
 
 # %% ../../nbs/6_training/04_optimizers.ipynb #ddbc7de8
 def load_optimizer(

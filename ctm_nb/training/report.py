@@ -18,6 +18,7 @@ import numpy as np
 from ..checkpoints.catalogue import CATALOGUE
 from ..checkpoints.store import atomic_write
 from ..data.read import reading
+from ..evaluation.evaluate import is_record
 from .config import schedule
 
 # %% ../../nbs/6_training/07_report.ipynb #7575788a
@@ -56,11 +57,11 @@ def read_run(
     "Read what is there; ValueError if it is no run."
     folder = Path(folder)
     config = read_json(folder / "config.json", {})
-    if not config: raise ValueError(f"{folder} must be the folder of a run, it has no config.json")
+    if not config: raise ValueError(f"{folder} must be the folder of a run, it has no {folder/'config.json'} of one")
     step = lambda p: int(re.sub(r"\D*(\d+).*", r"\1", p.name))
     numbered = lambda pattern: sorted((step(p), p) for p in folder.glob(pattern))
     manifests = [read_json(p / "checkpoint.json", {}) for _, p in numbered("checkpoints/step_[0-9]*")]
-    records = [r for r in read_json(folder / "scores.json", []) if isinstance(r, dict) and "metric" in r]
+    records = [r for r in read_json(folder / "scores.json", []) if is_record(r)]
     log, final = folder / "metrics.jsonl", folder / "samples" / "final.png"
     closed = log.exists() and final.exists() and final.stat().st_mtime_ns >= log.stat().st_mtime_ns
     newest = next((m for m in reversed(manifests) if m), {})
@@ -137,7 +138,7 @@ def score_table(
     "Arrange score records as rows; those of the training images are the floor."
     rows: dict = {}
     for r in records:
-        name, s = "training images (floor)", r["sampler"]
+        name, s = "training images (floor)", r.get("sampler")
         if s: name = f"CTM, {s['steps']} step{'s' * (s['steps'] > 1)}"
         if s and s["solver"] != "ctm": name = f"teacher, {s['solver']} {s['steps']} steps"
         if s and "guidance" in s: name = f"guided {name}"
@@ -197,8 +198,8 @@ def _scores(records):
     rows = [dict(row, step=Path(key[0]).name.removeprefix("step_").lstrip("0"), n=number(key[1]))
             for key in sorted(set(map(at, records)), reverse=True)
             for row in score_table([r for r in records if at(r) == key])]
-    drawn = [r for r in records if r["sampler"]]
-    about = {f"{r['features']} against {(r.get('reference') or {}).get('name', '?')}" for r in drawn}
+    drawn = [r for r in records if r.get("sampler")]
+    about = {f"{r.get('features')} against {(r.get('reference') or {}).get('name', '?')}" for r in drawn}
     return dict(metrics=list(dict.fromkeys(r["metric"] for r in drawn)), rows=rows, about="; ".join(sorted(about)))
 
 # %% ../../nbs/6_training/07_report.ipynb #a8e5260e

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from .optimizers import set_lr
 from .runtime import Guard, Scaler
 from .stages import Stage
 
@@ -65,7 +64,7 @@ def apply_gradient(
     losses = [v for k, v in numbers.items() if k.startswith("loss")]
     good = guard.judge(step, losses, norm, scaler and scaler.scale)
     if scaler: scaler.update(good)
-    set_lr(optimizer, lr)
+    for group in optimizer.param_groups: group["lr"] = lr * group.get("factor", 1.)  # a share of it, in Muon's
     if not wait or good:
         optimizer.step()
         for ema in emas: ema.update(module)

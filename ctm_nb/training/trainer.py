@@ -34,6 +34,7 @@ from ..checkpoints.store import (Checkpoint, CheckpointError, MetricsLog, atomic
 from ..data.batches import Batches, Splits, load_splits
 from ..data.files import claimed
 from ..data.images import ImageData, named_grid, to_uint8
+from ..data.read import reading
 from ..evaluation.draw import free_memory, out_of_memory
 from ..evaluation.evaluate import drawn_samples, extend_scores, read_scores, run_evaluator
 from ..evaluation.features import load_extractor
@@ -243,21 +244,23 @@ def load(self: RunState, c: Checkpoint):  # of the stage in memory
 @patch
 def resume(self: Trainer, c: Checkpoint):
     "Continue from a checkpoint; raises ValueError if this configuration or these images may not."
-    changed = check_changes(c.meta, self.config, self.precision, c.step, str(self.folder))
-    if c.meta["data_sha256"] != self.data_sha256:
-        raise ValueError(f"{c.path} was trained on other images than {self.config.data.source!r} holds now")
-    then, now = c.versions, versions()
-    changed += [f"{k}: {then[k] or 'none'} -> {now[k] or 'none'}" for k in now if k in then and then[k] != now[k]]
-    self.changes = c.meta.get("changes", []) + ([{"step": c.step, "what": changed}] if changed else [])
+    with reading(c.path, self.folder):
+        changed = check_changes(c.meta, self.config, self.precision, c.step, str(self.folder))
+        if c.meta["data_sha256"] != self.data_sha256:
+            raise ValueError(f"{c.path} was trained on other images than {self.config.data.source!r} holds now")
+        then, now = c.versions, versions()
+        changed += [f"{k}: {then[k] or 'none'} -> {now[k] or 'none'}" for k in now if k in then and then[k] != now[k]]
+        self.changes = c.meta.get("changes", []) + ([{"step": c.step, "what": changed}] if changed else [])
+        parts = {k: rebuild(about["description"], {n: v.clone() for n, v in c.models[k].items()})
+                 for k, about in c.meta["models"].items() if k in (*KINDS, "teacher-guide")}
+        longer, stage = _goes_on(c.meta["config"], asdict(self.config), c.step), self.plan[c.state["stage"]].name
     for change in changed: log.warning("from step %d on: %s", c.step, change)
-    parts = {k: rebuild(about["description"], {n: v.clone() for n, v in c.models[k].items()})
-             for k, about in c.meta["models"].items() if k in (*KINDS, "teacher-guide")}
     self.state.step = c.step
-    if _goes_on(c.meta["config"], asdict(self.config), c.step):
+    if longer:
         self.state.seconds, self.state.logged_at = c.state["seconds"], c.state["logged_at"]
         return self.begin(self.stage, parts)
-    self.begin(c.state["stage"], parts)
-    self.state.load(c)
+    self.begin(stage, parts)
+    with reading(c.path): self.state.load(c)
 
 # %% ../../nbs/6_training/08_trainer.ipynb #41182fe5
 @patch
@@ -283,7 +286,7 @@ def restore(self: Trainer):
                               "restore one or choose another name")
     self.folder.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(asdict(self.config), indent=1).encode())
-    self.log.rewind(found.state["log_lines"] if found else 0)
+    with reading(found.path if found else path, self.folder): self.log.rewind(found.state["log_lines"] if found else 0)
     forget_snapshots(self.folder, self.step)
     if found: log.info("resumed %s at step %d", self.folder, self.step)
 

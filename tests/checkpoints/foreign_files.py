@@ -670,10 +670,10 @@ def make_attacks(folder, canary):
     groups = (
         (executing(canary), "read_edm_pickle"),
         (bombs(), "read_edm_pickle"),
-        (torch_bombs(canary), "read_torch"),
-        (two_ways(), "read_torch"),
+        (torch_bombs(canary), "read_weights"),
+        (two_ways(), "read_weights"),
         (failures(), "read_edm_pickle"),
-        (other_formats(canary), "read_torch"),
+        (other_formats(canary), "read_weights"),
         (safetensors_failures(), "read_safetensors"),
     )
     for files, read in groups:
@@ -698,5 +698,5 @@ def make_attacks(folder, canary):
     os.mkfifo(folder/"pipe.pkl")
     for name, tries in (("a_folder.pkl", "a folder"), ("loop.pkl", "a link to itself"), ("pipe.pkl", "a named pipe"), ):
         attacks.append(Attack(name, tries, "read_edm_pickle", folder/name))
-    attacks.append(Attack("/dev/zero", "an endless device", "read_torch", Path("/dev/zero")))
+    attacks.append(Attack("/dev/zero", "an endless device", "read_weights", Path("/dev/zero")))
     return attacks

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ctm_nb.checkpoints.foreign import read_torch, read_weights, sniff
+from ctm_nb.checkpoints.foreign import read_weights, sniff
 from ctm_nb.checkpoints.models import load
 from ctm_nb.checkpoints.unpickle import ForeignFileError
 from ctm_nb.commands.convert import ctm_nb_convert
@@ -92,8 +92,8 @@ def test_nothing_of_a_stand_in_is_imported_or_run(tmp_path):
     torch.save({"model": {"w": torch.ones(3)}, "a": Evil(), "b": evil.Thing()}, tmp_path / "x.pt")
     torch.save({"model": {"w": torch.ones(3), "v": Evil()}}, tmp_path / "in.pt")
     del sys.modules["evil_module"]
-    assert list(read_torch(tmp_path / "x.pt")) == ["w"] and "evil_module" not in sys.modules
-    with pytest.raises(ForeignFileError, match="holds no state dict"): read_torch(tmp_path / "in.pt")  # not among them
+    assert list(read_weights(tmp_path / "x.pt")[0]) == ["w"] and "evil_module" not in sys.modules
+    with pytest.raises(ForeignFileError, match="holds no state dict"): read_weights(tmp_path / "in.pt")
 
 
 # ---- where the weights lie

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import foreign_files as ff  # noqa: E402
 
 import ctm_nb.checkpoints.foreign as foreign  # noqa: E402
-from ctm_nb.checkpoints.foreign import read_edm_pickle, read_safetensors, read_torch, sniff  # noqa: E402
+from ctm_nb.checkpoints.foreign import read_edm_pickle, read_safetensors, read_weights, sniff  # noqa: E402
 from ctm_nb.checkpoints.unpickle import (  # noqa: E402
     EDM_NAMES, MAX_STEPS, PLAIN_NAMES, SLACK, Budget, ForeignFileError, Unpickler, edm_network)
 
@@ -27,6 +27,9 @@ GOLDEN = Path(__file__).parents[1]/"golden"
 
 def golden(name):
     return {k[6:]: torch.from_numpy(v) for k, v in np.load(GOLDEN / f"{name}.npz").items() if k.startswith("state.")}
+
+
+def read_torch(path): return read_weights(path)[0]
 
 
 def run(data, names=EDM_NAMES): return Unpickler(memoryview(data), Budget(len(data)), names).run()
@@ -275,7 +278,7 @@ EXPECTED = {
     "binbytes8.pkl": "cut short",
     "unicode8.pkl": "more memory than the file",
     "slots.pkl": "in slots",
-    "setstate.pkl": "attributes of a Global",
+    "setstate.pkl": "attributes of a function",
     "storage.pt": "more memory than the file",
     "storage_old.pt": "more memory than the file",
     "modules.pkl": "bomb",

@@ -164,6 +164,7 @@ ARRAYS = {
     "one channel first": ({"arr_0": X[..., 0][:, None]}, X[..., :1]),
     "in [0, 1]": ({"arr_0": X / 255}, X),
     "in [-1, 1]": ({"arr_0": (X / 127.5 - 1).astype(np.float32)}, X),
+    "floats to 255": ({"arr_0": X.astype(np.float32)}, X), "large integers": ({"arr_0": X.astype(np.int64)}, X),
     "another name": ({"images": X}, X),
     "other names": ({"images": X, "labels": np.arange(5)}, X),
     "beside other arrays": ({"arr_0": X, "more": X}, X),
@@ -181,11 +182,31 @@ def test_arrays_that_people_save(tmp_path, kind):
     assert np.array_equal(open_source(tmp_path / "b.npy").images, want)
 
 
-@pytest.mark.parametrize("a", [X / 100, X * np.nan, X.astype(np.int32), X[:0], X[:, :0], X[0, 0], X[..., :2]],
+@pytest.mark.parametrize("a", [X / 100, X * np.nan, X.astype(np.int32) + 1, X[:0], X[:, :0], X[0, 0], X[..., :2]],
                          ids=["above 1", "NaN", "int32", "none", "height 0", "2 axes", "2 channels"])
 def test_arrays_that_are_no_pictures(tmp_path, a):
     np.savez(tmp_path / "a.npz", a)
     with pytest.raises(ValueError, match="a.npz"): open_source(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("a, got", [(X / 100., "float64 from 0 to 2.55"), (X * 2., "float64 from 0 to 510"),
+                                    (X - 300., "int.* from -300 to -45"), (X + .5, "float64 from 0.5 to 255.5")])
+def test_numbers_that_are_no_pixels_are_told(tmp_path, a, got):
+    np.savez(tmp_path / "a.npz", a.astype(np.int64) if "int" in got else a)
+    with pytest.raises(ValueError, match=f"a.npz: expected pixels uint8, or numbers in .* 255, got {got}"):
+        open_source(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("old, new", [(b"(5, 4, 4, 3)", b"(5.,4, 4, 3)"), (b"(5, 4, 4, 3)", b"(5, 4, 4, 9)"),
+                                      (b"(5, 4, 4, 3)", b"(-5,4, 4, 3)"), (b"|u1", b"|O8"), (b"False", b"Fals3")])
+def test_headers_that_are_damaged(tmp_path, old, new):
+    np.save(tmp_path / "a.npy", X)
+    data = (tmp_path / "a.npy").read_bytes().replace(old, new)
+    (tmp_path / "a.npy").write_bytes(data)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as z: z.writestr("arr_0.npy", data)
+    for name in ("a.npy", "a.npz"):
+        with pytest.raises(ValueError, match=name) as e: open_source(tmp_path / name)
+        assert "\n" not in str(e.value)
 
 
 def test_windows_names_its_folders_with_backslashes(tmp_path):

@@ -1,10 +1,12 @@
 """What people stumbled on with their own pictures: flags, names, plans that can't be, silence, advice that helps."""
 import logging
+import re
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ctm_nb.commands.evaluate import ctm_nb_evaluate
@@ -13,6 +15,7 @@ from ctm_nb.commands.train import ctm_nb_train
 from ctm_nb.data.convert import report, survey
 from ctm_nb.data.read import open_source
 from ctm_nb.evaluation.evaluate import Request, open_subject
+from ctm_nb.training import costs
 from ctm_nb.training.config import make_config
 from ctm_nb.training.costs import fit_memory, memory
 from ctm_nb.training.presets import choose
@@ -104,6 +107,18 @@ def test_a_batch_that_does_not_fit_is_taken_in_parts_on_a_cpu(tmp_path, caplog):
     config.run.micro_batch = "auto"
     fit_memory(config, data, tmp_path / "new", room=gib // 16)
     assert config.run.micro_batch == "1" and "take smaller ones (--image-size)" in caplog.text
+
+
+@pytest.mark.parametrize("device, wanted, said", [
+    ("cpu", "64", "a step of 64 images at a time would take .* GiB, and 8.0 GiB are free: . images at a time fit"),
+    ("cuda", "auto", "a step of whole batches would take .* GiB, and 8.0 GiB are free: . images at a time"),
+    ("cuda", "64", "a step of 64 images at a time would take"), ("cuda", "1", ""), ("mps", "auto", "")])
+def test_a_plan_that_does_not_fit_is_warned_of(tmp_path, caplog, monkeypatch, device, wanted, said):
+    monkeypatch.setattr(costs, "pick_device", lambda _: torch.device(device))
+    config = make_config("digits", ["data.image_size=256", f"run.micro_batch={wanted}", "run.precision=fp32"])
+    fit_memory(config, SimpleNamespace(channels=3, image_size=256, n_classes=0), tmp_path, room=8 * 2 ** 30)
+    assert bool(caplog.text) == bool(said) and re.search(said, caplog.text), caplog.text
+    assert config.run.micro_batch == wanted  # a GPU finds out itself
 
 
 def test_silence_ends_within_ten_seconds_and_a_minute(caplog, monkeypatch):

@@ -1,4 +1,5 @@
 """Odd but valid files and odd surroundings end in one line that names the file."""
+import hashlib
 import json
 import os
 import subprocess
@@ -9,15 +10,17 @@ import numpy as np
 import pytest
 
 from ctm_nb.checkpoints.models import load
-from ctm_nb.checkpoints.store import CheckpointError, _seal
+from ctm_nb.checkpoints.store import CheckpointError, _seal, load_checkpoint
 from ctm_nb.commands.flags import one_line_errors
+from ctm_nb.evaluation.draw import _warn_unsuited
 from ctm_nb.evaluation.reference import FORMAT, is_reference_file, pick_device, read_reference
-from ctm_nb.evaluation.search import stored_times
+from ctm_nb.evaluation.search import _Ledger, stored_times
 
 Z = np.zeros(3)
 REFERENCES = {
     "words": dict(mu=np.array(["a"]), sigma=np.eye(1)), "complex": dict(mu=np.zeros(4, complex), sigma=np.eye(3)),
     "objects": dict(mu=np.array([None]), sigma=np.eye(1)), "half a JSON": dict(meta="[", mean=Z),
+    "empty": dict(mu=np.zeros(0), sigma=np.zeros((0, 0))), "not finite": dict(mu=np.full(2, np.nan), sigma=np.eye(2)),
     "a number": dict(meta="3", mean=Z), "only its format": dict(meta=json.dumps({"format": FORMAT}), mean=Z),
 }
 
@@ -38,7 +41,8 @@ def test_references_whose_zip_is_damaged(tmp_path):
         is_reference_file(tmp_path / "x.npz")
 
 
-@pytest.mark.parametrize("text", ["[", "3", "[]", '{"1": 3}', '{"1": {"times": "x"}}', "null"])
+@pytest.mark.parametrize("text", ["[", "3", "[]", '{"1": 3}', '{"1": {"times": "x"}}', "null",
+                                  '{"1": {"times": [1, 2], "gamma": 0}}', '{"1": {"times": [2, 1], "gamma": "a"}}'])
 def test_stored_times(tmp_path, text):
     (tmp_path / "m.times.json").write_text(text)
     (tmp_path / "times.json").write_text(text)
@@ -47,7 +51,7 @@ def test_stored_times(tmp_path, text):
 
 @pytest.mark.parametrize("key, odd", [("meta", 3), ("meta", {"models": []}), ("meta", {"models": {"teacher": 3}}),
                                       ("meta", {"models": {"teacher": {}}}), ("files", 3), ("versions", 3),
-                                      ("step", "x")])
+                                      ("meta", {"config": [3]}), ("files", {"teacher.safetensors": 3}), ("step", "x")])
 def test_manifests(tmp_path, untrained_run, key, odd):
     run = untrained_run(tmp_path / "run", 1, ["a"])
     file = next(run.glob("checkpoints/*/checkpoint.json"))
@@ -56,6 +60,32 @@ def test_manifests(tmp_path, untrained_run, key, odd):
     file.write_bytes(_seal({**body, key: odd}))
     with pytest.raises((CheckpointError, ValueError), match="step_") as e: load(file.parent)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["teacher.safetensors", "state.pt"])
+def test_parts_that_are_damaged_though_the_manifest_knows_them(tmp_path, untrained_run, name):
+    run = untrained_run(tmp_path / "run", 1, ["a"])
+    file = next(run.glob("checkpoints/*/checkpoint.json"))
+    body, data = json.loads(file.read_bytes()), b"\x10\0\0\0\0\0\0\0{" + bytes(90)
+    del body["seal"]
+    body["files"][name] = dict(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    file.with_name(name).write_bytes(data)
+    file.write_bytes(_seal(body))
+    with pytest.raises(ValueError, match=f"step_.*{name} can't be read"): load_checkpoint(file.parent)
+
+
+@pytest.mark.parametrize("text", ["[", '{"label_dropout": 0}', '{"ctm": 3, "teacher": 3, "distill": 3}', "3", "\xff"])
+def test_a_configuration_beside_guidance(tmp_path, untrained_run, text):
+    run = untrained_run(tmp_path / "run", 1, ["a", "b"])
+    (run / "config.json").write_bytes(text.encode("latin-1"))
+    if "label" in text: return _warn_unsuited(load(run), 2., None, run)
+    with pytest.raises(ValueError, match="config.json can't be read"): _warn_unsuited(load(run), 2., None, run)
+
+
+@pytest.mark.parametrize("text", ["[", '{"tries": 3}', '{"tries": [{"times": ["a"], "gamma": 0, "score": 1}]}', "\xff"])
+def test_ledgers(tmp_path, text):
+    (tmp_path / "l.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="l.json is not the ledger"): _Ledger(None, 5, tmp_path / "l.json")
 
 
 def test_devices_that_are_not_here():

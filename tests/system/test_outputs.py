@@ -10,6 +10,7 @@ from ctm_nb.commands.evaluate import ctm_nb_evaluate
 from ctm_nb.commands.train import ctm_nb_train
 from ctm_nb.data import convert
 from ctm_nb.evaluation import evaluate as work
+from ctm_nb.evaluation import reference
 from ctm_nb.evaluation.draw import draw_samples, _open_parts, _parts_of
 
 
@@ -33,7 +34,9 @@ EARLY = [
     ((*EVALUATE, "--out", "no/e.json"), "there is no folder .*/no for e.json"),
     ((*EVALUATE, "--out", "."), ". is a folder, expected the name of a file"),
     ((*EVALUATE, "--out", "bad.json"), "bad.json must be a list of score records, got no JSON"),
-    ((*EVALUATE, "--out", "list.json"), r"list.json must be a list of score records, got \[3\]"),
+    ((*EVALUATE, "--out", "list.json"), r"list.json must be a list of score records, got 3"),
+    ((*EVALUATE, "--out", "odd.json"), "odd.json must be a list of score records, got .*sampler"),
+    ((*EVALUATE, "--out", "text.json"), "text.json must be a list of score records, got .*value"),
     ((*EVALUATE, "--save-ref", "no/r.npz"), "there is no folder .*/no for r.npz"),
     ((*EVALUATE, "--save-ref", "r.txt"), "r.txt must end in .npz, got .txt"),
     ((*EVALUATE, "--nearest", "--out", "no/e.json"), "there is no folder"),
@@ -50,6 +53,8 @@ EARLY = [
 def test_checked_before_anything_is_computed(here, capsys, monkeypatch, words, why):
     (here / "bad.json").write_text("{")
     (here / "list.json").write_text("[3]")
+    (here / "odd.json").write_text('[{"sampler": [1], "metric": "fid", "value": 3}]')
+    (here / "text.json").write_text('[{"metric": "fid", "value": "low"}]')
     for module, name in ((work, "open_subject"), (convert, "survey")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("it computes"))
     out, err = said(capsys, *words)
@@ -74,6 +79,16 @@ def test_what_was_computed_is_printed_though_it_can_not_be_written(here, capsys,
     monkeypatch.setattr(Image.Image, "save", full)
     out, err = said(capsys, ctm_nb_data, "inspect", "good.npz", "--workers", 0, "--sheet", "s.png")
     assert "images     8" in out and "No space left" in err
+
+
+def test_files_beside_scores_that_can_not_be_written_lose_no_score(here, capsys, monkeypatch):
+    def full(*_): raise OSError(28, "No space left on device", "x")
+    monkeypatch.setattr(reference, "atomic_write", full)
+    monkeypatch.setattr(Image.Image, "save", full)
+    np.savez("grey.npz", np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8))
+    ctm_nb_evaluate(["grey.npz", "--ref", "digits", "--save-ref", "r.npz", "--nearest"])
+    out, err = capsys.readouterr()
+    assert "nearer_to_training" in out and "frechet" in out and not (here / "r.npz").exists()
 
 
 def test_overwrite_removes_what_another_sampling_has_left(here, untrained_run):

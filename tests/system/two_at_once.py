@@ -1,7 +1,8 @@
 """Two writers, or a writer and a reader, of the same thing, at moments drawn by chance:
-python tests/system/two_at_once.py [TIMES] [SEED]
+python tests/system/two_at_once.py [TIMES] [SEED] [FILE] [KIND ...]
 
-Of two trainers or samplers one does the work, the other says who does it and leaves with 3; a killed one holds nothing.
+It adds its counts to FILE, nbs/results/data/two_at_once.json say. Of two trainers or samplers one does the work,
+the other says who does it and leaves with 3; a killed one holds nothing; a closed terminal stops a run that is saved.
 """
 import json
 import os
@@ -13,8 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import matplotlib.backends.backend_agg  # noqa: F401  # imported here, once for all children
+import matplotlib.figure  # noqa: F401
 import numpy as np
 import torch
+import torch.utils.tensorboard  # noqa: F401
 from fuzz import ended
 
 from ctm_nb.checkpoints.models import describe, find_checkpoint, load
@@ -36,6 +40,7 @@ class Child:
         self.out = tempfile.TemporaryFile()
         self.pid = os.fork()
         if self.pid: return
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored
         for fd in (1, 2): os.dup2(self.out.fileno(), fd)
         sys.stdout = sys.stderr = open(1, "w", closefd=False)
         ended(f, args)
@@ -97,6 +102,20 @@ def killed(folder, wait):
     return died
 
 
+def hung_up(folder, wait):
+    "A terminal that is closed stops a run after a step that is saved; the same command goes on."
+    a = Child(train, folder)
+    time.sleep(wait)
+    os.kill(a.pid, signal.SIGHUP)
+    code, said = a.end()
+    assert code in (0, 75, -signal.SIGHUP) and "Traceback" not in said, said  # before it trains it just ends
+    if code == 75: assert re.search(r"step \d+ is saved", said), said
+    again, said = Child(train, folder).end()
+    assert again == 0 and (code != 75 or "resumed" in said), said
+    sound(folder / "r")
+    return code == 75
+
+
 def reading(folder, wait):
     "A run saves and prunes while it is loaded, again and again."
     with torch.device("cpu"): m = Denoiser(build_network("ddpmpp", image_size=8, channels=1, model_channels=8))
@@ -111,21 +130,25 @@ def reading(folder, wait):
     return n > 0
 
 
-KINDS = {"two trainers": two_trainers, "two samplers": two_samplers, "killed": killed, "read while saved": reading}
+KINDS = {"two trainers": two_trainers, "two samplers": two_samplers, "killed": killed, "hung up": hung_up,
+         "read while saved": reading}
 
 
-def main(times=20, seed=0):
+def main(times=20, seed=0, out=None, *names):
+    found = json.loads(Path(out).read_text()) if out and Path(out).exists() else {}
     torch.set_num_threads(1)
     rng, began = random.Random(int(seed)), time.time()
-    for name, trial in KINDS.items():
+    for name, trial in ((k, KINDS[k]) for k in names or KINDS):
         with tempfile.TemporaryDirectory() as d:
             met, longest = 0, 0.
             for k in range(int(times)):
                 folder, start = Path(d) / str(k), time.time()
                 folder.mkdir()
-                met += trial(folder, rng.uniform(0, longest * .8))
+                met += trial(folder, rng.uniform(0, longest * .3))
                 longest = max(longest, time.time() - start)
         print(f"{name}: {times} trials, in {met} of them the two met", flush=True)
+        found[name] = {"trials": int(times), "met": met, "wrong": 0}  # else it would have stopped
+        if out: Path(out).write_text(json.dumps(found, indent=1) + "\n")
     print(f"all as it should be, {time.time() - began:.0f} s")
 
 

@@ -1,0 +1,72 @@
+"""Networks of another run as a beginning, for other classes; more steps after a run is finished."""
+import json
+
+import pytest
+import torch
+
+from ctm_nb import load
+from ctm_nb.checkpoints.models import relabel
+from ctm_nb.commands.train import ctm_nb_train
+from ctm_nb.training.config import make_config
+from ctm_nb.training.trainer import Trainer
+
+FAST = ["evaluate.n=0", "run.log_every=10", "run.track=none"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    ctm_nb_train(["--preset", "tiny", "--name", "a", "--runs", str(runs), "--set", *FAST])
+    return runs
+
+
+def words(runs, name, *more): return ["--preset", "tiny", "--name", name, "--runs", str(runs), *more, "--set", *FAST]
+
+
+def rows(run): return [json.loads(l) for l in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_class_of_a_known_name_stays_and_a_network_without_classes_draws_what_it_drew(finished):
+    m = load(finished / "a")
+    t, s, x = torch.tensor([2.]), torch.tensor([.5]), torch.randn(1, *m.data_shape)
+    G = lambda m, c: m.G(x, t, s, None if c is None else torch.tensor([c]))
+    more = relabel(m, ["ten", *reversed(m.classes)])
+    for i, c in enumerate(m.classes): assert torch.allclose(G(m, i), G(more, 1 + more.classes[1:].index(c)), atol=1e-5)
+    assert more.n_classes == m.n_classes + 1 and not torch.allclose(G(more, 0), G(more, 1), atol=1e-5)
+    bare = relabel(m, [])
+    grown = relabel(bare, ["a", "b"])
+    assert bare.n_classes == 0 and torch.equal(G(bare, None), G(grown, 1))
+
+
+def test_finetuning_begins_with_teacher_and_student(finished):
+    config = make_config("tiny", [f"{s}.initial={finished / 'a'}" for s in ("teacher", "distill")] + FAST)
+    t = Trainer(config, finished / "b")
+    known = load(finished / "a", which="teacher").state_dict()
+    assert all(torch.equal(v, known[k]) for k, v in t.parts["model"].state_dict().items())
+    while t.now.name == "teacher": t.train_step()
+    assert t.step == t.plan["teacher"].end + 1  # the first step of the student is made
+    student, begun = t.parts["ctm"].state_dict(), load(finished / "a", which="ctm").state_dict()
+    assert max(float((v - begun[k]).abs().max()) for k, v in student.items()) < .01
+    assert any(float(v.abs().max()) > 0 for k, v in begun.items() if "affine_s" in k)
+
+
+def test_a_mere_teacher_gets_a_student_as_always_and_a_public_one_of_another_shape_is_refused(finished, tmp_path):
+    from ctm_nb.checkpoints.models import save_model
+    save_model(load(finished / "a", which="teacher"), path := tmp_path / "t.safetensors")
+    ctm_nb_train(words(finished, "c", "--finetune", str(path), "--steps", "4"))
+    assert load(finished / "c").about and rows(finished / "c")[-1]["stage"] == "ctm_dsm"
+    with pytest.raises(SystemExit): ctm_nb_train(words(finished, "d", "--finetune", str(path), "--data", "emoji"))
+    assert not (finished / "d" / "checkpoints").exists()
+
+
+def test_more_steps_follow_a_finished_run_and_the_same_words_resume_them(finished, capsys):
+    ctm_nb_train(words(finished, "e", "--steps", "20"))
+    with pytest.raises(SystemExit): ctm_nb_train(words(finished, "f", "--steps", "+20"))
+    assert "needs a finished run" in capsys.readouterr().err
+    ctm_nb_train(words(finished, "e", "--steps", "+20,+10", "--stage", "teacher"))  # of 70
+    assert rows(finished / "e")[-1]["step"] == 60
+    ctm_nb_train(words(finished, "e", "--steps", "+20,+10"))  # goes on, adds nothing
+    assert rows(finished / "e")[-1]["step"] == 70
+    assert json.loads((finished / "e/config.json").read_text())["run"]["before"] == 40
+    ctm_nb_train(words(finished, "e", "--steps", "+0,+10"))
+    assert rows(finished / "e")[-1]["step"] == 80
