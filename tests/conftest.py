@@ -4,7 +4,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def untrained_run():
-    "A function of folder, channels and names of classes that writes a run with an untrained teacher and student."
+    "A function of folder, channels, classes and network that writes a run with an untrained teacher and student."
     import torch
 
     from ctm_nb.checkpoints.models import describe
@@ -13,9 +13,10 @@ def untrained_run():
     from ctm_nb.method.trajectory import student_from
     from ctm_nb.networks.unet import DDPMpp, init_
 
-    def write(folder, channels, classes):
+    def write(folder, channels, classes, **network):
         torch.manual_seed(0)
-        net = DDPMpp(8, channels, len(classes), model_channels=8, channel_mult=(1, 1), n_blocks=1, attention=())
+        small = dict(model_channels=8, channel_mult=(1, 1), n_blocks=1, attention=())
+        net = DDPMpp(8, channels, len(classes), **small | network)
         teacher = Denoiser(net)
         init_(teacher.net.out_layers[1], 1.)
         models = {"teacher": teacher, "ctm": student_from(teacher)}

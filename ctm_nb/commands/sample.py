@@ -15,7 +15,7 @@ from .flags import Parser, draw_flags, one_line_errors, ranged
 def _edit_flags(add):
     add("--edit", nargs="+", metavar=("TASK", "INPUT"), help="encode, interpolate, inpaint, colour, upscale, stroke or "
         "denoise these pictures, or those of these folders; --classes all finds their classes (default: 8 jumps with "
-        "gamma .6, a stroke 1; encode and interpolate 16 steps; a teacher 18)")
+        "gamma 1, a stroke 1; encode and interpolate 16 steps; a teacher 18)")
     add("--mask", type=Path, metavar="PNG", help="of --edit inpaint: white is painted")
     add("--level", type=ranged(.01, 80, float), metavar="T", help="of --edit: noise to begin with (default: to inpaint "
         "80, to colour and upscale 2, of a stroke 1, to denoise found)")

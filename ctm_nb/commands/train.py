@@ -49,16 +49,17 @@ def _device(name):
 
 def _place(config, folder: Path) -> str:  # where the run will live
     "What is there already: nothing, a run that this configuration continues, or another."
+    from ctm_nb.data.read import reading
     from ctm_nb.training.budget import as_saved
     from ctm_nb.training.report import read_run
     from ctm_nb.training.runtime import choose_precision
     from ctm_nb.training.trainer import check_changes
     if not (folder / "config.json").exists(): return "new"
-    h = read_run(folder)
-    step, meta = h.manifest.get("step", -1), {"config": h.config, **(h.manifest.get("meta") or {})}
-    config = as_saved(config, step)
-    precision = choose_precision(config.run.precision, _device(config.run.device))
-    try: allowed = check_changes(meta, config, precision, step, str(folder))
+    h, precision = read_run(folder), choose_precision(config.run.precision, _device(config.run.device))
+    try:
+        with reading(folder):
+            step, meta = h.manifest.get("step", -1), {"config": h.config, **(h.manifest.get("meta") or {})}
+            allowed = check_changes(meta, as_saved(config, step), precision, step, str(folder))
     except ValueError as e: return f"refused: {e}"
     return f"continues the run there from step {max(step, 0)}" + (f", with {'; '.join(allowed)}" if allowed else "")
 

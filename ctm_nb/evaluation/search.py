@@ -159,7 +159,8 @@ def stored_times(checkpoint: str | Path, steps: int | None = None) -> dict:  # w
     with reading(path):
         stored = dict(json.loads(path.read_text()))
         for v in stored.values():
-            if not (0 <= float(v["gamma"]) <= 1 and all(a > b > 0 for a, b in zip(v["times"], v["times"][1:]))):
+            v.update(times=[*map(float, v["times"])], gamma=float(v["gamma"]))
+            if not (0 <= v["gamma"] <= 1 and all(a > b > 0 for a, b in zip(v["times"], v["times"][1:]))):
                 raise ValueError(f"expected decreasing times and gamma in [0, 1], got {v['times']}, {v['gamma']}")
     if steps is None and len(stored) == 1: steps = next(iter(stored))
     if str(steps) not in stored:

@@ -167,7 +167,7 @@ def noise_level(
     return t.to(x)[i] * (step * peak).exp(), y if y is not None or not m.n_classes else best
 
 # %% ../../nbs/1_method/13_editing.ipynb #c0cb0188
-_KEEP = dict(level=None, steps=8, gamma=.6, solver="ctm")  # level None: all
+_KEEP = dict(level=None, steps=8, gamma=1., solver="ctm")  # level None: all
 TASKS: dict[str, dict] = {  # what each can be told, and what it does untold
     "encode": dict(steps=16), "interpolate": dict(steps=16, n=9), "inpaint": _KEEP, "colour": _KEEP | dict(level=2.),
     "upscale": _KEEP | dict(level=2.), "stroke": _KEEP | dict(level=1., steps=1), "denoise": dict(level=None)}

@@ -72,6 +72,12 @@ def ended(f, args):
     os._exit(code)
 
 
+def fresh(seconds=SECONDS):
+    "From now on so many seconds of the processor; more by the clock, for others may want the processor, too."
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + seconds, resource.RLIM_INFINITY))
+    signal.alarm(6 * seconds)
+
+
 def limited(f, *args, seconds=SECONDS, memory=MEMORY):
     "What a function does in a child process: 'ok', 'refused', 'traceback', 'crash' or 'hang', and its words."
     with tempfile.TemporaryFile() as out:
@@ -83,8 +89,7 @@ def limited(f, *args, seconds=SECONDS, memory=MEMORY):
             resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-            signal.alarm(3 * seconds)  # for who waits and does nothing; others may want the processor, too
+            fresh(seconds)
             ended(f, args)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         out.seek(0)
@@ -355,6 +360,7 @@ def look(items):
     "Open one thing after the other; each answer begins with a line that only this writes, each refusal ends with one."
     for p, how in items:
         sys.stdout.write(f"\n@@ {p}\n")
+        fresh()
         for word in how.split():
             sys.stdout.flush()
             try:

@@ -12,9 +12,11 @@ import pytest
 from ctm_nb.checkpoints.models import load
 from ctm_nb.checkpoints.store import CheckpointError, _seal, load_checkpoint
 from ctm_nb.commands.flags import one_line_errors
+from ctm_nb.commands.train import _place
 from ctm_nb.evaluation.draw import _warn_unsuited
 from ctm_nb.evaluation.reference import FORMAT, is_reference_file, pick_device, read_reference
 from ctm_nb.evaluation.search import _Ledger, stored_times
+from ctm_nb.training.config import make_config
 
 Z = np.zeros(3)
 REFERENCES = {
@@ -42,7 +44,8 @@ def test_references_whose_zip_is_damaged(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[", "3", "[]", '{"1": 3}', '{"1": {"times": "x"}}', "null",
-                                  '{"1": {"times": [1, 2], "gamma": 0}}', '{"1": {"times": [2, 1], "gamma": "a"}}'])
+                                  '{"1": {"times": [1, 2], "gamma": 0}}', '{"1": {"times": ["a"], "gamma": 0}}',
+                                  '{"1": {"times": [2, 1], "gamma": "a"}}'])
 def test_stored_times(tmp_path, text):
     (tmp_path / "m.times.json").write_text(text)
     (tmp_path / "times.json").write_text(text)
@@ -72,6 +75,14 @@ def test_parts_that_are_damaged_though_the_manifest_knows_them(tmp_path, untrain
     file.with_name(name).write_bytes(data)
     file.write_bytes(_seal(body))
     with pytest.raises(ValueError, match=f"step_.*{name} can't be read"): load_checkpoint(file.parent)
+
+
+def test_a_plan_beside_a_damaged_manifest(tmp_path, untrained_run):
+    run = untrained_run(tmp_path / "run", 1, ["a"])
+    (run / "config.json").write_text('{"run": {"seed": 0}}')
+    file = next(run.glob("checkpoints/*/checkpoint.json"))
+    file.write_text(json.dumps({**json.loads(file.read_bytes()), "step": "x"}))
+    assert "refused: " in (said := _place(make_config("tiny"), run)) and str(run) in said
 
 
 @pytest.mark.parametrize("text", ["[", '{"label_dropout": 0}', '{"ctm": 3, "teacher": 3, "distill": 3}', "3", "\xff"])

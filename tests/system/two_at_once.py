@@ -18,6 +18,7 @@ import matplotlib.backends.backend_agg  # noqa: F401  # imported here, once for 
 import matplotlib.figure  # noqa: F401
 import numpy as np
 import torch
+import torch._dynamo  # noqa: F401  # the first step of an optimizer needs it
 import torch.utils.tensorboard  # noqa: F401
 from fuzz import ended
 
@@ -25,9 +26,10 @@ from ctm_nb.checkpoints.models import describe, find_checkpoint, load
 from ctm_nb.checkpoints.store import load_checkpoint, prune_checkpoints, save_checkpoint
 from ctm_nb.commands.sample import ctm_nb_sample
 from ctm_nb.commands.train import ctm_nb_train
+from ctm_nb.data.images import digits
 from ctm_nb.method.teacher import Denoiser
 from ctm_nb.networks.families import build_network
-from ctm_nb.training import trainer  # noqa: F401  # imported here, once for all children
+from ctm_nb.training import budget, trainer  # noqa: F401  # imported here, once for all children
 
 TINY = ["teacher.steps=6", "distill.steps=4", "teacher.batch=8", "distill.batch=8", "run.save_every=2", "run.keep=1",
         "run.log_every=1", "run.sample_every=100", "evaluate.n=0"]
@@ -137,6 +139,8 @@ KINDS = {"two trainers": two_trainers, "two samplers": two_samplers, "killed": k
 def main(times=20, seed=0, out=None, *names):
     found = json.loads(Path(out).read_text()) if out and Path(out).exists() else {}
     torch.set_num_threads(1)
+    digits()  # imports what reads them, once for all children
+    trainer.write_report = lambda folder: None  # takes longer than all the rest
     rng, began = random.Random(int(seed)), time.time()
     for name, trial in ((k, KINDS[k]) for k in names or KINDS):
         with tempfile.TemporaryDirectory() as d:
