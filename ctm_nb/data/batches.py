@@ -237,6 +237,7 @@ class Batches:
     def __post_init__(self):
         self.share, rest = divmod(self.batch_size, self.world)  # of this process
         if rest: raise ValueError(f"a batch of {self.batch_size} can't be shared evenly by {self.world} processes")
+        if not 0 <= self.rank < self.world: raise ValueError(f"rank must be in 0..{self.world - 1}, got {self.rank}")
         if self.workers is None: self.workers = max(1, cores() // self.world)
         if self.data.in_memory: self.workers = 0
         self.running: list | None = None  # position of the next batch from the workers, and the generator

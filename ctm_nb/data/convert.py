@@ -108,7 +108,7 @@ def edm_name(number:int)->str:
     return f"{number // 1000:05}/img{number:08}.png"
 
 def dataset_json(labels, classes:list, name=edm_name)->bytes:
-    "EDM's file of labels, or of none, for images by their numbers' names; the names of the classes as one more key."
+    "EDM's file of labels, one an image or None; `name` makes a path of a number, `classes` are one more key of ours."
     if labels is None: return b'{"labels": null}'
     pairs = ", ".join(f"[{json.dumps(name(n))}, {y}]" for n, y in enumerate(labels))
     return f'{{"labels": [{pairs}], "classes": {json.dumps(classes)}}}'.encode()

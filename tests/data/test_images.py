@@ -229,7 +229,7 @@ def test_npz_round_trip(tmp_path):
     "arrays, message",
     [
         (dict(x=np.zeros(3)), "got no arr_0 but x"),
-        (dict(arr_0=np.full((2, 4, 4, 3), 2.)), "got float64"),
+        (dict(arr_0=np.full((2, 4, 4, 3), 2.5)), "got float64"),
         (dict(arr_0=np.zeros((2, 5, 4, 4), np.uint8)), r"got uint8 \(2, 5, 4, 4\)"),
         (dict(arr_0=np.zeros((0, 4, 4, 3), np.uint8)), r"got uint8 \(0, 4, 4, 3\)"),
         (dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.zeros(2)), "expected 2 labels, integers >= 0"),
