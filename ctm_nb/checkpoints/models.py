@@ -56,6 +56,8 @@ def rebuild(
     d = dict(description)
     kind, classes, network, precondition = (d.pop(k, None) for k in ("kind", "classes", "network", "preconditioning"))
     if kind not in KINDS: raise ValueError(f"kind of model must be one of {sorted(KINDS)}, got {kind!r}")
+    if wrong := [k for k, v in d.items() if type(v) not in (int, float)]:
+        raise ValueError(f"{wrong[0]} of a model must be a number, got {d[wrong[0]]!r}")
     if "augment_dim" in network: network = {"stem": network["model_channels"], **network}  # as it was without a word
     with torch.device("cpu" if state is None else "meta"):
         m = KINDS[kind](build_network(**network), **d, kind=precondition or "edm")

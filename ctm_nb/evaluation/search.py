@@ -49,7 +49,7 @@ class _Ledger:
         self.score, self.budget, self.path, self.ranks = score, budget, path, ranks
         known: list = []
         try:
-            if path and path.exists() and ranks.rank == 0: known = json.loads(path.read_text())["tries"]
+            if path and path.exists() and ranks.rank == 0: known = list(json.loads(path.read_text())["tries"])
             np.array([[*t["times"], t["gamma"], t["score"]] for t in known], float)  # numbers, as many in each
         except (ValueError, LookupError, TypeError, RecursionError):
             raise ValueError(f"{path} is not the ledger of a search; expected JSON with 'tries'") from None

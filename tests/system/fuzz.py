@@ -379,7 +379,8 @@ def judged(items):
         for p, said in parts.items():
             how = names[Path(p)]
             name = f"{p}/" if how.split()[0] in RUN and how != "report" else Path(p).name  # of a run, one of its files
-            unnamed = [part for part in said.split("== refused")[:-1] if name not in part]
+            named = (name, f"{p} holds a run of another configuration")
+            unnamed = [part for part in said.split("== refused")[:-1] if not any(n in part for n in named)]
             if "Traceback" in said: failed[p] = "traceback", said[said.index("Traceback"):]
             elif any(ord(c) < 32 and c not in "\n\r\t" or 127 <= ord(c) < 160 for c in said):
                 failed[p] = "escape", repr(said)
