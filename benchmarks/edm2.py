@@ -8,7 +8,8 @@ With the first seed each network tries all its optimizers for the teacher, then 
 teacher; the other seeds repeat the best. A stage gets as many steps as fit into its seconds (of the process, one
 thread), by the time of forty of them. Digits and MNIST are scored in the features of their classifier, CIFAR-10 at
 16 x 16 in lite0's. Results are added to nbs/results/edm2/NAME.json as they come; what is there is not computed again.
-With `--lengths` the averages of other lengths of each finished run are scored instead.
+With `--lengths` the averages of other lengths of each finished run are scored instead, with `--distance` the best
+students are trained again with another distance of the loss.
 """
 import argparse
 import json
@@ -111,13 +112,15 @@ def main(argv=None):
     p.add_argument("--seconds", type=float, nargs=2, default=[60, 60], metavar=("TEACHER", "STUDENT"))
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--lengths", nargs="+", default=[], choices=list(NETWORKS), help="score averages of these networks")
+    p.add_argument("--distance", default="", help="train the best students with it, e.g. features")
     p.add_argument("--runs", type=Path, default=Path("runs/edm2"))
     p.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     p.add_argument("-n", type=int, default=2000, help="samples a distance")
     a = p.parse_args(argv)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    out, preset = a.out / f"{a.name}{'-lengths' if a.lengths else ''}.json", PRESET[a.name]
+    what = "-lengths" if a.lengths else f"-{a.distance}" if a.distance else ""
+    out, preset = a.out / f"{a.name}{what}.json", PRESET[a.name]
     rows = json.loads(out.read_text()) if out.exists() else []
     common = [*STAGE.split(), *EXTRA.get(a.name, "").split(), *([f"data.source={a.data}"] if a.data else [])]
     meter = None
@@ -135,6 +138,7 @@ def main(argv=None):
         atomic_write(out, (json.dumps(rows, indent=1) + "\n").encode())
 
     if a.lengths: fill_lengths(a, once, distances)
+    elif a.distance: fill_distance(a, preset, common, once, distances)
     else: fill(a, preset, common, rows, once, distances)
 
 
@@ -162,6 +166,22 @@ def fill(a, preset, common, rows, once, distances):
                         return {**spent, "distance": distances(run, seed, which, ways)}
                     once(key, make)
                 teacher = run_of(a, seed, network, what, best(rows, network, what))
+
+
+def fill_distance(a, preset, common, once, distances):
+    "The best student of each network, with another distance of the loss."
+    done = json.loads((a.out / f"{a.name}.json").read_text())
+    for seed in a.seeds:
+        for network, words in NETWORKS.items():
+            shared = [*common, *words.split(), f"network.model_channels={WIDTH[a.name][network]}", f"run.seed={seed}"]
+            teacher = run_of(a, seed, network, "teacher", best(done, network, "teacher"))
+            choice = best(done, network, "distill")
+            run = run_of(a, seed, network, f"distill-{a.distance}", choice)
+            key = dict(network=network, what="distill", seed=seed, optimizer=choice[0], lr=choice[1], budget=a.seconds[1],
+                       loss=a.distance)
+            own = [f"teacher.source={teacher}", f"distill.distance={a.distance}"]
+            once(key, lambda: {**trained(preset, [*shared, *own], "distill", choice, a.seconds[1], run), "distance":
+                               distances(run, seed, lambda r: load(r, which="ctm"), ["1 steps", "2 steps", "4 steps"])})
 
 
 def fill_lengths(a, once, distances):
