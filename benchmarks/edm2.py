@@ -177,11 +177,15 @@ def fill_distance(a, preset, common, once, distances):
             teacher = run_of(a, seed, network, "teacher", best(done, network, "teacher"))
             choice = best(done, network, "distill")
             run = run_of(a, seed, network, f"distill-{a.distance}", choice)
-            key = dict(network=network, what="distill", seed=seed, optimizer=choice[0], lr=choice[1], budget=a.seconds[1],
-                       loss=a.distance)
-            own = [f"teacher.source={teacher}", f"distill.distance={a.distance}"]
-            once(key, lambda: {**trained(preset, [*shared, *own], "distill", choice, a.seconds[1], run), "distance":
-                               distances(run, seed, lambda r: load(r, which="ctm"), ["1 steps", "2 steps", "4 steps"])})
+            key = dict(network=network, what="distill", seed=seed, optimizer=choice[0], lr=choice[1],
+                       budget=a.seconds[1], loss=a.distance)
+            own = [*shared, f"teacher.source={teacher}", f"distill.distance={a.distance}"]
+
+            def make(own=own, choice=choice, run=run):
+                spent = trained(preset, own, "distill", choice, a.seconds[1], run)
+                kinds = ["1 steps", "2 steps", "4 steps"]
+                return {**spent, "distance": distances(run, seed, lambda r: load(r, which="ctm"), kinds)}
+            once(key, make)
 
 
 def fill_lengths(a, once, distances):
