@@ -50,7 +50,8 @@ class _Ledger:
         known: list = []
         try:
             if path and path.exists() and ranks.rank == 0: known = list(json.loads(path.read_text())["tries"])
-            np.array([[*t["times"], t["gamma"], t["score"]] for t in known], float)  # numbers, as many in each
+            rows = np.array([[*t["times"], t["gamma"], t["score"]] for t in known])  # as many in each
+            if rows.dtype.kind not in "fi" or not np.isfinite(rows).all(): raise ValueError("no numbers")
         except (ValueError, LookupError, TypeError, RecursionError):
             raise ValueError(f"{path} is not the ledger of a search; expected JSON with 'tries'") from None
         self.tries = ranks.send(known)

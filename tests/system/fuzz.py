@@ -379,7 +379,7 @@ def judged(items):
         for p, said in parts.items():
             how = names[Path(p)]
             name = f"{p}/" if how.split()[0] in RUN and how != "report" else Path(p).name  # of a run, one of its files
-            named = (name, f"{p} holds a run of another configuration")
+            named = (name, f"{p} ")  # a run is named by its folder too
             unnamed = [part for part in said.split("== refused")[:-1] if not any(n in part for n in named)]
             if "Traceback" in said: failed[p] = "traceback", said[said.index("Traceback"):]
             elif any(ord(c) < 32 and c not in "\n\r\t" or 127 <= ord(c) < 160 for c in said):
