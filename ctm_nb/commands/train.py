@@ -191,6 +191,8 @@ def _words(a):
     steps = (a.steps or "").replace("+", "").split(",")
     if len(steps) > 3: raise ValueError(f"--steps takes at most three numbers, got {a.steps}")
     given |= {f"{k}.steps": n for k, n in zip(("teacher", "distill", "gan"), steps * (1 + (len(steps) == 1)))}
+    if a.steps and a.steps.count("+") not in (0, len(a.steps.split(","))):
+        raise ValueError(f"--steps must have a + before each number or before none, got {a.steps}")
     if steps[0] and a.steps.startswith("+"): given["run.before"] = str(_finished(_folder(a)))
     none = ["distill.phases=dsm:.5,soft:.5", "gan.steps=0"] if a.teacher == "none" else []
     return [*none, *(f"{k}={v}" for k, v in given.items() if v), *a.set]

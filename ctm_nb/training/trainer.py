@@ -693,4 +693,5 @@ def run(self: Trainer,
         if self.step > begun or not (self.folder / "samples" / "final.png").exists(): self.save_grid(final=True)
         write_report(self.folder)
         if self.writer: self.writer.close()
+        self.writer = None
     return found

@@ -61,6 +61,7 @@ def test_a_mere_teacher_gets_a_student_as_always_and_a_public_one_of_another_sha
 
 def test_more_steps_follow_a_finished_run_and_the_same_words_resume_them(finished, capsys):
     ctm_nb_train(words(finished, "e", "--steps", "20"))
+    with pytest.raises(SystemExit): ctm_nb_train(words(finished, "e", "--steps", "20,+20"))
     with pytest.raises(SystemExit): ctm_nb_train(words(finished, "f", "--steps", "+20"))
     assert "needs a finished run" in capsys.readouterr().err
     ctm_nb_train(words(finished, "e", "--steps", "+20,+10", "--stage", "teacher"))  # of 70
