@@ -65,7 +65,7 @@ NEW = {
         commands.train: _finished""",
     "known hashes": "checkpoints.catalogue: SHA256",
     "two at once, memory, a pulse": """data.files: claimed training.trainer: Trainer.claim Trainer.whereabouts
-        checkpoints.models: of_newest commands.flags: Pulse training.costs: fit_memory""",
+        checkpoints.models: of_newest commands.flags: Pulse training.costs: fit_memory training.runtime: Here.least""",
 }
 
 

@@ -155,20 +155,19 @@ class Splits(dict):
 
 # %% ../../nbs/3_data/05_batches.ipynb #40138355
 def available_memory()->int: # bytes
-    "Memory that could be used without swapping."
-    lines = Path("/proc/meminfo")
+    "Memory that could be used without swapping, in equal shares by the processes that torchrun started here."
+    lines, processes = Path("/proc/meminfo"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try: free = next(int(l.split()[1]) * 1024 for l in lines.read_text().splitlines() if l.startswith("MemAvailable"))
     except (OSError, StopIteration):
         if not hasattr(os, "sysconf"): return 2**32  # Windows tells no one
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     try: limit, used = (int(Path(f"/sys/fs/cgroup/memory.{k}").read_text()) for k in ("max", "current"))
-    except (OSError, ValueError): return free
-    return max(0, min(free, limit - used))
+    except (OSError, ValueError): return free // processes
+    return max(0, min(free, limit - used)) // processes
 
 def fits(source:Source, side:int)->bool:
     "Whether all images, decoded to a side, take at most a third of the available memory (splits are copies)."
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine
-    return len(source) * side * side * 3 * processes <= available_memory() / 3
+    return len(source) * side * side * 3 <= available_memory() / 3
 
 # %% ../../nbs/3_data/05_batches.ipynb #9c5847ef
 def load_splits(

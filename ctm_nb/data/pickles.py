@@ -232,7 +232,8 @@ def _array(u, arguments):
 ARRAY_NAMES = {
     ("numpy", "dtype"): _numpy_type, ("numpy", "ndarray"): None, ("_codecs", "encode"): _latin,
     ("numpy.core.multiarray", "_reconstruct"): lambda u, arguments: Stub("ndarray"),
-    ("numpy.core.multiarray", "scalar"): _numpy_number, ("numpy.core.numeric", "_frombuffer"): _array}
+    ("numpy.core.multiarray", "scalar"): _numpy_number, ("numpy.core.numeric", "_frombuffer"): _array,
+    ("__builtin__", "bytes"): without_arguments(bytes)}  # no bytes at all, in protocol 2
 
 # %% ../../nbs/3_data/02_pickles.ipynb #a84838d5
 def _same(u, arguments):
