@@ -24,10 +24,11 @@ from ..networks.unet import OpenAIUNet
 
 # %% ../../nbs/4_checkpoints/03b_diffusers.ipynb #0afc223c
 WIDTH = slice(1, 8192, 1)  # with a step of 1: whole numbers
-UNET: dict = {  # what a configuration may say: the default, what else, or a slice of numbers
+UNET: dict = {  # what a configuration may say: the default, what else, a slice of numbers or a type
     "act_fn": ("silu", "swish"), "add_attention": (True,), "attention_head_dim": (8, None, WIDTH),
-    "attn_norm_num_groups": (None, WIDTH), "center_input_sample": (False,), "class_embed_type": (None,),
-    "downsample_padding": (1, 0), "downsample_type": ("conv", "resnet"), "dropout": (0, slice(0, .99)),
+    "attn_norm_num_groups": (None, WIDTH), "block_out_channels": (list,), "center_input_sample": (False,),
+    "class_embed_type": (None,), "down_block_types": (list,), "downsample_padding": (1, 0),
+    "downsample_type": ("conv", "resnet"), "dropout": (0, slice(0, .99)), "up_block_types": (list,),
     "flip_sin_to_cos": (True, False), "freq_shift": (0, 1), "in_channels": (3, WIDTH),
     "layers_per_block": (2, slice(1, 64, 1)), "mid_block_scale_factor": (1,), "mid_block_type": ("UNetMidBlock2D",),
     "norm_eps": (1e-5, slice(0, 1)), "norm_num_groups": (32, WIDTH), "num_class_embeds": (None, slice(1, 10 ** 6, 1)),
@@ -39,6 +40,7 @@ BLOCKS: dict = {  # down -> up, has it attention, how it changes the resolution;
 
 # %% ../../nbs/4_checkpoints/03b_diffusers.ipynb #70e3bc51
 def _allows(rule, v):
+    if isinstance(rule, type): return type(v) is rule
     if not isinstance(rule, slice): return v == rule
     return type(v) in (int, *(float,) * (not rule.step)) and rule.start <= v <= rule.stop
 
@@ -58,18 +60,17 @@ def unet2d_network(
 ) -> dict:  # arguments of `build_network`
     "The network that a configuration means; raises ValueError that names the first thing that ours lacks."
     def no(what, got): raise ValueError(f"{what}, the file has {printable(got, 300)}")
-    widths, downs, ups = map(c.get, ("block_out_channels", "down_block_types", "up_block_types"))
     s = _settings(c, UNET)
-    if not (isinstance(widths, list) and 1 <= len(widths) <= 8
-            and all(type(w) is int and 2 <= w <= 8192 and w % 2 == 0 == w % widths[0] for w in widths)):
+    widths, downs = s["block_out_channels"], s["down_block_types"]
+    if not all(_allows(WIDTH, w) and w % 2 == 0 == w % widths[0] for w in widths) or not 1 <= len(widths) <= 8:
         no("block_out_channels must be multiples of the first", widths)
-    if not isinstance(downs, list) or len(downs) != len(widths): no(f"down_block_types must be {len(widths)}", downs)
+    if len(downs) != len(widths): no(f"down_block_types must be {len(widths)}", downs)
     if odd := {*map(str, downs)} - BLOCKS.keys(): no(f"a block must be one of {', '.join(BLOCKS)}", min(odd))
     groups, heads, width = s["norm_num_groups"], s["attention_head_dim"], widths[0]
     shift = s["resnet_time_scale_shift"] == "scale_shift"
     ways = {BLOCKS[k][2] or s["downsample_type"] for k in downs[:-1]}
     ways |= {BLOCKS[k][2] or s["upsample_type"] for k in downs[1:]}
-    for what, got, must in (("up_block_types", ups, [BLOCKS[k][0] for k in downs[::-1]]),
+    for what, got, must in (("up_block_types", s["up_block_types"], [BLOCKS[k][0] for k in downs[::-1]]),
                             ("ways to change the resolution", sorted(ways), sorted(ways)[:1]),
                             ("norm_num_groups", groups, math.gcd(groups, *widths)),
                             ("attn_norm_num_groups", s["attn_norm_num_groups"] or groups * (not shift), groups),

@@ -39,10 +39,10 @@ def preconditioning(
 def ddpm_levels(kind: str) -> Tensor:  # as "ddpm epsilon linear 1000 0.0001 0.02" -> (T,) float64, increasing
     "The noise levels of a DDPM's timesteps; raises ValueError for a kind that isn't one."
     try:
-        _, prediction, schedule, steps, a, b = kind.split()
-        n, a, b = int(steps), float(a), float(b)
-        if prediction not in ("epsilon", "v_prediction", "sample") or not 1 < n < 10_001 or not 0 < a <= b < 1:
-            raise ValueError
+        _, prediction, schedule, *numbers = kind.split()
+        n, a, b = map(float, numbers)
+        known = prediction in ("epsilon", "v_prediction", "sample")
+        if not (known and 1 < n < 10_001 and n % 1 == 0 and 0 < a <= b < 1): raise ValueError
         i = torch.arange(n + 1, dtype=torch.float64)
         part, alpha = i[:-1] / (n - 1), ((i / n + .008) / 1.008 * math.pi / 2).cos() ** 2
         betas = {"linear": a + (b - a) * part, "scaled_linear": (a ** .5 + (b ** .5 - a ** .5) * part) ** 2,

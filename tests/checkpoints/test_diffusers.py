@@ -90,7 +90,8 @@ def changed(source, tmp_path, file, change):
 
 @pytest.mark.parametrize("change, said", [
     (dict(down_block_types=["DownBlock2D", "SkipDownBlock2D"]), "has SkipDownBlock2D"),
-    (dict(down_block_types="DownBlock2D"), "down_block_types must be 2"),
+    (dict(down_block_types="DownBlock2D"), "must be <class .list.>"),
+    (dict(down_block_types=["DownBlock2D"]), "must be 2"),
     (dict(down_block_types=[[], {}]), "a block must be one of"),
     (dict(up_block_types=["UpBlock2D", "UpBlock2D"]), "up_block_types must be .'AttnUpBlock2D', 'UpBlock2D'"),
     (dict(downsample_type="resnet", down_block_types=["AttnDownBlock2D"] * 2, up_block_types=["AttnUpBlock2D"] * 2),
