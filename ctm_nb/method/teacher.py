@@ -68,8 +68,8 @@ def noise_condition(
     if kind == "iddpm": return 999 - (t[..., None] - iddpm_levels().to(t)).abs().argmin(-1).to(t.dtype)
     if kind.startswith("ddpm"):
         fine, levels = finest(t.device), ddpm_levels(kind)
-        u, known = t.to(fine).log().contiguous(), levels.log().to(t.device, fine)
-        j = torch.searchsorted(known, u).clamp(1, len(known) - 1)  # between two timesteps
+        u, known = t.to(fine).log(), levels.log().to(t.device, fine)
+        j = (known <= u[..., None]).sum(-1).clamp(1, len(known) - 1)  # between two timesteps
         return (j - (known[j] - u) / (known[j] - known[j - 1])).clamp(0, len(known) - 1).to(t.dtype)
     return (t / 2).log() if kind == "ve" else t.log() / 4
 
