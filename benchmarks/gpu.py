@@ -288,7 +288,8 @@ def golden_edm2(name, where, precision):
     rows = (y.max(1).values == 1).nonzero()[:, 0]
     x, t, D, y = (v[rows].to(where) for v in (z["io.x"], z["io.sigma"], z["io.D"], y.argmax(1)))
     model = Denoiser(net).eval().to(where)
-    half = torch.autocast(torch.device(where).type, torch.float16) if precision == "fp16" else autocast(precision, where)
+    fp16 = torch.autocast(torch.device(where).type, torch.float16)
+    half = fp16 if precision == "fp16" else autocast(precision, where)
     with torch.no_grad(), half: return off(model.D(x, t, y), D)
 
 
