@@ -944,9 +944,9 @@ def run_part(results, a, folder):
 
 def scores(t):
     "The Frechet distance of teacher and student, each record with all that it depends on."
-    from ctm_nb.evaluation.evaluate import run_evaluator
+    from ctm_nb.evaluation.evaluate import Request, run_evaluator
     e = t.config.evaluate
-    t.evaluator = run_evaluator(t.splits, e.features, device=str(device()), batch=e.batch)
+    t.evaluator = run_evaluator(t.splits, Request("", "", e.features, device=str(device()), batch=e.batch))
     t.evaluator.metrics, t.evaluator.extra = ["fid"], ()
     return {"records": t.evaluate()}
 

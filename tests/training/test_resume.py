@@ -242,7 +242,7 @@ def test_a_run_of_another_version_goes_on_without_the_settings_that_are_gone(tmp
     straight, old = walk(start(tmp_path / "b"), 14), start(tmp_path / "a")
     walk(old, 11)
     c = newest(tmp_path / "a")
-    save_checkpoint(c.path.parent, 11, c.models, c.state, {**c.meta, "config": older}, replace=True)
+    save_checkpoint(c.path.parent, 11, c.models, c.state, {**c.meta, "config": older})
     (config := tmp_path / "a" / "config.json").write_text(json.dumps(older))
     again = start(tmp_path / "a")
     assert again.step == 11 and f"from step 11 on: {said}" in caplog.text
