@@ -151,12 +151,8 @@ def save_checkpoint(
     models:dict, # name -> state dict of tensors; each becomes <name>.safetensors
     state:dict, # nested dict of tensors, numbers and strings: optimizers, counters
     meta:dict, # anything JSON can hold, e.g. the configuration (tuples come back as lists)
-    replace:bool=False, # allow `step` to be there already
 ) -> Path: # folder/step_00001000
-    """Write a checkpoint that appears whole or not at all.
-
-    Raises FileExistsError if `step` was saved before (and not `replace`), ValueError for content that can't be read
-    back."""
+    "Write a checkpoint that appears whole or not at all; ValueError for content that can't be read back."
     folder, target = Path(folder), Path(folder)/f"step_{step:08d}"
     for name in models:
         if not re.fullmatch(r"\w([\w.-]*\w)?", name) or name == "state":
@@ -164,8 +160,6 @@ def save_checkpoint(
     _check_plain(state)
     folder.mkdir(parents=True, exist_ok=True)
     _settle(folder)
-    if target.exists() and not replace:
-        raise FileExistsError(f"{target} exists; pass replace=True to save step {step} again")
     temp = temp_name(target)
     try:
         _write_parts(temp, step, models, state, meta)

@@ -91,7 +91,6 @@ class OptimConfig:
 @dataclass
 class TeacherConfig(OptimConfig):
     "Training of the denoiser, or where to get one."
-    steps: int = need(30000, NOT_NEGATIVE)  # optimizer steps, not needed with a source
     source: str = ""  # an existing teacher: whatever `load` reads; empty: train one; "none": do without
     initial: str = ""  # a model with whose weights training begins, for any classes; empty: random ones
     P_mean: float = -1.2  # of ln sigma

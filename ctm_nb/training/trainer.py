@@ -36,7 +36,7 @@ from ..data.files import claimed
 from ..data.images import ImageData, named_grid, to_uint8
 from ..data.read import reading
 from ..evaluation.draw import free_memory, out_of_memory
-from ..evaluation.evaluate import drawn_samples, extend_scores, read_scores, run_evaluator
+from ..evaluation.evaluate import Request, drawn_samples, extend_scores, read_scores, run_evaluator
 from ..evaluation.features import load_extractor
 from ..method.balance import alone
 from ..method.distill import MATCHING
@@ -194,8 +194,8 @@ class Trainer(ShortNames):
         self.writer: Any = None  # made when first needed, as is the evaluator
         self.evaluator: Any = None
         if self.precision == "bf16" and unpacks(self.device):
-            log.warning("run.precision=bf16: this processor has no instructions for it; run.precision=fp32 will be many "
-                        "times faster")
+            log.warning("run.precision=bf16: this processor has no instructions for it; run.precision=fp32 will be "
+                        "many times faster")
         with self.claim(): self.restore()
 
 # %% ../../nbs/6_training/08_trainer.ipynb #90269288
@@ -305,7 +305,7 @@ def save(self: Trainer) -> Path:  # the checkpoint's folder
     meta = {"config": asdict(self.config), "models": self.described(), "data_sha256": self.data_sha256,
             "precision": self.precision, "changes": self.changes}
     weights, state = {k: m.state_dict() for k, m in self.parts.items()}, self.state.state_dict(self.log.mark())
-    path = save_checkpoint(folder, self.step, weights, state, meta, replace=True)
+    path = save_checkpoint(folder, self.step, weights, state, meta)
     prune_checkpoints(folder, self.config.run.keep)
     if self.writer: self.writer.flush()
     return path
@@ -587,8 +587,8 @@ def evaluate(self: Trainer) -> list:  # records of scores.json; empty where this
     if not self.here.main: return []
     e, seed, step = self.config.evaluate, self.config.run.seed + 1, f"step_{self.step:08d}"
     if self.evaluator is None:
-        self.evaluator = run_evaluator(self.splits, e.features, e.weights or None, str(self.device), e.batch,
-                                       sys.stderr.isatty(), most=e.classifier, keep=True)
+        how = Request("", "", e.features, e.weights or None, device=str(self.device), batch=e.batch)
+        self.evaluator = run_evaluator(self.splits, how, e.classifier, keep=True)
     samplers, distances, found = self.samplers(), [], [*self.evaluator.floor(self.splits)]
     log.info("step %d: drawing and scoring %d samples with each of %d samplers", self.step, e.n, len(samplers))
     for name, (m, how) in samplers.items():

@@ -2,11 +2,9 @@
 import json
 import multiprocessing
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
