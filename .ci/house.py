@@ -57,7 +57,7 @@ NEW = {
         checkpoints.unpickle: ANY Opaque TORCH_NAMES _latin _odd""",
     "machines without double, without fork": "method.flow: NO_DOUBLE finest training.runtime: peak_memory",
     "editing": """method.editing evaluation.edit commands.sample: _edit_flags
-        explore.explorer: CANVAS canvas_pixels stroke_story explore_strokes explore""",
+        explore.explorer: canvas_pixels stroke_story explore_strokes explore""",
     "told before hours are spent": "commands.flags: check_output commands.train: _check_given "
         "evaluation.evaluate: is_record _keep",
     "services that follow a run": "training.config: SERVICES training.trainer: Service",
