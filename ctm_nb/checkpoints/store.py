@@ -61,9 +61,7 @@ class EMA:
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #b97c1947
 @patch
-def update(self:EMA,
-    model:torch.nn.Module, # the model after its optimizer step, same structure as at the start
-):
+def update(self:EMA, model:torch.nn.Module):  # the model after its optimizer step, same structure as at the start
     "Move the EMA one step towards `model`."
     with torch.no_grad():
         new_weight = 1 - self.effective_rate()
@@ -299,9 +297,7 @@ def _plain_number(v):
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #c97a1ea5
 @patch
-def rewind(self:MetricsLog,
-    n:int|None=None, # complete lines to keep, from `mark`; None keeps all and drops a torn last line
-):
+def rewind(self:MetricsLog, n:int|None=None):  # complete lines to keep, from `mark`; None: all but a torn last one
     "Forget everything after the first `n` lines. Raises CheckpointError if there are fewer."
     lines = self._lines()
     if n is not None and n > len(lines):
@@ -311,9 +307,7 @@ def rewind(self:MetricsLog,
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #e01cfd8b
 @patch
-def append(self:MetricsLog,
-    **values, # numbers, strings or 0-d tensors
-):
+def append(self:MetricsLog, **values):  # numbers, strings or 0-d tensors
     "Add one line, handed to the operating system at once."
     if not self._checked: self.rewind()
     line = json.dumps({k: _plain_number(v) for k, v in values.items()}) + "\n"

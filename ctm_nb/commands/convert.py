@@ -109,9 +109,7 @@ def _share(m, name, run):
     print(f"shared: {done}")
 
 # %% ../../nbs/7_commands/05_convert.ipynb #896ee72f
-def ctm_nb_convert(
-    argv: list | None = None,  # words of the command line; None: those of the process
-):
+def ctm_nb_convert(argv: list | None = None):  # words of the command line; None: those of the process
     "Say what a checkpoint is, or write it in another format (the console command)."
     p = convert_parser()
     a = p.parse_args(argv)

@@ -72,9 +72,7 @@ def _convert(a):
     return "\n".join([*lines, *(f"  {name}: {why}" for name, why in list(out.items())[:50]), *source.notes])
 
 # %% ../../nbs/7_commands/04_data.ipynb #0a1148d4
-def ctm_nb_data(
-    argv: list | None = None,  # words of the command line; None: those of the process
-):
+def ctm_nb_data(argv: list | None = None):  # words of the command line; None: those of the process
     "Inspect and convert image data sets (the console command)."
     a = data_parser().parse_args(argv)
     with one_line_errors("ctm_nb_data"):

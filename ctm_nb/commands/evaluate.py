@@ -88,9 +88,7 @@ def _request_of(a: argparse.Namespace):  # evaluation.evaluate.Request
                       "nearest": _sheet(a) if a.nearest else None, "device": str(pick_device(a.device))})
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #62b62378
-def ctm_nb_evaluate(
-    argv: list | None = None,  # words of the command line; None: those of the process
-):
+def ctm_nb_evaluate(argv: list | None = None):  # words of the command line; None: those of the process
     "Score samples or a checkpoint (the console command)."
     a = evaluate_parser().parse_args(argv)
     first = os.environ.get("RANK", "0") == "0"  # of several processes, the first one has something to say

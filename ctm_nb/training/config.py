@@ -368,9 +368,7 @@ TOGETHER += [
 ]
 
 # %% ../../nbs/6_training/02_config.ipynb #c0f19003
-def check_config(
-    c: Config,  # the configuration
-):
+def check_config(c: Config):  # the configuration
     "Raise ValueError naming the first impossible value."
     def refuse(key, expected): raise ValueError(f"{key} must be {expected}, got {getattr(*at[key])!r}")
     known = _settings(c)

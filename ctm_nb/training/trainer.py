@@ -29,8 +29,7 @@ from tqdm.auto import tqdm
 from ..checkpoints.averages import Profile, forget_snapshots, save_snapshot
 from ..checkpoints.models import KINDS, describe, rebuild
 from ..checkpoints.store import (Checkpoint, CheckpointError, MetricsLog, atomic_write, load_checkpoint,
-                                      prune_checkpoints, save_checkpoint, step_folders,
-                                      versions)
+                                      prune_checkpoints, save_checkpoint, step_folders, versions)
 from ..data.batches import Batches, Splits, load_splits
 from ..data.files import claimed
 from ..data.images import ImageData, named_grid, to_uint8
