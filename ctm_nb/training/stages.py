@@ -227,12 +227,13 @@ class DistillStage(Stage):
     folder: "TrajectoryFolder | None" = None  # where solutions are kept for many students
 
     def build(self, parts: dict):
-        teacher = None if teacherless(self.config) else parts.get("teacher") or given_model(self.config, "teacher", self.data)
-        self.freeze(teacher or make_denoiser(self.config, self.data), parts)
-        if (d := self.config.distill).trajectories:
-            self.folder = TrajectoryFolder(d, self.teacher, self.times, self.data.labels)
+        c, data = self.config, self.data
+        teacher = make_denoiser(c, data) if teacherless(c) else parts.get("teacher") or given_model(c, "teacher", data)
+        self.freeze(teacher, parts)
+        if (d := c.distill).trajectories:
+            self.folder = TrajectoryFolder(d, self.teacher, self.times, data.labels)
             self.folder.make(*launched()[:2])
-        known = copy.deepcopy(parts.get("ctm")) or initial_model(self.config, "ctm", self.data)
+        known = copy.deepcopy(parts.get("ctm")) or initial_model(c, "ctm", data)
         self.start(known if isinstance(known, CTM) else student_from(self.parts["teacher"], self.optim.init))
 
     def phase(self, n: int) -> Span:

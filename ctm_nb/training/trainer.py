@@ -225,7 +225,7 @@ def state_dict(self: RunState, log_lines: int = 0) -> dict:  # log_lines: comple
 def load(self: RunState, c: Checkpoint):  # of the stage in memory
     "Stand where the checkpoint stands; raises CheckpointError if either holds something that the other lacks."
     stage, mine = self.stage, self.state_dict()
-    for k in ("random", "scaler"): c.state.pop(k, None)  # of version 0.1
+    for k in ("random", "scaler"): c.state.pop(k, None)  # of earlier versions
     pairs = {"state": (mine, c.state), "networks": (stage.parts, c.models)}
     pairs |= {k: (mine[k], c.state.get(k, {})) for k in ("optimizers", "emas")}
     for what, (here, there) in pairs.items():
