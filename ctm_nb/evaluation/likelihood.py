@@ -10,7 +10,7 @@ import math
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..method.flow import noise
 from ..method.sampling import check_labels

@@ -13,7 +13,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..data.images import Images
 
 # %% ../../nbs/5_evaluation/01_metrics.ipynb #bcf587d0

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np, torch
 import torch.distributed as dist
 from fastcore.basics import patch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..data.files import atomic_write, file_hash, readable
 from ..data.images import to_uint8
 from ..data.read import BrokenImage, open_source, reading

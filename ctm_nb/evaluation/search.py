@@ -10,7 +10,7 @@ import json, math
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..method.flow import grid_time
 from ..data.files import atomic_write

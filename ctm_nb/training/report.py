@@ -90,7 +90,7 @@ def draw_curves(
     panels = [keys for kind in kinds if (keys := [k for k in series if k.startswith(kind)])]
     if not panels: return None
     figure = Figure(figsize=(11., 2.4 * len(panels)), layout="constrained")
-    for ax, keys in zip(figure.subplots(len(panels), squeeze=False).flat, panels):
+    for ax, keys in zip(figure.subplots(len(panels), sharex=True, squeeze=False).flat, panels):
         for k in keys:
             groups = np.array_split(np.array(series[k], float), min(200, len(series[k])))
             ax.plot(*np.transpose([g.mean(0) for g in groups]), lw=1.2, label=k)
