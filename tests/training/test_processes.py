@@ -12,7 +12,9 @@ import torch
 from runs import ENV, compute_alike
 
 from ctm_nb.checkpoints.store import load_checkpoint
+from ctm_nb.data.images import digits
 from ctm_nb.training.config import make_config
+from ctm_nb.training.costs import memory
 from ctm_nb.training.runtime import autocast
 from ctm_nb.training.stages import take
 from ctm_nb.training.trainer import Trainer
@@ -82,6 +84,29 @@ def test_two_processes_are_one_in_every_stage(alone, tmp_path):
     for name in first:
         assert_close(first[name], second[name], at=0, weights=0)  # the processes hold the same bits
         assert_close(alone, first[name])
+
+
+ROOMS = """
+import sys
+from ctm_nb.commands.train import ctm_nb_train
+from ctm_nb.evaluation.reference import launched
+from ctm_nb.training import costs
+costs.available_memory = lambda: int(sys.argv[2 + launched()[0]])
+ctm_nb_train(["--preset", "tiny", "--runs", sys.argv[1], "--name", "r", "--set", "teacher.steps=1", "distill.steps=1",
+              "teacher.batch=12", "distill.batch=12", "evaluate.n=0", "run.device=cpu", "run.precision=fp32"])
+"""
+
+
+def test_two_processes_with_little_memory_take_as_many_images_as_the_poorer_one_can(tmp_path):
+    config = make_config("tiny", ["teacher.steps=1", "distill.steps=1", "teacher.batch=12", "distill.batch=12"])
+    none, one = (memory(config, digits(), n)["ctm_dsm"] for n in (0, 1))
+    rooms = [str(int((none + n * (one - none)) / .8)) for n in (5.5, 3.5)]
+    (tmp_path / "worker.py").write_text(ROOMS)
+    words = [*TORCHRUN, tmp_path / "worker.py", tmp_path, *rooms]
+    done = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count(" are free for each process: 3 images at a time") == 1, done.stderr
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["run"]["micro_batch"] == "3"
 
 
 def test_the_weights_have_moved(alone):
