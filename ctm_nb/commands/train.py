@@ -276,13 +276,15 @@ def _train(a: argparse.Namespace, began: float, pulse):  # when the command was 
     from ctm_nb.evaluation.reference import launched
     from ctm_nb.training.budget import BudgetTrainer
     from ctm_nb.training.costs import fit_memory
-    from ctm_nb.training.runtime import leave
+    from ctm_nb.training.runtime import join, leave
     from ctm_nb.training.trainer import Trainer, open_images
     pulse.say = lambda: "opening and measuring"
     config, stage, folder = _config(a), a.stage or ("ctm_dsm_gan" if a.student else "ctm_dsm"), _folder(a)
     splits, spent, minutes = None, "", 0 if (a.steps or "").startswith("+") else _minutes(a, config, folder)
     if minutes: config, splits, spent = _budgeted(a, config, folder, minutes, stage, began)
-    elif launched()[1] == 1: fit_memory(config, (splits := open_images(config))["train"], folder)
+    else:
+        splits = open_images(config, here := join(config.run.device))
+        fit_memory(config, splits["train"], folder, here=here)
     if a.dry_run: return _show(config, plan(config, folder, a.measure, stage, spent, splits))
     torch.set_flush_denormal(True)
     if spent: logging.info("%g minutes: %s", minutes, spent)

@@ -45,8 +45,8 @@ from ..method.solvers import OLD_NAMES
 from .config import SERVICES, STAGES, Config, schedule, stage_at, teacherless
 from .optimizers import load_optimizer
 from .report import write_report
-from .runtime import (Guard, Signals, autocast, choose_precision, compile_networks, join,
-                                     peak_memory, prepare, unpacks)
+from .runtime import (ALONE, Guard, Here, Signals, autocast, choose_precision, compile_networks,
+                                     join, peak_memory, prepare, unpacks)
 from .stages import STAGE_CLASSES, carry_to, check_weights, step_generator, take
 from .step import apply_gradient, gradient, same_start
 
@@ -121,11 +121,15 @@ def resume_point(
 # %% ../../nbs/6_training/08_trainer.ipynb #d8016bab
 def open_images(
     config: Config,  # of the run
+    here: Here = ALONE,  # this process; the first one of each machine comes first
 ) -> Splits:  # "train" and "held_out"
     "The images of a configuration; raises ValueError that lists what can't be read."
     d = config.data
-    return load_splits(d.source, d.image_size, d.crop, d.skip_broken, d.labels or None, use_labels=d.use_labels,
-                       group=d.group, channels=d.channels, background=d.background)
+    if here.local_rank: dist.barrier()
+    splits = load_splits(d.source, d.image_size, d.crop, d.skip_broken, d.labels or None, use_labels=d.use_labels,
+                         group=d.group, channels=d.channels, background=d.background)
+    if here.world > 1 and not here.local_rank: dist.barrier()
+    return splits
 
 # %% ../../nbs/6_training/08_trainer.ipynb #292236c9
 def no_scores_because(
@@ -184,9 +188,7 @@ class Trainer(ShortNames):
         self.wait = self.device.type != "cuda"  # know the guard's decision before a step
         for span in self.plan.values(): self.here.share(span.batch)  # raises ValueError for an uneven one
         self.state, self.guard, self.total = RunState(), Guard(self.device), max(s.end for s in self.plan.values())
-        if self.here.local_rank: dist.barrier()  # the first process of each machine comes first
-        self.splits = splits or open_images(config)
-        if self.here.world > 1 and not self.here.local_rank: dist.barrier()
+        self.splits = splits or open_images(config, self.here)
         self.data = self.splits["train"]
         self.data_sha256, self.changes = self.data.sha256(), []
         self.log = MetricsLog(self.folder / "metrics.jsonl")
@@ -411,10 +413,8 @@ def choose_micro(self: Trainer):
             if not out_of_memory(e): raise
         else: break
         self._back_off()  # outside of the handler, which holds on to the step's tensors
-    least = torch.tensor(self.micro)
-    if self.here.world > 1: dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    if (m := int(least)) < B: log.info("%s: %d images at a time, %d times a step", self.now.name, m, math.ceil(B / m))
-    self.micro = m
+    self.micro = m = self.here.least(self.micro)
+    if m < B: log.info("%s: %d images at a time, %d times a step", self.now.name, m, math.ceil(B / m))
 
 # %% ../../nbs/6_training/08_trainer.ipynb #fab731e4
 @patch
