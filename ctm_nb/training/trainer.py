@@ -586,8 +586,8 @@ def evaluate(self: Trainer) -> list:  # records of scores.json; empty where this
     if not self.here.main: return []
     e, seed, step = self.config.evaluate, self.config.run.seed + 1, f"step_{self.step:08d}"
     if self.evaluator is None:
-        how = Request("", "", e.features, e.weights or None, device=str(self.device), batch=e.batch)
-        self.evaluator = run_evaluator(self.splits, how, e.classifier, keep=True)
+        asked = Request("", "", e.features, e.weights or None, device=str(self.device), batch=e.batch)
+        self.evaluator = run_evaluator(self.splits, asked, e.classifier, keep=True)
     samplers, distances, found = self.samplers(), [], [*self.evaluator.floor(self.splits)]
     log.info("step %d: drawing and scoring %d samples with each of %d samplers", self.step, e.n, len(samplers))
     for name, (m, how) in samplers.items():
