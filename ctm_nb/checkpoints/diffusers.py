@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .foreign import read_safetensors, read_weights
-from .unpickle import printable
+from ..data.pickles import printable
 from ..data.read import reading
 from ..method.teacher import ddpm_levels
 from ..networks.families import build_network
