@@ -95,7 +95,8 @@ def edit_files(
         raise ValueError(f"OUT of {task} must end in {', '.join(f or 'nothing, a folder' for f in forms)}, got {out}")
     if not out.suffix and len({f.stem for f in files}) < len(files): raise ValueError("two INPUTs have the same name")
     here, read = out.resolve(), [f.resolve() for f in [*files, *([Path(mask)] if mask else [])]]
-    if lost := next((f for f in read if here in (f, *f.parents)), None): raise ValueError(f"{out} is where {lost} is read from: choose another OUT")
+    if lost := next((f for f in read if here in (f, *f.parents)), None):
+        raise ValueError(f"{out} is where {lost} is read from: choose another OUT")
     _refuse_existing(out, overwrite)
     m = load(checkpoint, str(pick_device(device)), which)
     place = next(m.parameters())
