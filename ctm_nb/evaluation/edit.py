@@ -99,9 +99,8 @@ def edit_files(
         raise ValueError(f"{out} is where {lost} is read from: choose another OUT")
     _refuse_existing(out, overwrite)
     m = load(checkpoint, str(pick_device(device)), which)
-    place = next(m.parameters())
-    x = read_pictures(files, 1 if task == "colour" else m.data_shape[0]).to(place)
-    known = None if mask is None else (read_pictures([Path(mask)], 1, "black") < 0).to(place)
+    x = read_pictures(files, 1 if task == "colour" else m.data_shape[0]).to(next(m.parameters()))
+    known = None if mask is None else (read_pictures([Path(mask)], 1, "black") < 0).to(x)
     y = None if classes == "all" else _class_list(classes, m.n_classes, m.classes)
     request = {k: v for k, v in request.items() if v is not None}
     done = edit(m, task, x, known, y and (y * len(x))[:len(x)], **request)
