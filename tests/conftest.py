@@ -1,6 +1,14 @@
 """What tests of several rooms start from."""
 import pytest
 
+LONG = """test_gpu_script test_resume test_hostile test_fidelity test_processes test_profiles test_batches
+    test_two_at_once test_evaluate test_budget test_export test_train test_sample""".split()
+
+
+def pytest_collection_modifyitems(items):
+    "Files that take long come first, so that processes that share the tests end together (with --no-loadscope-reorder)."
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
 
 @pytest.fixture(scope="session")
 def untrained_run():
