@@ -6,7 +6,7 @@ LONG = """test_gpu_script test_resume test_hostile test_fidelity test_processes 
 
 
 def pytest_collection_modifyitems(items):
-    "Files that take long come first, so that processes that share the tests end together (with --no-loadscope-reorder)."
+    "Files that take long come first, so that processes that share them end together (--no-loadscope-reorder)."
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
