@@ -49,6 +49,9 @@ NEW = {
         _export""",
     "Hub": """checkpoints.catalogue: HUB_FILE hub_file training.report: model_card
         commands.convert: _public _share""",
+    "diffusers": """checkpoints.diffusers checkpoints.export: diffusers_folder diffusers_difference
+        checkpoints.models: is_run _filtered _from_diffusers method.teacher: ddpm_levels
+        method.trajectory: ConsistencyModel networks.unet: _StridedConv UNet._resized""",
     "safety of readers, labels": """data.read: ENCODINGS existing unpacked_limit LABEL_KEYS _label_in _is_picture
         _as_bytes _stamp _prefix _hint LMDB _lmdb_page lmdb_entries data.convert: folder_names data.images: _letters
         checkpoints.models: _is_consistency_model""",
@@ -57,7 +60,7 @@ NEW = {
         data.pickles: ANY Opaque _latin _odd checkpoints.unpickle: TORCH_NAMES""",
     "machines without double, without fork": "method.flow: NO_DOUBLE finest training.runtime: peak_memory",
     "editing": """method.editing evaluation.edit commands.sample: _edit_flags
-        explore.explorer: CANVAS canvas_pixels stroke_story explore_strokes explore""",
+        explore.explorer: canvas_pixels stroke_story explore_strokes explore""",
     "told before hours are spent": "commands.flags: check_output commands.train: _check_given "
         "evaluation.evaluate: is_record _keep",
     "services that follow a run": "training.config: SERVICES training.trainer: Service",

@@ -41,9 +41,7 @@ def sample_parser() -> Parser:
     return p
 
 # %% ../../nbs/7_commands/02_sample.ipynb #fac8749b
-def ctm_nb_sample(
-    argv: list | None = None,  # words of the command line; None: those of the process
-):
+def ctm_nb_sample(argv: list | None = None):  # words of the command line; None: those of the process
     "Draw samples from a checkpoint into a file or folder (the console command)."
     a = vars(sample_parser().parse_args(argv))
     out, folder = a["out"], a["out"].absolute().parent

@@ -300,9 +300,7 @@ def _train(a: argparse.Namespace, began: float, pulse):  # when the command was 
           f"ctm_nb_sample {shlex.quote(str(folder))} -n 64 --steps 1 --out grid.png")
 
 # %% ../../nbs/7_commands/01_train.ipynb #c6e440eb
-def ctm_nb_train(
-    argv: list | None = None,  # words of the command line; None: those of the process
-):
+def ctm_nb_train(argv: list | None = None):  # words of the command line; None: those of the process
     "Train a teacher, distil it, draw samples and score them (the console command)."
     began, a = time.perf_counter(), train_parser().parse_args(argv)
     with one_line_errors("ctm_nb_train") as p: _train(a, began, p)

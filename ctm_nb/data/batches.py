@@ -62,6 +62,8 @@ def decode_all(
     channels:int|None=None, # 3: also where all images are grey
 )->tuple: # (N, C, H, W) uint8 array or None, broken: position -> reason, C
     "All images of a source in memory; rows of broken ones are undefined. `ValueError` if sizes differ."
+    if size is not None and size < 1: raise ValueError(f"the side of images must be >= 1, got {size}")
+    if crop not in CROPS: raise ValueError(f"crop must be one of {', '.join(CROPS)}, got {crop!r}")
     n, side, grey = len(source), size or side_of(source), True
     out = np.frombuffer(mmap.mmap(-1, n * 3 * side ** 2), np.uint8).reshape(n, 3, side, side) if keep else None
     def look(i):
@@ -185,9 +187,6 @@ def load_splits(
     """The images of a source, ready for training.
 
     Raises `FileNotFoundError`, or `ValueError` for what can't be used; one error lists all broken images."""
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be >= 1, got image_size={image_size}")
-    if crop not in CROPS: raise ValueError(f"crop must be one of {', '.join(CROPS)}, got {crop!r}")
     if channels not in (None, 3): raise ValueError(f"channels must be 3 or None, got channels={channels}")
     source = open_source(path, labels, background)
     source.held_out = held_out_of(source, group)

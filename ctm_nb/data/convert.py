@@ -19,7 +19,7 @@ from PIL import Image
 from .batches import decode_all, each, tried
 from .files import atomic_write, naming, publish, readable, temp_name
 from .images import named_grid, split_mask
-from .read import (CROPS, Source, as_image, complain, decode, held_out_of, is_grey, one_mode,
+from .read import (Source, as_image, complain, decode, held_out_of, is_grey, one_mode,
     open_image, standardise)
 
 # %% ../../nbs/3_data/06_convert.ipynb #389c5ef3
@@ -148,8 +148,7 @@ def write_folder(path:Path, blobs, labels, classes):
 # %% ../../nbs/3_data/06_convert.ipynb #db7b75ae
 def check_destination(dst:Path, overwrite:bool):
     "Raise if the destination can't or must not be written; a file may be replaced if asked to."
-    if dst.suffix.lower() not in (".zip", ".npz", ""):
-        raise ValueError(f"{dst}: expected a name ending in .zip or .npz, or a folder")
+    if dst.suffix.lower() not in (".zip", ""): raise ValueError(f"{dst}: expected a name ending in .zip, or a folder")
     if not dst.parent.is_dir(): raise FileNotFoundError(f"{dst.parent} is not a folder: make it first")
     if dst.is_dir(): raise FileExistsError(f"{dst} is a folder: choose another name, or remove it yourself")
     if dst.exists() and not overwrite:
@@ -158,7 +157,7 @@ def check_destination(dst:Path, overwrite:bool):
 # %% ../../nbs/3_data/06_convert.ipynb #4e8a1c27
 def convert(
     source:Source, # anything opened by `open_source`
-    dst:str|Path, # NAME.zip, NAME.npz or a folder
+    dst:str|Path, # NAME.zip or a folder
     size:int|None=None, # side to crop and resize to; None: as they are
     crop:str="center", # a key of `CROPS`
     split:str|None=None, # "train", "held_out", "all"; None: "train" if the data have their own held-out set, else "all"
@@ -172,22 +171,16 @@ def convert(
     `OSError` for a full disk."""
     dst, split = Path(dst).expanduser(), split or ("all" if source.held_out is None else "train")
     chosen = split_mask(held_out_of(source), split)
-    if size is not None and size < 1: raise ValueError(f"size must be >= 1, got {size}")
-    if crop not in CROPS: raise ValueError(f"crop must be one of {', '.join(CROPS)}, got {crop!r}")
     check_destination(dst, overwrite)
-    images, bad, c = decode_all(source, size, crop, workers, keep=dst.suffix.lower() == ".npz")
+    _, bad, c = decode_all(source, size, crop, workers, keep=False)
     broken = {i: why for i, why in bad.items() if chosen[i]}
     complain(broken, source, skip_broken)
     kept = np.array([i for i in np.flatnonzero(chosen) if i not in broken], np.int64)
     if not len(kept): raise ValueError(f"{source.name} has no images in the split {split!r}")
     labels, side = None if source.labels is None else source.labels[kept], size or source.pixels(kept[0]).shape[0]
-    if images is not None:
-        more = {} if labels is None else {"arr_1": labels, "classes": np.array(source.classes)}
-        atomic_write(dst, lambda f: np.savez(f, arr_0=images[kept].transpose(0, 2, 3, 1), **more))
-    else:
-        def encode(i): return png(one_mode(source.pixels(i, size, crop), c == 1), 0 if dst.suffix else 6)
-        blobs = each(source, encode, workers, "writing", kept)
-        if dst.suffix: atomic_write(dst, lambda f: write_edm_zip(f, blobs, labels, source.classes))
-        else: write_folder(dst, blobs, labels, source.classes)
+    def encode(i): return png(one_mode(source.pixels(i, size, crop), c == 1), 0 if dst.suffix else 6)
+    blobs = each(source, encode, workers, "writing", kept)
+    if dst.suffix: atomic_write(dst, lambda f: write_edm_zip(f, blobs, labels, source.classes))
+    else: write_folder(dst, blobs, labels, source.classes)
     left_out = {readable(source.names[i]): readable(why) for i, why in broken.items()}
     return {"images": len(kept), "left_out": left_out, "channels": c, "size": side}

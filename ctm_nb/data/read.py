@@ -260,7 +260,7 @@ def few(names)->str:
     return ", ".join(map(readable, list(names)[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 EXPECTED = ("'digits', 'emoji', a folder of images, a zip, an npz or npy, MNIST's idx or CIFAR's tar.gz, an LMDB, "
-            "WebDataset shards, Parquet, hub:NAME, hf:NAME or torchvision:NAME")
+            "WebDataset shards, Parquet, hf:NAME or torchvision:NAME")
 
 def existing(path:Path)->Path:
     "A path if a file or a folder is there; `ValueError` for a pipe or a device."
@@ -877,10 +877,10 @@ def open_table(name:str, builder:str="")->LibrarySource:
     """A data set that `datasets` reads: the first column of images, and the first of classes if there is one.
 
     `name` is a file of the `builder` "parquet" or "arrow", a folder that `save_to_disk` has written ("disk"), or a name
-    on the Hub: kept on this disk ("hub"), or streamed and kept as long as this process ("hf")."""
-    sets = optional("datasets", "Parquet, Arrow, hub:NAME or hf:NAME")
+    on the Hub, streamed and kept as long as this process ("hf")."""
+    sets = optional("datasets", "Parquet, Arrow or hf:NAME")
     if builder == "disk": found = sets.load_from_disk(name)
-    elif builder in ("hub", "hf"): found = sets.load_dataset(name, streaming=builder == "hf")
+    elif builder == "hf": found = sets.load_dataset(name, streaming=True)
     else: found = sets.load_dataset(builder, data_files=name)
     if not isinstance(found, dict): found = {"train": found}
     tables = [found[k] for k in sorted(found, key=lambda k: not k.startswith("train"))]
@@ -957,7 +957,7 @@ def open_source(
     if str(path) == "emoji": path = Path(str(resources.files("ctm_nb.data") / "emoji.zip"))
     here, (word, _, rest) = Path(path).expanduser(), str(path).partition(":")
     words = {"digits": (open_digits,), f"torchvision:{rest}": (open_torchvision, *rest.split(":")),
-             f"hub:{rest}": (open_table, rest, word), f"hf:{rest}": (open_table, rest, word)}
+             f"hf:{rest}": (open_table, rest, word)}
     opener: Any
     if str(path) in words: opener, *what = words[str(path)]
     elif shards := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(path)):

@@ -359,7 +359,7 @@ def test_nothing_and_nonsense(tmp_path):
     expected = (
         "expected 'digits', 'emoji', a folder of images, a zip, an npz or npy, MNIST's idx or CIFAR's tar.gz, "
         "an LMDB, "
-        "WebDataset shards, Parquet, hub:NAME, hf:NAME or torchvision:NAME"
+        "WebDataset shards, Parquet, hf:NAME or torchvision:NAME"
     )
     refuse(f"no data at {tmp_path}/x: {expected}", tmp_path / "x", FileNotFoundError)
     (tmp_path / "a.png").write_bytes(png())
