@@ -52,6 +52,13 @@ def test_the_jump_itself_bytes_and_no_classes(tmp_path):
     assert onnxruntime.InferenceSession(str(file)).get_outputs()[0].type == "tensor(uint8)"
 
 
+@pytest.mark.parametrize("weights, most, share", [("float16", 3e-3, .6), ("int8", .1, .4)])
+def test_narrow_weights(weights, most, share, tmp_path):
+    m = student("ddpmpp", model_channels=32)
+    plain, file = written(tmp_path / "m.onnx", m), written(tmp_path / "n.onnx", m, weights=weights)
+    assert 0 < export.onnx_difference(m, file) < most and file.stat().st_size < share * plain.stat().st_size
+
+
 def test_a_teacher_is_refused():
     with pytest.raises(ValueError, match="only a student"):
         export.onnx_bytes(Denoiser(build_network("ddpmpp", **SMALL)))
@@ -68,6 +75,8 @@ def test_a_missing_package_is_one_line(monkeypatch):
     ("x.onnx", ["--jump", "--bytes"], "--jump writes G itself"),
     ("x.safetensors", ["--steps", "2"], "--steps is for OUT.onnx or --web"),
     ("x.safetensors", ["--bytes"], "--bytes is for OUT.onnx"),
+    ("x.safetensors", ["--weights", "int8"], "--weights is for OUT.onnx or --web"),
+    ("x.safetensors", ["--private"], "--private is for OUT hf:owner/name"),
 ])
 def test_words_without_an_effect_are_refused(tmp_path, capsys, name, words, said):
     with pytest.raises(SystemExit): ctm_nb_convert(["student.safetensors", str(tmp_path / name), *words])
