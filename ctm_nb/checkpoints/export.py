@@ -96,6 +96,7 @@ def onnx_bytes(
     times = graph.times if steps else [m.sigma_max, m.sigma_min]
     program.model.metadata_props.update(classes=json.dumps(list(m.classes)), times=json.dumps(times), about=m.about)
     model = program.model_proto
+    for node in model.graph.node: del node.metadata_props[:]  # where in this machine's files each comes from
     if weights != "float32": _narrow(model, weights)
     return model.SerializeToString()
 

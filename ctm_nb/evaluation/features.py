@@ -184,8 +184,7 @@ def _optional(module: str, package: str|None = None):
 def _load_weights(net: nn.Module, path: Path, by_order: bool = False, change=dict) -> nn.Module:  # net
     """Load published weights into a network of timm, in place; `ValueError` if the file does not hold exactly them.
 
-    It holds a state dict, bare or under "model"; `by_order`: with other names, but in the network's order; `change`: of the
-    state dict."""
+    It holds a state dict, bare or under "model"; `by_order`: with other names, but in the network's order."""
     try:
         if path.suffix == ".safetensors": state = load_file(path)
         else: state = torch.load(path, map_location="cpu", weights_only=True)

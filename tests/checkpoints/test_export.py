@@ -1,5 +1,6 @@
 """Students as ONNX files and as a page: the same pictures, whatever the network, the number of them and the jumps."""
 import json
+import os
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ def test_every_family_draws_the_same(family, tmp_path):
     assert [i.name for i in session.get_inputs()] == ["noise", "label"]
     kept = session.get_modelmeta().custom_metadata_map
     assert json.loads(kept["classes"]) == m.classes and len(json.loads(kept["times"])) == 3
+    assert b"ctm_nb" + os.sep.encode() not in file.read_bytes()  # no folders of this machine
 
 
 def test_the_jump_itself_bytes_and_no_classes(tmp_path):
@@ -52,7 +54,7 @@ def test_the_jump_itself_bytes_and_no_classes(tmp_path):
     assert onnxruntime.InferenceSession(str(file)).get_outputs()[0].type == "tensor(uint8)"
 
 
-@pytest.mark.parametrize("weights, most, share", [("float16", 3e-3, .6), ("int8", .1, .4)])
+@pytest.mark.parametrize("weights, most, share", [("float16", .02, .6), ("int8", .2, .4)])
 def test_narrow_weights(weights, most, share, tmp_path):
     m = student("ddpmpp", model_channels=32)
     plain, file = written(tmp_path / "m.onnx", m), written(tmp_path / "n.onnx", m, weights=weights)

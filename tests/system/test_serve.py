@@ -57,7 +57,8 @@ def served(home, *words):
     finally: p.kill()
     assert (p.returncode, out) == (0, "closed\n") and "Traceback" not in err, err
     assert not (home / "asked").exists(), (home / "asked").read_text()
-    assert not list((home / "tmp").iterdir()) and not list((home / "cwd").iterdir())
+    left = [*(home / "tmp").iterdir(), *(home / "cwd").iterdir()]
+    assert not [f for f in left if not f.name.startswith("torchinductor_")]  # torch's own
 
 
 def drawn(address, *form):
