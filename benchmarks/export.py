@@ -13,6 +13,7 @@ import base64
 import io
 import json
 import logging
+import os
 import statistics
 import sys
 import tempfile
@@ -20,12 +21,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from digits import hardware
 from PIL import Image
 
-from ctm_nb.checkpoints.export import WEIGHTS, Drawing, onnx_bytes, web_page
+from ctm_nb.checkpoints.export import WEIGHTS, Drawing, _narrow, onnx_bytes, web_page
 from ctm_nb.checkpoints.models import load, save_model
 from ctm_nb.data.batches import load_splits
 from ctm_nb.data.images import to_uint8
@@ -63,16 +65,22 @@ class Calibration:
         return next(self.rows, None)
 
 
-def quantized(m, folder):
+def narrowed(content, weights):
+    "As `onnx_bytes` does it, without exporting again."
+    model = onnx.load_from_string(content)
+    if weights != "float32":
+        _narrow(model, weights)
+    return model.SerializeToString()
+
+
+def quantized(m, content, folder):
     "The file with products of whole numbers too, in ONNX Runtime's two ways, and in half precision."
     from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    import onnx
-
     plain, ready, out = folder / "plain.onnx", folder / "ready.onnx", folder / "out.onnx"
-    plain.write_bytes(onnx_bytes(m))
+    plain.write_bytes(content)
     half = convert_float_to_float16(onnx.load(plain), keep_io_types=True)
     yield "float16 arithmetic", half.SerializeToString()
     quant_pre_process(str(plain), str(ready), skip_symbolic_shape=True)
@@ -156,8 +164,9 @@ def measured(name, path, browser, folder):
         back = load(kept).eval()
         off = max((a - b).abs().max().item() for a, b in zip(m.state_dict().values(), back.state_dict().values()))
         rows.append({"format": f".{end}", "direction": "out and in", "parity": off, "bytes": kept.stat().st_size})
-    forms = {f"onnx, {w} weights": onnx_bytes(m, weights=w) for w in WEIGHTS}
-    for form, content in [*forms.items(), *quantized(m, folder)]:
+    content = onnx_bytes(m)
+    forms = {f"onnx, {w} weights": narrowed(content, w) for w in WEIGHTS}
+    for form, content in [*forms.items(), *quantized(m, content, folder)]:
         try:
             ways[form], files[form] = session(content), content
             ways[form](z[:2], y[:2])
@@ -190,6 +199,7 @@ def main():
     a = p.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     with tempfile.TemporaryDirectory() as d:
         found = measured(a.name, a.path, a.browser, Path(d))
     out = ROOT / "nbs" / "results" / "export" / f"{a.name}.json"

@@ -21,7 +21,7 @@ COMMIT = "0" * 39 + "1"
 class Hub(BaseHTTPRequestHandler):
     "As much of the Hub as sharing and loading a model ask for."
     files: dict = {}
-    private: list = []  # what every wish to make a repository says about that; the first one counts
+    private: list = []  # does a wish to make a repository say so? the first one counts
 
     def log_message(self, *_): pass
 
@@ -38,7 +38,8 @@ class Hub(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != "Bearer hf_right":
             return self.answer({"error": "who are you?"}, 401, X_Error_Message="who are you?")
         if self.path == "/api/repos/create":
-            self.private.append(json.loads(sent).get("private"))
+            wish = json.loads(sent)
+            self.private.append(wish.get("private") is True or wish.get("visibility") == "private")
             return self.answer({"url": f"{here}/me/digits", "id": "me/digits"})
         if self.path.startswith("/api/models/me/digits/preupload/"):
             asked = json.loads(sent)["files"]
@@ -107,7 +108,7 @@ def test_private_is_private_or_nothing_is_sent(hub):
     code, out, err = hub(alone)
     assert code == 0 and Hub.private == [True] and "model.safetensors" in Hub.files, err
     Hub.files.clear()
-    Hub.private[:] = [None]
+    Hub.private[:] = [False]
     code, out, err = hub(alone)
     assert code == 2 and "it is there, and public" in err and err.count("\n") == 1 and not Hub.files
 
