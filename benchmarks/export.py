@@ -164,9 +164,9 @@ def measured(name, path, browser, folder):
         back = load(kept).eval()
         off = max((a - b).abs().max().item() for a, b in zip(m.state_dict().values(), back.state_dict().values()))
         rows.append({"format": f".{end}", "direction": "out and in", "parity": off, "bytes": kept.stat().st_size})
-    content = onnx_bytes(m)
-    forms = {f"onnx, {w} weights": narrowed(content, w) for w in WEIGHTS}
-    for form, content in [*forms.items(), *quantized(m, content, folder)]:
+    graph = onnx_bytes(m)
+    forms = {f"onnx, {w} weights": narrowed(graph, w) for w in WEIGHTS}
+    for form, content in [*forms.items(), *quantized(m, graph, folder)]:
         try:
             ways[form], files[form] = session(content), content
             ways[form](z[:2], y[:2])
