@@ -45,7 +45,7 @@ NEW = {
     "lite0, nearest": """evaluation.features: LITE0 lite0_file evaluation.metrics: nearest_points nearer_share
         evaluation.evaluate: Training Evaluator.remember Evaluator.nearest _nearest_grid commands.evaluate: _sheet""",
     "a page to play with": "evaluation.serve commands.sample: SERVED",
-    "DINOv2": "evaluation.features: _standardised DINOv2Extractor _fewer_places",
+    "DINOv2": "evaluation.features: _standardised DINOv2Extractor _resize_pillow _fewer_places",
     "emoji": "training.presets: EMOJI",
     "ONNX and the page": """checkpoints.export commands.convert: EXPORTED _export_flags _refuse_export
         _export""",

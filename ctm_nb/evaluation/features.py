@@ -118,7 +118,13 @@ class TimmExtractor(Extractor):
 class DINOv2Extractor(Extractor):
     "DINOv2's class token, of pictures prepared as by Stein et al., 2023."
     has_probs = False
-    def extract(self, x): return Features(self.net(_standardised(self.net, _resize_clean(x, 224).round())))
+    def extract(self, x): return Features(self.net(_standardised(self.net, _resize_pillow(x))))
+
+def _resize_pillow(x):  # (B, C, 224, 224) float32, whole numbers
+    "Pillow's bicubic interpolation of bytes, which rounds after the rows and after the columns."
+    for sides in (x.shape[2], 224), (224, 224):
+        x = F.interpolate(x.float(), sides, mode="bicubic", antialias=True).round().clamp(0, 255)
+    return x
 
 def _fewer_places(state):
     "Weights for 518 pixels as those for 224."

@@ -82,9 +82,9 @@ def _page(gr, m, draw, name, seed=0, steps=None, gamma=None, n=None):
             gr.Slider(0, 1, gamma or 0., step=.05, label="gamma: share of fresh noise", visible=jumps),
             gr.Slider(1, max(64, n or 0), n or 16, step=1, label="pictures"),
             number(None, label="to seed", info=f"ways from one seed to another, {WAY} pictures each; empty: a grid")]
-    shown = [gr.Image(type="filepath", format="png", label="drawn", interactive=False), gr.Markdown()]
-    page = gr.Interface(draw, form, shown, title=name, description=m.about, submit_btn="Draw", clear_btn=None,
-                        flagging_mode="never", analytics_enabled=False, api_name="draw")
+    shown = [gr.Image(type="filepath", show_label=False, buttons=[], interactive=False), gr.Markdown()]
+    page = gr.Interface(draw, form, shown, title=name, description=m.about.rpartition(": ")[2], submit_btn="Draw",
+                        clear_btn=None, flagging_mode="never", analytics_enabled=False, api_name="draw")
     with page: page.load(draw, form, shown)
     return page
 
