@@ -51,15 +51,15 @@ NEW = {
         _export""",
     "Hub": """checkpoints.catalogue: HUB_FILE hub_file training.report: model_card
         commands.convert: _public _share""",
-    "safety of readers, labels": """data.read: ENCODINGS existing unpacked_limit _Stub LABEL_KEYS _label_in _is_picture
+    "safety of readers, labels": """data.read: ENCODINGS existing unpacked_limit LABEL_KEYS _label_in _is_picture
         _as_bytes _stamp _prefix _hint LMDB _lmdb_page lmdb_entries data.convert: folder_names data.images: _letters
         checkpoints.models: _is_consistency_model""",
     "other forms, others' weights": """data.read: _bytes_at _inflate _mat_arrays PACKED _plain_tar open_table
         checkpoints.foreign: _of_diffusers _states _rank _weights read_weights
-        checkpoints.unpickle: ANY Opaque TORCH_NAMES _latin _odd""",
+        data.pickles: ANY Opaque _latin _odd checkpoints.unpickle: TORCH_NAMES""",
     "machines without double, without fork": "method.flow: NO_DOUBLE finest training.runtime: peak_memory",
     "editing": """method.editing evaluation.edit commands.sample: _edit_flags
-        explore.explorer: CANVAS canvas_pixels stroke_story explore_strokes explore""",
+        explore.explorer: canvas_pixels stroke_story explore_strokes explore""",
     "told before hours are spent": "commands.flags: check_output commands.train: _check_given "
         "evaluation.evaluate: is_record _keep",
     "services that follow a run": "training.config: SERVICES training.trainer: Service",
@@ -67,7 +67,7 @@ NEW = {
         commands.train: _finished""",
     "known hashes": "checkpoints.catalogue: SHA256",
     "two at once, memory, a pulse": """data.files: claimed training.trainer: Trainer.claim Trainer.whereabouts
-        checkpoints.models: of_newest commands.flags: Pulse training.costs: fit_memory""",
+        checkpoints.models: of_newest commands.flags: Pulse training.costs: fit_memory training.runtime: Here.least""",
 }
 
 

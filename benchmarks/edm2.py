@@ -81,7 +81,7 @@ class Meter:
             return
         self.net = None
         known = read_reference(ref) if ref else None
-        self.judge = (Evaluator(known, ClassifierExtractor(known.net), progress=False) if known else
+        self.judge = (Evaluator(known, ClassifierExtractor(known.net)) if known else
                       run_evaluator(self.data, keep=True))
         self.counts, self.judge.metrics = self.judge.reference.label_counts, ["fid"]
 

@@ -288,7 +288,9 @@ def golden_edm2(name, where, precision):
     rows = (y.max(1).values == 1).nonzero()[:, 0]
     x, t, D, y = (v[rows].to(where) for v in (z["io.x"], z["io.sigma"], z["io.D"], y.argmax(1)))
     model = Denoiser(net).eval().to(where)
-    with torch.no_grad(), autocast(precision, where): return off(model.D(x, t, y), D)
+    fp16 = torch.autocast(torch.device(where).type, torch.float16)
+    half = fp16 if precision == "fp16" else autocast(precision, where)
+    with torch.no_grad(), half: return off(model.D(x, t, y), D)
 
 
 def golden_networks():
@@ -693,8 +695,7 @@ class Graphed:
     "A denoiser whose evaluations, all of one shape, are replays of a CUDA graph."
 
     def __init__(self, D, x, t, precision):
-        from ctm_nb.training.runtime import FORMATS as formats
-        half, self.x, self.t = formats[precision], x.clone(), t.clone()
+        half, self.x, self.t = {"fp32": None, "bf16": torch.bfloat16}[precision], x.clone(), t.clone()
         def call():
             with torch.no_grad(), torch.autocast(x.device.type, half, cache_enabled=False): return D(self.x, self.t)
         self.again = record(call)
@@ -943,9 +944,9 @@ def run_part(results, a, folder):
 
 def scores(t):
     "The Frechet distance of teacher and student, each record with all that it depends on."
-    from ctm_nb.evaluation.evaluate import run_evaluator
+    from ctm_nb.evaluation.evaluate import Request, run_evaluator
     e = t.config.evaluate
-    t.evaluator = run_evaluator(t.splits, e.features, device=str(device()), batch=e.batch)
+    t.evaluator = run_evaluator(t.splits, Request("", "", e.features, device=str(device()), batch=e.batch))
     t.evaluator.metrics, t.evaluator.extra = ["fid"], ()
     return {"records": t.evaluate()}
 

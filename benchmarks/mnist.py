@@ -86,9 +86,9 @@ def strict(run, work, n=5000):
 
     file = work / "classifier6.npz"
     if not file.exists():
-        run_evaluator(load_splits(work / "mnist"), most=360_000, progress=True).reference.save(file)
+        run_evaluator(load_splits(work / "mnist"), most=360_000).reference.save(file)
     reference = read_reference(file)
-    judge = Evaluator(reference, ClassifierExtractor(reference.net), ["fid", "pr", "acc"], progress=False)
+    judge = Evaluator(reference, ClassifierExtractor(reference.net), ["fid", "pr", "acc"])
     e = json.loads((run / "config.json").read_text())["evaluate"]
     ways = {"teacher": ("teacher", {"solver": e["teacher_solver"], "steps": e["teacher_steps"]})}
     ways |= {f"{k} step{'s' * (k > 1)}": ("ctm", {"solver": "ctm", "steps": k, "gamma": 0.0}) for k in (1, 2, 4)}

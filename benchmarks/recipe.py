@@ -56,7 +56,7 @@ def main():
     judge = None
     if a.ref:
         reference = read_reference(a.ref)
-        judge = Evaluator(reference, ClassifierExtractor(reference.net), progress=False)
+        judge = Evaluator(reference, ClassifierExtractor(reference.net))
     rows = json.loads(RESULT.read_text()) if RESULT.exists() else []
     given = [*QUIET, *MUON.split(), f"teacher.source={a.teacher}", *([f"data.source={a.data}"] if a.data else [])]
     for seed in a.seeds:

@@ -125,7 +125,7 @@ def device_section(a):
         "conv fp32": lambda: torch.nn.functional.conv2d(x, w, padding=1),
         "copy": big.clone,
     }
-    if not unpacks("bf16", torch.device(a.device)):
+    if not unpacks(torch.device(a.device)):
         jobs |= {
             "matmul bf16": lambda: half[0] @ half[0],
             "conv bf16": lambda: torch.nn.functional.conv2d(*half[1:], padding=1),
@@ -182,7 +182,7 @@ def network_section(a):
 
         formats = {"fp32": nullcontext} | (
             {}
-            if unpacks("bf16", torch.device(a.device))
+            if unpacks(torch.device(a.device))
             else {"bf16": partial(torch.autocast, a.device, torch.bfloat16)}
         )
         times = in_turn(
@@ -318,7 +318,7 @@ def jobs_of(channels, a):
     out = {"plain": (stages["published"], plain_step), **{r: (s, our_step) for r, s in stages.items()}}
     from ctm_nb.training.runtime import unpacks
 
-    if not unpacks("bf16", torch.device(a.device)):
+    if not unpacks(torch.device(a.device)):
         out |= {f"{r}, bf16": (s, partial(our_step, context=half)) for r, s in stages.items()}
     if a.compiled:
         from ctm_nb.training.runtime import compile_networks
@@ -467,7 +467,7 @@ def memory_section(a):
     "Peak memory of a step over what the networks themselves need, each in a process of its own."
     from ctm_nb.training.runtime import unpacks
 
-    rows, half = {}, ("eleven evaluations, bf16",) * (not unpacks("bf16", torch.device(a.device)))
+    rows, half = {}, ("eleven evaluations, bf16",) * (not unpacks(torch.device(a.device)))
     for channels in a.channels:
         for kind in ("plain", "published", "eleven evaluations", "in parts of half", "in parts of a quarter", *half):
             line = subprocess.run(

@@ -12,8 +12,8 @@ _FORMER = {
     "method": "flow edm:teacher trajectory together:balance distances distill features:adversary gan:adversary "
         "sampling guidance",
     "data": "decode:read zips:read sources:read formats:read survey:convert convert data:images augment "
-        "loader:batches pictures:images",
-    "checkpoints": "state:store depickle:unpickle edm_pickle:unpickle foreign download:catalogue hub:catalogue "
+        "loader:batches pictures:images depickle:pickles",
+    "checkpoints": "state:store edm_pickle:unpickle foreign download:catalogue hub:catalogue "
         "interchange:models",
     "evaluation": "metrics similarity:metrics extractors:features references:reference evaluation:evaluate "
         "classifier:draw containers:draw search tuning:search draw shares:reference ways:evaluate "

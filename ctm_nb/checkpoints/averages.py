@@ -82,7 +82,7 @@ def save_snapshot(
     models = {k: {**about[k], "t": e.n_updates, "std": e.rate} for k, e in averages.items()}
     weights = {k: {**e.module.state_dict(), **{n: p.half() for n, p in e.module.named_parameters()}}
                for k, e in averages.items()}
-    return save_checkpoint(Path(run) / "averages", step, weights, {}, {"stage": stage, "models": models}, replace=True)
+    return save_checkpoint(Path(run) / "averages", step, weights, {}, {"stage": stage, "models": models})
 
 # %% ../../nbs/4_checkpoints/06_averages.ipynb #8cefb1c2
 def forget_snapshots(

@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .unpickle import (
-    EDM_NAMES, MAGIC, MAX_STEPS, TORCH_NAMES, Budget, EdmNetwork, ForeignFileError, Opaque, Unpickler, edm_network,
-    fill_storage, printable, read_legacy)
+    EDM_NAMES, MAGIC, TORCH_NAMES, EdmNetwork, TensorUnpickler, edm_network, fill_storage, read_legacy)
+from ..data.pickles import MAX_STEPS, Budget, ForeignFileError, Opaque, Unpickler, printable
 
 # %% ../../nbs/4_checkpoints/03_foreign.ipynb #3bc9643c
 MAGICS = {
@@ -108,10 +108,9 @@ def _read_zip(f, data):
     archive, root = _archive(f, data)
     if f"{root}/byteorder" in archive.namelist() and archive.read(f"{root}/byteorder") != b"little":
         raise ForeignFileError("its numbers are big-endian")
-    storages: dict = {}
-    program = memoryview(archive.read(f"{root}/data.pkl"))
-    value = Unpickler(program, Budget(len(data)), TORCH_NAMES, storages=storages).run()
-    for key, storage in storages.items(): fill_storage(storage, archive.read(f"{root}/data/{key}"))
+    u = TensorUnpickler(memoryview(archive.read(f"{root}/data.pkl")), Budget(len(data)), TORCH_NAMES)
+    value = u.run()
+    for key, storage in u.storages.items(): fill_storage(storage, archive.read(f"{root}/data/{key}"))
     return value
 
 # %% ../../nbs/4_checkpoints/03_foreign.ipynb #571289e6

@@ -61,9 +61,7 @@ class EMA:
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #b97c1947
 @patch
-def update(self:EMA,
-    model:torch.nn.Module, # the model after its optimizer step, same structure as at the start
-):
+def update(self:EMA, model:torch.nn.Module):  # the model after its optimizer step, same structure as at the start
     "Move the EMA one step towards `model`."
     with torch.no_grad():
         new_weight = 1 - self.effective_rate()
@@ -151,12 +149,8 @@ def save_checkpoint(
     models:dict, # name -> state dict of tensors; each becomes <name>.safetensors
     state:dict, # nested dict of tensors, numbers and strings: optimizers, counters
     meta:dict, # anything JSON can hold, e.g. the configuration (tuples come back as lists)
-    replace:bool=False, # allow `step` to be there already
 ) -> Path: # folder/step_00001000
-    """Write a checkpoint that appears whole or not at all.
-
-    Raises FileExistsError if `step` was saved before (and not `replace`), ValueError for content that can't be read
-    back."""
+    "Write a checkpoint that appears whole or not at all; ValueError for content that can't be read back."
     folder, target = Path(folder), Path(folder)/f"step_{step:08d}"
     for name in models:
         if not re.fullmatch(r"\w([\w.-]*\w)?", name) or name == "state":
@@ -164,8 +158,6 @@ def save_checkpoint(
     _check_plain(state)
     folder.mkdir(parents=True, exist_ok=True)
     _settle(folder)
-    if target.exists() and not replace:
-        raise FileExistsError(f"{target} exists; pass replace=True to save step {step} again")
     temp = temp_name(target)
     try:
         _write_parts(temp, step, models, state, meta)
@@ -305,9 +297,7 @@ def _plain_number(v):
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #c97a1ea5
 @patch
-def rewind(self:MetricsLog,
-    n:int|None=None, # complete lines to keep, from `mark`; None keeps all and drops a torn last line
-):
+def rewind(self:MetricsLog, n:int|None=None):  # complete lines to keep, from `mark`; None: all but a torn last one
     "Forget everything after the first `n` lines. Raises CheckpointError if there are fewer."
     lines = self._lines()
     if n is not None and n > len(lines):
@@ -317,9 +307,7 @@ def rewind(self:MetricsLog,
 
 # %% ../../nbs/4_checkpoints/01_store.ipynb #e01cfd8b
 @patch
-def append(self:MetricsLog,
-    **values, # numbers, strings or 0-d tensors
-):
+def append(self:MetricsLog, **values):  # numbers, strings or 0-d tensors
     "Add one line, handed to the operating system at once."
     if not self._checked: self.rewind()
     line = json.dumps({k: _plain_number(v) for k, v in values.items()}) + "\n"

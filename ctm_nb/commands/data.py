@@ -19,11 +19,11 @@ def data_parser() -> Parser:
         "tar.gz, LMDB, WebDataset shards, torchvision:NAME, digits. What SRC is, is found out from its content.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (("inspect", "look at every image and report"),
-                       ("convert", "write SRC as DST: NAME.zip (EDM), NAME.npz, or a folder of PNGs")):
+                       ("convert", "write SRC as DST: NAME.zip (EDM), or a folder of PNGs")):
         add = commands.add_parser(name, help=text, description=text).add_argument
         add("src", metavar="SRC", help="any data set")
         if name == "convert":
-            add("dst", metavar="DST", type=Path, help="NAME.zip, NAME.npz or a folder; must not exist")
+            add("dst", metavar="DST", type=Path, help="NAME.zip or a folder; must not exist")
             add("--split", choices=["train", "held_out", "all"],
                 help="which images (default: train where the data have a held-out set of their own, else all)")
             add("--skip-broken", action="store_true", help="leave out images that can't be read instead of stopping")
@@ -72,9 +72,7 @@ def _convert(a):
     return "\n".join([*lines, *(f"  {name}: {why}" for name, why in list(out.items())[:50]), *source.notes])
 
 # %% ../../nbs/7_commands/04_data.ipynb #0a1148d4
-def ctm_nb_data(
-    argv: list | None = None,  # words of the command line; None: those of the process
-):
+def ctm_nb_data(argv: list | None = None):  # words of the command line; None: those of the process
     "Inspect and convert image data sets (the console command)."
     a = data_parser().parse_args(argv)
     with one_line_errors("ctm_nb_data"):

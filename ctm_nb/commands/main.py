@@ -43,9 +43,7 @@ def completion(
     return "\n".join(shtab.complete(with_files(_part_of(name, "{}_parser")()), shell) for name in COMMANDS)
 
 # %% ../../nbs/7_commands/06_main.ipynb #8c1da7aa
-def main(
-    argv: list | None = None,  # words of the command line; None: those of the process
-):
+def main(argv: list | None = None):  # words of the command line; None: those of the process
     "List the commands, or run one (`python -m ctm_nb`)."
     argv = sys.argv[1:] if argv is None else argv
     word = argv[0] if argv else "--help"

@@ -276,13 +276,15 @@ def _train(a: argparse.Namespace, began: float, pulse):  # when the command was 
     from ctm_nb.evaluation.reference import launched
     from ctm_nb.training.budget import BudgetTrainer
     from ctm_nb.training.costs import fit_memory
-    from ctm_nb.training.runtime import leave
+    from ctm_nb.training.runtime import join, leave
     from ctm_nb.training.trainer import Trainer, open_images
     pulse.say = lambda: "opening and measuring"
     config, stage, folder = _config(a), a.stage or ("ctm_dsm_gan" if a.student else "ctm_dsm"), _folder(a)
     splits, spent, minutes = None, "", 0 if (a.steps or "").startswith("+") else _minutes(a, config, folder)
     if minutes: config, splits, spent = _budgeted(a, config, folder, minutes, stage, began)
-    elif launched()[1] == 1: fit_memory(config, (splits := open_images(config))["train"], folder)
+    else:
+        splits = open_images(config, here := join(config.run.device))
+        fit_memory(config, splits["train"], folder, here=here)
     if a.dry_run: return _show(config, plan(config, folder, a.measure, stage, spent, splits))
     torch.set_flush_denormal(True)
     if spent: logging.info("%g minutes: %s", minutes, spent)
@@ -298,9 +300,7 @@ def _train(a: argparse.Namespace, began: float, pulse):  # when the command was 
           f"ctm_nb_sample {shlex.quote(str(folder))} -n 64 --steps 1 --out grid.png")
 
 # %% ../../nbs/7_commands/01_train.ipynb #c6e440eb
-def ctm_nb_train(
-    argv: list | None = None,  # words of the command line; None: those of the process
-):
+def ctm_nb_train(argv: list | None = None):  # words of the command line; None: those of the process
     "Train a teacher, distil it, draw samples and score them (the console command)."
     began, a = time.perf_counter(), train_parser().parse_args(argv)
     with one_line_errors("ctm_nb_train") as p: _train(a, began, p)

@@ -36,8 +36,8 @@ from .metrics import (class_accuracy, frechet_gaussians, inception_score, kernel
 from .features import ClassifierExtractor, Extractor, InceptionExtractor, load_extractor
 from .reference import (Collected, Ranks, Reference, SampleSet, build_reference, collect, data_samples,
                         is_reference_file, open_samples, process_group, read_reference)
-from .search import SEARCH_SEED, aligned, beside, confirm, search_table, search_times, store_times
-from .draw import guided_model, timesteps_of, _warn_unsuited, weights_hash
+from .search import SEARCH_SEED, aligned, confirm, search_table, search_times, store_times
+from .draw import guided_model, timesteps_of, _warn_unsuited
 from .likelihood import likelihood_record
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,6 @@ class Evaluator:
     extractor: Extractor             # the feature network, the same in every process
     metrics: list | None = None      # words of METRICS; None: fid, pr with points, and of a classifier acc and is
     batch: int = 500                 # images at a time
-    progress: bool = True            # show a bar
     ranks: Ranks = Ranks()           # the processes that share the work
     training: tuple | None = None    # see `Evaluator.remember`
 
@@ -96,7 +95,7 @@ def collect(self: Evaluator, samples: SampleSet) -> Collected | None:  # in the 
         raise ValueError(f"labels of {samples.name} must be below {r.net.n_classes} as in the reference {r.name}, "
                          f"got {top}")
     keep = bool(NEED_POINTS & words or self.training)
-    return collect(self.extractor, samples, self.batch, keep, self.progress, self.ranks)
+    return collect(self.extractor, samples, self.batch, keep, self.ranks)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #3e86239f
 @patch
@@ -148,7 +147,7 @@ Training = namedtuple("Training", "data points held_out")  # pictures, features 
 @patch
 def remember(self: Evaluator, splits) -> Evaluator:
     "The same, which also looks for nearest training pictures, and knows how far the held-out ones are from them."
-    both: Any = [collect(self.extractor, data_samples(splits[s]), self.batch, True, self.progress, self.ranks)
+    both: Any = [collect(self.extractor, data_samples(splits[s]), self.batch, True, self.ranks)
                  for s in ("train", "held_out")]
     points, held_out = [got and got.points for got in both]
     if points is not None: held_out = nearest_points(held_out, points)[0][:, 0]
@@ -368,47 +367,39 @@ def _kept_reference(data, real, seed: int, most: int) -> Path:  # in the cache f
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #d223f4ca
 def run_evaluator(
     splits,  # splits["train"] and that of the reference; labelled for features "train"
-    features: str = "train",  # see `load_extractor`, or "train"
-    weights: str | None = None,  # folder of published weights; None: the cache
-    device: str = "cpu",  # where the feature network goes
-    batch: int = 500,  # images at a time
-    progress: bool = False,  # show a bar while the reference is made
-    seed: int = 0,  # of the classifier
-    most: int = 60000,  # images that it sees in training
+    r: Request | None = None,  # its features, weights, device, batch, ref_split, seed and trust; None: the usual ones
+    most: int = 60000,  # images that a classifier sees in training
     keep: bool = False,  # classifier and reference in the cache folder, by what they are made of
-    split: str | None = None,  # of the reference; None: "held_out" for features "train", else "train"
     ranks: Ranks = Ranks(),  # the processes that share the work
-    trust: bool = False,  # run a TorchScript file that is not the published one
 ) -> Evaluator:
-    "What scores a run, or any samples of such data."
-    own, path, first = features == "train", None, ranks.rank == 0
-    split = split or ("held_out" if own else "train")
+    "What scores a run, or any samples of such data, against the held-out images, or for other features the training's."
+    r, path, first = r or Request("", ""), None, ranks.rank == 0
+    split = r.ref_split or ("held_out" if r.trains else "train")
     real = splits[split]
-    if own and keep and first: path = _kept_reference(splits["train"], real, seed, most)
+    if r.trains and keep and first: path = _kept_reference(splits["train"], real, r.seed, most)
     known: Any = None
     try: known = read_reference(path) if path and path.exists() else None
     except ValueError as e: log.warning("%s; it is made again", e)
     known, name = ranks.send(known), f"{real.name}, {split.replace('_', ' ')}"
-    learn = lambda: train_classifier(splits["train"], seed, most=most, device=device, progress=progress).cpu()
-    if known: extractor: Extractor = ClassifierExtractor(known.net).to(device)
-    elif own: extractor = ClassifierExtractor(ranks.send(learn() if first else None)).to(device)
-    else: extractor = load_extractor(features, weights, device, trust)
-    reference = known or build_reference(extractor, real, name, batch, progress=progress, ranks=ranks)
+    learn = lambda: train_classifier(splits["train"], r.seed, most=most, device=r.device).cpu()
+    if known: extractor: Extractor = ClassifierExtractor(known.net).to(r.device)
+    elif r.trains: extractor = ClassifierExtractor(ranks.send(learn() if first else None)).to(r.device)
+    else: extractor = load_extractor(str(r.features), r.weights, r.device, r.trust)
+    reference = known or build_reference(extractor, real, name, r.batch, ranks=ranks)
     if path and not known: _keep(path, reference.save)
     reference.name = name
-    return Evaluator(reference, extractor, batch=batch, progress=False, ranks=ranks)
+    return Evaluator(reference, extractor, batch=r.batch, ranks=ranks)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #c4ad22de
 def _find_reference(r: Request, subject: Subject, ranks: Ranks = Ranks()) -> Evaluator:  # the same in every process
     "What scores a request; `ValueError` if reference and features don't belong together, or neither tells which."
     path = fetch(r.ref) if r.ref in CATALOGUE else Path(r.ref).expanduser()
     if not is_reference_file(path):
-        split = r.ref_split or ("held_out" if r.trains else "all")
         splits = load_splits(r.ref, **subject.reading)
-        found = run_evaluator(splits, r.features or "train", r.weights, r.device, r.batch, True, r.seed, keep=r.search,
-                              split=split, ranks=ranks, trust=r.trust)
+        part = r.ref_split or ("held_out" if r.trains else "all")
+        found = run_evaluator(splits, replace(r, ref_split=part), keep=r.search, ranks=ranks)
         found.reference.check(found.extractor.features_id, subject.shape)
-        found = replace(found, metrics=r.words, progress=True)
+        found = replace(found, metrics=r.words)
         if r.nearest and subject.data_sha256 not in (None, splits["train"].sha256()):
             log.warning("the training pictures of %s, or their labels, are not those of %s", r.ref, subject.name)
         return found.remember(splits) if r.nearest else found
@@ -425,18 +416,15 @@ def _find_reference(r: Request, subject: Subject, ranks: Ranks = Ranks()) -> Eva
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #f2bacbdd
 def _search_model(evaluator: Evaluator, r: Request, m) -> list:
-    "Search the times of a model, or go on where it was interrupted."
+    "Search the times of a model."
     word, seed, n = (r.metrics or ["fid"])[0], r.seed + SEARCH_SEED, r.search_n or min(r.n or 50000, 5000)
-    quiet, counts = replace(evaluator, progress=False, training=None, metrics=[word]), evaluator.reference.label_counts
+    alone, counts = replace(evaluator, training=None, metrics=[word]), evaluator.reference.label_counts
     def one(times, gamma):
         drawn = drawn_samples(m, n, dict(solver="ctm", times=times, gamma=gamma), counts, seed)
-        got = quiet.collect(drawn)
-        return got and next(iter(quiet.score(got).values()))
-    settings = {"weights": weights_hash(m), "metric": word, "features": evaluator.extractor.features_id,
-                "reference": evaluator.reference.sha256, "n_samples": n, "seed": seed}
-    gamma, folder = r.gammas[0] if r.gammas else None, beside(r.what, "search")
-    return [search_times(one, steps, m.sigma_min, m.sigma_max, r.tries, gamma, folder, settings, evaluator.ranks)
-            for steps in r.steps]
+        got = alone.collect(drawn)
+        return got and next(iter(alone.score(got).values()))
+    gamma = r.gammas[0] if r.gammas else None
+    return [search_times(one, steps, m.sigma_min, m.sigma_max, r.tries, gamma, evaluator.ranks) for steps in r.steps]
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #26464ff4
 def evaluate(
@@ -450,8 +438,7 @@ def evaluate(
             split = r.ref_split or "held_out"
             data = load_splits(r.ref, **subject.reading)[split]
             data.name = f"{data.name}, {split.replace('_', ' ')}"
-            rows.append(likelihood_record(subject.model, data, subject.name, r.n, r.tol, r.seed, r.batch,
-                                          progress=True))
+            rows.append(likelihood_record(subject.model, data, subject.name, r.n, r.tol, r.seed, r.batch))
         if r.words == []: return rows, found
         evaluator = _find_reference(r, subject, ranks)
         evaluator.check(r.words or [])

@@ -10,7 +10,7 @@ import math
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..method.flow import noise
 from ..method.sampling import check_labels
@@ -129,7 +129,6 @@ def likelihood_record(
     tol: float = 1e-4,  # see `ode_log_density`
     seed: int = 0,  # of everything random
     batch: int = 500,  # images at a time
-    progress: bool = False,  # show a bar
 ) -> dict:  # ready for json
     "Mean bits per dimension of images. Raises ValueError if model and images don't fit."
     shape, words = (data.channels, data.image_size, data.image_size), lambda s: " x ".join(map(str, s))
@@ -140,7 +139,7 @@ def likelihood_record(
                          f"{data.n_classes or 'no'} classes")
     n = min(n or len(data), len(data))
     parts = (torch.arange(n) * len(data) // n).split(batch)
-    parts = tqdm(parts, desc="bpd", unit=" batches", disable=None if progress else True)
+    parts = tqdm(parts, desc="bpd", unit=" batches", disable=None)
     y = lambda i: data.labels[i] if m.n_classes else None
     b = torch.cat([ode_bits(m, data.x0(i), y(i), tol, 1, seed, i.tolist()) for i in parts])
     reference = {"name": data.name, "sha256": data.sha256(), "n": len(data)}

@@ -13,7 +13,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..data.images import Images
 
 # %% ../../nbs/5_evaluation/01_metrics.ipynb #bcf587d0
@@ -261,7 +261,6 @@ def train_classifier(
     epochs:int=6, # passes over the data
     most:int=60000, # images seen, where those would be more
     device:str="cpu", # where to train
-    progress:bool=False, # show a bar with the remaining time
     **architecture, # width and dim of `FeatureClassifier`
 )->FeatureClassifier: # in evaluation mode, calibrated
     "Train the classifier in whose features samples of such data are scored; `ValueError` without labels."
@@ -277,7 +276,7 @@ def train_classifier(
     n_steps = min(epochs * each, max(1, most // batch_size))
     opt = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=n_steps)
-    with tqdm(total=n_steps, desc="classifier", disable=not progress) as bar:
+    with tqdm(total=n_steps, desc="classifier", delay=2, disable=None) as bar:
         for n in range(0, n_steps, each):
             order = torch.randperm(len(data), generator=g)[:min(each, n_steps - n) * batch_size]
             for i in order.split(batch_size):

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np, torch
 import torch.distributed as dist
 from fastcore.basics import patch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..data.files import atomic_write, file_hash, readable
 from ..data.images import to_uint8
 from ..data.read import BrokenImage, open_source, reading
@@ -169,7 +169,7 @@ Collected.__doc__ = ("Features of a set: count, their `FeatureStats`, (n, d) fea
 def _extract(extractor: Extractor, batches, total: int | None = None, keep=True) -> Collected:
     "What scores need of a set of pictures, or of one process's share of it."
     n, shape, stats, parts = 0, None, None, {"points": [], "probs": [], "labels": []}
-    with tqdm(total=total, desc="features", unit=" images", disable=None if total else True) as bar:
+    with tqdm(total=total, desc="features", unit=" images", delay=2, disable=None if total else True) as bar:
         for x, y in batches:
             if extractor.channels == 1 and x.shape[1] == 3 and (x == x[:, :1]).all(): x = x[:, :1]  # grey, from a PNG
             f, shape = extractor(x), tuple(x.shape[1:])
@@ -203,12 +203,11 @@ def collect(
     samples: SampleSet,  # the pictures
     batch_size: int = 500,  # pictures at a time
     keep=True,  # keep the features themselves: all, none (False), or where this mask (n,) is true
-    progress: bool = False,  # show a bar
     ranks: Ranks = Ranks(),  # the processes that share the work
 ) -> Collected | None:  # in the first process; None in the others
     "Everything that scores need of a set of pictures, in one pass."
     part = ranks.part_of(samples.n)
-    total = len(part) if progress and ranks.rank == 0 else None
+    total = None if ranks.rank else len(part)
     mask = keep if isinstance(keep, bool) else keep[part.start:part.stop]
     parts = ranks.gather(_extract(extractor, samples.batches(part, batch_size), total, mask))
     return _joined(parts, extractor.features_id) if parts else None
@@ -239,13 +238,12 @@ def build_reference(
     name: str | None = None,  # for records; None: the data's
     batch_size: int = 500,  # pictures at a time
     max_points: int = 10000,  # features kept for precision and its relatives, a random subset
-    progress: bool = False,  # show a bar
     ranks: Ranks = Ranks(),  # the processes that share the work
 ) -> Reference:  # in every process
     "A reference from images."
     keep = torch.zeros(len(data), dtype=torch.bool)
     keep[torch.from_numpy(np.random.default_rng(0).permutation(len(data))[:max_points])] = True
-    got = collect(extractor, data_samples(data), batch_size, keep, progress, ranks)
+    got = collect(extractor, data_samples(data), batch_size, keep, ranks)
     r = None
     if got is not None:
         r = Reference(name or data.name, data.sha256(), extractor.features_id, got.n, got.stats.mean, got.stats.cov)

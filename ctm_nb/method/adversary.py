@@ -65,9 +65,7 @@ def augment(
 # %% ../../nbs/1_method/08_adversary.ipynb #06e41ac2
 class FeatureNetwork(nn.Module):
     "A network that never changes and lets gradients through to its input; a subclass defines `forward(x, y, noise)`."
-    def __init__(self,
-        net: nn.Module,  # frozen in place: evaluation mode, no gradients for its parameters
-    ):
+    def __init__(self, net: nn.Module):  # frozen in place: evaluation mode, no gradients for its parameters
         super().__init__()
         self.net = net.requires_grad_(False)
         self.train()

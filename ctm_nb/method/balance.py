@@ -94,11 +94,10 @@ class BalancedGradients:
 def add(self: BalancedGradients,
     losses: dict,  # name -> scalar tensor; the first is the one that the others are matched to
     share: float = 1.,  # of the batch: 1/m for one of m equal micro-batches
-    scale: float | Tensor = 1.,  # the loss scaler's factor
 ):
     "Differentiate the losses of a micro-batch, one after the other; their graphs may have parts in common."
     for n, (name, loss) in enumerate(losses.items()):
-        grads = torch.autograd.grad(loss * scale * share, self.params, allow_unused=True, materialize_grads=True,
+        grads = torch.autograd.grad(loss * share, self.params, allow_unused=True, materialize_grads=True,
                                     retain_graph=n < len(losses) - 1)
         if name in self.sums: torch._foreach_add_(self.sums[name], grads)
         else: self.sums[name] = list(grads)
@@ -107,13 +106,12 @@ def add(self: BalancedGradients,
 # %% ../../nbs/1_method/07_balance.ipynb #310b91f0
 @patch
 def combine(self: BalancedGradients,
-    scale: float | Tensor = 1.,  # the one given to `add`; the gradients stay scaled
     **bounds: tuple,  # (lowest, highest) weight of a loss, by name; (0, 1e4) if not given
 ) -> dict:  # "loss_NAME" and "lambda_NAME", means over the ranks, no gradient
     "Leave the weighted sum, its mean over the ranks, in `.grad`, and start over.  # CTM: adaptive weight"
     (_, total), *others = self.sums.items()
     if others and self.place is None: raise ValueError(f"last_layer must be given to balance {', '.join(self.sums)}")
-    at_last = [at_least_float32(g[self.place]) / scale for g in self.sums.values()] if others else []
+    at_last = [at_least_float32(g[self.place]) for g in self.sums.values()] if others else []
     losses, *at_last = average(torch.stack(list(self.losses.values())), *at_last)
     numbers = {f"loss_{name}": v for name, v in zip(self.losses, losses)}
     for (name, grads), b in zip(others, at_last[1:]):
@@ -135,16 +133,16 @@ class ApartGradients(BalancedGradients):
         super().__init__(params, last_layer)
         self.bounds, self.total, self.numbers = bounds, [], {}
 
-    def add(self, losses: dict, share: float = 1., scale: float | Tensor = 1.):
+    def add(self, losses: dict, share: float = 1.):
         "Differentiate and weigh the losses of a micro-batch."
-        super().add(losses, 1., scale)
-        with alone(): found = super().combine(scale, **self.bounds)
+        super().add(losses)
+        with alone(): found = super().combine(**self.bounds)
         for name, v in found.items(): self.numbers[name] = self.numbers.get(name, 0.) + share * v
         grads = torch._foreach_mul([p.grad for p in self.params], share)
         if self.total: torch._foreach_add_(self.total, grads)
         else: self.total = list(grads)
 
-    def combine(self, *_, **__) -> dict:  # "loss_NAME" and "lambda_NAME", means over micro-batches and ranks
+    def combine(self, **_) -> dict:  # "loss_NAME" and "lambda_NAME", means over micro-batches and ranks
         "Leave the mean over the ranks in `.grad`, and start over."
         for p, g in zip(self.params, self.total): p.grad = g
         average_gradients(self.params)

@@ -125,9 +125,7 @@ def ctm_loss(student, target, x_t, x_u, t, u, s, y=None, distance=l2, compare_at
 # %% ../../nbs/1_method/06_distill.ipynb #52e062ea
 class MovingRows:
     "A CTM whose G evaluates the network only in the rows with t > s: in the others it is x."
-    def __init__(self,
-        model,  # a CTM; not compiled for batches of one size, and without dropout
-    ):
+    def __init__(self, model):  # a CTM; not compiled for batches of one size, and without dropout
         self.model, self.sigma_min = model, model.sigma_min
 
     def G(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:

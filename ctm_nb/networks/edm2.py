@@ -73,9 +73,7 @@ def mp_cat(
 # %% ../../nbs/2_networks/03_edm2.ipynb #55100767
 class Fourier(nn.Module):
     "Cosines of random frequencies and phases, drawn once and saved."
-    def __init__(self,
-        dim: int,  # number of features
-    ):
+    def __init__(self, dim: int):  # number of features
         super().__init__()
         self.register_buffer("freqs", 2 * math.pi * torch.randn(dim))
         self.register_buffer("phases", 2 * math.pi * torch.rand(dim))

@@ -315,9 +315,7 @@ def with_s_branch(self: Network,
 
 # %% ../../nbs/2_networks/02_unet.ipynb #08f73fcb
 @patch
-def set_dropout(self: Network,
-    p: float,  # probability in [0, 1)
-):
+def set_dropout(self: Network, p: float):  # probability in [0, 1)
     "Another probability of dropout, in this network and in its `config`."
     self.config["dropout"] = p
     for block in self.modules():

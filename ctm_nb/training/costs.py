@@ -23,7 +23,7 @@ from ..evaluation.reference import pick_device
 from ..method.distill import MATCHING
 from ..method.solvers import SOLVERS, solver_name
 from .report import NAMES, duration, read_json, section
-from .runtime import choose_precision
+from .runtime import ALONE, Here, choose_precision
 from .stages import make_network
 from .trainer import Trainer
 
@@ -59,8 +59,9 @@ PASSES = {"teacher": 1, "ctm_dsm": 3, "ctm_dsm_gan": 3}  # forward passes held f
 def memory(
     config: Config,  # of a run
     data: Images,  # its images, or anything with channels, image_size and n_classes
-    micro_batch: int | None = None,  # images at a time on one device; None: the batch of each stage
+    micro_batch: int | None = None,  # images at a time on one device; None: its share of the batch of each stage
     half: bool = False,  # activations in 16 bits (bf16 autocast), and a 16-bit copy of the weights in use
+    world: int = 1,  # devices that share a batch
 ) -> dict:  # stage -> bytes; only stages that have steps
     "What a step needs at its peak: copies of the weights and activations, libraries and fragmentation not counted."
     each, parameters, fixed = saved_bytes(config, data)
@@ -70,7 +71,8 @@ def memory(
         copies = COPIES[stage] + len(optim.emas) + len(optim.profiles)
         if stage != "teacher" and config.distill.guide: copies += 1
         weights = 4 * parameters * (copies + .5 * half)
-        rows = optim.batch if micro_batch is None else min(micro_batch, optim.batch)
+        share = optim.batch // world
+        rows = share if micro_batch is None else min(micro_batch, share)
         activations = rows * PASSES[stage] * each * (.5 if half else 1)
         found[stage] = int(weights + activations + PASSES[stage] * fixed)
     return found
@@ -91,7 +93,8 @@ def fit_memory(
     config: Config,  # of a run; on a CPU its `run.micro_batch` is set where a batch doesn't fit
     data: Images,  # its images
     folder: Path,  # where the run lives: one that is there goes on as it began
-    room: int | None = None,  # bytes; None: what this computer, or its GPU, has left
+    room: int | None = None,  # bytes; None: what this process's share of the computer, or its GPU, has left
+    here: Here = ALONE,  # this process; all take as many images at a time as the one with the least room can
 ):
     "Warn of a step that doesn't fit; on a CPU, where the system would end the program, take fewer images at a time."
     device, wanted = pick_device(config.run.device), config.run.micro_batch
@@ -99,14 +102,17 @@ def fit_memory(
     saved = section(read_json(folder / "config.json", {}), "run").get("micro_batch", "auto")
     if wanted == "auto" and device.type == "cpu": config.run.micro_batch = wanted = str(saved)
     if room is None: room = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    room, asked = here.least(room), None if wanted == "auto" else int(wanted)
     half = choose_precision(config.run.precision, device) != "fp32"
-    none, one, asked = (memory(config, data, n, half) for n in (0, 1, None if wanted == "auto" else int(wanted)))
-    if (most := max(asked.values())) <= .8 * room: return
+    none, one, needed = (memory(config, data, n, half, here.world) for n in (0, 1, asked))
+    if (most := max(needed.values())) <= .8 * room: return
     n = int(min((.8 * room - none[s]) / (one[s] - none[s]) for s in none))
-    log.warning("a step of %s would take %.1f GiB, and %.1f GiB are free: %s",
-                "whole batches" if wanted == "auto" else f"{wanted} images at a time", most / 2 ** 30, room / 2 ** 30,
-                f"{n} images at a time{' fit' * (wanted != 'auto')}" if n > 0 else "one image at a time, which may be "
-                "too much as well: take smaller ones (--image-size) or a smaller network (network.model_channels)")
+    tell = log.warning if here.main else log.debug
+    tell("a step of %s would take %.1f GiB, and %.1f GiB are free%s: %s",
+         "whole batches" if wanted == "auto" else f"{wanted} images at a time", most / 2 ** 30, room / 2 ** 30,
+         " for each process" * (here.world > 1), f"{n} images at a time{' fit' * (wanted != 'auto')}" if n > 0 else
+         "one image at a time, which may be too much as well: take smaller ones (--image-size) or a smaller network "
+         "(network.model_channels)")
     if wanted == "auto" and device.type == "cpu": config.run.micro_batch = str(max(1, n))
 
 # %% ../../nbs/6_training/09_costs.ipynb #dad3ebcd

@@ -81,7 +81,7 @@ def _turn(self: Muon, group: dict, weights: list):
     grads, alike = [p.grad for p in weights], defaultdict(list)
     torch._foreach_lerp_(momenta, grads, 1 - MOMENTUM)
     for p, v in zip(weights, torch._foreach_lerp(grads, momenta, MOMENTUM)): alike[p.shape].append((p, v))
-    dtype = torch.float32 if unpacks("bf16", weights[0].device) else torch.bfloat16
+    dtype = torch.float32 if unpacks(weights[0].device) else torch.bfloat16
     for pairs in alike.values():
         M = torch.stack([v.flatten(1) for _, v in pairs])  # (number, out, rest)
         longer = math.sqrt(max(1, M.shape[1] / M.shape[2]))

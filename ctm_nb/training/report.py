@@ -83,32 +83,22 @@ def curve(
 def draw_curves(
     h: History,  # of a run
 ):  # matplotlib's Figure, None if nothing has been logged
-    "All curves of a run, in panels of what belongs together."
+    "All curves of a run, in panels of what belongs together; dashed where a stage begins."
     from matplotlib.figure import Figure
-    plan, shown = schedule(h.config), []
-    for title, stage, prefix in (
-            *((f"losses of the {NAMES[stage]}", stage, "loss_") for stage in plan),
-            ("weights of the losses", "", "lambda_"), ("gradient norm", "", "grad_norm"),
-            ("learning rate", "", "lr"), ("images a second", "", "images_per_sec")):
-        names = dict.fromkeys(k for l in h.lines for k in l if k.startswith(prefix))
-        series = {k: points for k in names if (points := curve(h.lines, k, stage))}
-        if series: shown.append((title, series))
-    if not shown: return None
-    rows = math.ceil(len(shown) / 2)
-    figure = Figure(figsize=(11., 2.6 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, 2, squeeze=False).flat)
-    for ax, (title, series) in zip(axes, shown):
-        for i, (name, points) in enumerate(series.items()):
-            for n, style in ((400, dict(alpha=.3, lw=.8)), (40, dict(lw=1.6, label=name))):
-                groups = np.array_split(np.array(points, float), min(n, len(points)))
-                ax.plot(*np.transpose([g.mean(0) for g in groups]), color=f"C{i}", **style)
-        for span in plan.values():
+    series = {k: points for k in dict.fromkeys(k for l in h.lines for k in l) if (points := curve(h.lines, k))}
+    kinds = ("loss_", "lambda_", "grad_norm", "lr", "images_per_sec")
+    panels = [keys for kind in kinds if (keys := [k for k in series if k.startswith(kind)])]
+    if not panels: return None
+    figure = Figure(figsize=(11., 2.4 * len(panels)), layout="constrained")
+    for ax, keys in zip(figure.subplots(len(panels), sharex=True, squeeze=False).flat, panels):
+        for k in keys:
+            groups = np.array_split(np.array(series[k], float), min(200, len(series[k])))
+            ax.plot(*np.transpose([g.mean(0) for g in groups]), lw=1.2, label=k)
+        for span in schedule(h.config).values():
             if ax.get_xlim()[0] < span.first < ax.get_xlim()[1]: ax.axvline(span.first, color=".6", ls="--", lw=.8)
-        values = [y for points in series.values() for _, y in points]
-        if 0 < 20 * min(values) < max(values): ax.set_yscale("log")
-        ax.set(title=title, xlabel="step")
+        values = [y for k in keys for _, y in series[k]]
+        ax.set(xlabel="step", yscale="log" if 0 < 20 * min(values) < max(values) else "linear")
         ax.legend(fontsize=8)
-    for ax in axes[len(shown):]: ax.remove()
     return figure
 
 # %% ../../nbs/6_training/07_report.ipynb #3c24bb89
@@ -203,15 +193,12 @@ def _scores(records):
     return dict(metrics=list(dict.fromkeys(r["metric"] for r in drawn)), rows=rows, about="; ".join(sorted(about)))
 
 # %% ../../nbs/6_training/07_report.ipynb #a8e5260e
-def _pictures(h, most=6):
-    "The final picture and at most so many of the sample grids: (caption, base64 of a PNG)."
-    final, grids = h.folder / "samples" / "final.png", [p for p in h.pictures if p[1].is_file()]
-    some = sorted({round(i * (len(grids) - 1) / (most - 1)) for i in range(most)}) if grids else []
-    found = [("at the end: the same noise and classes drawn with every sampler", final)] if final.is_file() else []
-    nearest = h.folder / "samples" / "nearest.png"
-    if nearest.is_file(): found.append(("samples, each before its nearest training pictures", nearest))
-    found += [(f"step {grids[i][0]:,}", grids[i][1]) for i in some]
-    return [(caption, base64.b64encode(p.read_bytes()).decode()) for caption, p in found]
+def _pictures(h):
+    "The final picture, the nearest training pictures and the newest grid on the way: (caption, base64 of a PNG)."
+    found = {"at the end: the same noise and classes drawn with every sampler": h.folder / "samples" / "final.png",
+             "samples, each before its nearest training pictures": h.folder / "samples" / "nearest.png",
+             **{f"step {n:,}": path for n, path in h.pictures[-1:]}}
+    return [(caption, base64.b64encode(p.read_bytes()).decode()) for caption, p in found.items() if p.is_file()]
 
 # %% ../../nbs/6_training/07_report.ipynb #34e162bc
 def _settings(h):

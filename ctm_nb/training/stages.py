@@ -154,9 +154,6 @@ def given_model(
         raise ValueError(f"{section}.source={source} knows {m.n_classes} classes, the data have {data.n_classes}")
     return m
 
-@patch
-def given(self: Stage, which: str) -> Denoiser | CTM: return given_model(self.config, which, self.data)
-
 # %% ../../nbs/6_training/05_stages.ipynb #eea511e9
 def initial_model(
     config: Config,  # of the run
@@ -230,12 +227,13 @@ class DistillStage(Stage):
     folder: "TrajectoryFolder | None" = None  # where solutions are kept for many students
 
     def build(self, parts: dict):
-        teacher = None if teacherless(self.config) else parts.get("teacher") or self.given("teacher")
-        self.freeze(teacher or make_denoiser(self.config, self.data), parts)
-        if (d := self.config.distill).trajectories:
-            self.folder = TrajectoryFolder(d, self.teacher, self.times, self.data.labels)
+        c, data = self.config, self.data
+        teacher = make_denoiser(c, data) if teacherless(c) else parts.get("teacher") or given_model(c, "teacher", data)
+        self.freeze(teacher, parts)
+        if (d := c.distill).trajectories:
+            self.folder = TrajectoryFolder(d, self.teacher, self.times, data.labels)
             self.folder.make(*launched()[:2])
-        known = copy.deepcopy(parts.get("ctm")) or initial_model(self.config, "ctm", self.data)
+        known = copy.deepcopy(parts.get("ctm")) or initial_model(c, "ctm", data)
         self.start(known if isinstance(known, CTM) else student_from(self.parts["teacher"], self.optim.init))
 
     def phase(self, n: int) -> Span:
@@ -465,21 +463,18 @@ OBJECTIVES = {
 
 # %% ../../nbs/6_training/05_stages.ipynb #89d44b6a
 @patch
-def objective(self: DistillStage, n: int) -> Objective: return OBJECTIVES[self.phase(n).name]
-
-@patch
 def draw(self: DistillStage, B: int, gen: torch.Generator, n: int) -> dict:
-    return self.objective(n).numbers(self, B, gen, n)
+    return OBJECTIVES[self.phase(n).name].numbers(self, B, gen, n)
 
 @patch
 def example(self: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int, augment=None) -> dict:
     "All of a step that does not involve the student."
     y = _hidden(y, numbers) if self.parts["teacher"].n_classes else None
-    if self.phase(n).name != "trajectories": self.paths.clear()
-    return self.objective(n).example(self, x0, y, numbers, n)
+    if (name := self.phase(n).name) != "trajectories": self.paths.clear()
+    return OBJECTIVES[name].example(self, x0, y, numbers, n)
 
 @patch
-def losses(self: DistillStage, e: dict, n: int) -> dict: return self.objective(n).losses(self, e, n)
+def losses(self: DistillStage, e: dict, n: int) -> dict: return OBJECTIVES[self.phase(n).name].losses(self, e, n)
 @patch
 def kinds(self: DistillStage) -> list: return [p.first for p in phases(self.config.distill, self.optim.steps)]
 @patch
@@ -493,9 +488,9 @@ class GanStage(DistillStage):
 
     def build(self, parts: dict):
         g = self.optim
-        student = copy.deepcopy(parts.get("ctm")) or self.given("ctm")
+        student = copy.deepcopy(parts.get("ctm")) or given_model(self.config, "ctm", self.data)
         solver = student if teacherless(self.config) else parts.get("teacher")
-        self.freeze(solver or self.given("teacher"), parts)
+        self.freeze(solver or given_model(self.config, "teacher", self.data), parts)
         self.start(student)
         self.bounds = {"gan": (.01, g.high)}
         teacher = self.parts["teacher"]
@@ -562,9 +557,7 @@ def losses(self: GanStage, e: dict, n: int) -> dict:  # name -> scalar
                                     numbers=e["looks"], loss=loss)}
 
 # %% ../../nbs/6_training/05_stages.ipynb #a264ec23
-def check_weights(
-    config: Config,  # of the run
-):
+def check_weights(config: Config):  # of the run
     "Raise ValueError or FileNotFoundError for a package or published weights that are needed later and not found."
     if (track := config.run.track) in SERVICES and not find_spec(track):
         raise ValueError(f"run.track={track} needs a package that is not installed: pip install {track}")

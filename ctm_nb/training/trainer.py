@@ -29,14 +29,13 @@ from tqdm.auto import tqdm
 from ..checkpoints.averages import Profile, forget_snapshots, save_snapshot
 from ..checkpoints.models import KINDS, describe, rebuild
 from ..checkpoints.store import (Checkpoint, CheckpointError, MetricsLog, atomic_write, load_checkpoint,
-                                      prune_checkpoints, save_checkpoint, step_folders,
-                                      versions)
+                                      prune_checkpoints, save_checkpoint, step_folders, versions)
 from ..data.batches import Batches, Splits, load_splits
 from ..data.files import claimed
 from ..data.images import ImageData, named_grid, to_uint8
 from ..data.read import reading
 from ..evaluation.draw import free_memory, out_of_memory
-from ..evaluation.evaluate import drawn_samples, extend_scores, read_scores, run_evaluator
+from ..evaluation.evaluate import Request, drawn_samples, extend_scores, read_scores, run_evaluator
 from ..evaluation.features import load_extractor
 from ..method.balance import alone
 from ..method.distill import MATCHING
@@ -46,8 +45,8 @@ from ..method.solvers import OLD_NAMES
 from .config import SERVICES, STAGES, Config, schedule, stage_at, teacherless
 from .optimizers import load_optimizer
 from .report import write_report
-from .runtime import (Guard, Scaler, Signals, autocast, choose_precision, compile_networks, join,
-                                     peak_memory, prepare, unpacks)
+from .runtime import (ALONE, Guard, Here, Signals, autocast, choose_precision, compile_networks,
+                                     join, peak_memory, prepare, unpacks)
 from .stages import STAGE_CLASSES, carry_to, check_weights, step_generator, take
 from .step import apply_gradient, gradient, same_start
 
@@ -102,8 +101,9 @@ def check_changes(
             "a stage that uses them begins, its steps also while it is in training and its decay is constant "
             "or reference, not below the steps done; choose another name or remove the folder")
     if (then := meta.get("precision")) not in (None, precision):
+        how = "nothing trains in fp16 any more" if then == "fp16" else f"--set run.precision={then} continues it"
         raise ValueError(f"{what} was trained in {then}, and run.precision={config.run.precision} means {precision} "
-                         f"here; --set run.precision={then} continues it")
+                         f"here; {how}")
     return allowed
 
 # %% ../../nbs/6_training/08_trainer.ipynb #b061f279
@@ -121,11 +121,15 @@ def resume_point(
 # %% ../../nbs/6_training/08_trainer.ipynb #d8016bab
 def open_images(
     config: Config,  # of the run
+    here: Here = ALONE,  # this process; the first one of each machine comes first
 ) -> Splits:  # "train" and "held_out"
     "The images of a configuration; raises ValueError that lists what can't be read."
     d = config.data
-    return load_splits(d.source, d.image_size, d.crop, d.skip_broken, d.labels or None, use_labels=d.use_labels,
-                       group=d.group, channels=d.channels, background=d.background)
+    if here.local_rank: dist.barrier()
+    splits = load_splits(d.source, d.image_size, d.crop, d.skip_broken, d.labels or None, use_labels=d.use_labels,
+                         group=d.group, channels=d.channels, background=d.background)
+    if here.world > 1 and not here.local_rank: dist.barrier()
+    return splits
 
 # %% ../../nbs/6_training/08_trainer.ipynb #292236c9
 def no_scores_because(
@@ -151,7 +155,6 @@ def no_scores_because(
 class RunState:
     "Everything that a run depends on besides its configuration and its images."
     stage: Any = None  # the Stage in memory: networks, EMAs, optimizers; None before the first begins
-    scaler: Scaler | None = None  # of the loss, with fp16
     step: int = 0  # optimizer steps done, all stages together
     seconds: float = 0.  # that they took
     logged_at: float = 0.  # seconds at the last line of the log
@@ -182,21 +185,18 @@ class Trainer(ShortNames):
         self.config, self.folder, self.here = config, Path(folder), join(config.run.device)
         self.device, self.plan = self.here.device, schedule(config)
         self.precision, self.threads = choose_precision(config.run.precision, self.device), torch.get_num_threads()
-        self.wait = self.device.type != "cuda" or self.precision == "fp16"  # know the guard's decision before a step
+        self.wait = self.device.type != "cuda"  # know the guard's decision before a step
         for span in self.plan.values(): self.here.share(span.batch)  # raises ValueError for an uneven one
-        self.state = RunState(scaler=Scaler(self.device) if self.precision == "fp16" else None)
-        self.guard, self.total = Guard(self.device), max(s.end for s in self.plan.values())
-        if self.here.local_rank: dist.barrier()  # the first process of each machine comes first
-        self.splits = splits or open_images(config)
-        if self.here.world > 1 and not self.here.local_rank: dist.barrier()
+        self.state, self.guard, self.total = RunState(), Guard(self.device), max(s.end for s in self.plan.values())
+        self.splits = splits or open_images(config, self.here)
         self.data = self.splits["train"]
         self.data_sha256, self.changes = self.data.sha256(), []
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         self.writer: Any = None  # made when first needed, as is the evaluator
         self.evaluator: Any = None
-        if unpacks(self.precision, self.device):
-            log.warning("run.precision=%s: this processor has no instructions for it; run.precision=fp32 will be many "
-                        "times faster", self.precision)
+        if self.precision == "bf16" and unpacks(self.device):
+            log.warning("run.precision=bf16: this processor has no instructions for it; run.precision=fp32 will be "
+                        "many times faster")
         with self.claim(): self.restore()
 
 # %% ../../nbs/6_training/08_trainer.ipynb #90269288
@@ -220,24 +220,22 @@ def state_dict(self: RunState, log_lines: int = 0) -> dict:  # log_lines: comple
     "The state without the networks' weights and the number of the step, which a checkpoint keeps elsewhere."
     return {"stage": self.stage.name, "optimizers": {k: o.state_dict() for k, o in self.stage.optimizers.items()},
             "emas": {k: e.state_dict() for k, e in self.stage.emas.items()},
-            "scaler": self.scaler.state_dict() if self.scaler else {}, "window": self.window, "log_lines": log_lines,
-            "seconds": self.seconds, "logged_at": self.logged_at}
+            "window": self.window, "log_lines": log_lines, "seconds": self.seconds, "logged_at": self.logged_at}
 
 # %% ../../nbs/6_training/08_trainer.ipynb #e70364ff
 @patch
 def load(self: RunState, c: Checkpoint):  # of the stage in memory
     "Stand where the checkpoint stands; raises CheckpointError if either holds something that the other lacks."
     stage, mine = self.stage, self.state_dict()
-    c.state.pop("random", None)  # of version 0.1
+    for k in ("random", "scaler"): c.state.pop(k, None)  # of earlier versions
     pairs = {"state": (mine, c.state), "networks": (stage.parts, c.models)}
-    pairs |= {k: (mine[k], c.state.get(k, {})) for k in ("optimizers", "emas", "scaler")}
+    pairs |= {k: (mine[k], c.state.get(k, {})) for k in ("optimizers", "emas")}
     for what, (here, there) in pairs.items():
         if here.keys() != there.keys():
             raise CheckpointError(f"{c.path}: expected the {what} {sorted(here)}, found {sorted(there)}")
     for name, module in stage.parts.items(): module.load_state_dict(c.models[name])
     for name, ema in stage.emas.items(): ema.load_state_dict(c.state["emas"][name])
     for name, optimizer in stage.optimizers.items(): load_optimizer(optimizer, c.state["optimizers"][name])
-    if self.scaler: self.scaler.load_state_dict(c.state["scaler"])
     self.window, self.seconds, self.logged_at = (c.state[k] for k in ("window", "seconds", "logged_at"))
 
 # %% ../../nbs/6_training/08_trainer.ipynb #9fc302a1
@@ -308,7 +306,7 @@ def save(self: Trainer) -> Path:  # the checkpoint's folder
     meta = {"config": asdict(self.config), "models": self.described(), "data_sha256": self.data_sha256,
             "precision": self.precision, "changes": self.changes}
     weights, state = {k: m.state_dict() for k, m in self.parts.items()}, self.state.state_dict(self.log.mark())
-    path = save_checkpoint(folder, self.step, weights, state, meta, replace=True)
+    path = save_checkpoint(folder, self.step, weights, state, meta)
     prune_checkpoints(folder, self.config.run.keep)
     if self.writer: self.writer.flush()
     return path
@@ -385,8 +383,8 @@ def gradient_of(self: Trainer, step: int, examples, rows: list) -> dict:  # loss
             torch.manual_seed(step_generator(self.config.run.seed, step, *place).initial_seed() ^ (not place))
             yield e
     self.now.optimizers[self.now.learner(n)].zero_grad(set_to_none=True)
-    context, scale = partial(autocast, self.precision, self.device), self.state.scaler
-    return gradient(self.now, seeded(), n, [s / sum(sizes) for s in sizes], context, scale.scale if scale else 1.)
+    context = partial(autocast, self.precision, self.device)
+    return gradient(self.now, seeded(), n, [s / sum(sizes) for s in sizes], context)
 
 # %% ../../nbs/6_training/08_trainer.ipynb #da23f830
 @patch
@@ -408,17 +406,15 @@ def choose_micro(self: Trainer):
     "Find out how many images this process takes at a time; raises MemoryError if not even one fits."
     B, wanted = self.share.stop - self.share.start, self.now.optim.balance_rows or self.config.run.micro_batch
     self.micro = B if wanted == "auto" else min(int(wanted), B)
-    if wanted != "auto" or self.wait and self.precision != "fp16": return  # a CPU has room
+    if wanted != "auto" or self.wait: return  # a CPU has room
     while True:
         try: self._rehearse(self.micro)
         except Exception as e:
             if not out_of_memory(e): raise
         else: break
         self._back_off()  # outside of the handler, which holds on to the step's tensors
-    least = torch.tensor(self.micro)
-    if self.here.world > 1: dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    if (m := int(least)) < B: log.info("%s: %d images at a time, %d times a step", self.now.name, m, math.ceil(B / m))
-    self.micro = m
+    self.micro = m = self.here.least(self.micro)
+    if m < B: log.info("%s: %d images at a time, %d times a step", self.now.name, m, math.ceil(B / m))
 
 # %% ../../nbs/6_training/08_trainer.ipynb #fab731e4
 @patch
@@ -476,7 +472,7 @@ def train_step(self: Trainer) -> dict:  # numbers of this step; on a GPU, tensor
         self.now.inherit(before)
     s, n, started = self.state, self.step - self.begun_at, time.perf_counter()
     torch.set_num_threads(max(1, self.threads // 2) if self.shares_cores(s.step) else self.threads)
-    try: numbers = apply_gradient(self.now, n, self.gradient(), self.guard, s.step, s.scaler, self.wait)
+    try: numbers = apply_gradient(self.now, n, self.gradient(), self.guard, s.step, self.wait)
     finally: torch.set_num_threads(self.threads)
     s.window.append({"stage": self.now.name, **numbers})
     s.step += 1
@@ -590,8 +586,8 @@ def evaluate(self: Trainer) -> list:  # records of scores.json; empty where this
     if not self.here.main: return []
     e, seed, step = self.config.evaluate, self.config.run.seed + 1, f"step_{self.step:08d}"
     if self.evaluator is None:
-        self.evaluator = run_evaluator(self.splits, e.features, e.weights or None, str(self.device), e.batch,
-                                       sys.stderr.isatty(), most=e.classifier, keep=True)
+        asked = Request("", "", e.features, e.weights or None, device=str(self.device), batch=e.batch)
+        self.evaluator = run_evaluator(self.splits, asked, e.classifier, keep=True)
     samplers, distances, found = self.samplers(), [], [*self.evaluator.floor(self.splits)]
     log.info("step %d: drawing and scoring %d samples with each of %d samplers", self.step, e.n, len(samplers))
     for name, (m, how) in samplers.items():

@@ -14,7 +14,7 @@ import torch
 
 from ctm_nb.checkpoints.foreign import read_weights, sniff
 from ctm_nb.checkpoints.models import load
-from ctm_nb.checkpoints.unpickle import ForeignFileError
+from ctm_nb.data.pickles import ForeignFileError
 from ctm_nb.commands.convert import ctm_nb_convert
 from ctm_nb.method.teacher import Denoiser
 from ctm_nb.networks.families import build_network

@@ -179,12 +179,12 @@ def next_step(f):
     prune_checkpoints(f, 1)
 
 
-def same_step(f): save(f, 1, 2, replace=True)
+def same_step(f): save(f, 1, 2)
 
 
 def two_steps(f):
     save(f, 2, 2)
-    save(f, 2, 2, replace=True)
+    save(f, 2, 2)
     prune_checkpoints(f, 1)
 
 
@@ -237,7 +237,7 @@ def forever(step):
         step += 1
         mark = step % 97
         models = dict(ema=dict(w=torch.full((3, 4), float(mark))), student=dict(w=torch.full((20_000,), float(mark))))
-        save_checkpoint(folder, step - step % 3, models, dict(mark=mark), dict(mark=mark), replace=True)
+        save_checkpoint(folder, step - step % 3, models, dict(mark=mark), dict(mark=mark))
         prune_checkpoints(folder, 2)
 for line in sys.stdin:
     if (pid := os.fork()) == 0:
@@ -285,7 +285,7 @@ def test_a_full_disk_keeps_the_old_one(tmp_path):
             left.pop()
             real(fd)
         with patch("os.fsync", fsync):
-            try: save(f, 1, 2, replace=True)
+            try: save(f, 1, 2)
             except OSError as e: assert e.errno == 28
         assert mark_of(f) in (1, 2) and not list(f.glob(".tmp-step*"))
         prune_checkpoints(f, 1)

@@ -1,6 +1,7 @@
 """Batches: the same images whoever asks, whenever, from wherever; and augmentation that is told."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -355,7 +356,9 @@ def test_processes_of_one_machine_share_its_memory(zipped, monkeypatch):
     from ctm_nb.data.read import open_source
 
     s = open_source(zipped)
-    monkeypatch.setattr(ctm_nb.data.batches, "available_memory", lambda: len(s) * 8 * 8 * 3 * 3 * 2)
+    free = f"MemAvailable: {len(s) * 8 * 8 * 3 * 3 * 2 // 1024 + 1} kB\nMemFree: 1 kB"
+    texts = {"/proc/meminfo": free, "/sys/fs/cgroup/memory.max": "max", "/sys/fs/cgroup/memory.current": "1"}
+    monkeypatch.setattr(ctm_nb.data.batches, "Path", lambda p: SimpleNamespace(read_text=lambda: texts[p]))
     for ranks, enough in (("1", True), ("2", True), ("3", False)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
         assert ctm_nb.data.batches.fits(s, 8) == enough

@@ -49,23 +49,13 @@ def test_the_zip_is_what_edm_reads(tmp_path):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(z.read(names[7])))), COLOURS[7])
 
 
-def test_the_npz_is_what_adm_reads(tmp_path):
-    convert(source(), tmp_path / "a.npz", workers=0)
-    with np.load(tmp_path / "a.npz") as z:
-        assert (
-            np.array_equal(z["arr_0"], COLOURS)
-            and z["arr_1"].tolist() == [i % 3 for i in range(300)]
-            and z["classes"].tolist() == ["cat", "dog", "cow"]
-        )
-
-
 def test_workers_change_no_byte(tmp_path):
     for n in (0, 1, 2):
         convert(source(), tmp_path / f"{n}.zip", workers=n)
     assert len({(tmp_path / f"{n}.zip").read_bytes() for n in (0, 1, 2)}) == 1
 
 
-@pytest.mark.parametrize("name", ["out.zip", "out.npz", "out"])
+@pytest.mark.parametrize("name", ["out.zip", "out"])
 def test_one_mode_even_if_the_first_parts_are_grey(tmp_path, name):
     images = COLOURS.copy()
     images[:200] = images[:200, ..., :1]
@@ -75,7 +65,7 @@ def test_one_mode_even_if_the_first_parts_are_grey(tmp_path, name):
     assert survey(back)["sha256"] == survey(source(images))["sha256"]
 
 
-@pytest.mark.parametrize("name", ["out.zip", "out.npz", "out"])
+@pytest.mark.parametrize("name", ["out.zip", "out"])
 def test_unlabelled_and_grey(tmp_path, name):
     s = source(COLOURS[:20, ..., :1], ())
     convert(s, tmp_path / name, workers=0)
@@ -101,9 +91,9 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
         "from ctm_nb.commands.data import ctm_nb_data; import sys; ctm_nb_data(sys.argv[1:])"
     )
-    convert(source(), tmp_path / "src.npz", workers=0)
+    convert(source(), tmp_path / "src.zip", workers=0)
     done = subprocess.run(
-        [sys.executable, "-c", code, "convert", tmp_path / "src.npz", tmp_path / "a.zip", "--workers", "0"],
+        [sys.executable, "-c", code, "convert", tmp_path / "src.zip", tmp_path / "a.zip", "--workers", "0"],
         capture_output=True,
         text=True,
     )
@@ -112,13 +102,13 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
         and done.stderr.strip()
         == f"ctm_nb_data: [Errno 27] File too large: '{tmp_path}/a.zip'"
     )
-    assert leftovers(tmp_path) == ["src.npz"]
+    assert leftovers(tmp_path) == ["src.zip"]
     ctm_nb_data(
-        ["convert", str(tmp_path / "src.npz"), str(tmp_path / "a.zip"), "--workers", "0"]
+        ["convert", str(tmp_path / "src.zip"), str(tmp_path / "a.zip"), "--workers", "0"]
     )  # there is space again
     assert survey(open_source(tmp_path / "a.zip"))["sha256"] == survey(source())["sha256"] and leftovers(tmp_path) == [
         "a.zip",
-        "src.npz",
+        "src.zip",
     ]
 
 
@@ -134,11 +124,11 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     )
     with pytest.raises(FileExistsError, match="d is a folder: choose another name, or remove it yourself"):
         convert(source(), tmp_path / "d", overwrite=True, workers=0)
-    convert(source(), tmp_path / "e.npz", workers=0)
-    convert(source(COLOURS[:30]), tmp_path / "e.npz", overwrite=True, workers=0)
+    convert(source(), tmp_path / "e.zip", workers=0)
+    convert(source(COLOURS[:30]), tmp_path / "e.zip", overwrite=True, workers=0)
     assert (
-        len(open_source(tmp_path / "e.npz")) == 30
-        and leftovers(tmp_path) == ["a.zip", "d", "e.npz"]
+        len(open_source(tmp_path / "e.zip")) == 30
+        and leftovers(tmp_path) == ["a.zip", "d", "e.zip"]
         and leftovers(tmp_path / "d") == ["thesis.tex"]
     )
 
@@ -175,7 +165,7 @@ def test_broken_images_are_listed_repaired_or_left_out(tmp_path, capsys):
         (["convert", "digits", "no/such/a.zip"], "no/such is not a folder: make it first"),
         (
             ["convert", "digits", "a.tar"],
-            "a.tar: expected a name ending in .zip or .npz, or a folder",
+            "a.tar: expected a name ending in .zip, or a folder",
         ),
         (["inspect", "digits", "--size", "0"], "--size must be >= 1, got 0"),
         (["inspect", "digits", "--workers", "-1"], "--workers must be >= 0, got -1"),

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import struct
 import sys
 import tarfile
@@ -20,7 +21,7 @@ from PIL import Image
 from ctm_nb.commands.data import ctm_nb_data
 from ctm_nb.data.convert import convert, folder_names
 from ctm_nb.data.files import readable
-from ctm_nb.data.read import ENCODINGS, BrokenImage, decode, open_source
+from ctm_nb.data.read import ENCODINGS, BrokenImage, _unpickle_arrays, decode, open_source
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "system"))
 from fuzz import GOOD, fuzz, limited, planted, tarred  # noqa: E402
@@ -69,6 +70,18 @@ def raw(code):
     return batches() | {"data_batch_1": code}
 
 
+OBJECTS = b"cnumpy\ndtype\nU\x02O8\x85R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ftb"
+BYTES = OBJECTS.replace(b"O8\x85", b"u1K\x00K\x01\x87").replace(b"K\x3f", b"K\x00")
+EMPTY = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+
+
+def one_array(shape, content):
+    "A batch as Python 2 wrote it, of whose array the shape is a program; it ends with three labels and a name."
+    return (b"\x80\x02}q\x01(U\x04data" + EMPTY + b"(K\x01" + shape + BYTES + b"\x89T" + struct.pack("<i", len(content))
+            + content + b"tbU\x06labels](K\x00K\x01K\x09eU\x09filenames]U\x09tr\xfcck.png"
+            + b"aU\x0bbatch_labelU\x15training batch 1 of 5u.")
+
+
 def laughs():
     "A list whose text would have 3**60 letters."
     x = [1]
@@ -97,6 +110,18 @@ PICKLES = {
     "an attribute": raw(b"\x80\x02]}X\x01\x00\x00\x00aK\x01sb."),
     "names that unfold without end": batches() | {"batches.meta": pickle.dumps({"label_names": laughs()})},
     "names that are numbers": batches() | {"batches.meta": pickle.dumps({"label_names": list(range(10))})},
+    "an array of pointers in one call": batches(data=np.array([[None] * 3072], object)) | raw(
+        b"\x80\x05}\x8c\x04datacnumpy.core.numeric\n_frombuffer\n(C\x08" + bytes(range(8)) + OBJECTS
+        + b"K\x01\x85\x8c\x01CtRs."),
+    "an array of pointers told by its state": raw(
+        b"\x80\x02}X\x04\x00\x00\x00data" + EMPTY + b"(K\x01K\x01\x85" + OBJECTS + b"\x89U\x0812345678tbs."),
+    "an array of -1 rows": raw(one_array(b"J\xff\xff\xff\xffM\x00\x0c\x86", bytes(100))),
+    "an array of 2**62 rows": raw(one_array(b"\x8a\x08" + struct.pack("<q", 2**62) + b"M\x00\x0c\x86", bytes(3072))),
+    "an array without content": raw(b"\x80\x02}X\x04\x00\x00\x00data" + EMPTY + b"s."),
+    "an attribute in place of an array": raw(
+        b"\x80\x02}X\x04\x00\x00\x00data" + EMPTY + b"}X\x05\x00\x00\x00arrayK\x01sbs."),
+    "an object from outside": raw(b"\x80\x02}X\x04\x00\x00\x00dataX\x01\x00\x00\x00aQs."),
+    "protocol 0": raw(pickle.dumps({"data": [1]}, 0)),
     "four batches": {k: v for k, v in batches().items() if k != "data_batch_3"},
 }
 
@@ -110,6 +135,68 @@ def test_cifar_is_numbers_only(tmp_path, kind, form):
     how, said = inspected(path)
     assert how == "refused" and str(path) in said and said.count("\n") == 1, said
     assert "memory" not in said  # it is seen for what it is, and not by what it costs
+
+
+HONEST = np.random.default_rng(0).integers(0, 256, (3, 3072), np.uint8)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("keys", [bytes, str])
+def test_cifar_in_every_protocol(tmp_path, protocol, keys):
+    "Keys and names are bytes or strings, labels numbers of Python or numpy, and arrays lie in rows or in columns."
+    named = lambda d: {k.encode() if keys is bytes else k: v for k, v in d.items()}
+    forms = [HONEST, np.asfortranarray(HONEST), np.repeat(HONEST, 2, 1)[:, ::2], HONEST[::-1][::-1], HONEST]
+    batches = [named({"data": a, "labels": [0, np.int64(1), 9], "mean": np.ones(3)}) for a in forms]
+    files = {f"data_batch_{k}": pickle.dumps(b, protocol) for k, b in enumerate(batches, 1)}
+    names = [n.encode() if keys is bytes else n for n in "abcdefghij"]
+    files["batches.meta"] = pickle.dumps(named({"label_names": names, "num_vis": 3072}), protocol)
+    s = open_source(write(tmp_path / "c", files))
+    assert s.classes == list("abcdefghij") and s.labels.tolist() == [0, 1, 9] * 5
+    assert np.array_equal(s.images, np.tile(HONEST.reshape(3, 3, 32, 32).transpose(0, 2, 3, 1), (5, 1, 1, 1)))
+
+
+def test_cifar_of_python_2(tmp_path):
+    "As it is offered for download: strings of bytes everywhere."
+    batch = one_array(b"K\x03M\x00\x0c\x86", HONEST.tobytes())
+    assert pickle.loads(batch, encoding="bytes")[b"labels"] == [0, 1, 9]  # Python agrees that it is one
+    names = b"\x80\x02}U\x0blabel_names](" + b"".join(b"U\x01" + bytes([c]) for c in b"abcdefghij") + b"es."
+    s = open_source(write(tmp_path / "c", {**{f"data_batch_{k}": batch for k in range(1, 6)}, "batches.meta": names}))
+    assert s.classes == list("abcdefghij") and s.labels.tolist() == [0, 1, 9] * 5
+    assert np.array_equal(s.images[:3], HONEST.reshape(3, 3, 32, 32).transpose(0, 2, 3, 1))
+
+
+PROGRAMS = {
+    "lists without end": (b"(" + b"]" * 2_000_000 + b"t", "steps to unfold"),
+    "a text that is encoded again and again": (
+        b"X\x00\x00\x10\x00" + b"x" * 2**20 + b"q\0c_codecs\nencode\nq\1" + b"h\1h\0U\6latin1\x86R" * 900,
+        "more memory than the file"),
+    "a text of wide letters": (
+        b"X" + struct.pack("<I", 2**24 + 4) + b"x" * 2**24 + "😀".encode(), "more memory than the file"),
+    "a text longer than the file": (b"X\xff\xff\xff\xff", "more memory than the file"),
+    "a long key again and again": (b"T\0\0\x80\0" + bytes(2**23) + b"q\0}" + b"h\0Ns" * 9, "key that is a memoryview"),
+    "a long name of a module, again and again": (
+        b"X\0\0\x80\0numpy._core." + b"x" * (2**23 - 12) + b"q\0X\1\0\0\0xq\1" + b"h\0h\1\x93" * 9,
+        "it asks for numpy.core.x"),
+    "a tuple deep in a key": (b"})" + b"\x85" * 100_000 + b"Ns", "key that is a tuple"),
+}
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_a_pickle_of_cifar_costs_what_it_is_worth(tmp_path, kind):
+    program, why = PROGRAMS[kind]
+    path = write(tmp_path / "cifar", raw(b"\x80\x04" + program + b"."))
+    how, said = inspected(path)
+    assert how == "refused" and said.count("\n") == 1, said
+    assert re.search(f"data_batch_1 can't be read: .*{why}", said), said
+
+
+@pytest.mark.parametrize("batch", [one_array(b"K\x03M\x00\x0c\x86", HONEST.tobytes()), *(pickle.dumps(
+    {b"data": HONEST, b"labels": [0, 1, 9]}, protocol) for protocol in (2, 3, 4, 5))], ids="py2 2 3 4 5".split())
+def test_a_batch_that_is_cut_anywhere(batch):
+    "The honest one is read; none of those that end early is, and each says so in one line with the file's name."
+    assert np.array_equal(_unpickle_arrays(batch, "batch")["data"], HONEST)
+    for n in (*range(0, 400), *range(400, len(batch) - 200, 997), *range(len(batch) - 200, len(batch))):
+        with pytest.raises(ValueError, match=r"^batch can't be read: [^\n]+$"): _unpickle_arrays(batch[:n], "batch")
 
 
 def test_cifar_without_a_meta_file_has_ten_classes(tmp_path):

@@ -449,7 +449,7 @@ def test_share_of_nearer_samples_tells_how_many_are_copies(net, copied, expected
     train, held = digits("train"), digits("held_out")
     order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
     new, rest = order[:220], order[220:]
-    asking = Evaluator(build_reference(net, held), net, ["fid"], progress=False).remember(
+    asking = Evaluator(build_reference(net, held), net, ["fid"]).remember(
         {"train": train, "held_out": ImageData(held.images[rest], name="rest")})
     n = round(copied * 220)
     samples = image_samples(torch.cat([train.images[torch.arange(n) * 6], held.images[new[n:]]]))

@@ -1,27 +1,22 @@
-"The search of times: budgets, ledgers, what is stored."
+"The search of times: budgets, what is stored."
 import numpy as np
 import pytest
 
-from ctm_nb.evaluation.search import _Ledger, _coordinate_search, search_times, store_times, stored_times
+from ctm_nb.evaluation.search import _coordinate_search, search_times, store_times, stored_times
 
 
-def test_search_finds_resumes_and_respects_its_budget(tmp_path):
+def test_search_finds_and_respects_its_budget():
     calls, goal = [], [80., 6., .7, .002]
     def score(times, gamma):
         calls.append(times)
         assert all(a > b for a, b in zip(times, times[1:])) and times[0] == 80. and times[-1] == .002
         assert 0 <= gamma <= 1
         return sum((np.log(a) - np.log(b)) ** 2 for a, b in zip(times, goal)) + (gamma - .5) ** 2
-    search = lambda steps, budget, folder=None: search_times(score, steps, .002, 80., budget, folder=folder)
+    search = lambda steps, budget: search_times(score, steps, .002, 80., budget)
     found = search(3, 60)
     assert len(calls) <= 60 and found["score"] < .02 and len(found["curve"]) == len(calls)
     assert found["curve"] == sorted(found["curve"], reverse=True)
-    search(3, 10, tmp_path)
-    calls.clear()
-    assert search(3, 60, tmp_path) == found and len(calls) == len(found["curve"]) - 10
-    (book,) = tmp_path.iterdir()
-    book.write_text("{")
-    with pytest.raises(ValueError, match="not the ledger"): _Ledger(score, 3, book)
+    assert search(3, 60) == found and search(3, 10)["curve"] == found["curve"][:10]
     assert search(1, 9)["times"] == [80., .002]
     with pytest.raises(FloatingPointError, match="nan"): search_times(lambda *_: float("nan"), 2, .002, 80.)
 

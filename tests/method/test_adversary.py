@@ -502,26 +502,25 @@ def test_three_losses_have_the_plain_formulas_gradient(m, n_classes, distance, l
     assert all(p.grad is None for net in (teacher, target, D) for p in net.parameters())
 
 
-@pytest.mark.parametrize("dtype, close", [(torch.float16, .03), (torch.bfloat16, .1)])
-def test_half_precision_finds_the_same_balance_of_three_losses(dtype, close):
+def test_half_precision_finds_the_same_balance_of_three_losses():
     _, student, target, D, e = material(8)
     numbers = D.draw(8, GEN(5))
-    def step(m, scale, half):
+    def step(m, half):
         gradients = BalancedGradients(student.parameters(), student.net.last_layer)
         for part in torch.arange(8).tensor_split(m):
-            with torch.autocast("cpu", dtype=dtype, enabled=half):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
                 judge = judge_of(D, e["y"][part], select(numbers, part))
                 row = {k: v[part] for k, v in e.items()}
                 losses = step_losses(student, target, **row, distance=pseudo_huber, adversary=judge)
-            gradients.add(losses, len(part) / 8, scale)
-        out = gradients.combine(scale, gan=(.01, 10.))
-        return out, torch.cat([p.grad.flatten() for p in student.parameters()]) / scale
-    full, g = step(1, 1., False)
+            gradients.add(losses, len(part) / 8)
+        out = gradients.combine(gan=(.01, 10.))
+        return out, torch.cat([p.grad.flatten() for p in student.parameters()])
+    full, g = step(1, False)
     assert .011 < full["lambda_gan"] < 9.9 and .011 < full["lambda_dsm"] < 9e3  # away from the clamps
     for m in (1, 3):
-        out, h = step(m, 2. ** 12, True)
-        for k in full: assert abs(out[k] / full[k] - 1) < close, (k, out[k], full[k])
-        assert float((h - g).norm() / g.norm()) < 3 * close
+        out, h = step(m, True)
+        for k in full: assert abs(out[k] / full[k] - 1) < .1, (k, out[k], full[k])
+        assert float((h - g).norm() / g.norm()) < .3
 
 
 def test_the_students_jump_is_made_once():

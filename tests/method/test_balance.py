@@ -1,4 +1,4 @@
-"""One batch, four micro-batches, two ranks, a loss scaler, dropout: the same gradient."""
+"""One batch, four micro-batches, two ranks, half precision, dropout: the same gradient."""
 import os
 import subprocess
 import sys
@@ -32,12 +32,12 @@ def plain(student, target, e, **options):
     return numbers, grads(student)
 
 
-def step(student, target, e, m=1, scale=1., **options):
+def step(student, target, e, m=1, **options):
     "The same from m micro-batches."
     gradients, B = BalancedGradients(student.parameters(), student.net.last_layer), len(e["x_t"])
     for part in torch.arange(B).tensor_split(m):
-        gradients.add(step_losses(student, target, **rows(e, part), **options), len(part) / B, scale)
-    return gradients.combine(scale), grads(student)
+        gradients.add(step_losses(student, target, **rows(e, part), **options), len(part) / B)
+    return gradients.combine(), grads(student)
 
 
 CASES = [(1, "end", l2, True), (4, "end", pseudo_huber, True), (3, "s", pseudo_huber, False), (8, "end", l2, False)]
@@ -144,30 +144,21 @@ def test_each_loss_is_differentiated_once():
 
 # ---- half precision
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_finds_the_same_balance(dtype):
-    "With the scaler's factor the half step agrees with the full one; float16 without it loses its gradients."
+def test_autocast_finds_the_same_balance():
     _, student, target = models(dtype=torch.float32)
-    e, close = example(dtype=torch.float32), .02 if dtype == torch.float16 else .1
+    e = example(dtype=torch.float32)
     expected, g = plain(student, target, e)
     for m in (1, 2):
-        with torch.autocast("cpu", dtype=dtype): numbers, h = step(student, target, e, m, torch.tensor(2. ** 14))
-        for k in expected: assert abs(numbers[k] / expected[k] - 1) < close, k
-        assert relative(h / 2 ** 14, g) < 3 * close and numbers["lambda_dsm"].dtype == torch.float32
+        with torch.autocast("cpu", dtype=torch.bfloat16): numbers, h = step(student, target, e, m)
+        for k in expected: assert abs(numbers[k] / expected[k] - 1) < .1, k
+        assert relative(h, g) < .3 and numbers["lambda_dsm"].dtype == torch.float32
 
 
-def test_scale_changes_nothing_but_the_scale():
-    _, student, target = models()
-    (a, g), (b, h) = (step(student, target, example(), 2, scale=s) for s in (1., 1024.))
-    assert all(abs(a[k] / b[k] - 1) < 1e-9 for k in a) and relative(h / 1024, g) < 1e-9
-
-
-def test_weight_of_tiny_gradients_does_not_depend_on_the_scale():
+def test_weight_of_tiny_gradients():
     w = torch.nn.Parameter(torch.ones(4))
-    for s in (1., 2. ** 16):
-        gradients = BalancedGradients([w], w)
-        gradients.add({"ctm": (2e-5 * w).sum(), "dsm": (1e-5 * w).sum()}, scale=s)
-        torch.testing.assert_close(gradients.combine(s)["lambda_dsm"], torch.tensor(4e-5 / (2e-5 + 1e-4)))
+    gradients = BalancedGradients([w], w)
+    gradients.add({"ctm": (2e-5 * w).sum(), "dsm": (1e-5 * w).sum()})
+    torch.testing.assert_close(gradients.combine()["lambda_dsm"], torch.tensor(4e-5 / (2e-5 + 1e-4)))
 
 
 def test_small_gradients_survive_the_frozen_map_in_float16():
@@ -196,7 +187,7 @@ def test_half_precision_models_stay_finite_at_80(dtype):
     assert torch.isfinite(x_u).all()
     halves = {k: v.to(dtype) if v.is_floating_point() and k != "sigma" else v for k, v in e.items()}
     for compare_at in ("end", "s"):
-        numbers, _ = step(student, target, halves, compare_at=compare_at, scale=.01)
+        numbers, _ = step(student, target, halves, compare_at=compare_at)
         assert all(torch.isfinite(v) for v in numbers.values()), (compare_at, numbers)
         assert numbers["loss_ctm"].dtype == torch.float32
     assert float(l2(halves["x_t"], halves["x_u"]).max()) == 640. ** 2

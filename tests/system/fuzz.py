@@ -50,7 +50,6 @@ from ctm_nb.evaluation.edit import edit_files
 from ctm_nb.evaluation.evaluate import Request, evaluate, open_subject, read_scores
 from ctm_nb.evaluation.metrics import frechet_gaussians
 from ctm_nb.evaluation.reference import read_reference
-from ctm_nb.evaluation.search import _Ledger
 from ctm_nb.training.config import make_config
 from ctm_nb.training.report import write_report
 from ctm_nb.training.trainer import Trainer
@@ -231,8 +230,6 @@ def others(folder):
     recipe = _with_parts(make_recipe(m, str(run), 20), m)
     _draw_parts(_drawer_of(m, recipe), recipe, _open_parts(folder / "parts" / "x.npz", recipe))
     found["parts"] = files_of(folder / "parts"), "x.npz", "parts overwrite"
-    tries = {"tries": [{"times": [80., .002], "gamma": 0., "score": 3.}]}
-    found["ledger"] = {"l.json": json.dumps(tries).encode()}, "l.json", "ledger"
     found["edit"] = {"i.png": picture(rng), "mask.png": picture(rng)}, "", "inpaint encode"
     return found
 
@@ -345,7 +342,6 @@ OPENERS = {
     "reference": lambda p: evaluate(Request(MADE["samples"], str(p))),
     "parts": lambda p: draw_samples(MADE["run"], p, 20),
     "overwrite": lambda p: draw_samples(MADE["run"], p, 20, overwrite=True),
-    "ledger": lambda p: _Ledger(lambda *_: 1., 5, p)([80., .002], 0.),
     "inpaint": lambda p: edit_files(MADE["run"], "inpaint", [p / "i.png"], p / "o.png", p / "mask.png", "none"),
     "encode": lambda p: edit_files(MADE["run"], "encode", [p / "i.png"], p / "o.npz", classes="none")}
 RUN = {

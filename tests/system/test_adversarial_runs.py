@@ -107,7 +107,7 @@ def test_an_adversary_of_before_goes_on(tmp_path):
     saved = load_checkpoint(folder)
     for section, keys in later.items():
         for k in keys: del saved.meta["config"][section][k]
-    save_checkpoint(folder.parent, saved.step, saved.models, saved.state, saved.meta, replace=True)
+    save_checkpoint(folder.parent, saved.step, saved.models, saved.state, saved.meta)
     t = Trainer(make_config("tiny", words), tmp_path / "old")
     while t.step < 9: t.train_step()
     for k, v in straight.parts["model"].state_dict().items(): assert torch.equal(v, t.parts["model"].state_dict()[k]), k

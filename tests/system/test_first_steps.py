@@ -109,6 +109,23 @@ def test_a_batch_that_does_not_fit_is_taken_in_parts_on_a_cpu(tmp_path, caplog):
     assert config.run.micro_batch == "1" and "take smaller ones (--image-size)" in caplog.text
 
 
+def test_processes_share_a_batch_and_take_what_the_one_with_least_room_can(tmp_path, caplog):
+    data, gib = SimpleNamespace(channels=3, image_size=256, n_classes=0), 2 ** 30
+    most = lambda config, n, world=1: max(memory(config, data, n, world=world).values())
+    for world in (1, 2, 4):
+        config, caplog.records[:] = make_config("digits", ["data.image_size=256", "run.device=cpu"]), []
+        here = SimpleNamespace(world=world, main=True, least=lambda n: n - (world > 1) * 2 * gib)
+        fit_memory(config, data, tmp_path, room=8 * gib, here=here)
+        n, room = int(config.run.micro_batch), here.least(8 * gib)
+        assert most(config, n) <= .8 * room < most(config, n + 1)
+        told = f"would take {most(config, None, world) / gib:.1f} GiB, and {room / gib:.1f} GiB are free"
+        assert told + f"{' for each process' * (world > 1)}: {n} images" in caplog.text
+    assert most(config, config.distill.batch // 4) == most(config, None, 4)
+    config.run.micro_batch = "auto"
+    fit_memory(config, data, tmp_path, room=int(most(config, None, 4) / .79), here=SimpleNamespace(world=4, least=int))
+    assert config.run.micro_batch == "auto"  # a quarter of the batch fits
+
+
 @pytest.mark.parametrize("device, wanted, said", [
     ("cpu", "64", "a step of 64 images at a time would take .* GiB, and 8.0 GiB are free: . images at a time fit"),
     ("cuda", "auto", "a step of whole batches would take .* GiB, and 8.0 GiB are free: . images at a time"),

@@ -15,7 +15,7 @@ from ctm_nb.commands.flags import one_line_errors
 from ctm_nb.commands.train import _place
 from ctm_nb.evaluation.draw import _warn_unsuited
 from ctm_nb.evaluation.reference import FORMAT, is_reference_file, pick_device, read_reference
-from ctm_nb.evaluation.search import _Ledger, stored_times
+from ctm_nb.evaluation.search import stored_times
 from ctm_nb.training.config import make_config
 
 Z = np.zeros(3)
@@ -91,12 +91,6 @@ def test_a_configuration_beside_guidance(tmp_path, untrained_run, text):
     (run / "config.json").write_bytes(text.encode("latin-1"))
     if "label" in text: return _warn_unsuited(load(run), 2., None, run)
     with pytest.raises(ValueError, match="config.json can't be read"): _warn_unsuited(load(run), 2., None, run)
-
-
-@pytest.mark.parametrize("text", ["[", '{"tries": 3}', '{"tries": [{"times": ["a"], "gamma": 0, "score": 1}]}', "\xff"])
-def test_ledgers(tmp_path, text):
-    (tmp_path / "l.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match="l.json is not the ledger"): _Ledger(None, 5, tmp_path / "l.json")
 
 
 def test_devices_that_are_not_here():

@@ -12,7 +12,9 @@ import torch
 from runs import ENV, compute_alike
 
 from ctm_nb.checkpoints.store import load_checkpoint
+from ctm_nb.data.images import digits
 from ctm_nb.training.config import make_config
+from ctm_nb.training.costs import memory
 from ctm_nb.training.runtime import autocast
 from ctm_nb.training.stages import take
 from ctm_nb.training.trainer import Trainer
@@ -82,6 +84,29 @@ def test_two_processes_are_one_in_every_stage(alone, tmp_path):
     for name in first:
         assert_close(first[name], second[name], at=0, weights=0)  # the processes hold the same bits
         assert_close(alone, first[name])
+
+
+ROOMS = """
+import sys
+from ctm_nb.commands.train import ctm_nb_train
+from ctm_nb.evaluation.reference import launched
+from ctm_nb.training import costs
+costs.available_memory = lambda: int(sys.argv[2 + launched()[0]])
+ctm_nb_train(["--preset", "tiny", "--runs", sys.argv[1], "--name", "r", "--set", "teacher.steps=1", "distill.steps=1",
+              "teacher.batch=12", "distill.batch=12", "evaluate.n=0", "run.device=cpu", "run.precision=fp32"])
+"""
+
+
+def test_two_processes_with_little_memory_take_as_many_images_as_the_poorer_one_can(tmp_path):
+    config = make_config("tiny", ["teacher.steps=1", "distill.steps=1", "teacher.batch=12", "distill.batch=12"])
+    none, one = (memory(config, digits(), n)["ctm_dsm"] for n in (0, 1))
+    rooms = [str(int((none + n * (one - none)) / .8)) for n in (5.5, 3.5)]
+    (tmp_path / "worker.py").write_text(ROOMS)
+    words = [*TORCHRUN, tmp_path / "worker.py", tmp_path, *rooms]
+    done = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count(" are free for each process: 3 images at a time") == 1, done.stderr
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["run"]["micro_batch"] == "3"
 
 
 def test_the_weights_have_moved(alone):
@@ -198,20 +223,16 @@ def test_a_processor_without_bf16_is_named(tmp_path, monkeypatch, caplog, has):
                                     "will be many times faster"])
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_learns_and_resumes(tmp_path, precision):
-    words = ["teacher.steps=8", "distill.steps=4", "evaluate.n=0", f"run.precision={precision}", "run.micro_batch=20"]
+def test_half_precision_learns_and_resumes(tmp_path):
+    words = ["teacher.steps=8", "distill.steps=4", "evaluate.n=0", "run.precision=bf16", "run.micro_batch=20"]
     def weights(name, stops):
         for stop in stops:
             t = Trainer(make_config("tiny", words), tmp_path / name)
             while t.step < stop: t.train_step()
             t.save()
         return t, torch.cat([v.flatten() for v in t.parts["model"].state_dict().values()])
-    (t, a), (_, b) = weights("straight", [12]), weights("broken", [5, 12])
+    (_, a), (_, b) = weights("straight", [12]), weights("broken", [5, 12])
     assert torch.equal(a, b) and a.isfinite().all() and a.dtype == torch.float32
-    if precision != "fp16": return
-    saved = load_checkpoint(tmp_path / "broken" / "checkpoints" / "step_00000012").state["scaler"]
-    assert float(t.state.scaler.scale) >= 2. ** 10 and saved["good_steps"] > 0
 
 
 def test_half_precision_does_not_depend_on_what_another_thread_does_meanwhile(tmp_path):
@@ -231,15 +252,6 @@ def test_half_precision_does_not_depend_on_what_another_thread_does_meanwhile(tm
         trainer.begin = begin_disturbed
     words = [*SHORT, "run.micro_batch=5", "run.precision=bf16"]  # several forward passes of the student a step
     assert_close(follow(words, tmp_path / "a"), follow(words, tmp_path / "b", disturb), at=0, weights=0)
-
-
-def test_an_overflow_halves_the_factor_and_leaves_the_step_out(tmp_path):
-    t = Trainer(make_config("tiny", [*SHORT, "run.precision=fp16"]), tmp_path)
-    t.state.scaler.scale.fill_(2. ** 40)
-    before = {k: v.clone() for k, v in t.parts["model"].state_dict().items()}
-    t.train_step()
-    assert float(t.state.scaler.scale) == 2. ** 39 and t.step == 1
-    assert all(torch.equal(v, before[k]) for k, v in t.parts["model"].state_dict().items())
 
 
 def with_optimizer(name):
@@ -365,7 +377,7 @@ def test_gpu_nobody_waits_within_a_step(tmp_path, optimizer):
 
 
 @gpu
-@pytest.mark.parametrize("words", ["run.precision=fp32", "run.precision=bf16", "run.precision=fp16",
+@pytest.mark.parametrize("words", ["run.precision=fp32", "run.precision=bf16",
                                    "run.precision=bf16 run.micro_batch=5", "run.compile=true"])
 def test_gpu_learns_in_every_precision(tmp_path, words):
     short = ["teacher.steps=30", "distill.steps=6", "gan.steps=6", "gan.batch=16", "evaluate.n=0"]

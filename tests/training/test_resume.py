@@ -242,7 +242,7 @@ def test_a_run_of_another_version_goes_on_without_the_settings_that_are_gone(tmp
     straight, old = walk(start(tmp_path / "b"), 14), start(tmp_path / "a")
     walk(old, 11)
     c = newest(tmp_path / "a")
-    save_checkpoint(c.path.parent, 11, c.models, c.state, {**c.meta, "config": older}, replace=True)
+    save_checkpoint(c.path.parent, 11, c.models, c.state, {**c.meta, "config": older})
     (config := tmp_path / "a" / "config.json").write_text(json.dumps(older))
     again = start(tmp_path / "a")
     assert again.step == 11 and f"from step 11 on: {said}" in caplog.text
@@ -270,10 +270,20 @@ def test_other_libraries_are_remembered(tmp_path, monkeypatch):
 
 # ---- what an older version wrote
 
-def test_the_states_of_generators_are_not_read(tmp_path):
+def test_the_states_of_generators_and_of_a_scaler_are_not_read(tmp_path):
     t = start(tmp_path / "a")
     walk(t, 2)
     kept = t.state.state_dict
-    t.state.state_dict = lambda *a: {**kept(*a), "random": {"torch": torch.get_rng_state()}}
+    t.state.state_dict = lambda *a: {**kept(*a), "random": {"torch": torch.get_rng_state()}, "scaler": {}}
     t.save()
-    assert "random" in training.resume_point(tmp_path / "a" / "checkpoints").state and start(tmp_path / "a").step == 2
+    found = training.resume_point(tmp_path / "a" / "checkpoints").state
+    assert {"random", "scaler"} <= found.keys() and start(tmp_path / "a").step == 2
+
+
+def test_a_run_in_fp16_is_not_gone_on_with(tmp_path):
+    t = walk(start(tmp_path / "a"), 2)
+    c = newest(tmp_path / "a")
+    older = {**c.meta["config"], "run": {**c.meta["config"]["run"], "precision": "fp16"}}
+    save_checkpoint(c.path.parent, t.step, c.models, c.state, {**c.meta, "config": older, "precision": "fp16"})
+    with pytest.raises(ValueError, match="was trained in fp16, and run.precision=auto means fp32 here; nothing trains"):
+        start(tmp_path / "a")
