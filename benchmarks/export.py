@@ -153,7 +153,7 @@ def distances(evaluator, draw, m):
 def measured(name, path, browser, folder):
     "A row for each form."
     m, rows = load(path).eval(), []
-    evaluator = run_evaluator(load_splits(name, image_size=m.data_shape[-1]), batch=100, keep=True)
+    evaluator = run_evaluator(load_splits(name, image_size=m.data_shape[-1]), keep=True)
     evaluator.metrics = ["fid"]
     plain = torch.no_grad()(lambda z, y: Drawing(m)(z, y if m.n_classes else None))
     z, y = noise(m.data_shape, 7, range(COMPARED)), torch.arange(COMPARED) % max(m.n_classes, 1)

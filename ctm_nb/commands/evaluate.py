@@ -48,7 +48,7 @@ def evaluate_parser() -> Parser:
 def _score_flags(add):
     add("--metrics", metavar="M,M", help="of fid, is, pr, kid, acc (default: fid, pr where possible, and with "
         "a classifier of the data acc and is); of a checkpoint also bpd")
-    add("-n", type=ranged(2), metavar="N", help="samples to score (default: all there are; of a checkpoint 50000)")
+    add("-n", type=ranged(6), metavar="N", help="samples to score (default: all there are; of a checkpoint 50000)")
     add("--batch", type=ranged(1), default=500, metavar="B", help="images at a time (default: 500)")
     add("--tol", type=ranged(1e-15, kind=float), default=1e-4, metavar="X",
         help="of bpd: largest error of a step of the solver (default: 1e-4)")
@@ -57,7 +57,7 @@ def _score_flags(add):
         "first row beside their neighbours, in samples/nearest.png of a run, else NAME.nearest.png beside --out or "
         "the samples")
     add("--search", action="store_true", help="search good times for each of --steps, score them with fresh noise, "
-        "and store them for --times auto; the same command continues")
+        "and store them for --times auto")
     add("--tries", type=ranged(2), default=40, metavar="N",
         help="scores that a search may compute for each number of steps (default: 40)")
     add("--search-n", type=ranged(6), metavar="N",
@@ -77,8 +77,6 @@ def _request_of(a: argparse.Namespace):  # evaluation.evaluate.Request
     from ctm_nb.evaluation.reference import pick_device
     metrics = [w.strip() for w in a.metrics.split(",")] if a.metrics else None
     steps, first = a.steps or ([2] if a.search else [1, 2]), (metrics or ["fid"])[0]
-    if a.n is not None and a.n < 6 and metrics != ["bpd"]:
-        raise ValueError(f"-n must be >= 6, got {a.n}")
     if a.search and min(steps) < 2:
         raise ValueError(f"--search needs --steps >= 2 (one jump has no timestep to be moved), got {min(steps)}")
     if a.search and len(a.gamma or [0]) > 1: raise ValueError(f"--search takes one --gamma, or none, got {a.gamma}")
@@ -91,9 +89,7 @@ def _request_of(a: argparse.Namespace):  # evaluation.evaluate.Request
                       "nearest": _sheet(a) if a.nearest else None, "device": str(pick_device(a.device))})
 
 # %% ../../nbs/7_commands/03_evaluate.ipynb #62b62378
-def ctm_nb_evaluate(
-    argv: list | None = None,  # words of the command line; None: those of the process
-):
+def ctm_nb_evaluate(argv: list | None = None):  # words of the command line; None: those of the process
     "Score samples or a checkpoint (the console command)."
     a = evaluate_parser().parse_args(argv)
     first = os.environ.get("RANK", "0") == "0"  # of several processes, the first one has something to say

@@ -45,9 +45,7 @@ def sample_parser() -> Parser:
 # %% ../../nbs/7_commands/02_sample.ipynb #fac8749b
 SERVED = ("checkpoint", "which", "device", "n", "seed", "steps", "gamma")  # words that a page knows
 
-def ctm_nb_sample(
-    argv: list | None = None,  # words of the command line; None: those of the process
-):
+def ctm_nb_sample(argv: list | None = None):  # words of the command line; None: those of the process
     "Draw samples from a checkpoint into a file or folder (the console command)."
     p = sample_parser()
     a = vars(p.parse_args(argv))

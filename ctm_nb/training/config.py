@@ -91,7 +91,6 @@ class OptimConfig:
 @dataclass
 class TeacherConfig(OptimConfig):
     "Training of the denoiser, or where to get one."
-    steps: int = need(30000, NOT_NEGATIVE)  # optimizer steps, not needed with a source
     source: str = ""  # an existing teacher: whatever `load` reads; empty: train one; "none": do without
     initial: str = ""  # a model with whose weights training begins, for any classes; empty: random ones
     P_mean: float = -1.2  # of ln sigma
@@ -175,7 +174,7 @@ class RunConfig:
     "How the run is carried out; all but the seed may change from one start of a run to the next (see resume)."
     seed: int = need(0, NOT_NEGATIVE)  # of everything
     device: str = "auto"  # "auto": a CUDA device if there is one
-    precision: str = need("auto", one_of("auto", "fp32", "bf16", "fp16"))  # "auto": bf16 on a GPU that has it
+    precision: str = need("auto", one_of("auto", "fp32", "bf16"))  # "auto": bf16 on a GPU that has it
     compile: bool = False  # compile the networks, if that works
     micro_batch: str = need("auto", MICRO)  # images that a device takes at a time; "auto": as many as fit
     save_every: int = need(500, AT_LEAST_1)  # steps between checkpoints
@@ -369,9 +368,7 @@ TOGETHER += [
 ]
 
 # %% ../../nbs/6_training/02_config.ipynb #c0f19003
-def check_config(
-    c: Config,  # the configuration
-):
+def check_config(c: Config):  # the configuration
     "Raise ValueError naming the first impossible value."
     def refuse(key, expected): raise ValueError(f"{key} must be {expected}, got {getattr(*at[key])!r}")
     known = _settings(c)
