@@ -35,6 +35,7 @@ setup(
         "hub": [r for r in cfg["optional_requirements"].split() if r.startswith("huggingface_hub")],
         **{r.split(">")[0]: [r] for r in cfg["tracker_requirements"].split()},
         "demo": cfg["demo_requirements"].split(),
+        "diffusers": [r for r in cfg["optional_requirements"].split() if r.startswith("diffusers")],
         "onnx": [r for r in cfg["optional_requirements"].split() if r.startswith("onnx")],
     },
     entry_points={

@@ -51,6 +51,9 @@ NEW = {
         _export""",
     "Hub": """checkpoints.catalogue: HUB_FILE hub_file training.report: model_card
         commands.convert: _public _share""",
+    "diffusers": """checkpoints.diffusers checkpoints.export: diffusers_folder diffusers_difference
+        checkpoints.models: is_run _filtered _from_diffusers method.teacher: ddpm_levels
+        method.trajectory: ConsistencyModel networks.unet: _StridedConv UNet._resized""",
     "safety of readers, labels": """data.read: ENCODINGS existing unpacked_limit LABEL_KEYS _label_in _is_picture
         _as_bytes _stamp _prefix _hint LMDB _lmdb_page lmdb_entries data.convert: folder_names data.images: _letters
         checkpoints.models: _is_consistency_model""",

@@ -27,7 +27,7 @@ import torch
 from digits import hardware
 from PIL import Image
 
-from ctm_nb.checkpoints.export import WEIGHTS, Drawing, _narrow, onnx_bytes, web_page
+from ctm_nb.checkpoints.export import WEIGHT_TYPES, Drawing, _narrow, onnx_bytes, web_page
 from ctm_nb.checkpoints.models import load, save_model
 from ctm_nb.data.batches import load_splits
 from ctm_nb.data.images import to_uint8
@@ -169,7 +169,7 @@ def measured(name, path, browser, folder):
         off = max((a - b).abs().max().item() for a, b in zip(m.state_dict().values(), back.state_dict().values()))
         rows.append({"format": f".{end}", "direction": "out and in", "parity": off, "bytes": kept.stat().st_size})
     graph = onnx_bytes(m)
-    forms = {f"onnx, {w} weights": narrowed(graph, w) for w in WEIGHTS}
+    forms = {f"onnx, {w} weights": narrowed(graph, w) for w in WEIGHT_TYPES}
     for form, content in [*forms.items(), *quantized(m, graph, folder)]:
         try:
             ways[form], files[form] = session(content), content

@@ -203,24 +203,26 @@ def _mentions(data, word):
 
 # %% ../../nbs/4_checkpoints/03_foreign.ipynb #73f5fa73
 def _of_diffusers(path):
-    "What a folder of diffusers is, or ''."
-    for name, what in (("model_index.json", "a pipeline"), ("config.json", "a network")):
+    "What a folder of diffusers is, 'diffusers' if its network may be readable, or ''."
+    files = (("unet/config.json", "a network"), ("config.json", "a network"), ("model_index.json", "a pipeline"))
+    for name, what in files:
         if (file := path/name).is_file() and file.stat().st_size < 2**20:
             try: said = json.loads(file.read_bytes())
             except ValueError: continue
             kind = said.get("_class_name") if isinstance(said, dict) else None
+            if kind in ("UNet2DModel", ["pipeline", "CTMPipeline"]): return "diffusers"
             if kind: return f"{what} of diffusers ({printable(kind, 40)})"
     return ""
 
-def sniff(path: str | Path) -> str:  # "run", "checkpoint", "safetensors", "edm_pickle" or "torch"
+def sniff(path: str | Path) -> str:  # "run", "checkpoint", "diffusers", "safetensors", "edm_pickle" or "torch"
     """Recognise a file or folder by its content.
 
     Raises ForeignFileError that says what it is, for anything else."""
     path = Path(path)
     with _naming(path):
         if (path/"checkpoint.json").is_file(): return "checkpoint"
-        if what := _of_diffusers(path):
-            raise ForeignFileError(f"{what}, which can't be read yet; EDM's, EDM2's, OpenAI's and sony's files can")
+        if (what := _of_diffusers(path)) == "diffusers": return what
+        if what: raise ForeignFileError(f"{what}, which can't be read; a UNet2DModel can")
         if (path/"config.json").is_file() or (path/"checkpoints").is_dir(): return "run"
     with _opened(path) as (f, data, head):
         if _is_safetensors(head, len(data)): return "safetensors"

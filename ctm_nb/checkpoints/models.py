@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'KINDS', 'WRAPPERS', 'PRECONDITIONERS', 'EDM2_NUMBERS', 'describe', 'rebuild', 'relabel',
-           'find_checkpoint', 'of_newest', 'save_model', 'load']
+           'find_checkpoint', 'is_run', 'of_newest', 'save_model', 'load']
 
 # %% ../../nbs/4_checkpoints/05_models.ipynb #d9838aa1
 import io
@@ -20,12 +20,13 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from .catalogue import CATALOGUE, LATENTS, fetch, hub_file, nearest_name
+from .diffusers import WEIGHTS, read_unet2d
 from .foreign import read_edm_pickle, read_safetensors, read_weights, sniff
 from .store import CheckpointError, latest_checkpoint, load_checkpoint
 from ..data.files import atomic_write
 from ..data.read import reading
 from ..method.teacher import Denoiser, iddpm_levels
-from ..method.trajectory import CTM
+from ..method.trajectory import CTM, ConsistencyModel
 from ..networks.blocks import Resample
 from ..networks.edm2 import EDM2
 from ..networks.families import FAMILIES, build_network, network_config
@@ -34,7 +35,7 @@ from ..networks.unet import OpenAIUNet, UNet, openai_names
 log = logging.getLogger(__name__)
 
 # %% ../../nbs/4_checkpoints/05_models.ipynb #dab7b633
-KINDS = {"teacher": Denoiser, "ctm": CTM}
+KINDS = {"teacher": Denoiser, "ctm": CTM, "cm": ConsistencyModel}
 
 # %% ../../nbs/4_checkpoints/05_models.ipynb #24266c8e
 def describe(
@@ -109,6 +110,10 @@ def find_checkpoint(path: str | Path) -> Path:
     if (path/"checkpoint.json").exists(): return path
     if found := latest_checkpoint(path/"checkpoints"): return found
     raise CheckpointError(f"{path} holds no complete checkpoint; expected {path}/checkpoints/step_*/checkpoint.json")
+
+def is_run(path: str | Path) -> bool:
+    "Whether a path is one of our runs or checkpoints."
+    return any((Path(path) / name).exists() for name in ("checkpoint.json", "checkpoints"))
 
 def of_newest(
     path: str | Path,  # of a run or a checkpoint
@@ -221,6 +226,10 @@ def _our_state(net, state):
         ours = {theirs: k for k, theirs in openai_names(net).items()}
         old = {k: v[..., None] for k, v in state.items() if v.ndim == 3 and ("qkv" in k or "proj_out" in k)}
         state = {ours.get(k, k): v.T if k == "label_emb.weight" else v for k, v in {**state, **old}.items()}
+    return _filtered(net, state)
+
+def _filtered(net, state):
+    "Weights with the filters of their network; raises ValueError if there are others among them."
     taps, fixed = net.conventions.taps, {}
     for name, m in net.named_modules():  # on the meta device; the filters are made again on the CPU
         if isinstance(m, Resample) and m.how: fixed[f"{name}.resample_filter"] = Resample(m.how, taps).resample_filter
@@ -323,6 +332,16 @@ def _edm2_heads(n):
         log.warning("this EDM2 snapshot is not in float16, as its authors' program writes it; read all the same")
     return _per_head(n, "attn_proj", 64, least=1, **EDM2_NUMBERS)
 
+# %% ../../nbs/4_checkpoints/05_models.ipynb #20bd71d0
+def _from_diffusers(path, which):
+    "What was read, in words, and the model in a folder with a UNet2DModel; ValueError if it isn't of the kind wanted."
+    about, state = read_unet2d(path)
+    if which not in (None, about["kind"]):
+        raise ValueError(f"this is a {about['kind'].replace('cm', 'consistency model')}, expected a {which}")
+    with torch.device("meta"): net = build_network(**about["network"])
+    m = rebuild(about, {f"net.{k}": v for k, v in _filtered(net, state).items()})
+    return f"UNet2DModel of diffusers, {m.kind}{', interpolated between levels' * m.kind.startswith('ddpm')}", m
+
 # %% ../../nbs/4_checkpoints/05_models.ipynb #8ca129d1
 def _foreign_state(m):
     "The weights under the names that other programs use; raises ValueError for a model that they don't have."
@@ -334,6 +353,7 @@ def _foreign_state(m):
         raise ValueError(f"other programs take preconditioning, sigma_data, sigma_min, sigma_max to be {theirs}, and a "
                          f"state dict can't say otherwise; this model has {numbers}: write a .safetensors file")
     own = {k: v for k, v in m.net.state_dict().items() if not (isinstance(m, CTM) and "map_augment" in k)}
+    if m.net.config.get("conventions"): raise ValueError("no other program has this network; write a .safetensors file")
     if isinstance(m.net, EDM2): return {k if k.startswith("logvar_") else f"unet.{k}": v for k, v in own.items()}
     if not isinstance(m.net, OpenAIUNet): return {f"model.{k}": v for k, v in own.items()}
     out = {theirs: own[k] for k, theirs in openai_names(m.net).items()}
@@ -363,6 +383,7 @@ def save_model(
 # %% ../../nbs/4_checkpoints/05_models.ipynb #2c358bfc
 def _read_model(path, which, architecture):
     "Recognise a file by its content, and read the model in it: (the format, the model)."
+    if (own := Path(path) / "ctm" / WEIGHTS).is_file(): path = own  # a folder that we wrote for diffusers
     kind, key = sniff(path), architecture.pop("key", None)
     if key and kind != "torch": raise ValueError(f"key chooses weights in a file of torch.save, and this is {kind}")
     if kind == "edm_pickle": return "EDM pickle", _from_edm(read_edm_pickle(path), which, **architecture)
@@ -373,7 +394,8 @@ def _read_model(path, which, architecture):
     state, header = read_safetensors(path) if kind == "safetensors" else ({}, {})
     if kind == "safetensors" and "ctm_nb" not in header:
         return "state dict in safetensors", _from_state(state, which, **architecture)
-    if architecture: raise ValueError(f"our own files know their network; {', '.join(architecture)} can't be given")
+    if architecture: raise ValueError(f"such files know their network; {', '.join(architecture)} can't be given")
+    if kind == "diffusers": return _from_diffusers(path, which)
     if kind != "safetensors": return kind, of_newest(path, lambda folder: _from_folder(folder, which))
     with reading(path):
         description = json.loads(header["ctm_nb"])["description"]
@@ -402,7 +424,7 @@ def _what_it_is(m, format, known, given):
     "Kind, family, size, classes and pictures of a model in words; `known` is its kind in the catalogue."
     net, n = network_config(m.net), sum(p.numel() for p in m.parameters())
     bare = net["family"] == "openai" and format.startswith("state dict")
-    kind = "CTM" if isinstance(m, CTM) else "teacher"
+    kind = {CTM: "CTM", ConsistencyModel: "consistency model"}.get(type(m), "teacher")
     if known == "cm": kind = "consistency model, loaded as a denoiser"
     elif kind == "teacher" and bare and known is None: kind += " (or a consistency model, which looks the same)"
     size, heads = (" (assumed)" * (bare and k not in given) for k in ("image_size", "channels_per_head"))

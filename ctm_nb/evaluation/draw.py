@@ -25,7 +25,7 @@ from ..method.sampling import check_request, default_times, evaluations, sample
 from ..method.solvers import solver_name
 from ..method.teacher import Model
 from ..method.trajectory import is_ctm
-from ..checkpoints.models import find_checkpoint, load, of_newest
+from ..checkpoints.models import find_checkpoint, is_run, load, of_newest
 from ..checkpoints.store import load_checkpoint
 from .reference import Ranks, launched, pick_device, process_group
 from .search import stored_times
@@ -159,7 +159,7 @@ def _very_checkpoint(path): return str(find_checkpoint(path) if (Path(path) / "c
 
 def _bytes_of(checkpoint: str) -> str:  # a key of BYTES
     "How a run has its samples become bytes."
-    if not Path(checkpoint).is_dir(): return "round"
+    if not is_run(checkpoint): return "round"
     config = of_newest(checkpoint, lambda folder: load_checkpoint(folder, parts=[])).meta.get("config") or {}
     return config.get("evaluate", {}).get("bytes", "round")
 

@@ -29,7 +29,7 @@ from ..method.teacher import Model
 from ..method.trajectory import is_ctm
 from ..checkpoints.averages import average, gamma_of
 from ..checkpoints.catalogue import CATALOGUE, fetch
-from ..checkpoints.models import load, of_newest
+from ..checkpoints.models import is_run, load, of_newest
 from ..checkpoints.store import load_checkpoint
 from .metrics import (class_accuracy, frechet_gaussians, inception_score, kernel_distance,
                       nearer_share, nearest_points, precision_recall, train_classifier)
@@ -336,7 +336,7 @@ def _model(r: Request) -> Subject:
     if r.search and not is_ctm(m):
         raise ValueError("--search finds times of jumps, and this model is a teacher; expected a CTM")
     name, meta = r.what, {}
-    if Path(r.what).is_dir(): name, meta = of_newest(r.what, lambda f: (str(f), load_checkpoint(f, parts=[]).meta))
+    if is_run(r.what): name, meta = of_newest(r.what, lambda f: (str(f), load_checkpoint(f, parts=[]).meta))
     config = meta.get("config") or {}
     data, bytes = config.get("data", {}), r.bytes or config.get("evaluate", {}).get("bytes", "round")
     words = ["crop", "channels", "skip_broken", "background"]

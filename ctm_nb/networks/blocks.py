@@ -136,15 +136,18 @@ class Conventions:
     three_first: bool = False  # layout of queries, keys and values
     glorot: bool = True  # fresh weights by Glorot's rule, else PyTorch's own
     out_names: tuple = ("dec", "aux_norm", "aux_conv")  # where the last two layers are kept
+    groups: int = 32  # of the group normalisation, at most
+    strided: int | None = None  # a convolution with so much padding changes the resolution; None: a residual block
 
 # %% ../../nbs/2_networks/01_blocks.ipynb #cff6a8a1
 def group_norm(
     channels: int,  # channels to normalise
     eps: float = 1e-6,  # added to the variance
     least: int = 4,  # channels a group, at least
+    most: int = 32,  # groups, at most
 ) -> nn.GroupNorm:
-    "Group normalisation with as many equal groups as possible, at most 32."
-    most = min(32, max(1, channels // least))
+    "Group normalisation with as many equal groups as possible."
+    most = min(most, max(1, channels // least))
     groups = next(n for n in range(most, 0, -1) if channels % n == 0)
     return nn.GroupNorm(groups, channels, eps=eps)
 
@@ -177,7 +180,7 @@ class ResBlock(nn.Module):
         super().__init__()
         k = self.conventions = conventions
         self.dropout, self.heads = dropout, heads
-        norm = lambda channels: group_norm(channels, k.eps, k.group_channels)
+        norm = lambda channels: group_norm(channels, k.eps, k.group_channels, k.groups)
         init = lambda layer, scale=1.: init_(layer, scale, k.glorot)
         self.norm0, self.conv0 = norm(c_in), init(ResampleConv(c_in, c_out, 3, how, k.taps))
         width = c_out * (2 if k.scale_shift else 1)

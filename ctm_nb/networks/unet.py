@@ -64,14 +64,17 @@ class UNet(Network):
         augment_dim: int = 0,  # width of EDM's augmentation label; 0: none
         channels_per_head: int | None = None,  # of the attention; None: the family's
         stem: int | None = None,  # channels of the first convolution; None: the family's
+        conventions: dict | None = None,  # those in which it differs from its family
     ):
         super().__init__()
+        if conventions: self.conventions = replace(self.conventions, **conventions)
         self.config = dict(
             image_size=image_size, channels=channels, n_classes=n_classes, s_branch=s_branch,
             model_channels=model_channels, channel_mult=tuple(channel_mult), n_blocks=n_blocks,
             attention=tuple(attention), dropout=dropout, augment_dim=augment_dim,
             channels_per_head=channels_per_head or self.conventions.channels_per_head,
-            stem=stem or model_channels * (channel_mult[0] if self.conventions.wide_start else 1))
+            stem=stem or model_channels * (channel_mult[0] if self.conventions.wide_start else 1),
+            **{"conventions": dict(conventions)} if conventions else {})
         levels = len(channel_mult)
         if image_size % (least := 2 ** (levels - 1)):
             raise ValueError(f"image_size must be divisible by {least} for {levels} levels, got {image_size}")
@@ -162,6 +165,23 @@ def _block(self: UNet, c_in: int, c_out: int, how: str | None = None, attention:
                          f"got {per_head} (unless given, the family's)")
     return ResBlock(c_in, c_out, 4 * c["model_channels"], how, c["dropout"], c["s_branch"], heads, self.conventions)
 
+# %% ../../nbs/2_networks/02_unet.ipynb #5fbb034d
+class _StridedConv(nn.Conv2d):
+    "A change of resolution by a convolution alone, as in DDPM; without padding, zeros below and at the right."
+    def __init__(self, channels, how, pad):
+        super().__init__(channels, channels, 3, 2 if how == "down" else 1, 1 if how == "up" else pad)
+        self.how = how
+
+    def forward(self, x, emb=None, emb_s=None):
+        if self.how == "up": x = F.interpolate(x, scale_factor=2., mode="nearest")
+        return super().forward(x if self.padding[0] else F.pad(x, (0, 1, 0, 1)))
+
+# %% ../../nbs/2_networks/02_unet.ipynb #2be2a1a0
+@patch
+def _resized(self: UNet, width: int, how: str) -> nn.Module:
+    pad = self.conventions.strided
+    return self._block(width, width, how) if pad is None else _StridedConv(width, how, pad)
+
 # %% ../../nbs/2_networks/02_unet.ipynb #feb78138
 @patch
 def _build_encoder(self: UNet):
@@ -173,7 +193,7 @@ def _build_encoder(self: UNet):
         if level == 0:
             self.enc[f"{at}_conv"] = init_(ResampleConv(c["channels"], width, 3), glorot=k.glorot)
         else:
-            self.enc[f"{at}_down"] = self._block(width, width, "down")
+            self.enc[f"{at}_down"] = self._resized(width, "down")
             if k.picture_path:
                 self.enc[f"{at}_aux_residual"] = init_(ResampleConv(picture, width, 3, "down", k.taps, conv_first=True))
             picture = width
@@ -195,7 +215,7 @@ def _build_decoder(self: UNet):
         if level == lowest:
             self.dec[f"{at}_in0"] = self._block(width, width, attention=True)
             self.dec[f"{at}_in1"] = self._block(width, width)
-        else: self.dec[f"{at}_up"] = self._block(width, width, "up")
+        else: self.dec[f"{at}_up"] = self._resized(width, "up")
         for i in range(c["n_blocks"] + 1):
             out = c["model_channels"] * c["channel_mult"][level]
             attend = res in c["attention"] and (i == c["n_blocks"] or k.attention_everywhere)
@@ -203,7 +223,7 @@ def _build_decoder(self: UNet):
             width = out
     place, norm, conv = k.out_names
     home, prefix = (self.dec, f"{at}_") if place else (self, "")
-    self.out_layers = (group_norm(width, k.eps, k.group_channels),
+    self.out_layers = (group_norm(width, k.eps, k.group_channels, k.groups),
                        init_(ResampleConv(width, c["channels"], 3), 0, k.glorot))
     for name, layer in zip((norm, conv), self.out_layers): home.add_module(prefix + name, layer)
 

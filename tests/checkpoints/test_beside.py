@@ -160,9 +160,11 @@ def test_what_can_not_be_read_is_named(tmp_path, monkeypatch):
     pipe = tmp_path / "pipe"
     (pipe / "unet").mkdir(parents=True)
     (pipe / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline", "unet": ["diffusers", "x"]}))
-    (pipe / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", "sample_size": 32}))
+    (pipe / "vae").mkdir()
+    for part, name in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")):
+        (pipe / part / "config.json").write_text(json.dumps({"_class_name": name, "sample_size": 32}))
     for path, what in ((tmp_path / "training-state-000100.pt", "EDM's training-state.*network-snapshot"),
-                       (pipe, r"a pipeline of diffusers \(DDPMPipeline\)"),
-                       (pipe / "unet", r"a network of diffusers \(UNet2DModel\)")):
+                       (pipe, r"a network of diffusers \(UNet2DConditionModel\), which can't be read"),
+                       (pipe / "vae", r"a network of diffusers \(AutoencoderKL\)")):
         with pytest.raises(ForeignFileError, match=what) as e: load(path)
         assert str(path) in str(e.value) and "\n" not in str(e.value)
