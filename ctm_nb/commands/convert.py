@@ -29,10 +29,12 @@ def convert_parser() -> Parser:
         description="Say what a checkpoint is (IN alone), or write it in another format (IN OUT).")
     add = p.add_argument
     add("source", nargs="?", metavar="IN",
-        help="run or checkpoint folder, .safetensors, EDM .pkl, OpenAI or sony .pt, or a public name (see --list)")
+        help="run or checkpoint folder, .safetensors, EDM .pkl, OpenAI or sony .pt, a folder of diffusers, or a public "
+             "name (see --list)")
     add("target", nargs="?", type=Path, metavar="OUT",
         help=".safetensors: our own format; .pt: a state dict for OpenAI's, sony's or EDM's program; .onnx: pictures "
-             "out of noise, for any program that reads ONNX; hf:owner/name: a repository of the Hugging Face Hub")
+             "out of noise, for any program that reads ONNX; hf:owner/name: a repository of the Hugging Face Hub; "
+             "diffusers:FOLDER: a pipeline")
     add("--list", action="store_true", help="list the public checkpoints by name, with their licences")
     add("--which", metavar="MODEL", help="of a run's models: ctm, teacher, or another EMA, ctm-0.9999; "
         "for others' files: refuse anything else (default: a run's student)")
@@ -60,25 +62,28 @@ def _refuse_export(to, a):
 def _refuse(to, a):
     "Raise what is wrong about OUT, before a gigabyte is read."
     _refuse_export(to, a)
-    if not a.web and to.suffix not in (".safetensors", ".pt", ".pth", ".onnx"):
+    if not (a.web or a.pipeline) and to.suffix not in (".safetensors", ".pt", ".pth", ".onnx"):
         raise ValueError(f"OUT must end in .safetensors (ours), .pt or .pth (others') or .onnx, got {to.name!r}")
     folder = (a.web or to).absolute().parent
     if not folder.is_dir(): raise FileNotFoundError(f"folder {folder} does not exist")
     if to.exists() and not a.overwrite: raise FileExistsError(f"{to} exists; --overwrite replaces it")
 
 # %% ../../nbs/7_commands/05_convert.ipynb #11f19d5e
-def _export(m, to, a):
-    "Write an ONNX file or a page, and say how near it is to what PyTorch draws."
-    from ctm_nb.checkpoints.export import onnx_bytes, onnx_difference, web_page
+def _export(m, to, a, config):
+    "Write an ONNX file, a page or a pipeline, and say how near it is to what PyTorch draws."
+    from ctm_nb.checkpoints.export import diffusers_difference, diffusers_folder, onnx_bytes, onnx_difference, web_page
     from ctm_nb.data.files import atomic_write
     weights, steps = a.weights or "float32", None if a.jump else a.steps
     if a.web:
         page = web_page(m, Path(a.source).stem.replace("-", " ").replace("_", " "), a.steps, weights=weights)
         to.parent.mkdir(exist_ok=True)
         return print(f"written: {atomic_write(to, page.encode())}, {len(page) / 2 ** 20:.1f} MiB, open it in a browser")
-    print(f"written: {atomic_write(to, onnx_bytes(m, steps, a.bytes, weights))}")
-    try: print(f"largest difference to PyTorch, by onnxruntime: {onnx_difference(m, to, steps):.1e}")
-    except ValueError as e: print(f"not tried: {e}")
+    if a.pipeline: by, path = "diffusers", diffusers_folder(m, to, config, a.overwrite)
+    else: by, path = "onnxruntime", atomic_write(to, onnx_bytes(m, steps, a.bytes, weights))
+    print(f"written: {path}")
+    try: off = diffusers_difference(m, to) if a.pipeline else onnx_difference(m, to, steps)
+    except ValueError as e: return print(f"not tried: {e}")
+    print(f"largest difference to PyTorch, by {by}: {off:.1e}")
 
 # %% ../../nbs/7_commands/05_convert.ipynb #ee5d4d69
 def _public(v):
@@ -118,23 +123,25 @@ def ctm_nb_convert(argv: list | None = None):  # words of the command line; None
     "Say what a checkpoint is, or write it in another format (the console command)."
     p = convert_parser()
     a = p.parse_args(argv)
+    a.pipeline = str(a.target).startswith("diffusers:")
     if not (a.list or a.source): p.error("give a checkpoint, or --list")
     with one_line_errors("ctm_nb_convert", logging.WARNING):
         if a.list:
             from ctm_nb.checkpoints.catalogue import catalogue_table
             return print(catalogue_table())
+        if a.pipeline: a.target = Path(str(a.target).removeprefix("diffusers:"))
         to = a.web / "index.html" if a.web else a.target
         shared = to and to.as_posix().startswith("hf:")
         if to and not shared: _refuse(to, a)
         if a.private and not shared: raise ValueError("--private is for OUT hf:owner/name")
         given = {"key": a.key} if a.key else {}
         from ctm_nb.checkpoints.averages import average
-        from ctm_nb.checkpoints.models import load, of_newest, save_model
+        from ctm_nb.checkpoints.models import is_run, load, of_newest, save_model
         from ctm_nb.checkpoints.store import load_checkpoint
         m = average(a.source, s, a.which) if (s := a.ema_length) is not None else load(a.source, which=a.which, **given)
         print(m.about)
         about = lambda folder: load_checkpoint(folder, parts=[]).meta
-        ours = of_newest(a.source, about) if Path(a.source).is_dir() else {}
+        ours = of_newest(a.source, about) if is_run(a.source) else {}
         if shared: _share(m, to.as_posix()[3:], Path(a.source), a.private)
-        elif to and to.suffix in EXPORTED: _export(m, to, a)
+        elif to and (a.pipeline or to.suffix in EXPORTED): _export(m, to, a, ours.get("config"))
         elif to: print(f"written: {save_model(m, to, ours.get('config'), a.overwrite)}")
