@@ -31,7 +31,9 @@ def _drawer_between(m, recipe, other) -> Drawer:
     settings = {k: recipe[k] for k in ("gamma", "solver", "times")}
     def pictures(ids):
         rows, w = ids // WAY, (ids % WAY).view(-1, 1, 1, 1) / (WAY - 1)
-        def mixed(i, shape): return sphere(*(noise(m.data_shape, s, rows, draw=i) for s in (recipe["seed"], other)), w)
+        def mixed(i, shape):
+            a, b = (noise(m.data_shape, seed, rows, draw=i) for seed in (recipe["seed"], other))
+            return sphere(a, b, w)
         x = sample(m, ids=ids, y=_labels_of(recipe, rows), noise_fn=mixed, **settings)
         return to_uint8(x, recipe["bytes"]).permute(0, 2, 3, 1)
     return Drawer(pictures, 256)
@@ -47,7 +49,7 @@ def draw_page(
     gamma: float = 0.,  # share of fresh noise in [0, 1]; of a student
     n: int = 16,  # pictures; of a way WAY, and as many ways as there is room for
     other: int | None = None,  # the seed at the other end of a way
-    which: str | None = None,  # for `load`, as the model was opened
+    *, which: str | None = None,  # for `load`, as the model was opened
 ) -> str:  # what was drawn, Markdown
     "Draw a picture of samples, or of ways between the samples of two seeds."
     recipe = make_recipe(m, checkpoint, n, steps, gamma if is_ctm(m) else None, seed=seed)
@@ -104,7 +106,7 @@ def serve(
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         def draw(*form):
             out = Path(folder) / f"{next(numbers)}.png"
-            return str(out), draw_page(m, checkpoint, out, *form, which)
+            return str(out), draw_page(m, checkpoint, out, *form, which=which)
         page = _page(gr, m, draw, name, **first)
         try:
             _, url, _ = page.launch(
