@@ -111,7 +111,7 @@ def combine(self: BalancedGradients,
     "Leave the weighted sum, its mean over the ranks, in `.grad`, and start over.  # CTM: adaptive weight"
     (_, total), *others = self.sums.items()
     if others and self.place is None: raise ValueError(f"last_layer must be given to balance {', '.join(self.sums)}")
-    at_last = [at_least_float32(g[self.place]) for g in self.sums.values()] if others else []
+    at_last = [at_least_float32(g[self.place]).clone() for g in self.sums.values()] if others else []  # `total` moves
     losses, *at_last = average(torch.stack(list(self.losses.values())), *at_last)
     numbers = {f"loss_{name}": v for name, v in zip(self.losses, losses)}
     for (name, grads), b in zip(others, at_last[1:]):
