@@ -137,8 +137,8 @@ def one(b, task, method, found):
     begin, y, (level, steps) = time.process_time(), b.y, settings(task)
     if found:
         y = e.likeliest_class(m, put or (lambda g: first), first, b.draw(1))
-    if method == "teacher":  # 35 evaluations from all noise, as `sample` makes them
-        times = torch.cat([rho_grid(18, b.student.sigma_min, 80.0 if put else level), torch.zeros(1)])
+    if method == "teacher":  # 35 evaluations, as `sample` makes them
+        times = torch.cat([rho_grid(18, b.student.sigma_min, level), torch.zeros(1)])
         x, cost = e.complete(m, put or (lambda g: g), first, times, b.draw(0), y, "heun"), nfe("heun", times)
         x = e.agree(x, put) if put else x.clamp(-1, 1)
     else:
@@ -247,7 +247,7 @@ def bilateral(x, sigma, reach=1):
 
 
 def denoising(b, n):
-    "The level found against the true one, and PSNR (of pictures whose range is 2) by five denoisers."
+    "The level found against the true one, PSNR (of pictures whose range is 2) and class kept by several denoisers."
     b.x0, b.y = b.x0[:: max(1, len(b.x0) // n)][:n], b.y[:: max(1, len(b.y) // n)][:n]
     psnr = lambda x: 20 * math.log10(2 / rmse(torch.as_tensor(np.asarray(x)).float().clamp(-1, 1), b.x0))
     for true in TRUE:
@@ -268,13 +268,18 @@ def denoising(b, n):
             "NFE": 48 * b.student.n_classes + 1,
         }
         t = t.clamp(b.student.sigma_min, b.student.sigma_max)
-        row["PSNR"] = {
-            "noisy": psnr(x),
-            "jump": psnr(b.student.G(x, t, b.student.sigma_min, y)),
-            "mean": psnr(b.student.D(x, t, y)),
-            "median filter": psnr(median_filter(x.numpy(), (1, 1, 3, 3))),
-            "bilateral filter, true level": psnr(bilateral(x.numpy(), true)),
+        made = {
+            "noisy": x,
+            "jump": b.student.G(x, t, b.student.sigma_min, y),
+            "mean": b.student.D(x, t, y),
+            "median filter": torch.from_numpy(median_filter(x.numpy(), (1, 1, 3, 3))),
+            "bilateral filter, true level": torch.from_numpy(bilateral(x.numpy(), true)),
         }
+        if b.teacher:  # 35 evaluations, from the level that was found
+            times = torch.cat([rho_grid(18, b.student.sigma_min, t.median().item()), torch.zeros(1)])
+            made["teacher at 35"] = solve(b.teacher.D, x, times, y, "heun")
+        row["PSNR"] = {k: psnr(v) for k, v in made.items()}
+        row["class kept"] = {k: b.kept(v.float()) for k, v in made.items()}
         print(row, flush=True)
         yield row
 
@@ -322,7 +327,7 @@ def main():
     if digits:
         keep(b, "freedom", freedom(b))
         keep(b, "explorer", strokes(b, run))
-    keep(b, "denoise", denoising(b, 100 if digits else 50))
+    keep(b, "denoise", denoising(b, 200 if digits else 50))
 
 
 if __name__ == "__main__":

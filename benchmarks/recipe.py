@@ -31,7 +31,8 @@ RECIPES = {
     "trajectories; pseudo_huber": "distill.phases= distill.matching=trajectories distill.distance=pseudo_huber",
     "trajectories; features": "distill.phases= distill.matching=trajectories distill.distance=features",
 }
-QUIET = ["gan.steps=0", "run.save_every=1000000", "run.sample_every=1000000", "run.log_every=1000000"]
+NEVER = ["run.save_every=1000000", "run.sample_every=1000000", "run.log_every=1000000"]
+QUIET = ["gan.steps=0", "evaluate.n=5000", *NEVER]
 
 
 def trained(words, folder):
@@ -70,7 +71,7 @@ def main():
                 t, each = trained((a.preset, [*words, f"distill.steps={steps}", *rates.split()]), Path(d) / "run")
                 t.save()
                 if judge: t.evaluator = judge
-                found = t.evaluate(5000)
+                found = t.evaluate()
                 distance = {r["sampler"]["steps"]: r["value"] for r in found if r["metric"] == "frechet_distance"
                             and r["sampler"] and r["sampler"]["solver"] == "ctm"}
             rows.append({"images": a.preset, "seconds": round(each * steps), "steps": steps, "what": what, "seed": seed,

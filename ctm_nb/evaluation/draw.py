@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..data.convert import folder_names, png, write_edm_zip
 from ..data.files import atomic_write, claimed, publish, temp_name
 from ..data.images import BYTES, named_grid, to_uint8
-from ..data.read import reading
+from ..data.read import few, reading
 from ..method.guidance import autoguide, guide_free
 from ..method.sampling import check_request, default_times, evaluations, sample
 from ..method.solvers import solver_name
@@ -85,10 +85,12 @@ def _read_recipe(out: Path) -> dict | None:  # None if there is none in it
     except (OSError, KeyError, ValueError, AttributeError, zipfile.BadZipFile): return None
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #1bf20e7b
-def _refuse_existing(out: Path):
-    "Raise FileExistsError where something would be lost."
+def _refuse_existing(out: Path, overwrite: bool = False):
+    "Raise FileExistsError where something would be lost: samples, or with `overwrite` what is none."
     if not out.exists() or (out.is_dir() and not any(out.iterdir())): return
-    raise FileExistsError(f"{out} exists; choose another name or pass --overwrite")
+    if not overwrite: raise FileExistsError(f"{out} exists; choose another name or pass --overwrite")
+    other = [f.name for f in out.rglob("*") if f.is_file() and f.suffix not in (".png", ".json")]  # of a folder
+    if other: raise FileExistsError(f"{out} holds more than samples, {few(other)}: choose another name, or empty it")
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #d13e90e1
 def _save_samples(out: Path, images: np.ndarray, labels: np.ndarray | None, recipe: dict, overwrite: bool = False):
@@ -96,7 +98,7 @@ def _save_samples(out: Path, images: np.ndarray, labels: np.ndarray | None, reci
     temp = temp_name(out)
     try:
         _writer_of(out)(temp, images, labels, recipe)
-        if not overwrite: _refuse_existing(out)
+        _refuse_existing(out, overwrite)
         publish(temp, out)
     finally:
         if temp.is_dir(): shutil.rmtree(temp)
@@ -346,6 +348,6 @@ def draw_samples(
         if not overwrite and _is_complete(out, recipe):
             log.info("%s is complete", out)
             return recipe
-        if not overwrite: _refuse_existing(out)
+        _refuse_existing(out, overwrite)
         _warn_unsuited(m, recipe["guidance"], recipe["guide"], checkpoint)
         return _draw_into(out, m, recipe, batch_size, overwrite)

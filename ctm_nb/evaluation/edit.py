@@ -81,7 +81,7 @@ def edit_files(
     task: str,  # see `edit`
     inputs: list,  # pictures, or folders of them
     out: str | Path,  # NAME.png, NAME.npz, a folder; of interpolate also NAME.gif, NAME.webp
-    mask: str | Path | None = None,  # a picture, white where it is to be painted
+    mask: str | Path | None = None,  # a picture, painted where its grey is 128 or more
     classes: str = "all",  # by name or index, in turn; all: found for each picture; none: without
     which: str | None = None,  # "ctm" or "teacher"; None: the student if there is one
     device: str = "auto",  # see `pick_device`
@@ -94,11 +94,14 @@ def edit_files(
     if out.suffix.lower() not in forms:
         raise ValueError(f"OUT of {task} must end in {', '.join(f or 'nothing, a folder' for f in forms)}, got {out}")
     if not out.suffix and len({f.stem for f in files}) < len(files): raise ValueError("two INPUTs have the same name")
-    if not overwrite: _refuse_existing(out)
+    here, read = out.resolve(), [f.resolve() for f in [*files, *([Path(mask)] if mask else [])]]
+    if lost := next((f for f in read if here in (f, *f.parents)), None):
+        raise ValueError(f"{out} is where {lost} is read from: choose another OUT")
+    _refuse_existing(out, overwrite)
     m = load(checkpoint, str(pick_device(device)), which)
     place = next(m.parameters())
     x = read_pictures(files, 1 if task == "colour" else m.data_shape[0]).to(place)
-    known = None if mask is None else (1 - read_pictures([Path(mask)], 1, "black").to(place)) / 2
+    known = None if mask is None else (read_pictures([Path(mask)], 1, "black") < 0).to(place)
     y = None if classes == "all" else _class_list(classes, m.n_classes, m.classes)
     request = {k: v for k, v in request.items() if v is not None}
     done = edit(m, task, x, known, y and (y * len(x))[:len(x)], **request)

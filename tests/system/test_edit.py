@@ -98,6 +98,27 @@ def test_transparent_parts_of_a_mask_are_kept(run, here):
     assert (before[:4] == after[:4]).all() and (before[4:] != after[4:]).any()
 
 
+def test_a_mask_with_soft_edges_is_cut_at_its_middle(run, here):
+    soft = np.repeat([0, 90, 127, 128, 200, 253, 254, 255], 8).reshape(8, 8).astype(np.uint8)
+    Image.fromarray(soft).save(here / "mask.png")
+    edited(run, here, "inpaint", "in", "--mask", "mask.png", "--classes", "cat", "--out", str(here / "x"))
+    before, after = (np.asarray(Image.open(here / d / "a.png")) for d in ("in", "x"))
+    assert (before[:3] == after[:3]).all() and all((before[i] != after[i]).any() for i in range(3, 8))
+
+
+def test_overwriting_loses_neither_inputs_nor_what_is_no_picture(run, here, capsys):
+    words = ["--classes", "cat", "--overwrite", "--out"]
+    for out in ("in", "in/a.png"):
+        with pytest.raises(SystemExit): edited(run, here, "stroke", "in", *words, str(here / out))
+        assert "is read from: choose another OUT" in capsys.readouterr().err
+    for _ in range(2): edited(run, here, "stroke", "in", *words, str(here / "x"))
+    (here / "x" / "thesis.txt").write_text("years")
+    for given in (["--edit", "stroke", str(here / "in")], []):
+        with pytest.raises(SystemExit): ctm_nb_sample([str(run), "--device", "cpu", *given, *words, str(here / "x")])
+        assert "holds more than samples, thesis.txt" in capsys.readouterr().err
+    assert len(list((here / "in").iterdir())) == 5 and (here / "x" / "thesis.txt").exists()
+
+
 def test_a_sheet_bears_names(run, here):
     edited(run, here, "stroke", "in", "--classes", "cat,dog", "--out", str(here / "x.png"))
     edited(run, here, "interpolate", "in/a.png", "in/b.png", "--steps", "2", "-n", "3", "--classes", "cat", "--out",
