@@ -19,8 +19,8 @@ test: $(VENV)/.dev ## install, then check, nbtest and pytest
 	@$(MAKE) --no-print-directory nbtest
 	@$(MAKE) --no-print-directory pytest
 
-browser: $(VENV)/.browser ## the explorer in a real browser, after installing one (apt as root, else the driver's own)
-	CTM_BROWSER=1 $(BIN)/python -m pytest tests/system/test_browser.py tests/system/test_page.py
+browser: $(VENV)/.browser ## the explorer and the pages in a real browser, after installing one (apt as root, else the driver's own)
+	CTM_BROWSER=1 $(BIN)/python -m pytest tests/system/test_browser.py tests/system/test_page.py tests/system/test_serve.py
 
 check: $(VENV)/.dev ## would export change a file? style, types, the order of the rooms, figures
 	$(BIN)/python .ci/check.py

@@ -34,6 +34,7 @@ setup(
         "docs": cfg["docs_requirements"].split(),
         "hub": [r for r in cfg["optional_requirements"].split() if r.startswith("huggingface_hub")],
         **{r.split(">")[0]: [r] for r in cfg["tracker_requirements"].split()},
+        "demo": cfg["demo_requirements"].split(),
         "diffusers": [r for r in cfg["optional_requirements"].split() if r.startswith("diffusers")],
         "onnx": [r for r in cfg["optional_requirements"].split() if r.startswith("onnx")],
     },

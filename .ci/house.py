@@ -44,6 +44,8 @@ NEW = {
     "iDDPM": "method.teacher: iddpm_levels checkpoints.models: _first_half _range",
     "lite0, nearest": """evaluation.features: LITE0 lite0_file evaluation.metrics: nearest_points nearer_share
         evaluation.evaluate: Training Evaluator.remember Evaluator.nearest _nearest_grid commands.evaluate: _sheet""",
+    "a page to play with": "evaluation.serve commands.sample: SERVED",
+    "DINOv2": "evaluation.features: _standardised DINOv2Extractor _resize_pillow _fewer_places",
     "emoji": "training.presets: EMOJI",
     "ONNX and the page": """checkpoints.export commands.convert: EXPORTED _export_flags _refuse_export
         _export""",

@@ -16,6 +16,9 @@ def _export_flags(add):
     add("--steps", type=int, default=1, metavar="K", help="jumps of an .onnx or a page (default: 1)")
     add("--jump", action="store_true", help="OUT.onnx holds G(x, t, s) itself instead of a sampler")
     add("--bytes", action="store_true", help="pictures of OUT.onnx are uint8, not float32 in [-1, 1]")
+    add("--weights", choices=("float16", "int8"), help="of an .onnx or a page: a half or a quarter of its size "
+        "(default: float32)")
+    add("--private", action="store_true", help="OUT hf:owner/name is for its owner alone")
     add("--web", type=Path, metavar="FOLDER",
         help="write FOLDER/index.html, a page that draws in a browser, by a double click and without a network")
 
@@ -53,7 +56,8 @@ def _refuse_export(to, a):
     for flag in ("jump", "bytes"):
         if getattr(a, flag) and to.suffix != ".onnx": raise ValueError(f"--{flag} is for OUT.onnx, got {to.name!r}")
     if a.jump and (a.bytes or a.steps > 1): raise ValueError("--jump writes G itself, without --steps or --bytes")
-    if a.steps > 1 and to.suffix not in EXPORTED: raise ValueError(f"--steps is for OUT.onnx or --web, got {to.name!r}")
+    for flag, given in ("steps", a.steps > 1), ("weights", a.weights):
+        if given and to.suffix not in EXPORTED: raise ValueError(f"--{flag} is for OUT.onnx or --web, got {to.name!r}")
 
 def _refuse(to, a):
     "Raise what is wrong about OUT, before a gigabyte is read."
@@ -69,13 +73,13 @@ def _export(m, to, a, config):
     "Write an ONNX file, a page or a pipeline, and say how near it is to what PyTorch draws."
     from ctm_nb.checkpoints.export import diffusers_difference, diffusers_folder, onnx_bytes, onnx_difference, web_page
     from ctm_nb.data.files import atomic_write
+    weights, steps = a.weights or "float32", None if a.jump else a.steps
     if a.web:
-        page = web_page(m, Path(a.source).stem.replace("-", " ").replace("_", " "), a.steps)
+        page = web_page(m, Path(a.source).stem.replace("-", " ").replace("_", " "), a.steps, weights=weights)
         to.parent.mkdir(exist_ok=True)
         return print(f"written: {atomic_write(to, page.encode())}, {len(page) / 2 ** 20:.1f} MiB, open it in a browser")
-    steps = None if a.jump else a.steps
     if a.pipeline: by, path = "diffusers", diffusers_folder(m, to, config, a.overwrite)
-    else: by, path = "onnxruntime", atomic_write(to, onnx_bytes(m, steps, a.bytes))
+    else: by, path = "onnxruntime", atomic_write(to, onnx_bytes(m, steps, a.bytes, weights))
     print(f"written: {path}")
     try: off = diffusers_difference(m, to) if a.pipeline else onnx_difference(m, to, steps)
     except ValueError as e: return print(f"not tried: {e}")
@@ -88,7 +92,7 @@ def _public(v):
     if isinstance(v, list): return [_public(x) for x in v]
     return Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v
 
-def _share(m, name, run):
+def _share(m, name, run, private=False):
     "Put a model on the Hub."
     from tempfile import TemporaryDirectory
     from ctm_nb.checkpoints.catalogue import HUB_FILE
@@ -107,7 +111,8 @@ def _share(m, name, run):
         if config: folder.with_name("config.json").write_text(json.dumps(config, indent=1))
         if picture.exists(): folder.with_name("samples.png").write_bytes(picture.read_bytes())
         try:
-            hub.create_repo(name, exist_ok=True)
+            hub.create_repo(name, exist_ok=True, private=private or None)
+            if private and not hub.model_info(name).private: raise ValueError("it is there, and public")
             done = hub.upload_folder(repo_id=name, folder_path=d, commit_message=f"Made by ctm_nb: {run.name}")
         except (OSError, ValueError, hub.errors.HfHubHTTPError) as e:
             raise ValueError(f"hf:{name}: not shared ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from None
@@ -128,6 +133,7 @@ def ctm_nb_convert(argv: list | None = None):  # words of the command line; None
         to = a.web / "index.html" if a.web else a.target
         shared = to and to.as_posix().startswith("hf:")
         if to and not shared: _refuse(to, a)
+        if a.private and not shared: raise ValueError("--private is for OUT hf:owner/name")
         given = {"key": a.key} if a.key else {}
         from ctm_nb.checkpoints.averages import average
         from ctm_nb.checkpoints.models import is_run, load, of_newest, save_model
@@ -136,6 +142,6 @@ def ctm_nb_convert(argv: list | None = None):  # words of the command line; None
         print(m.about)
         about = lambda folder: load_checkpoint(folder, parts=[]).meta
         ours = of_newest(a.source, about) if is_run(a.source) else {}
-        if shared: _share(m, to.as_posix()[3:], Path(a.source))
+        if shared: _share(m, to.as_posix()[3:], Path(a.source), a.private)
         elif to and (a.pipeline or to.suffix in EXPORTED): _export(m, to, a, ours.get("config"))
         elif to: print(f"written: {save_model(m, to, ours.get('config'), a.overwrite)}")

@@ -27,10 +27,11 @@ def evaluate_parser() -> Parser:
     add("--ref", required=True,
         help="a reference .npz (ours, EDM's, ADM's), a public name of one, or a data set (digits, a folder, ...), read "
         "as a run reads its own, at the size of the samples")
-    add("--features", help="train, inception, cleanfid, lite0 or timm:NAME (default: the reference's; for a data "
-        "set: train)")
+    add("--features", help="train, inception, cleanfid, dinov2, lite0 or timm:NAME (default: the reference's; for a "
+        "data set: train)")
     add("--weights", metavar="FOLDER",
-        help="where the weights of inception, cleanfid, lite0 or timm lie (default: the cache, or where pip put them)")
+        help="where the weights of inception, cleanfid, dinov2, lite0 or timm lie (default: the cache, or where pip "
+             "put them)")
     add("--trust", action="store_true", help="run the TorchScript file of --weights though it is not the published one")
     add("--ref-split", choices=("train", "held_out", "all"),
         help="part of a data set that is the reference (default: held_out for --features train, else all)")

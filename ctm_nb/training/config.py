@@ -151,7 +151,7 @@ class GanConfig(OptimConfig):
     target_ema: float = need(.999, FRACTION)  # rate of the EMA inside the loss
 
 # %% ../../nbs/6_training/02_config.ipynb #7be9dcd7
-FEATURES = (bool, "train (a classifier of the images), inception, cleanfid, lite0 or timm:NAME")
+FEATURES = (bool, "train (a classifier of the images), inception, cleanfid, dinov2, lite0 or timm:NAME")
 
 @dataclass
 class EvaluateConfig:

@@ -1,5 +1,6 @@
 """Students as ONNX files and as a page: the same pictures, whatever the network, the number of them and the jumps."""
 import json
+import os
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ def test_every_family_draws_the_same(family, tmp_path):
     assert [i.name for i in session.get_inputs()] == ["noise", "label"]
     kept = session.get_modelmeta().custom_metadata_map
     assert json.loads(kept["classes"]) == m.classes and len(json.loads(kept["times"])) == 3
+    assert b"ctm_nb" + os.sep.encode() not in file.read_bytes()  # no folders of this machine
 
 
 def test_the_jump_itself_bytes_and_no_classes(tmp_path):
@@ -50,6 +52,13 @@ def test_the_jump_itself_bytes_and_no_classes(tmp_path):
     file = written(tmp_path / "b.onnx", m, 1, bytes=True)
     assert export.onnx_difference(m, file, 1) <= 1
     assert onnxruntime.InferenceSession(str(file)).get_outputs()[0].type == "tensor(uint8)"
+
+
+@pytest.mark.parametrize("weights, most, share", [("float16", .02, .6), ("int8", .2, .4)])
+def test_narrow_weights(weights, most, share, tmp_path):
+    m = student("ddpmpp", model_channels=32)
+    plain, file = written(tmp_path / "m.onnx", m), written(tmp_path / "n.onnx", m, weights=weights)
+    assert 0 < export.onnx_difference(m, file) < most and file.stat().st_size < share * plain.stat().st_size
 
 
 def test_a_teacher_is_refused():
@@ -68,6 +77,8 @@ def test_a_missing_package_is_one_line(monkeypatch):
     ("x.onnx", ["--jump", "--bytes"], "--jump writes G itself"),
     ("x.safetensors", ["--steps", "2"], "--steps is for OUT.onnx or --web"),
     ("x.safetensors", ["--bytes"], "--bytes is for OUT.onnx"),
+    ("x.safetensors", ["--weights", "int8"], "--weights is for OUT.onnx or --web"),
+    ("x.safetensors", ["--private"], "--private is for OUT hf:owner/name"),
 ])
 def test_words_without_an_effect_are_refused(tmp_path, capsys, name, words, said):
     with pytest.raises(SystemExit): ctm_nb_convert(["student.safetensors", str(tmp_path / name), *words])

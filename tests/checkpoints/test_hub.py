@@ -21,6 +21,7 @@ COMMIT = "0" * 39 + "1"
 class Hub(BaseHTTPRequestHandler):
     "As much of the Hub as sharing and loading a model ask for."
     files: dict = {}
+    private: list = []  # does a wish to make a repository say so? the first one counts
 
     def log_message(self, *_): pass
 
@@ -36,7 +37,10 @@ class Hub(BaseHTTPRequestHandler):
         sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.headers.get("Authorization") != "Bearer hf_right":
             return self.answer({"error": "who are you?"}, 401, X_Error_Message="who are you?")
-        if self.path == "/api/repos/create": return self.answer({"url": f"{here}/me/digits", "id": "me/digits"})
+        if self.path == "/api/repos/create":
+            wish = json.loads(sent)
+            self.private.append(wish.get("private") is True or wish.get("visibility") == "private")
+            return self.answer({"url": f"{here}/me/digits", "id": "me/digits"})
         if self.path.startswith("/api/models/me/digits/preupload/"):
             asked = json.loads(sent)["files"]
             return self.answer({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
@@ -54,7 +58,8 @@ class Hub(BaseHTTPRequestHandler):
             etag = hashlib.sha256(self.files[name]).hexdigest()
             return self.answer(self.files[name], ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
         if self.path.startswith("/api/models/me/digits"):
-            return self.answer({"id": "me/digits", "sha": COMMIT, "siblings": []})
+            about = {"id": "me/digits", "sha": COMMIT, "siblings": [], "private": self.private[:1] == [True]}
+            return self.answer(about)
         self.answer({"error": "not here"}, 404, X_Error_Code="RepoNotFound")
 
     do_HEAD = do_GET
@@ -64,6 +69,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(tmp_path):
     "Runs Python against the stand-in: run(code, **environment) -> exit code, output, errors."
     Hub.files.clear()
+    Hub.private.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
     fixed = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"),
@@ -95,6 +101,16 @@ def test_shared_and_loaded(hub):
     assert code == 0 and "2.14 M parameters" in out, err
     code, out, err = hub(LOAD, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")  # from the cache
     assert code == 0, err
+
+
+def test_private_is_private_or_nothing_is_sent(hub):
+    alone = SHARE.replace("'hf:me/digits'", "'hf:me/digits', '--private'")
+    code, out, err = hub(alone)
+    assert code == 0 and Hub.private == [True] and "model.safetensors" in Hub.files, err
+    Hub.files.clear()
+    Hub.private[:] = [False]
+    code, out, err = hub(alone)
+    assert code == 2 and "it is there, and public" in err and err.count("\n") == 1 and not Hub.files
 
 
 def test_refused_in_one_line(hub):

@@ -186,6 +186,61 @@ def test_lite0_knows_pictures_of_cifar():
     assert sum(hits) / len(hits) > .2
 
 
+# ---- DINOv2
+
+DINO = "vit_small_patch14_dinov2"
+
+
+def test_dinov2_is_the_token_of_pillows_pictures(tmp_path, monkeypatch):
+    "Meta's layout: 37 x 37 places and a mask; the features are those of the network on what Pillow enlarges."
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    net = timm.create_model(DINO, pretrained=False)
+    torch.nn.init.normal_(net.pos_embed, std=.5)
+    torch.save({**net.state_dict(), "mask_token": torch.zeros(1, 384)}, path := tmp_path / f"{DINO}.pth")
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    dino = load_extractor("dinov2:small", tmp_path)
+    assert dino.features_id == f"dinov2:small-{features.file_hash(path)[:12]}"
+    assert load_extractor("dinov2:small", path).features_id == dino.features_id
+    x = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    seen = dino(x)
+    assert seen.probs is None and seen.pooled.shape == (3, 384) and torch.equal(dino(x).pooled, seen.pooled)
+    enlarged = [np.asarray(Image.fromarray(a.permute(1, 2, 0).numpy()).resize((224, 224), Image.BICUBIC)) for a in x]
+    v = torch.from_numpy(np.stack(enlarged)).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(k).view(3, 1, 1) for k in ([.485, .456, .406], [.229, .224, .225]))
+    token, places = net.pos_embed.detach().split([1, 1369], 1)
+    places = F.interpolate(places.view(1, 37, 37, 384).permute(0, 3, 1, 2), scale_factor=16.1 / 37, mode="bicubic")
+    with torch.no_grad():
+        h = net.patch_embed.proj((v - mean) / std).flatten(2).mT + places.flatten(2).mT
+        h = net.norm(net.blocks(torch.cat([(net.cls_token + token).expand(3, -1, -1), h], 1)))[:, 0]
+    assert (h - seen.pooled).norm() < .005 * h.norm()
+
+
+def test_dinov2_refuses_other_weights_and_sizes(tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model(TINY, pretrained=False).state_dict(), tmp_path / f"{DINO}.pth")
+    with pytest.raises(ValueError, match="must hold the weights of VisionTransformer"):
+        load_extractor("dinov2:small", tmp_path)
+    with pytest.raises(ValueError, match="timm knows no network 'vit_huge_patch14_dinov2'"):
+        load_extractor("dinov2:huge", tmp_path)
+    with pytest.raises(ValueError, match="put vit_large_patch14_dinov2.safetensors"): load_extractor("dinov2", tmp_path)
+
+
+def test_dinov2_in_the_records(tmp_path, capsys):
+    timm = pytest.importorskip("timm")
+    from ctm_nb.commands.evaluate import ctm_nb_evaluate
+    from ctm_nb.evaluation.evaluate import read_scores
+    torch.save(timm.create_model(DINO, pretrained=False).state_dict(), path := tmp_path / "mine.pth")
+    pictures = np.random.default_rng(0).integers(0, 256, (14, 8, 8, 3), np.uint8)
+    for name, part in {"real": pictures[:7], "drawn": pictures[7:]}.items():
+        (tmp_path / name).mkdir()
+        for i, a in enumerate(part): Image.fromarray(a).save(tmp_path / name / f"{i}.png")
+    words = ["--features", "dinov2:small", "--weights", path, "--metrics", "fid", "--out", tmp_path / "s.json"]
+    ctm_nb_evaluate([str(w) for w in (tmp_path / "drawn", "--ref", tmp_path / "real", *words, "--device", "cpu")])
+    row, = read_scores(tmp_path / "s.json")
+    assert row["metric"] == "frechet_distance" and row["features"] == f"dinov2:small-{features.file_hash(path)[:12]}"
+
+
 # ---- LPIPS
 
 @pytest.mark.filterwarnings("ignore")
