@@ -231,18 +231,6 @@ def test_the_pipeline_of_consistency_models_draws_the_same():
     assert ((mine / 2 + .5).clamp(0, 1) - two.images).abs().max() < 1e-5
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("CTM_SLOW"), reason="CTM_SLOW=1 runs it")
-def test_the_published_size(tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    net, scheduler = u.unet2d(**u.IMAGENET), diffusers.CMStochasticIterativeScheduler()
-    for part, at in ((net, "unet"), (scheduler, "scheduler")): part.save_pretrained(tmp_path / at)
-    m = load(tmp_path, which="cm")
-    assert "conventions" not in m.net.config and sum(p.numel() for p in m.net.parameters()) == net.num_parameters()
-    x, t, y = torch.randn(1, 3, 64, 64), torch.tensor([2.]), torch.tensor([7])
-    with torch.no_grad(): assert relative(m.D(x, t, y), u.jump(net, scheduler, x, t, y)) < 1e-5
-
-
 # --- written
 
 @pytest.fixture
@@ -333,3 +321,16 @@ def test_every_weight_of_theirs_has_one_place():
     names = diffusers_names(build_network(**about["network"]))
     assert set(names) == set(state)
     assert sorted(k for row in names.values() for k in row) == sorted(read_safetensors(CM / "unet" / WEIGHTS)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("CTM_SLOW"), reason="CTM_SLOW=1 runs it")
+def test_the_published_size(library, tmp_path):
+    net, scheduler = u.unet2d(**u.IMAGENET), library.CMStochasticIterativeScheduler()
+    for part, at in ((net, "unet"), (scheduler, "scheduler")): part.save_pretrained(tmp_path / at)
+    m = load(tmp_path, which="cm")
+    assert "conventions" not in m.net.config and sum(p.numel() for p in m.net.parameters()) == net.num_parameters()
+    x, t, y = torch.randn(1, 3, 64, 64), torch.tensor([2.]), torch.tensor([7])
+    with torch.no_grad(): assert relative(m.D(x, t, y), u.jump(net, scheduler, x, t, y)) < 1e-5
+    del net
+    assert diffusers_difference(m, diffusers_folder(m, tmp_path / "out")) < 1e-5

@@ -386,6 +386,14 @@ def test_bools_and_numbers_are_those_that_torch_reads(new, tmp_path):
     assert read_torch(tmp_path/"x.pt")["torch.bool"].view(torch.uint8).eq(1).all()
 
 
+def test_a_flipped_bit_among_the_numbers_is_an_error(tmp_path):
+    torch.save({"w": torch.arange(100.)}, tmp_path/"x.pt")
+    data = bytearray((tmp_path/"x.pt").read_bytes())
+    data[data.index(np.arange(100, dtype=np.float32).tobytes()) + 50] ^= 1
+    (tmp_path/"x.pt").write_bytes(data)
+    with pytest.raises(ForeignFileError, match="x.pt: damaged: Bad CRC-32"): read_torch(tmp_path/"x.pt")
+
+
 def test_honest_archives_of_other_writers(tmp_path, monkeypatch):
     "Without zip64 records, with entries for folders, with zip64 fields in every entry."
     path, files = (

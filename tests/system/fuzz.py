@@ -1,9 +1,10 @@
-"""Damaged and hostile files, in child processes with limits:  python tests/system/fuzz.py [N] [SEED] [FORM]
+"""Damaged and hostile files, in child processes with limits:  python tests/system/fuzz.py [N] [SEED] [FORM] [FILE]
 
 A trial may end in a result or in one line that names the file; a traceback, a crash or a hang is a failure. Before it
 starts, the script shows that it reports each of these when it is planted. Data sets go through `ctm_nb_data inspect`
 and the reader of samples; a run through all that opens it, to resume it last; others' networks through `load`;
-references, scores, kept times, parts of samples and pictures to edit through what opens them.
+references, scores, kept times, parts of samples and pictures to edit through what opens them. Its counts are printed,
+and written to FILE, nbs/results/data/fuzz.json say.
 """
 import faulthandler
 import gzip
@@ -148,7 +149,7 @@ def seeds():
     shard = {k: v for n in range(3) for k, v in ((f"{n}.png", picture(rng)), (f"{n}.cls", b"1"),
                                                  (f"{n}.json", b'{"label": 1}'))}
     batch = {b"data": rng.integers(0, 256, (3, 3072), np.uint8), b"labels": [0, 1, 9]}
-    cifar = {f"data_batch_{k}": pickle.dumps(batch, protocol=2) for k in range(1, 6)}
+    cifar = {f"data_batch_{k}": pickle.dumps(batch, protocol=min(k + 1, 5)) for k in range(1, 6)}
     cifar |= {"test_batch": pickle.dumps(batch), "batches.meta": pickle.dumps({"label_names": list("abcdefghij")})}
     numbers = {"images-idx3-ubyte.gz": x[..., 0], "labels-idx1-ubyte.gz": y.astype(np.uint8)}
     idx = {f"{part}-{end}": gzip.compress(struct.pack(f">{a.ndim + 1}I", 2048 + a.ndim, *a.shape) + a.tobytes())
@@ -437,17 +438,21 @@ def fuzz(n, seed, folder, only="", size=40):
         return {k: v for failures in found for k, v in failures.items()}
 
 
-def main(n=10_000, seed=0, only=""):
+def main(n=10_000, seed=0, only="", out=None):
     planted()
     began, kinds = time.time(), ("traceback", "crash", "hang", "escape", "unnamed")
     with tempfile.TemporaryDirectory() as d: failures = fuzz(int(n), int(seed), Path(d), only)
     for what, (kind, words) in failures.items(): print(f"{kind}: {what}\n{words[-1500:]}")
-    print(f"{'form':22}{'inputs':>7}" + "".join(f"{k:>11}" for k in kinds))
+    forms = {}
     for k, name in enumerate(GOOD):
         found = [kind for what, (kind, _) in failures.items() if f": {name}, " in what]
-        print(f"{name:22}{len(range(k, int(n), len(GOOD))):7}" + "".join(f"{found.count(kind):11}" for kind in kinds))
-    print(f"{n} inputs in {len(GOOD)} forms, {time.time() - began:.0f} s: "
-          + ", ".join(f"{k}: {sum(v[0] == k for v in failures.values())}" for k in kinds))
+        forms[name] = {"inputs": len(range(k, int(n), len(GOOD))), **{kind: found.count(kind) for kind in kinds}}
+    whole = {k: sum(f[k] for f in forms.values()) for k in ("inputs", *kinds)}
+    print(f"{'form':22}" + "".join(f"{k:>11}" for k in whole))
+    for name, row in forms.items(): print(f"{name:22}" + "".join(f"{v:11}" for v in row.values()))
+    about = {"seed": int(seed), "seconds": round(time.time() - began), **whole, "forms": forms}
+    if out: Path(out).write_text(json.dumps(about, indent=1) + "\n")
+    print(f"{n} inputs in {len(GOOD)} forms, {about['seconds']} s: " + ", ".join(f"{k}: {whole[k]}" for k in kinds))
     sys.exit(bool(failures))
 
 
