@@ -125,7 +125,7 @@ def _class_index(word, names, n_classes):
 def timesteps_of(m: Model, checkpoint: str, solver: str, steps=None, gamma=None, times=None) -> tuple:
     "The sampler's timesteps (n+1,) and gamma, as for `make_recipe`; `ValueError` if times and steps contradict."
     if times == "auto":
-        found = stored_times(checkpoint, steps)
+        found = stored_times(checkpoint, steps, m.sigma_min, m.sigma_max)
         return found["times"], found["gamma"] if gamma is None else gamma
     if not times:
         default = 1 if solver == "ctm" else 18

@@ -109,10 +109,15 @@ def store_times(
     return atomic_write(path, json.dumps(stored, indent=1).encode())
 
 # %% ../../nbs/5_evaluation/04_search.ipynb #7e22b5d8
-def stored_times(checkpoint: str | Path, steps: int | None = None) -> dict:  # with times and gamma
-    "What a search found for so many jumps, or the only entry; ValueError if there is nothing."
-    places = [_times_file(checkpoint)]
-    if Path(checkpoint).is_dir(): places.append(Path(checkpoint).resolve().parents[1] / "times.json")  # the run's
+def stored_times(
+    checkpoint: str | Path,  # a run's, or the run
+    steps: int | None = None,  # jumps; None: of the only entry
+    low: float = 0.,  # sigma_min of the model
+    high: float = math.inf,  # sigma_max of the model
+) -> dict:  # with times and gamma
+    "What a search found; ValueError if there is nothing, or nothing for this model."
+    places, at = [_times_file(checkpoint)], Path(checkpoint).resolve()
+    if at.parent.name == "checkpoints": places.append(at.parents[1] / "times.json")  # the run's
     path = next((p for p in places if p.exists()), None)
     if path is None:
         raise ValueError(f"no times are stored for {checkpoint}: expected {places[0]}, from ctm_nb_evaluate CKPT "
@@ -121,8 +126,10 @@ def stored_times(checkpoint: str | Path, steps: int | None = None) -> dict:  # w
         stored = dict(json.loads(path.read_text()))
         for v in stored.values():
             v.update(times=[*map(float, v["times"])], gamma=float(v["gamma"]))
-            if not (0 <= v["gamma"] <= 1 and all(a > b > 0 for a, b in zip(v["times"], v["times"][1:]))):
-                raise ValueError(f"expected decreasing times and gamma in [0, 1], got {v['times']}, {v['gamma']}")
+            inside = low * (1 - 1e-6) <= v["times"][-1] < v["times"][0] <= high * (1 + 1e-6)
+            if not (0 <= v["gamma"] <= 1 and inside and all(a > b for a, b in zip(v["times"], v["times"][1:]))):
+                raise ValueError(f"expected decreasing times in [{low:g}, {high:g}] and gamma in [0, 1], "
+                                 f"got {v['times']}, {v['gamma']}")
     if steps is None and len(stored) == 1: steps = next(iter(stored))
     if str(steps) not in stored:
         raise ValueError(f"{path} holds times for {', '.join(stored)} steps, got steps={steps}")
