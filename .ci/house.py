@@ -207,7 +207,7 @@ def before():
     done = git("archive", BEFORE)
     if done.returncode: return {}
     with tempfile.TemporaryDirectory() as d, tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
-        tar.extractall(d, filter="data")
+        tar.extractall(d, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         size = sum(p.stat().st_size for p in Path(d).rglob("*") if p.is_file())
         return {**measured(Path(d)), "tracked files, MiB": round(size / 2**20, 1)}
 

@@ -120,7 +120,7 @@ def test_sizes_must_agree_unless_told(folder):
     with pytest.raises(ValueError, match=r"dog.wide.png is 8 x 4 and others are 4 x 4; give a size"):
         load_data(folder)
     assert load_data(folder, "all", image_size=2).images.shape == (22, 1, 2, 2)
-    with pytest.raises(ValueError, match="image_size=0"):
+    with pytest.raises(ValueError, match="side of images must be >= 1, got 0"):
         load_data(folder, image_size=0)
 
 
