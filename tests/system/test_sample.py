@@ -138,7 +138,8 @@ def test_nothing_is_overwritten_unasked(run, tmp_path):
         draw_samples(run, tmp_path / "mine", 3, device="cpu", overwrite=True)
     (tmp_path / "mine" / "a.txt").rename(tmp_path / "mine" / "a.png")  # samples of before
     draw_samples(run, tmp_path / "mine", 3, device="cpu", overwrite=True)
-    assert not (tmp_path / "mine" / "a.png").exists() and len(list((tmp_path / "mine").rglob("*.png"))) == 3 and [p.name for p in tmp_path.iterdir()] == ["mine"]
+    assert not (tmp_path / "mine" / "a.png").exists()
+    assert len(list((tmp_path / "mine").rglob("*.png"))) == 3 and [p.name for p in tmp_path.iterdir()] == ["mine"]
     plan, stamp = draw_samples(run, tmp_path / "mine", 3, device="cpu"), (tmp_path / "mine").stat().st_mtime_ns
     assert (tmp_path / "mine").stat().st_mtime_ns == stamp and plan["n"] == 3
 
