@@ -31,7 +31,8 @@ class Pulse(logging.Handler):
             logging.info("%s: %s, %.0f s", self.command, self.say(), now - self.began)
 
     def __enter__(self):
-        if sys.stderr.isatty() or os.environ.get("RANK", "0") != "0": return self
+        silent = os.environ.get("RANK", "0") != "0" or os.environ.get("CTM_NB_HEARTBEAT") == "0"
+        if silent or sys.stderr.isatty(): return self
         logging.getLogger().addHandler(self)
         threading.Thread(target=self.beat, daemon=True).start()
         return self

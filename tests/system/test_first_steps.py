@@ -141,6 +141,8 @@ def test_a_plan_that_does_not_fit_is_warned_of(tmp_path, caplog, monkeypatch, de
 def test_silence_ends_within_ten_seconds_and_a_minute(caplog, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
     caplog.set_level(logging.INFO)
+    with Pulse("ctm_nb_train"): assert not any(isinstance(h, Pulse) for h in logging.getLogger().handlers)  # told so
+    monkeypatch.delenv("CTM_NB_HEARTBEAT")
     with Pulse("ctm_nb_train") as p:
         assert p.due - p.began < 9
         p.due, p.say = 0, lambda: "teacher: step 3 of 9"
