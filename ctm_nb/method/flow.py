@@ -8,6 +8,7 @@ __all__ = ['SIGMA_MIN', 'SIGMA_MAX', 'RHO', 'SIGMA_DATA', 'NO_DOUBLE', 'expand',
 
 # %% ../../nbs/1_method/01_flow.ipynb #d80eea04
 import math, threading
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ class _Philox(threading.local):
         self.bits = np.random.Philox(key=0)
         self.normal, fresh = np.random.Generator(self.bits).standard_normal, self.bits.state
         self.words = [0, 0], [0, 0, 0, 0]  # key and counter; lists, which are read faster than arrays
-        self.fresh = {**fresh, "state": dict(zip(("key", "counter"), self.words)), "buffer": [0, 0, 0, 0]}
+        self.fresh: Any = {**fresh, "state": dict(zip(("key", "counter"), self.words)), "buffer": [0, 0, 0, 0]}
 
 _PHILOX = _Philox()
 
