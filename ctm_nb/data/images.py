@@ -121,8 +121,10 @@ def digits(
     split:str="train", # "train", "held_out" or "all"
 )->ImageData: # 1 x 8 x 8, 10 classes
     "Scikit-learn's handwritten digits; of each class every fourth is held out."
-    folder = Path(find_spec("sklearn").origin).parent / "datasets" / "data"  # to import it takes a second
-    raw = np.loadtxt(folder / "digits.csv.gz", int, delimiter=",")  # (1797, 65) values 0 to 16, then the class
+    found = find_spec("sklearn")  # to import it takes a second
+    if not (found and found.origin): raise ModuleNotFoundError("the digits come with scikit-learn, which isn't here")
+    file = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    raw = np.loadtxt(file, int, delimiter=",")  # (1797, 65) values 0 to 16, then the class
     raw = raw[split_mask(held_out_mask(raw[:, -1], 4), split)]
     pixels = np.round(raw[:, :-1].reshape(-1, 1, 8, 8) * 255 / 16).astype(np.uint8)
     labels = torch.from_numpy(raw[:, -1]).long()
