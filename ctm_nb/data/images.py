@@ -10,6 +10,8 @@ __all__ = ['BYTES', 'Images', 'ImageData', 'to_uint8', 'held_out_mask', 'split_m
 import hashlib, math, os
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -119,11 +121,13 @@ def digits(
     split:str="train", # "train", "held_out" or "all"
 )->ImageData: # 1 x 8 x 8, 10 classes
     "Scikit-learn's handwritten digits; of each class every fourth is held out."
-    from sklearn.datasets import load_digits  # slow to import, and only needed here
-    raw = load_digits()
-    keep = split_mask(held_out_mask(raw.target, 4), split)
-    pixels = np.round(raw.images[keep] * 255 / 16).astype(np.uint8)[:, None]  # (N, 1, 8, 8)
-    labels = torch.from_numpy(raw.target[keep]).long()
+    found = find_spec("sklearn")  # to import it takes a second
+    if not (found and found.origin): raise ModuleNotFoundError("the digits come with scikit-learn, which isn't here")
+    file = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    raw = np.loadtxt(file, int, delimiter=",")  # (1797, 65) values 0 to 16, then the class
+    raw = raw[split_mask(held_out_mask(raw[:, -1], 4), split)]
+    pixels = np.round(raw[:, :-1].reshape(-1, 1, 8, 8) * 255 / 16).astype(np.uint8)
+    labels = torch.from_numpy(raw[:, -1]).long()
     return ImageData(torch.from_numpy(pixels), labels, [str(i) for i in range(10)], "digits")
 
 # %% ../../nbs/3_data/01_images.ipynb #7e755b3e

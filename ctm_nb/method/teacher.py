@@ -8,7 +8,7 @@ __all__ = ['preconditioning', 'ddpm_levels', 'iddpm_levels', 'noise_condition', 
 
 # %% ../../nbs/1_method/03_teacher.ipynb #a528266a
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 import torch
@@ -25,14 +25,15 @@ def preconditioning(
     sigma_min: float = SIGMA_MIN,  # where a consistency model returns its input
 ) -> tuple[Tensor, Tensor, Tensor]:  # c_skip, c_out, c_in, each shaped like t
     "Scalings around a network; EDM's give input and target unit variance.  # EDM Table 1"
+    if kind in ("edm", "cm"):
+        var, over = t ** 2 + sigma_data ** 2, t - sigma_min if kind == "cm" else t
+        root, skip = var.sqrt(), over ** 2 + sigma_data ** 2 if kind == "cm" else var
+        return sigma_data ** 2 / skip, over * sigma_data / root, 1 / root
     c_in = 1 / (t ** 2 + 1).sqrt()
     if kind.startswith("ddpm v"): return c_in ** 2, -t * c_in, c_in
     if kind.startswith("ddpm s"): return torch.zeros_like(t), torch.ones_like(t), c_in
     if kind in ("vp", "iddpm") or kind.startswith("ddpm"): return torch.ones_like(t), -t, c_in
-    if kind == "ve": return torch.ones_like(t), t, torch.ones_like(t)
-    var = t ** 2 + sigma_data ** 2
-    over = t - sigma_min if kind == "cm" else t
-    return sigma_data ** 2 / (over ** 2 + sigma_data ** 2), over * sigma_data / var.sqrt(), 1 / var.sqrt()
+    return torch.ones_like(t), t, torch.ones_like(t)
 
 # %% ../../nbs/1_method/03_teacher.ipynb #5449c9ab
 @cache
@@ -114,7 +115,7 @@ def check(self: Preconditioned, x: Tensor, t, y=None) -> Tensor | None:  # y as 
     if tuple(x.shape[1:]) != self.data_shape:
         raise ValueError(f"x must be (B, {', '.join(map(str, self.data_shape))}), got {tuple(x.shape)}")
     readable = not (x.is_cuda or torch.compiler.is_compiling())
-    if readable and not bool((torch.as_tensor(t) > 0).all()):
+    if readable and not (t > 0 if isinstance(t, float) else bool((torch.as_tensor(t) > 0).all())):
         raise ValueError(f"t must be > 0, got t={float(torch.as_tensor(t).min()):g}")
     return None if y is None or not self.n_classes else self.check_classes(x, y, readable)
 
@@ -125,9 +126,16 @@ def check_classes(self: Preconditioned, x: Tensor, y, readable: bool = True) -> 
     k = torch.as_tensor(y, device=x.device)
     if k.is_floating_point() or k.ndim > 1 or (k.ndim == 1 and k.shape[0] not in (1, x.shape[0])):
         raise ValueError(f"y must be {len(x)} class indices or one for all, got {k.dtype} of shape {tuple(k.shape)}")
-    if readable and bool((bad := (k < -1) | (k >= self.n_classes)).any()):
-        raise ValueError(f"y must be in 0..{self.n_classes - 1}, or -1 for no label, got {int(k[bad].flatten()[0])}")
+    if readable and (bad := [i for i in k.flatten().tolist() if not -1 <= i < self.n_classes]):
+        raise ValueError(f"y must be in 0..{self.n_classes - 1}, or -1 for no label, got {bad[0]}")
     return k.long().expand(x.shape[0])
+
+# %% ../../nbs/1_method/03_teacher.ipynb #fd08d711
+@lru_cache(1024)
+def _of_number(f, t, dtype, *how):
+    "f of a number, computed once, in numbers: a sampler comes back to few times, and each operation waits its turn."
+    found = f(torch.tensor(t, dtype=dtype, device="cpu"), *how)
+    return [v.item() for v in (found if isinstance(found, tuple) else (found,))]
 
 # %% ../../nbs/1_method/03_teacher.ipynb #fd08d712
 @patch
@@ -141,7 +149,9 @@ def precondition(self: Preconditioned,
     "c_skip x + c_out F(c_in x, c_noise(t), c_noise(s), y)  # EDM Table 1"
     y = self.check(x, t, y)
     wide = x if x.element_size() >= 4 else x.float()  # times and scalings do not fit half precision
-    c_skip, c_out, c_in = preconditioning(expand(t, wide), self.sigma_data, self.kind, self.sigma_min)
+    how, number = (self.sigma_data, self.kind, self.sigma_min), isinstance(t, float)
+    scalings = _of_number(preconditioning, t, wide.dtype, *how) if number else preconditioning(expand(t, wide), *how)
+    c_skip, c_out, c_in = scalings
     c_noise_s = None if s is None else self.c_noise(s, wide, self.sigma_min)
     F_x = self.net((c_in * wide).to(x.dtype), self.c_noise(t, wide), c_noise_s, y, **more)
     return (c_skip * wide + c_out * F_x).to(x.dtype)
@@ -154,6 +164,8 @@ def c_noise(self: Preconditioned,
     least: float = 0.,  # smaller times are read as this
 ) -> Tensor:  # (B,)
     "The network's input for a noise level."
+    if isinstance(t, float):
+        return x.new_full((1,), *_of_number(noise_condition, max(t, least), x.dtype, self.kind)).expand(x.shape[0])
     return noise_condition(expand(t, x).clamp(min=least), self.kind).flatten().expand(x.shape[0])
 
 # %% ../../nbs/1_method/03_teacher.ipynb #f971f580

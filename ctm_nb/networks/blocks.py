@@ -62,8 +62,7 @@ def resample(
 # %% ../../nbs/2_networks/01_blocks.ipynb #223626ea
 def _filter(taps):
     "The two-dimensional filter of `resample`, (1, 1, k, k) with sum 1, from its separable taps, an even number."
-    f = torch.tensor(taps, dtype=torch.float32)
-    return (f.outer(f) / f.sum() ** 2)[None, None]
+    return torch.tensor([[[[a * b / sum(taps) ** 2 for b in taps] for a in taps]]], dtype=torch.float32)
 
 # %% ../../nbs/2_networks/01_blocks.ipynb #a0271e90
 class Resample(nn.Module):

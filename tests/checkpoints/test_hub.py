@@ -3,13 +3,12 @@ import base64
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
 import pytest
+from warm import python
 
 from ctm_nb.checkpoints.models import load, save_model
 
@@ -77,7 +76,7 @@ def hub(tmp_path):
              "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     fixed.pop("HF_HUB_OFFLINE", None)
     def run(code, **env):
-        r = subprocess.run([sys.executable, "-c", code], env={**fixed, **env}, capture_output=True, text=True)
+        r = python(code, env={**fixed, **env})
         return r.returncode, r.stdout, r.stderr
     yield run
     server.shutdown()

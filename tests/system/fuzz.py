@@ -18,7 +18,6 @@ import resource
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -43,6 +42,7 @@ from ctm_nb.checkpoints.models import load, save_model
 from ctm_nb.checkpoints.store import _seal
 from ctm_nb.commands.data import ctm_nb_data
 from ctm_nb.commands.flags import one_line_errors
+from ctm_nb.commands import main as commands
 from ctm_nb.commands.train import plan
 from ctm_nb.data import convert, read  # noqa: F401  # imported here, once for all children
 from ctm_nb.data.images import digits
@@ -197,9 +197,12 @@ def files_of(folder, *without):
 
 def others(folder):
     "Runs, networks, references and pictures that a run here and other programs leave; as `seeds`."
+    def there(words):
+        os.chdir(folder)
+        commands.main(list(words))
     def command(*words):
-        done = subprocess.run([sys.executable, "-m", "ctm_nb", *words], cwd=folder, capture_output=True, text=True)
-        if done.returncode: raise SystemExit(done.stderr)
+        kind, said = limited(there, words, seconds=100, memory=2 * MEMORY)
+        if kind != "ok": raise SystemExit(said)
     command("train", "--preset", "tiny", "--name", "run", "--set", *WORDS_OF_RUN)
     command("sample", "runs/run", "-n", "8", "--out", "s.npz")
     command("evaluate", "s.npz", "--ref", "digits", "--save-ref", "r.npz", "--out", "e.json",

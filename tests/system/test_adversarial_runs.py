@@ -1,12 +1,11 @@
 """Runs with feature networks: missing weights are said before any work, several networks train and resume."""
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from warm import python
 
 from ctm_nb.checkpoints.store import load_checkpoint, save_checkpoint
 from ctm_nb.data.images import digits
@@ -18,10 +17,10 @@ ROOT, LITE = Path(__file__).resolve().parents[2], "tf_efficientnet_lite0"
 
 def command(*words, cwd):
     "The command as a process, where no cache has any weights."
-    line = [sys.executable, "-m", "ctm_nb", "train", "--preset", "tiny", "--stage", "all", "--set", *words]
     caches = {"TORCH_HOME": str(cwd / "torch"), "HF_HOME": str(cwd / "hf")}
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **caches}
-    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=env, timeout=300)
+    code = "from ctm_nb.commands.main import main; main()"
+    line = "train", "--preset", "tiny", "--stage", "all", "--set", *words
+    return python(code, *line, cwd=cwd, env={**os.environ, **caches})
 
 
 @pytest.mark.parametrize("words, message", [

@@ -4,7 +4,6 @@ import builtins
 import io
 import json
 import os
-import resource
 import struct
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from warm import python
 
 from ctm_nb.commands.train import ctm_nb_train
 from ctm_nb.commands.data import ctm_nb_data
@@ -223,19 +223,11 @@ def test_unreadable_files(here, monkeypatch, capsys):
 @pytest.mark.parametrize("dst, limit", [("out.zip", 3000), ("out.zip", 12000), ("tree", 500)])
 def test_a_full_disk(here, dst, limit):
     "No file may grow beyond the limit, which to the program is what a full disk is: in a file, in one of a folder."
-    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     code = "from ctm_nb.commands.data import ctm_nb_data; ctm_nb_data()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "convert", "d", dst, "--workers", "0"],
-        preexec_fn=full,
-        capture_output=True,
-        text=True,
-    )
+    done = python(code, "convert", "d", dst, "--workers", "0", largest_file=limit)
     assert done.returncode == 3 and "File too large" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert dst in done.stderr and ".tmp" not in done.stderr and sorted(p.name for p in here.iterdir()) == ["d"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, "convert", "d", dst, "--workers", "0"], capture_output=True, text=True
-    )
+    done = python(code, "convert", "d", dst, "--workers", "0")
     assert (
         done.returncode == 0
         and len(open_source(dst)) == 24
@@ -331,11 +323,7 @@ def test_names_of_any_bytes_can_be_said(here):
         and r"a/two\nlines.png: empty file" in done.stdout
     ), done.stderr
     assert sorted(json.loads((here / "r.json").read_text())["broken"]) == [r"a/\xff.png", r"a/two\nlines.png"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, "convert", "d", "t", "--workers", "0", "--skip-broken"],
-        capture_output=True,
-        text=True,
-    )
+    done = python(code, "convert", "d", "t", "--workers", "0", "--skip-broken")
     assert done.returncode == 0 and len(open_source("t")) == 25, done.stderr
 
 

@@ -26,7 +26,7 @@ from ctm_nb.training.step import gradient
 
 WINDOWS = """
 import importlib, os, pathlib, signal, sys
-import torch, torchvision, scipy.stats, sklearn.datasets, matplotlib.font_manager, PIL.Image, tqdm.auto, requests, pooch
+import torch, torchvision, scipy.stats, matplotlib.font_manager, PIL.Image, tqdm.auto, requests, pooch
 import filelock, jinja2, multiprocessing.util, subprocess, tempfile, torch.utils.tensorboard  # each knows its system
 hidden = {"fcntl", "resource", "pwd", "grp", "termios"}
 for name in hidden: sys.modules.pop(name, None)

@@ -4,13 +4,12 @@ import subprocess
 import sys
 
 import pytest
+from warm import python
 
 
 def call(*words, cwd=None):
     code = "from ctm_nb.commands.train import ctm_nb_train; ctm_nb_train()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL
-    )
+    return python(code, *words, cwd=cwd)
 
 
 def test_help_imports_nothing_heavy():
@@ -40,9 +39,7 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, words, message):
 def test_a_reader_who_has_seen_enough(tmp_path):
     code = ("import os; r, w = os.pipe(); os.dup2(w, 1); os.close(w); os.close(r); from ctm_nb.commands.train import "
             "ctm_nb_train; ctm_nb_train()")
-    r = subprocess.run(
-        [sys.executable, "-c", code, "--preset", "tiny", "--dry-run"], stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    )
+    r = python(code, "--preset", "tiny", "--dry-run", cwd=tmp_path)
     assert (r.returncode, r.stderr) == (141, "")
 
 

@@ -1,13 +1,13 @@
 """What the tests of training share: the command, how it computes, and comparisons of runs bit for bit."""
-import os
-import sys
+from functools import partial
 
 import torch
+from warm import python
 
 from ctm_nb.checkpoints.store import load_checkpoint
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-COMMAND = [sys.executable, "-c", "from ctm_nb.commands.train import ctm_nb_train; ctm_nb_train()", "--preset", "tiny"]
+TRAIN = "from ctm_nb.commands.train import ctm_nb_train; ctm_nb_train()", "--preset", "tiny"
+command = partial(python, *TRAIN)
 
 
 def compute_alike():

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ENV, compute_alike
+from runs import compute_alike
+from warm import ranks
 
 from ctm_nb.checkpoints.store import load_checkpoint
 from ctm_nb.data.images import digits
@@ -21,7 +22,8 @@ from ctm_nb.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = [str(ROOT), str(ROOT / "tests" / "training"), os.environ.get("PYTHONPATH")]
-ENV = {**ENV, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(p for p in PATHS if p)}
+PATH = os.pathsep.join(p for p in PATHS if p)
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": PATH}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 # RAdam's first steps are plain momentum: differences of rounding stay what they are; Adam would make steps of them
 SHORT = ["teacher.steps=3", "teacher.batch=12", "teacher.label_dropout=.3", "teacher.optimizer=radam", "teacher.lr=.05",
@@ -76,10 +78,8 @@ def alone(tmp_path_factory):
 
 
 def test_two_processes_are_one_in_every_stage(alone, tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    words = [*TORCHRUN, tmp_path / "worker.py", tmp_path]
-    done = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = ranks(WORKER, tmp_path)
+    assert all(d.returncode == 0 for d in done), done
     first, second = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
     for name in first:
         assert_close(first[name], second[name], at=0, weights=0)  # the processes hold the same bits
@@ -101,11 +101,9 @@ def test_two_processes_with_little_memory_take_as_many_images_as_the_poorer_one_
     config = make_config("tiny", ["teacher.steps=1", "distill.steps=1", "teacher.batch=12", "distill.batch=12"])
     none, one = (memory(config, digits(), n)["ctm_dsm"] for n in (0, 1))
     rooms = [str(int((none + n * (one - none)) / .8)) for n in (5.5, 3.5)]
-    (tmp_path / "worker.py").write_text(ROOMS)
-    words = [*TORCHRUN, tmp_path / "worker.py", tmp_path, *rooms]
-    done = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count(" are free for each process: 3 images at a time") == 1, done.stderr
+    done = ranks(ROOMS, tmp_path, *rooms)
+    assert all(d.returncode == 0 for d in done), done
+    assert sum(d.stderr.count(" are free for each process: 3 images at a time") for d in done) == 1, done
     assert json.loads((tmp_path / "r" / "config.json").read_text())["run"]["micro_batch"] == "3"
 
 
@@ -345,11 +343,9 @@ except SystemExit as e: open(f"{sys.argv[1]}-{t.here.rank}", "w").write(f"{e.cod
 
 def test_a_signal_to_one_of_two_stops_both_after_the_same_step(tmp_path):
     "However seldom the run logs."
-    (tmp_path / "told.py").write_text(TOLD)
     seldom = ["run.log_every=1000", "run.save_every=1000", "run.sample_every=100000"]
-    words = [*TORCHRUN, tmp_path / "told.py", tmp_path / "r", "teacher.steps=100000", "evaluate.n=0", *seldom]
-    done = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=200)
-    assert [(tmp_path / f"r-{r}").read_text() for r in range(2)] == ["75 6"] * 2, done.stderr[-2000:]
+    done = ranks(TOLD, tmp_path / "r", "teacher.steps=100000", "evaluate.n=0", *seldom)
+    assert [(tmp_path / f"r-{r}").read_text() for r in range(2)] == ["75 6"] * 2, done
     assert load_checkpoint(tmp_path / "r" / "checkpoints" / "step_00000006").step == 6
 
 

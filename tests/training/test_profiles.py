@@ -1,13 +1,11 @@
 "Averages of any length, and guided teachers, in runs: killed, out of disk, changed, scored, distilled."
 import hashlib
 import json
-import resource
 import shutil
-import subprocess
 
 import pytest
 import torch
-from runs import COMMAND, ENV, assert_same, compute_alike, newest
+from runs import assert_same, command, compute_alike, newest
 
 from ctm_nb.checkpoints.averages import average, snapshots_of
 from ctm_nb.checkpoints.models import load
@@ -105,9 +103,7 @@ def test_without_profiles_nothing_changes(whole, tmp_path):
 
 def test_a_full_disk_is_one_line_and_room_goes_on(whole, tmp_path):
     walk(start(tmp_path / "r", *PROFILES), 5)
-    words = [*COMMAND, "--runs", tmp_path, "--name", "r", "--set", *TINY, *PROFILES]
-    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))
-    done = subprocess.run(words, env=ENV, capture_output=True, text=True, preexec_fn=small)
+    done = command("--runs", tmp_path, "--name", "r", "--set", *TINY, *PROFILES, largest_file=15_000)
     assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
     assert "averages" in (line := done.stderr.strip().splitlines()[-1]) and "while step 6 was being saved" in line
     assert [p.name for p in (tmp_path / "r" / "averages").iterdir()] == ["step_00000003"]

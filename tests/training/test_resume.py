@@ -1,6 +1,6 @@
 """Killed, told to stop, out of disk, damaged, other settings: a run ends as it would have ended, or says why not."""
 import json
-import resource
+import os
 import shutil
 import signal
 import subprocess
@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import COMMAND, ENV, assert_same, compute_alike, newest
+from runs import TRAIN, assert_same, command, compute_alike, newest
+from warm import Python
 
 import ctm_nb.training.trainer as training
 from ctm_nb.checkpoints.store import CheckpointError, save_checkpoint
@@ -51,7 +52,7 @@ def whole(tmp_path_factory):
 
 def test_killed_at_random_moments_not_a_bit_differs():
     words = [sys.executable, ROOT / "benchmarks" / "crash.py", "--kills", "8", "--seed", "1", "--out", "-"]
-    done = subprocess.run(words, capture_output=True, text=True, env=ENV, cwd=ROOT)
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     record = json.loads(done.stdout)
     assert (record["mismatches"], record["kills"], set(record["by kind"])) == (0, 8, {"time", "disk", "write"})
@@ -63,16 +64,14 @@ def test_killed_at_random_moments_not_a_bit_differs():
 @pytest.mark.parametrize("name, code", [("SIGTERM", 75), ("SIGHUP", 75), ("SIGINT", 130)])
 def test_a_signal_finishes_the_step_saves_and_says_so(tmp_path, name, code):
     endless = ["teacher.steps=100000", "run.save_every=100000", "run.log_every=1"]
-    words = [*COMMAND, "--runs", tmp_path, "--name", "r", "--set", *TINY, *endless]
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may use nohup
-    p = subprocess.Popen(words, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    signal.signal(signal.SIGHUP, before)
+    p = Python(*TRAIN, "--runs", tmp_path, "--name", "r", "--set", *TINY, *endless)
     log, waited = tmp_path / "r" / "metrics.jsonl", time.monotonic()
-    while not (log.exists() and log.stat().st_size) and time.monotonic() - waited < 200 and p.poll() is None:
+    while not (log.exists() and log.stat().st_size) and time.monotonic() - waited < 200 and p.process.is_alive():
         time.sleep(.05)
-    p.send_signal(getattr(signal, name))
-    err = p.communicate(timeout=200)[1]
-    assert p.returncode == code, err
+    os.kill(p.process.pid, getattr(signal, name))
+    done = p.end()
+    err = done.stderr
+    assert done.returncode == code, err
     step = newest(tmp_path / "r").step
     assert 0 < step < 100000 and "Traceback" not in err
     assert f"{name}: step {step} is saved; the same command continues" in err
@@ -92,8 +91,7 @@ def test_under_nohup_a_closed_terminal_is_no_reason_to_stop():
 def test_an_odd_configuration_is_one_line(tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "config.json").write_text('{"run": 3}')
-    words = [*COMMAND, "--runs", tmp_path, "--name", "r"]
-    done = subprocess.run(words, env=ENV, capture_output=True, text=True)
+    done = command("--runs", tmp_path, "--name", "r")
     assert done.returncode == 2 and "has a config.json with run=3" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -102,9 +100,7 @@ def test_an_odd_configuration_is_one_line(tmp_path):
 def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(whole, tmp_path):
     "A limit on the size of files stands in for a disk without room; small files still fit."
     walk(start(tmp_path / "r"), 8)
-    words = [*COMMAND, "--runs", tmp_path, "--name", "r", "--set", *TINY]
-    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    done = subprocess.run(words, env=ENV, capture_output=True, text=True, preexec_fn=small)
+    done = command("--runs", tmp_path, "--name", "r", "--set", *TINY, largest_file=20_000)
     line = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
     assert "File too large while step 12 was being saved; the checkpoints before it are whole" in line

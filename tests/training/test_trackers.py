@@ -1,11 +1,11 @@
 """Services that follow a run: asked for by name only, the same tags as everywhere, one curve over a resume."""
 import json
-import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
+from warm import python
 
 from ctm_nb.training.config import make_config
 from ctm_nb.training.trainer import Trainer
@@ -47,7 +47,7 @@ def test_a_service_gets_the_tags_of_the_log_and_one_curve_over_a_resume(name, tm
 def test_a_missing_package_is_one_line_before_anything_is_trained(tmp_path):
     code = ("import sys; sys.modules['wandb'] = None\nfrom ctm_nb.commands.train import ctm_nb_train\n"
             "sys.argv[1:] = '--preset tiny --set run.track=wandb --runs'.split() + [sys.argv[1]]\nctm_nb_train()")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    done = python(code, tmp_path)
     assert done.returncode and "pip install wandb" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not list(tmp_path.rglob("metrics.jsonl"))
 

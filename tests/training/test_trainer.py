@@ -4,7 +4,6 @@
 import json
 import math
 import re
-import subprocess
 from dataclasses import asdict
 from functools import partial
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import COMMAND, ENV, assert_same, newest
+from runs import assert_same, command, newest
 
 from ctm_nb.checkpoints.models import load
 from ctm_nb.checkpoints.store import load_checkpoint
@@ -52,8 +51,7 @@ def pictures(folder, n, classes=("",), shape=(8, 8)):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    words = [*COMMAND, "--stage", "all", "--set", *TINY, "--runs", folder, "--name", "a"]
-    subprocess.run(words, check=True, env=ENV, capture_output=True)
+    command("--stage", "all", "--set", *TINY, "--runs", folder, "--name", "a").check_returncode()
     return folder / "a"
 
 

@@ -1,0 +1,56 @@
+"""`python -c CODE WORD ...` without the seconds of its imports: forked from a process that has them behind it."""
+import os
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+from multiprocessing import get_context
+
+FORKED = get_context("forkserver")
+FORKED.set_forkserver_preload("""torch._dynamo torch.utils.tensorboard torchvision scipy.stats matplotlib.figure
+    matplotlib.backends.backend_agg jinja2 safetensors.torch ctm_nb.training.budget ctm_nb.evaluation.evaluate
+    ctm_nb.evaluation.edit ctm_nb.checkpoints.export ctm_nb.data.convert ctm_nb.commands.train ctm_nb.commands.sample
+    ctm_nb.commands.evaluate ctm_nb.commands.data ctm_nb.commands.convert""".split())
+
+
+class Python:
+    "As subprocess.Popen([sys.executable, '-c', code, *words], ...), its output in files."
+    def __init__(self, code, *words, cwd=None, env=None, largest_file=None):
+        self.out, self.err = (tempfile.NamedTemporaryFile("r+") for _ in range(2))
+        words, env = [str(w) for w in words], dict(os.environ if env is None else env)
+        self.process = FORKED.Process(target=_become, args=(code, words, cwd, env, largest_file, self.out.name,
+                                                            self.err.name))
+        self.process.start()
+
+    def end(self):
+        self.process.join()
+        with self.out, self.err:
+            return subprocess.CompletedProcess("", self.process.exitcode, self.out.read(), self.err.read())
+
+
+def _become(code, words, cwd, env, largest_file, *files):
+    if largest_file: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    for fd, name in enumerate((os.devnull, *files)): os.dup2(os.open(name, os.O_RDWR), fd)
+    sys.stdin, sys.stdout, sys.stderr = (open(fd, mode, closefd=False) for fd, mode in enumerate("rww"))
+    sys.argv = ["-c", *words]
+    os.environ.clear()
+    os.environ.update(env)
+    if cwd: os.chdir(cwd)
+    exec(code, {"__name__": "__main__"})
+
+
+def python(code, *words, **how):
+    "As subprocess.run([sys.executable, '-c', code, *words], capture_output=True, text=True, ...)."
+    return Python(code, *words, **how).end()
+
+
+def ranks(code, *words, n=2, **how):
+    "The same n times at once, told what torchrun tells."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        told = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(n),
+                    LOCAL_WORLD_SIZE=str(n), GLOO_SOCKET_IFNAME="lo")
+    started = [Python(code, *words, env={**os.environ, **told, "RANK": str(k), "LOCAL_RANK": str(k)}, **how)
+               for k in range(n)]
+    return [p.end() for p in started]
