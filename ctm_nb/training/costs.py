@@ -138,11 +138,12 @@ def step_needs(
     key = json.dumps(asdict(config)), data.channels, data.image_size, data.n_classes, cpu
     if key in _KNOWN: return _KNOWN[key]
     lpips, timm, held, found = stages.LPIPSDistance, stages.TimmFeatures, [], {}
-    with (torch.device("meta"), warnings.catch_warnings(action="ignore"),
+    with (torch.device("meta"), warnings.catch_warnings(),
           replaced("torch.compiler.is_compiling", lambda: True),
           replaced("torch.autocast", lambda *_, **__: nullcontext()),
           replaced.multiple(stages, LPIPSDistance=lambda *_, pooling: lpips(random=True, pooling=pooling),
                             TimmFeatures=lambda name, _: timm(name, pretrained=False))):
+        warnings.simplefilter("ignore")  # LPIPS loads weights into nothing
         with Meter((IMAGES,)) as meter: c, images, parts = _blank(config, data)
         held.append(meter)
         for name in schedule(c):
