@@ -92,8 +92,10 @@ def one(name, stage, weights):
         settle()
         held = [v for m in t.parts.values() for v in (*m.parameters(), *m.buffers())]
         held += [p.grad for m in t.parts.values() for p in m.parameters() if p.grad is not None]
-        held += [v for o in t.now.optimizers.values() for s in o.state.values() for v in s.values() if torch.is_tensor(v)]
-        networks = [*getattr(t.parts.get("discriminator"), "networks", ()), getattr(getattr(t.now, "distance", 0), "net", 0)]
+        numbers = [s for o in t.now.optimizers.values() for s in o.state.values()]
+        held += [v for s in numbers for v in s.values() if torch.is_tensor(v)]
+        networks = getattr(t.parts.get("discriminator"), "networks", ()), getattr(t.now, "distance", None)
+        networks = [*networks[0], getattr(networks[1], "net", None)]
         held += [v for m in networks if m for v in (*m.parameters(), *m.buffers())]
         held += [v for path in getattr(t.now, "paths", {}).values() for v in path if torch.is_tensor(v)]
         before = sum({v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in held}.values())
@@ -108,7 +110,8 @@ def one(name, stage, weights):
         most = max(most, now)
     micro = None if config.run.micro_batch == "auto" else int(config.run.micro_batch)
     plan = memory(config, data, micro, choose_precision(config.run.precision, t.device) != "fp32")[t.now.name]
-    return {"tensors": before + most, "process": grown, "plan": plan, "images": t.plan[t.now.name].batch, "at a time": t.micro}
+    batch = t.plan[t.now.name].batch
+    return {"tensors": before + most, "process": grown, "plan": plan, "images": batch, "at a time": t.micro}
 
 
 def random_weights(folder):
@@ -145,6 +148,6 @@ if __name__ == "__main__":
     else:
         every = [(p, s) for p in ("tiny", "digits", "mnist", "emoji", "cifar10", "cifar10-cond", "imagenet64",
                                   "imagenet64-edm2") for s in STAGES]
-        every = [(p, s) for p, s in every if s != "adversary" or p in ("digits", "cifar10", "cifar10-cond", "imagenet64")]
+        every = [r for r in every if r[1] != "adversary" or r[0] in ("digits", "cifar10", "cifar10-cond", "imagenet64")]
         more = [(p, s) for p in MORE for s in STAGES if s == "student"]
         main([tuple(w.rsplit("/", 1)) for w in sys.argv[1:]] or every + more)
