@@ -4,10 +4,11 @@
     python benchmarks/steps.py digits/teacher emoji/student
 
 Each is a process of its own, on one thread, with as many images as this machine can hold: the numbers stand in the
-result. After a first one a few steps are made and the most of them counts: most rows move in those with a short interval. *Tensors* is the most that PyTorch's allocator had given out at
-once, by its profiler; *process* is by how much the process had grown, `VmHWM`, on a heap that returns what is freed
-(MALLOC_MMAP_THRESHOLD_), and *as it is*, on glibc's own, which keeps holes. The libraries' own part, some 40 MiB, is in
-both. Feature networks have random weights. Written to nbs/results/speed/steps.json.
+result. After a first step a few are made, and the most of them counts: most rows move in steps with a short interval.
+*Tensors* is the most that PyTorch's allocator had given out at once, by its profiler; *process* is by how much the
+process had grown, `VmHWM`, on a heap that returns what is freed (MALLOC_MMAP_THRESHOLD_), and *as it is*, on glibc's
+own, which keeps holes. The libraries' own part, 30 to 70 MiB, is in both. Feature networks have random weights.
+Written to nbs/results/speed/steps.json.
 """
 import ctypes
 import gc
@@ -30,9 +31,11 @@ RESULT = Path(__file__).resolve().parents[1] / "nbs" / "results" / "speed" / "st
 STAGES = {"teacher": "teacher", "student": "ctm_dsm", "adversary": "ctm_dsm_gan"}
 SHAPES = {"mnist": (1, 28, 10), "emoji": (3, 32, 8), "cifar10": (3, 32, 0), "cifar10-cond": (3, 32, 10),
           "imagenet64": (3, 64, 1000), "imagenet64-edm2": (3, 64, 1000)}
-QUIET = "evaluate.n=0 run.precision=fp32 run.save_every=1000000 run.sample_every=1000000 run.log_every=1000000 gan.head_start=0".split()
+QUIET = ["evaluate.n=0", "run.precision=fp32", "gan.head_start=0",
+         *(f"run.{k}_every=1000000" for k in ("save", "sample", "log"))]
 STEPS = {"tiny": 40, "digits": 40, "mnist": 12, "emoji": 6}  # others 2
-SMALL = "teacher.batch=8 distill.batch=8 distill.balance_rows=4 gan.batch=8 gan.balance_rows=4 run.micro_batch=4".split()
+SMALL = [*(f"{s}.batch=8" for s in ("teacher", "distill", "gan")), "run.micro_batch=4",
+         "distill.balance_rows=4", "gan.balance_rows=4"]
 LEAST = [w.replace("=8", "=2").replace("=4", "=1") for w in SMALL]
 LARGE = [*LEAST, "distill.max_evals=6", "distill.stored=2"]
 WORDS = {"cifar10": SMALL, "cifar10-cond": SMALL, "imagenet64": LARGE, "imagenet64-edm2": [*LARGE, "teacher.source="]}
@@ -105,7 +108,8 @@ def one(name, stage, weights):
             for _ in range(steps): t.train_step()
         t.ahead.forget()
     now = most = 0
-    for _, n in sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == "[memory]"):
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for _, n in sorted((e.start_ns(), e.nbytes()) for e in events):
         now += n
         most = max(most, now)
     micro = None if config.run.micro_batch == "auto" else int(config.run.micro_batch)

@@ -170,7 +170,7 @@ def step_losses(
     dsm: bool = True,  # with the denoising loss
     adversary=None,  # adversary(pictures) -> (B,), what an adversary makes of the estimates at sigma_min
     skip: bool = True,  # `MovingRows`
-    later: bool = False,  # "dsm" is a function that makes it, so that nothing of it is held while others are differentiated
+    later: bool = False,  # "dsm" is a function that makes it, so that others can be differentiated first
 ) -> dict:  # name -> scalar; "ctm" first, then "gan" and "dsm"
     "CTM, DSM and, with an adversary, GAN; the student's jump is made once.  # CTM: total loss"
     mover, carrier = (MovingRows(m) if skip else m for m in (student, target))
