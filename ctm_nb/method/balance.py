@@ -6,7 +6,7 @@
 __all__ = ['alone', 'n_processes', 'average', 'average_gradients', 'balance', 'BalancedGradients', 'ApartGradients']
 
 # %% ../../nbs/1_method/07_balance.ipynb #fc9b5583
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -92,16 +92,21 @@ class BalancedGradients:
 # %% ../../nbs/1_method/07_balance.ipynb #92f7ec5b
 @patch
 def add(self: BalancedGradients,
-    losses: dict,  # name -> scalar tensor; the first is the one that the others are matched to
+    losses: dict,  # name -> scalar tensor, or what makes one; the first is matched by the others; emptied on the way
     share: float = 1.,  # of the batch: 1/m for one of m equal micro-batches
+    context=nullcontext,  # makes a context for the forward pass of what is made here
 ):
-    "Differentiate the losses of a micro-batch, one after the other; their graphs may have parts in common."
-    for n, (name, loss) in enumerate(losses.items()):
+    "Differentiate the losses of a micro-batch one by one, each gone before what follows is made; graphs may meet."
+    while losses:
+        loss = losses.pop(name := next(iter(losses)))
+        if not torch.is_tensor(loss):
+            with context(): loss = loss()
         grads = torch.autograd.grad(loss * share, self.params, allow_unused=True, materialize_grads=True,
-                                    retain_graph=n < len(losses) - 1)
+                                    retain_graph=any(map(torch.is_tensor, losses.values())))
         if name in self.sums: torch._foreach_add_(self.sums[name], grads)
         else: self.sums[name] = list(grads)
         self.losses[name] = self.losses.get(name, 0.) + share * loss.detach()
+        del loss, grads
 
 # %% ../../nbs/1_method/07_balance.ipynb #310b91f0
 @patch
@@ -116,7 +121,8 @@ def combine(self: BalancedGradients,
     numbers = {f"loss_{name}": v for name, v in zip(self.losses, losses)}
     for (name, grads), b in zip(others, at_last[1:]):
         numbers[f"lambda_{name}"] = weight = balance(at_last[0], b, *bounds.get(name, (0., 1e4)))
-        torch._foreach_add_(total, torch._foreach_mul(grads, weight))
+        torch._foreach_mul_(grads, weight)  # in place: no third set of gradients
+        torch._foreach_add_(total, grads)
     for p, g in zip(self.params, total): p.grad = g
     average_gradients(self.params)
     self.sums, self.losses = {}, {}
@@ -133,14 +139,15 @@ class ApartGradients(BalancedGradients):
         super().__init__(params, last_layer)
         self.bounds, self.total, self.numbers = bounds, [], {}
 
-    def add(self, losses: dict, share: float = 1.):
+    def add(self, losses: dict, share: float = 1., context=nullcontext):
         "Differentiate and weigh the losses of a micro-batch."
-        super().add(losses)
+        super().add(losses, context=context)
         with alone(): found = super().combine(**self.bounds)
         for name, v in found.items(): self.numbers[name] = self.numbers.get(name, 0.) + share * v
-        grads = torch._foreach_mul([p.grad for p in self.params], share)
+        grads = [p.grad for p in self.params]
+        torch._foreach_mul_(grads, share)
         if self.total: torch._foreach_add_(self.total, grads)
-        else: self.total = list(grads)
+        else: self.total = grads
 
     def combine(self, **_) -> dict:  # "loss_NAME" and "lambda_NAME", means over micro-batches and ranks
         "Leave the mean over the ranks in `.grad`, and start over."

@@ -170,6 +170,7 @@ def step_losses(
     dsm: bool = True,  # with the denoising loss
     adversary=None,  # adversary(pictures) -> (B,), what an adversary makes of the estimates at sigma_min
     skip: bool = True,  # `MovingRows`
+    later: bool = False,  # "dsm" is a function that makes it, so that others can be differentiated first
 ) -> dict:  # name -> scalar; "ctm" first, then "gan" and "dsm"
     "CTM, DSM and, with an adversary, GAN; the student's jump is made once.  # CTM: total loss"
     mover, carrier = (MovingRows(m) if skip else m for m in (student, target))
@@ -177,5 +178,6 @@ def step_losses(
     losses = {"ctm": distance(estimate, goal).mean()}
     if adversary:
         losses["gan"] = adversary(estimate if compare_at == "end" else to_end(carrier, estimate, s, y)).mean()
-    if dsm: losses["dsm"] = dsm_loss(student, x0, sigma, eps, y, student.sigma_data).mean()
+    denoise = lambda: dsm_loss(student, x0, sigma, eps, y, student.sigma_data).mean()
+    if dsm: losses["dsm"] = denoise if later else denoise()
     return losses

@@ -306,7 +306,7 @@ def of_student(self: DistillStage, e: dict, adversary=None) -> dict:  # name -> 
     d, inputs = self.config.distill, {k: v for k, v in e.items() if k not in ("teacher_evals", "looks")}
     return step_losses(self.parts["model"], self.parts["target"], **inputs, distance=self.distance,
                        compare_at=d.compare_at, dsm=d.dsm, adversary=adversary,
-                       skip=not (self.config.run.compile or d.dropout))
+                       skip=not (self.config.run.compile or d.dropout), later=True)
 
 # %% ../../nbs/6_training/05_stages.ipynb #b7a30002
 class TrajectoryFolder:
@@ -405,10 +405,10 @@ def _anchor_losses(stage, e, every, *points):
     if not d.dsm: return {}
     if d.anchor == "dsm":
         x0, sigma, eps, y = (few(e[k]) for k in ("x0", "sigma", "eps", "y"))
-        return {"dsm": dsm_loss(student, x0, sigma, eps, y, student.sigma_data).mean()}
+        return {"dsm": lambda: dsm_loss(student, x0, sigma, eps, y, student.sigma_data).mean()}
     x_t, t, y, *known = map(few, points)
     with torch.no_grad(): D_x = known[0] if known else teacher.D(x_t, t, y)
-    return {"anchor": anchor_loss(student, x_t, t, D_x, y).mean()}
+    return {"anchor": lambda: anchor_loss(student, x_t, t, D_x, y).mean()}
 
 def _path_losses(stage: DistillStage, e: dict, n: int) -> dict:
     "From one point of a trajectory to a later one."

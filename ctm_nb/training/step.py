@@ -37,9 +37,9 @@ def gradient(
         about = {k: e[k] for k in ("teacher_evals",) if k in e}
         restart()
         with context(): losses = stage.losses(e, n)
-        gradients.add(losses, share)
+        gradients.add(losses, share, context)
     numbers = gradients.combine(**stage.bounds)
-    total = sum(numbers.get(f"lambda_{k}", 1) * numbers[f"loss_{k}"] for k in losses)
+    total = sum(v * numbers.get(f"lambda_{k[5:]}", 1) for k, v in numbers.items() if k.startswith("loss_"))
     return {"loss": total, **numbers, **about}
 
 # %% ../../nbs/6_training/06_step.ipynb #c5b98609

@@ -470,6 +470,8 @@ def train_step(self: Trainer) -> dict:  # numbers of this step; on a GPU, tensor
     if self.stage != (before := self.now).name:
         self.begin(self.stage, self.parts)
         self.now.inherit(before)
+        del before
+        free_memory()  # optimizers refer to themselves: theirs and their networks' would stay
     s, n, started = self.state, self.step - self.begun_at, time.perf_counter()
     torch.set_num_threads(max(1, self.threads // 2) if self.shares_cores(s.step) else self.threads)
     try: numbers = apply_gradient(self.now, n, self.gradient(), self.guard, s.step, self.wait)

@@ -14,7 +14,7 @@ from ctm_nb.data.images import digits
 from ctm_nb.method.sampling import sample
 from ctm_nb.method.teacher import edm_loss
 from ctm_nb.training.config import make_config
-from ctm_nb.training.costs import estimate, memory, saved_bytes
+from ctm_nb.training.costs import estimate, memory, step_needs
 from ctm_nb.training.optimizers import lr_at, make_optimizer
 from ctm_nb.training.stages import TeacherStage, step_generator
 from ctm_nb.training.trainer import Trainer, _changes
@@ -187,10 +187,10 @@ def test_its_preset_says_where_each_value_comes_from_and_what_it_takes(tmp_path,
 
 
 def test_normalised_weights_are_counted_once_and_not_for_each_image():
-    words = ["data.source=x", "teacher.source=", "run.micro_batch=1"]
+    words = ["data.source=x", "teacher.source=", "distill.steps=0", "gan.steps=0", "run.micro_batch=1"]
     config, data = make_config("imagenet64-edm2", words), SimpleNamespace(channels=3, image_size=64, n_classes=1000)
-    each, parameters, fixed = saved_bytes(config, data)
-    assert parameters == 280_209_381 and 4 * parameters < fixed < 5 * 4 * parameters
-    need = memory(config, data, 1)["ctm_dsm"], memory(config, data, 5)["ctm_dsm"]
-    assert need[1] - need[0] == 4 * 3 * each and need[0] > 7 * 4 * parameters + 3 * fixed
-    assert saved_bytes(make_config("imagenet64", ["data.source=x"]), data)[2] < 1e6
+    need, plain = (step_needs(make_config(p, words), data)["teacher"] for p in ("imagenet64-edm2", "imagenet64"))
+    assert need.weights == 4 * 280_209_381 and need.weights < need.fixed < 2.2 * need.weights
+    assert plain.fixed < .2 * plain.weights
+    few, more = (memory(config, data, n)["teacher"] for n in (1, 5))
+    assert more - few == pytest.approx(4 * need.each, rel=1e-6) and few > 5 * need.weights

@@ -159,7 +159,7 @@ def test_the_plan_tells_what_they_take(tmp_path, capsys):
     assert "averages " not in capsys.readouterr().out
     more = memory(make_config("tiny", PROFILES), digits()), memory(make_config("tiny"), digits())
     n = size * 2**20 / 2
-    assert all(abs(more[0][s] - more[1][s] - 2 * 4 * n) < 1 for s in more[0])
+    assert all(2 * 4 * n <= more[0][s] - more[1][s] < 2.6 * 4 * n for s in more[0])  # a student's are larger
 
 
 # ---- commands

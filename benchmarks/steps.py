@@ -1,0 +1,157 @@
+"""What a training step takes of memory, preset by preset and stage by stage, beside what the plan says of it.
+
+    python benchmarks/steps.py                          # all of them: minutes
+    python benchmarks/steps.py digits/teacher emoji/student
+
+Each is a process of its own, on one thread, with as many images as this machine can hold: the numbers stand in the
+result. After a first step a few are made, and the most of them counts: most rows move in steps with a short interval.
+*Tensors* is the most that PyTorch's allocator had given out at once, by its profiler; *process* is by how much the
+process had grown, `VmHWM`, on a heap that returns what is freed (MALLOC_MMAP_THRESHOLD_), and *as it is*, on glibc's
+own, which keeps holes. The libraries' own part, 30 to 70 MiB, is in both. Feature networks have random weights.
+Written to nbs/results/speed/steps.json.
+"""
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ctm_nb.data.images import ImageData, digits
+from ctm_nb.training.config import make_config
+from ctm_nb.training.costs import memory
+from ctm_nb.training.runtime import choose_precision
+from ctm_nb.training.trainer import Trainer
+
+RESULT = Path(__file__).resolve().parents[1] / "nbs" / "results" / "speed" / "steps.json"
+STAGES = {"teacher": "teacher", "student": "ctm_dsm", "adversary": "ctm_dsm_gan"}
+SHAPES = {"mnist": (1, 28, 10), "emoji": (3, 32, 8), "cifar10": (3, 32, 0), "cifar10-cond": (3, 32, 10),
+          "imagenet64": (3, 64, 1000), "imagenet64-edm2": (3, 64, 1000)}
+QUIET = ["evaluate.n=0", "run.precision=fp32", "gan.head_start=0",
+         *(f"run.{k}_every=1000000" for k in ("save", "sample", "log"))]
+STEPS = {"tiny": 40, "digits": 40, "mnist": 12, "emoji": 6}  # others 2
+SMALL = [*(f"{s}.batch=8" for s in ("teacher", "distill", "gan")), "run.micro_batch=4",
+         "distill.balance_rows=4", "gan.balance_rows=4"]
+LEAST = [w.replace("=8", "=2").replace("=4", "=1") for w in SMALL]
+LARGE = [*LEAST, "distill.max_evals=6", "distill.stored=2"]
+WORDS = {"cifar10": SMALL, "cifar10-cond": SMALL, "imagenet64": LARGE, "imagenet64-edm2": [*LARGE, "teacher.source="]}
+MORE = {"digits, halves": ("digits", ["run.micro_batch=32"]), "digits, bf16": ("digits", ["run.precision=bf16"]),
+        "emoji, bf16": ("emoji", ["run.precision=bf16", "distill.stored=64"]),
+        "mnist, trajectories": ("mnist", ["distill.phases=", "distill.matching=trajectories", "distill.stored=64"]),
+        "mnist, eulerian": ("mnist", ["distill.phases=", "distill.matching=eulerian"]),
+        "mnist, checkpointing": ("mnist", ["run.checkpointing=true"]),
+        "cifar10, whole": ("cifar10", ["distill.balance_rows=none", "run.micro_batch=auto", "distill.distance=l2"]),
+        "cifar10, checkpointing": ("cifar10", ["run.checkpointing=true"])}
+
+
+def configuration(name, stage, weights):
+    "Of a row of the table: steps enough that the stage has two, and no more than that before it."
+    preset, words = MORE.get(name, (name, []))
+    words = [*QUIET, *WORDS.get(preset, []), f"distill.weights={weights}", f"gan.weights={weights}", *words]
+    if preset in SHAPES and preset != "emoji": words.append("data.source=x")
+    before = list(STAGES)[:list(STAGES).index(stage)]
+    for s, key in zip(STAGES, ("teacher", "distill", "gan")):
+        words.append(f"{key}.steps={1 if s in before else 999 if s == stage else 0}")
+        if s in before: words.append(f"{key}.batch=1")
+    return make_config(preset, words), preset
+
+
+def images(preset):
+    if preset not in SHAPES: return digits()
+    c, side, k = SHAPES[preset]
+    n = max(k, 64)
+    pixels = torch.randint(256, (n, c, side, side), dtype=torch.uint8)
+    return ImageData(pixels, torch.arange(n) % k if k else None, [str(i) for i in range(k)])
+
+
+def kept(key):
+    "A number of /proc/self/status in bytes."
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+
+def settle():
+    "Return what is free, and begin to count anew."
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def one(name, stage, weights):
+    "A row, measured in this process."
+    config, preset = configuration(name, stage, weights)
+    steps = STEPS.get(preset, 2)
+    data, conv = images(preset), torch.nn.Conv2d(8, 8, 3)
+    with torch.profiler.profile(profile_memory=True): conv(torch.randn(4, 8, 16, 16)).sum().backward()
+    settle()
+    empty = kept("VmRSS")
+    with tempfile.TemporaryDirectory() as folder:
+        t = Trainer(config, Path(folder) / "run", {"train": data})
+        while t.stage != STAGES[stage]: t.train_step()
+        t.train_step()
+        settle()
+        held = [v for m in t.parts.values() for v in (*m.parameters(), *m.buffers())]
+        held += [p.grad for m in t.parts.values() for p in m.parameters() if p.grad is not None]
+        numbers = [s for o in t.now.optimizers.values() for s in o.state.values()]
+        held += [v for s in numbers for v in s.values() if torch.is_tensor(v)]
+        networks = getattr(t.parts.get("discriminator"), "networks", ()), getattr(t.now, "distance", None)
+        networks = [*networks[0], getattr(networks[1], "net", None)]
+        held += [v for m in networks if m for v in (*m.parameters(), *m.buffers())]
+        held += [v for path in getattr(t.now, "paths", {}).values() for v in path if torch.is_tensor(v)]
+        before = sum({v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in held}.values())
+        for _ in range(steps): t.train_step()
+        grown = kept("VmHWM") - empty
+        with torch.profiler.profile(profile_memory=True) as p:
+            for _ in range(steps): t.train_step()
+        t.ahead.forget()
+    now = most = 0
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for _, n in sorted((e.start_ns(), e.nbytes()) for e in events):
+        now += n
+        most = max(most, now)
+    micro = None if config.run.micro_batch == "auto" else int(config.run.micro_batch)
+    plan = memory(config, data, micro, choose_precision(config.run.precision, t.device) != "fp32")[t.now.name]
+    batch = t.plan[t.now.name].batch
+    return {"tensors": before + most, "process": grown, "plan": plan, "images": batch, "at a time": t.micro}
+
+
+def random_weights(folder):
+    "Files with which LPIPS and timm's networks can be made here."
+    import timm
+    import torchvision
+    state = torchvision.models.vgg16(weights=None).state_dict()
+    torch.save({k: v for k, v in state.items() if k.startswith("features.")}, folder / "vgg16-random.pth")
+    for f in ("deit_base_distilled_patch16_224", "tf_efficientnet_lite0"):
+        torch.save(timm.create_model(f, pretrained=False).state_dict(), folder / f"{f}.pth")
+
+
+def measured(name, stage, weights, heap):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **({"MALLOC_MMAP_THRESHOLD_": "262144"} if heap else {})}
+    words = [sys.executable, __file__, "one", name, stage, weights]
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    if done.returncode: sys.exit(f"{name}, {stage}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(rows):
+    known = {(r["preset"], r["stage"]): r for r in json.loads(RESULT.read_text())} if RESULT.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        random_weights(Path(folder))
+        for name, stage in rows:
+            found, own = (measured(name, stage, folder, heap) for heap in (True, False))
+            known[name, stage] = {"preset": name, "stage": stage, **found, "as it is": own["process"]}
+            print(json.dumps(known[name, stage]), flush=True)
+            RESULT.write_text(json.dumps([*known.values()], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["one"]: print(json.dumps(one(*sys.argv[2:])))
+    else:
+        every = [(p, s) for p in ("tiny", "digits", "mnist", "emoji", "cifar10", "cifar10-cond", "imagenet64",
+                                  "imagenet64-edm2") for s in STAGES]
+        every = [r for r in every if r[1] != "adversary" or r[0] in ("digits", "cifar10", "cifar10-cond", "imagenet64")]
+        more = [(p, s) for p in MORE for s in STAGES if s == "student"]
+        main([tuple(w.rsplit("/", 1)) for w in sys.argv[1:]] or every + more)
