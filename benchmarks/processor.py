@@ -127,7 +127,7 @@ def sampling_section(sides, repeats):
 
 def trainer(get, preset, folder, half):
     "A run at the beginning of its distillation, on random pictures."
-    words = [*QUIET.split(), *STEPS[preset].split(), "data.source=digits", f"run.precision={'bf16' if half else 'fp32'}"]
+    words = f"{QUIET} {STEPS[preset]} data.source=digits run.precision={'bf16' if half else 'fp32'}".split()
     config = get("training.config").make_config(preset, words)
     side, channels = {"digits": (8, 1), "mnist": (28, 1), "cifar10": (32, 3)}[preset]
     draw = torch.Generator().manual_seed(0)
@@ -166,7 +166,6 @@ def main():
     p.add_argument("--before", required=True, help="an earlier checkout")
     p.add_argument("--repeats", type=int, default=20)
     p.add_argument("--only", nargs="+", default=list(SECTIONS), choices=SECTIONS)
-    p.add_argument("--malloc", action="store_true", help="let the process keep freed memory, as training does")
     a = p.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
