@@ -24,11 +24,10 @@ import torch
 
 RESULT = Path(__file__).resolve().parents[1] / "nbs" / "results" / "speed" / "processor.json"
 HERE = str(Path(__file__).resolve().parents[1])
+SMALL = dict(channels=1, n_classes=10, model_channels=16, n_blocks=1)
 NETWORKS = {"32 x 32, 2.4 M": dict(image_size=32, channels=3, model_channels=32, n_blocks=2),
-            "mnist": dict(image_size=28, channels=1, n_classes=10, model_channels=16, channel_mult=(1, 2, 2), n_blocks=1,
-                          attention=(7,)),
-            "digits": dict(image_size=8, channels=1, n_classes=10, model_channels=16, channel_mult=(1, 2), n_blocks=1,
-                           attention=(4,))}
+            "mnist": dict(image_size=28, channel_mult=(1, 2, 2), attention=(7,), **SMALL),
+            "digits": dict(image_size=8, channel_mult=(1, 2), attention=(4,), **SMALL)}
 BATCH = {"digits": 64, "32 x 32, 2.4 M": 16, "mnist": 64}
 QUIET = "teacher.steps=1 gan.steps=0 run.save_every=1000000 run.sample_every=1000000 run.log_every=1000000 evaluate.n=0"
 STEPS = {"digits": "", "mnist": "data.image_size=28",
