@@ -4,7 +4,7 @@
     python benchmarks/steps.py digits/teacher emoji/student
 
 Each is a process of its own, on one thread, with as many images as this machine can hold: the numbers stand in the
-result. After a first step a few are made, and the most of them counts: most rows move in steps with a short interval.
+result. After a first step two are made, and two that are profiled, with intervals of one grid step, where most rows move.
 *Tensors* is the most that PyTorch's allocator had given out at once, by its profiler; *process* is by how much the
 process had grown, `VmHWM`, on a heap that returns what is freed (MALLOC_MMAP_THRESHOLD_), and *as it is*, on glibc's
 own, which keeps holes. The libraries' own part, 30 to 70 MiB, is in both. Feature networks have random weights.
@@ -31,21 +31,20 @@ RESULT = Path(__file__).resolve().parents[1] / "nbs" / "results" / "speed" / "st
 STAGES = {"teacher": "teacher", "student": "ctm_dsm", "adversary": "ctm_dsm_gan"}
 SHAPES = {"mnist": (1, 28, 10), "emoji": (3, 32, 8), "cifar10": (3, 32, 0), "cifar10-cond": (3, 32, 10),
           "imagenet64": (3, 64, 1000), "imagenet64-edm2": (3, 64, 1000)}
-QUIET = ["evaluate.n=0", "run.precision=fp32", "gan.head_start=0",
+QUIET = ["evaluate.n=0", "run.precision=fp32", "distill.K=1", "gan.K=1", "gan.head_start=0",
          *(f"run.{k}_every=1000000" for k in ("save", "sample", "log"))]
-STEPS = {"tiny": 40, "digits": 40, "mnist": 12, "emoji": 6}  # others 2
 SMALL = [*(f"{s}.batch=8" for s in ("teacher", "distill", "gan")), "run.micro_batch=4",
          "distill.balance_rows=4", "gan.balance_rows=4"]
 LEAST = [w.replace("=8", "=2").replace("=4", "=1") for w in SMALL]
-LARGE = [*LEAST, "distill.max_evals=6", "distill.stored=2"]
+LARGE = [*LEAST, "distill.stored=2"]
 WORDS = {"cifar10": SMALL, "cifar10-cond": SMALL, "imagenet64": LARGE, "imagenet64-edm2": [*LARGE, "teacher.source="]}
 MORE = {"digits, halves": ("digits", ["run.micro_batch=32"]), "digits, bf16": ("digits", ["run.precision=bf16"]),
         "emoji, bf16": ("emoji", ["run.precision=bf16", "distill.stored=64"]),
         "mnist, trajectories": ("mnist", ["distill.phases=", "distill.matching=trajectories", "distill.stored=64"]),
         "mnist, eulerian": ("mnist", ["distill.phases=", "distill.matching=eulerian"]),
-        "mnist, checkpointing": ("mnist", ["run.checkpointing=true"]),
+        "mnist, recomputed": ("mnist", ["run.recompute=true"]),
         "cifar10, whole": ("cifar10", ["distill.balance_rows=none", "run.micro_batch=auto", "distill.distance=l2"]),
-        "cifar10, checkpointing": ("cifar10", ["run.checkpointing=true"])}
+        "cifar10, recomputed": ("cifar10", ["run.recompute=true"])}
 
 
 def configuration(name, stage, weights):
@@ -83,7 +82,6 @@ def settle():
 def one(name, stage, weights):
     "A row, measured in this process."
     config, preset = configuration(name, stage, weights)
-    steps = STEPS.get(preset, 2)
     data, conv = images(preset), torch.nn.Conv2d(8, 8, 3)
     with torch.profiler.profile(profile_memory=True): conv(torch.randn(4, 8, 16, 16)).sum().backward()
     settle()
@@ -102,10 +100,10 @@ def one(name, stage, weights):
         held += [v for m in networks if m for v in (*m.parameters(), *m.buffers())]
         held += [v for path in getattr(t.now, "paths", {}).values() for v in path if torch.is_tensor(v)]
         before = sum({v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in held}.values())
-        for _ in range(steps): t.train_step()
+        for _ in range(2): t.train_step()
         grown = kept("VmHWM") - empty
         with torch.profiler.profile(profile_memory=True) as p:
-            for _ in range(steps): t.train_step()
+            for _ in range(2): t.train_step()
         t.ahead.forget()
     now = most = 0
     events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]

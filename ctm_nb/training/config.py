@@ -176,6 +176,7 @@ class RunConfig:
     device: str = "auto"  # "auto": a CUDA device if there is one
     precision: str = need("auto", one_of("auto", "fp32", "bf16"))  # "auto": bf16 on a GPU that has it
     compile: bool = False  # compile the networks, if that works
+    recompute: bool = False  # keep less of a forward pass: the backward pass computes blocks again, to the same bits
     micro_batch: str = need("auto", MICRO)  # images that a device takes at a time; "auto": as many as fit
     save_every: int = need(500, AT_LEAST_1)  # steps between checkpoints
     log_every: int = need(20, AT_LEAST_1)  # steps between lines of metrics.jsonl

@@ -36,7 +36,7 @@ from ..method.distill import MATCHING, draw_interval
 from ..method.solvers import SOLVERS, solver_name
 from ..method.trajectory import student_from
 from .report import NAMES, duration, read_json, section
-from .runtime import ALONE, Here, choose_precision
+from .runtime import ALONE, Here, choose_precision, recompute
 from .stages import STAGE_CLASSES, carry_to, make_denoiser
 from .trainer import Trainer
 
@@ -149,6 +149,7 @@ def step_needs(
         for name in schedule(c):
             with Meter((IMAGES,)) as meter: now = STAGE_CLASSES[name](c, images, torch.device("meta"), parts)
             held.append(meter)
+            if c.run.recompute: recompute(now.parts[k] for k in now.evaluates)
             peaks, parts = [_peak_of(now, n, cpu and config.distill.N) for n in now.kinds()], now.parts
             fixed, grows, sets = max(peaks, key=lambda p: p[0] + p[1])
             gc.collect()  # optimizers refer to themselves

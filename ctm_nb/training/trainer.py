@@ -46,7 +46,7 @@ from .config import SERVICES, STAGES, Config, schedule, stage_at, teacherless
 from .optimizers import load_optimizer
 from .report import write_report
 from .runtime import (ALONE, Guard, Here, Signals, autocast, choose_precision, compile_networks,
-                                     join, peak_memory, prepare, unpacks)
+                                     join, peak_memory, prepare, recompute, unpacks)
 from .stages import STAGE_CLASSES, carry_to, check_weights, step_generator, take
 from .step import apply_gradient, gradient, same_start
 
@@ -207,6 +207,7 @@ def begin(self: Trainer, stage: str, parts: dict):
     self.state.stage = now = STAGE_CLASSES[stage](c, self.data, self.device, parts)
     self.state.window = []
     prepare(self.parts.values(), self.device)
+    if c.run.recompute: recompute(self.parts[k] for k in now.evaluates)
     here.same_weights(self.parts.values())
     self.batches = Batches(self.data, span.batch, c.run.seed, flip=c.data.flip or now.augment > 0, p=now.augment,
                            rank=here.rank, world=here.world, device=self.device)

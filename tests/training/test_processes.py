@@ -122,6 +122,10 @@ def test_micro_batches_are_the_whole_in_every_stage(alone, tmp_path):
     assert_close(alone, follow([*SHORT, "run.micro_batch=5"], tmp_path))
 
 
+def test_blocks_computed_again_give_the_same_bits(alone, tmp_path):
+    assert_close(alone, follow([*SHORT, "run.recompute=true"], tmp_path), at=0, weights=0)
+
+
 def test_micro_batches_of_a_stage_without_denoising_and_with_intervals_of_all_lengths(tmp_path):
     "In global matching the solver's steps depend on the longest interval of the whole batch."
     words = ["teacher.steps=1", "distill.steps=3", "distill.dsm=false", "distill.matching=global",
