@@ -2,13 +2,14 @@
 
     python benchmarks/steps.py                          # all of them: minutes
     python benchmarks/steps.py digits/teacher emoji/student
+    python benchmarks/steps.py time                     # of run.recompute, processor seconds, in turn in one process
 
 Each is a process of its own, on one thread, with as many images as this machine can hold: the numbers stand in the
 result. After a first step two are made, and two that are profiled, with intervals of one grid step, where most rows move.
 *Tensors* is the most that PyTorch's allocator had given out at once, by its profiler; *process* is by how much the
 process had grown, `VmHWM`, on a heap that returns what is freed (MALLOC_MMAP_THRESHOLD_), and *as it is*, on glibc's
 own, which keeps holes. The libraries' own part, 30 to 70 MiB, is in both. Feature networks have random weights.
-Written to nbs/results/speed/steps.json.
+Written to nbs/results/speed/steps.json and recompute.json.
 """
 import ctypes
 import gc
@@ -17,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -37,14 +39,17 @@ SMALL = [*(f"{s}.batch=8" for s in ("teacher", "distill", "gan")), "run.micro_ba
          "distill.balance_rows=4", "gan.balance_rows=4"]
 LEAST = [w.replace("=8", "=2").replace("=4", "=1") for w in SMALL]
 LARGE = [*LEAST, "distill.stored=2"]
-WORDS = {"cifar10": SMALL, "cifar10-cond": SMALL, "imagenet64": LARGE, "imagenet64-edm2": [*LARGE, "teacher.source="]}
+ONE = "distill.phases= distill.stored=64 distill.matching={}".format
+WORDS = {"mnist": ONE("soft").split(), "emoji": ONE("soft").split(), "cifar10": SMALL, "cifar10-cond": SMALL,
+         "imagenet64": LARGE, "imagenet64-edm2": [*LARGE, "teacher.source="]}
 MORE = {"digits, halves": ("digits", ["run.micro_batch=32"]), "digits, bf16": ("digits", ["run.precision=bf16"]),
-        "emoji, bf16": ("emoji", ["run.precision=bf16", "distill.stored=64"]),
-        "mnist, trajectories": ("mnist", ["distill.phases=", "distill.matching=trajectories", "distill.stored=64"]),
-        "mnist, eulerian": ("mnist", ["distill.phases=", "distill.matching=eulerian"]),
-        "mnist, recomputed": ("mnist", ["run.recompute=true"]),
+        "mnist, trajectories": ("mnist", ONE("trajectories").split()),
+        "mnist, eulerian": ("mnist", ONE("eulerian").split()),
+        "mnist, recomputed": ("mnist", ["run.recompute=true"]), "emoji, bf16": ("emoji", ["run.precision=bf16"]),
         "cifar10, whole": ("cifar10", ["distill.balance_rows=none", "run.micro_batch=auto", "distill.distance=l2"]),
-        "cifar10, recomputed": ("cifar10", ["run.recompute=true"])}
+        "cifar10, recomputed": ("cifar10", ["run.recompute=true"]),
+        "imagenet64, recomputed": ("imagenet64", ["run.recompute=true"])}
+HEAVY = ("cifar10", "imagenet64")  # measured on one heap
 
 
 def configuration(name, stage, weights):
@@ -116,6 +121,29 @@ def one(name, stage, weights):
     return {"tensors": before + most, "process": grown, "plan": plan, "images": batch, "at a time": t.micro}
 
 
+def ratios(preset, repeats=6):
+    "Processor seconds of a student's step with blocks computed again over those without, a pair of steps each."
+    with tempfile.TemporaryDirectory() as folder:
+        def trainer(again):
+            config = configuration(preset, "student", folder)[0]
+            config.run.recompute = again
+            t = Trainer(config, Path(folder) / str(again), {"train": images(preset)})
+            t.ahead.end = 0  # nothing is made beside what is timed
+            for _ in range(3): t.train_step()
+            t.ahead.forget()
+            t.ahead.end = 0
+            return t
+        pair, found = [trainer(again) for again in (False, True)], []
+        for _ in range(repeats):
+            spent = []
+            for t in pair:
+                began = time.process_time()
+                t.train_step()
+                spent.append(time.process_time() - began)
+            found.append(spent[1] / spent[0])
+    return sorted(found)
+
+
 def random_weights(folder):
     "Files with which LPIPS and timm's networks can be made here."
     import timm
@@ -139,14 +167,20 @@ def main(rows):
     with tempfile.TemporaryDirectory() as folder:
         random_weights(Path(folder))
         for name, stage in rows:
-            found, own = (measured(name, stage, folder, heap) for heap in (True, False))
-            known[name, stage] = {"preset": name, "stage": stage, **found, "as it is": own["process"]}
+            found = measured(name, stage, folder, True)
+            own = None if name.startswith(HEAVY) else measured(name, stage, folder, False)["process"]
+            known[name, stage] = {"preset": name, "stage": stage, **found, "as it is": own}
             print(json.dumps(known[name, stage]), flush=True)
             RESULT.write_text(json.dumps([*known.values()], indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["one"]: print(json.dumps(one(*sys.argv[2:])))
+    if sys.argv[1:] == ["time"]:
+        torch.set_num_threads(1)
+        found = {p: ratios(p) for p in ("digits", "mnist", "emoji")}
+        RESULT.with_name("recompute.json").write_text(json.dumps(found, indent=1) + "\n")
+        print(found)
+    elif sys.argv[1:2] == ["one"]: print(json.dumps(one(*sys.argv[2:])))
     else:
         every = [(p, s) for p in ("tiny", "digits", "mnist", "emoji", "cifar10", "cifar10-cond", "imagenet64",
                                   "imagenet64-edm2") for s in STAGES]
