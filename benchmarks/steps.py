@@ -5,7 +5,7 @@
     python benchmarks/steps.py time                     # of run.recompute, processor seconds, in turn in one process
 
 Each is a process of its own, on one thread, with as many images as this machine can hold: the numbers stand in the
-result. After a first step two are made, and two that are profiled, with intervals of one grid step, where most rows move.
+result. After a first step two are made, and two that are profiled, with intervals of one grid step: most rows move.
 *Tensors* is the most that PyTorch's allocator had given out at once, by its profiler; *process* is by how much the
 process had grown, `VmHWM`, on a heap that returns what is freed (MALLOC_MMAP_THRESHOLD_), and *as it is*, on glibc's
 own, which keeps holes. The libraries' own part, 30 to 70 MiB, is in both. Feature networks have random weights.
@@ -97,7 +97,6 @@ def one(name, stage, weights):
         t.train_step()
         settle()
         held = [v for m in t.parts.values() for v in (*m.parameters(), *m.buffers())]
-        held += [p.grad for m in t.parts.values() for p in m.parameters() if p.grad is not None]
         numbers = [s for o in t.now.optimizers.values() for s in o.state.values()]
         held += [v for s in numbers for v in s.values() if torch.is_tensor(v)]
         networks = getattr(t.parts.get("discriminator"), "networks", ()), getattr(t.now, "distance", None)
@@ -107,6 +106,7 @@ def one(name, stage, weights):
         before = sum({v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in held}.values())
         for _ in range(2): t.train_step()
         grown = kept("VmHWM") - empty
+        for m in t.parts.values(): m.zero_grad()  # the profiler does not see what it has not seen made go
         with torch.profiler.profile(profile_memory=True) as p:
             for _ in range(2): t.train_step()
         t.ahead.forget()

@@ -17,6 +17,7 @@ from ctm_nb.data.images import digits
 from ctm_nb.training.config import make_config
 from ctm_nb.training.costs import memory
 from ctm_nb.training.runtime import autocast
+from ctm_nb.training.shard import weights_of
 from ctm_nb.training.stages import take
 from ctm_nb.training.trainer import Trainer
 
@@ -40,7 +41,7 @@ def follow(words, folder, spoil=None):
         log.append({k: float(v) for k, v in trainer.train_step().items() if k != "stage"})
         if trainer.step not in trainer.ends.values(): continue
         networks = trainer.parts.items()
-        ends[trainer.now.name] = {p: {k: v.clone() for k, v in m.state_dict().items()} for p, m in networks}
+        ends[trainer.now.name] = {p: {k: v.clone() for k, v in weights_of(m).items()} for p, m in networks}
     return log, ends
 
 
@@ -64,7 +65,7 @@ from test_processes import SHORT, follow
 from ctm_nb.training.runtime import join, leave
 here, found = join("cpu"), {}
 compute_alike()
-for name, more in (("whole", []), ("micro-batches", ["run.micro_batch=4"])):
+for name, more in (("whole", []), ("micro-batches", ["run.micro_batch=4"]), ("sharded", ["run.shard=true"])):
     found[name] = follow([*SHORT, *more], f"{sys.argv[1]}/{name}")
 torch.save(found, f"{sys.argv[1]}/{here.rank}.pt")
 leave()
