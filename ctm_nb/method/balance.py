@@ -8,6 +8,7 @@ __all__ = ['alone', 'n_processes', 'average', 'average_gradients', 'balance', 'B
 # %% ../../nbs/1_method/07_balance.ipynb #fc9b5583
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,7 +85,7 @@ class BalancedGradients:
         last_layer: Tensor | None = None,  # the one at which the losses are balanced; None: there is one loss only
     ):
         self.params = [p for p in params if p.requires_grad]
-        self.place = next((n for n, p in enumerate(self.params) if p is last_layer), None)
+        self.place: Any = next((n for n, p in enumerate(self.params) if p is last_layer), None)
         if last_layer is not None and self.place is None:
             raise ValueError("last_layer must be one of params, and require a gradient")
         self.sums, self.losses = {}, {}
