@@ -7,7 +7,7 @@ __all__ = ['log', 'each', 'tried', 'decode_all', 'remembered', 'source_key', 'St
            'fits', 'load_splits', 'load_data', 'Batch', 'Batches']
 
 # %% ../../nbs/3_data/05_batches.ipynb #41a20b03
-import hashlib, json, logging, mmap, os
+import hashlib, json, logging, mmap, os, weakref
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -263,8 +263,11 @@ def from_workers(self:Batches, position:int)->torch.Tensor: # (B / W, C, H, W) u
     "Pixels of the batch at a position; those of the next ones are being decoded."
     if self.running is None or self.running[0] != position:
         self.close()
-        tasks = (self.indices(p).numpy() for p in count(position, self.batch_size))
-        self.running = [position, in_order(self.data.decode, tasks, self.workers or 0)]  # type: ignore[attr-defined]
+        n, seed, first, share = len(self.data), self.seed, self.rank * self.share, self.share
+        tasks = (stream_indices(n, seed, p + first, share).numpy() for p in count(position, self.batch_size))
+        pixels = in_order(self.data.decode, tasks, self.workers or 0)  # type: ignore[attr-defined]
+        weakref.finalize(self, pixels.close)  # held from outside: in garbage they would take 5 seconds a process to end
+        self.running = [position, pixels]
     x = next(self.running[1])
     self.running[0] += self.batch_size
     return torch.from_numpy(x)

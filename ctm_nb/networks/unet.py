@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .blocks import (Conventions, FourierEmbedding, ResampleConv, ResBlock, group_norm, init_,
-                                    sinusoidal_embedding)
+from .blocks import (Conventions, FourierEmbedding, ResampleConv, ResBlock, channels_last_pays,
+                                    group_norm, init_, normalise, silu_, sinusoidal_embedding)
 
 # %% ../../nbs/2_networks/02_unet.ipynb #f30740d4
 class Network(nn.Module):
@@ -237,6 +237,7 @@ def _encode(self: UNet, x: Tensor, emb: Tensor, emb_s: Tensor | None = None) -> 
             stack[-1] = x = picture = (x + module(picture)) * math.sqrt(.5)
         else:
             x = module(x) if name.endswith("_conv") else module(x, emb, emb_s)
+            if not stack and channels_last_pays(x): x = x.contiguous(memory_format=torch.channels_last)
             stack.append(x)
     return stack
 
@@ -266,7 +267,7 @@ def forward(self: UNet,
         if "_block" in name: x = torch.cat([x, stack.pop()], 1)
         x = block(x, *embs)
     norm, conv = self.out_layers
-    return conv(F.silu(norm(x)))
+    return conv(silu_(normalise(norm, x)))
 
 # %% ../../nbs/2_networks/02_unet.ipynb #3dda74eb
 @patch

@@ -241,6 +241,21 @@ def test_a_training_on_a_stream_decodes_ahead_and_is_the_same(zipped, tmp_path, 
                 assert torch.equal(a, b), name
 
 
+def test_workers_end_at_once_where_a_circle_is_collected(zipped):
+    import gc, time
+    from multiprocessing import active_children
+
+    batches = Batches(load_splits(zipped, in_memory=False)["train"], 12, workers=3)
+    batches.me = [batches]
+    others = set(active_children())
+    batches.at(0)
+    assert len(set(active_children()) - others) == 3
+    del batches
+    began = time.monotonic()
+    gc.collect()
+    assert set(active_children()) <= others and time.monotonic() - began < 9  # each would wait for 5 seconds
+
+
 def test_workers_leave_when_their_parent_is_killed(zipped):
     import signal, subprocess, sys, time
 

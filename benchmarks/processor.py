@@ -1,0 +1,179 @@
+"""What a forward pass, a training step and sampling cost on one core, today and in an earlier checkout of this package:
+both are loaded into one process and called in turn.
+
+    git worktree add ../before bb4ba02
+    python benchmarks/processor.py --before ../before
+
+Processor seconds of one thread; of every pair of calls the ratio is taken, and of the ratios the median and the tenth
+and the ninetieth percentile. Networks: DDPM++ at 32 x 32 with 2.4 million weights, batch 16, and those of the presets
+digits and mnist, batch 64, all with a student's s-branch. Steps: of distillation, on random pictures of the preset's
+size; cifar10 with 32 channels and batch 16. Sampling: 64 samples in one evaluation, against the network alone. Each
+section is written to nbs/results/speed/processor.json.
+"""
+import argparse
+import importlib
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+RESULT = Path(__file__).resolve().parents[1] / "nbs" / "results" / "speed" / "processor.json"
+HERE = str(Path(__file__).resolve().parents[1])
+SMALL = dict(channels=1, n_classes=10, model_channels=16, n_blocks=1)
+NETWORKS = {"32 x 32, 2.4 M": dict(image_size=32, channels=3, model_channels=32, n_blocks=2),
+            "mnist": dict(image_size=28, channel_mult=(1, 2, 2), attention=(7,), **SMALL),
+            "digits": dict(image_size=8, channel_mult=(1, 2), attention=(4,), **SMALL)}
+BATCH = {"digits": 64, "32 x 32, 2.4 M": 16, "mnist": 64}
+QUIET = "teacher.steps=1 gan.steps=0 run.save_every=1000000 run.sample_every=1000000 run.log_every=1000000 evaluate.n=0"
+STEPS = {"digits": "", "mnist": "data.image_size=28",
+         "cifar10": "network.model_channels=32 network.n_blocks=2 distill.batch=16 distill.distance=pseudo_huber "
+                    "run.micro_batch=16"}
+
+
+def package(where):
+    "The package in a checkout, beside any other that is loaded already: a function that imports from it."
+    mine = {k: sys.modules.pop(k) for k in list(sys.modules) if k.split(".")[0] == "ctm_nb"}
+    sys.path.insert(0, where)
+    own: dict = {}
+    def get(name):
+        kept = {k: sys.modules.pop(k) for k in list(sys.modules) if k.split(".")[0] == "ctm_nb"}
+        sys.modules.update(own)
+        sys.path.insert(0, where)
+        try: return importlib.import_module(f"ctm_nb.{name}")
+        finally:
+            own.update({k: sys.modules.pop(k) for k in list(sys.modules) if k.split(".")[0] == "ctm_nb"})
+            sys.modules.update(kept)
+            sys.path.remove(where)
+    get("method.sampling")
+    sys.path.remove(where)
+    sys.modules.update(mine)
+    return get
+
+
+def model(get, name):
+    "A CTM with weights that are no longer zero."
+    torch.manual_seed(0)
+    net = get("networks.unet").DDPMpp(s_branch=True, **NETWORKS[name])
+    for p in net.parameters(): p.data.add_(.02 * torch.randn(p.shape))
+    return get("method.trajectory").CTM(net).eval().requires_grad_(False)
+
+
+def in_turn(jobs, repeats, warm=2):
+    "Processor seconds of each job, all called once a round, in random order."
+    times, order = {k: [] for k in jobs}, random.Random(0)
+    for r in range(warm + repeats):
+        for k in order.sample(list(jobs), len(jobs)):
+            started = time.process_time()
+            jobs[k]()
+            if r >= warm: times[k].append(time.process_time() - started)
+    return times
+
+
+def ratio(a, b):
+    "Of the times a to the times b: the median, and where four of five lie."
+    r = sorted(x / y for x, y in zip(a, b))
+    return [round(v, 3) for v in (median(r), r[len(r) // 10], r[-1 - len(r) // 10])]
+
+
+def forward_section(sides, repeats):
+    "The network alone, without gradient."
+    rows = {}
+    for name, B in BATCH.items():
+        models = {side: model(get, name) for side, get in sides.items()}
+        x = torch.randn(B, *models["after"].data_shape)
+        c, y = torch.linspace(-1.5, 1, B), torch.arange(B) % 10 if models["after"].n_classes else None
+        def call(side, half, models=models, x=x, c=c, y=y):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
+                return models[side].net(x, c, c - 1, y)
+        jobs = {(side, half): lambda side=side, half=half: call(side, half) for side in sides for half in (False, True)}
+        gap = lambda a, b: float((jobs[a]().float() - jobs[b]().float()).abs().max())
+        apart = {"fp32": gap(("before", False), ("after", False)), "bf16": gap(("before", False), ("after", True))}
+        t = in_turn(jobs, repeats)
+        base = t["before", False]
+        rows[name] = {"batch": B, "before ms": round(1e3 * median(base), 1), "apart": apart,
+                      "fp32": ratio(base, t["after", False]), "bf16": ratio(base, t["after", True]),
+                      "bf16 before": ratio(base, t["before", True]),
+                      "bf16 by bf16": ratio(t["before", True], t["after", True])}
+        print(name, rows[name], flush=True)
+    return rows
+
+
+def sampling_section(sides, repeats):
+    "One jump with all that surrounds it, by the network alone."
+    rows = {}
+    for name in ("digits", "32 x 32, 2.4 M"):
+        jobs, drawn = {}, {}
+        for side, get in sides.items():
+            m, seen, sample = model(get, name), [], get("method.sampling").sample
+            hook = m.net.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args))
+            drawn[side] = sample(m, 64)
+            hook.remove()
+            def bare(m=m, args=seen[0]):
+                with torch.no_grad(): m.net(*args)
+            jobs |= {("bare", side): bare, ("sample", side): lambda m=m, sample=sample: sample(m, 64)}
+        t = in_turn(jobs, max(9, repeats // 4) if name != "digits" else 20 * repeats)
+        rows[name] = {f"over the network, {s}": ratio(t["sample", s], t["bare", s]) for s in sides}
+        rows[name] |= {"before by after": ratio(t["sample", "before"], t["sample", "after"]),
+                       "apart": float((drawn["before"] - drawn["after"]).abs().max())}
+        print(name, rows[name], flush=True)
+    return rows
+
+
+def trainer(get, preset, folder, half):
+    "A run at the beginning of its distillation, on random pictures."
+    words = f"{QUIET} {STEPS[preset]} data.source=digits run.precision={'bf16' if half else 'fp32'}".split()
+    config = get("training.config").make_config(preset, words)
+    side, channels = {"digits": (8, 1), "mnist": (28, 1), "cifar10": (32, 3)}[preset]
+    draw = torch.Generator().manual_seed(0)
+    data = get("data.images").ImageData(torch.randint(0, 256, (512, channels, side, side), generator=draw).byte(),
+                                        torch.arange(512) % 10, [str(k) for k in range(10)], "noise")
+    t = get("training.trainer").Trainer(config, folder, {"train": data, "held_out": data})
+    for _ in range(2): t.train_step()
+    t.ahead.end = 0  # nothing is made ahead of time, beside what is timed
+    return t
+
+
+def step_section(sides, repeats):
+    "A training step, of the first phase of distillation, whose draw of times is the same on both sides."
+    rows = {}
+    for preset in STEPS:
+        with tempfile.TemporaryDirectory() as d:
+            runs = {(s, half): trainer(get, preset, Path(d) / f"{s}{half}", half) for s, get in sides.items()
+                    for half in (False, True)}
+            def step(t):
+                t.ahead.forget()
+                t.train_step()
+            t = in_turn({k: lambda run=run: step(run) for k, run in runs.items()}, repeats, warm=1)
+        base = t["before", False]
+        rows[preset] = {"before ms": round(1e3 * median(base), 1), "fp32": ratio(base, t["after", False]),
+                        "bf16": ratio(base, t["after", True]), "bf16 before": ratio(base, t["before", True]),
+                        "bf16 by bf16": ratio(t["before", True], t["after", True])}
+        print(preset, rows[preset], flush=True)
+    return rows
+
+
+SECTIONS = {"forward": forward_section, "sampling": sampling_section, "step": step_section}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--before", required=True, help="an earlier checkout")
+    p.add_argument("--repeats", type=int, default=20)
+    p.add_argument("--only", nargs="+", default=list(SECTIONS), choices=SECTIONS)
+    a = p.parse_args()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    sides = {"before": package(str(Path(a.before).resolve())), "after": package(HERE)}
+    for what in a.only:
+        found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+        found[what] = SECTIONS[what](sides, a.repeats)
+        found["torch"] = torch.__version__
+        RESULT.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__": main()
