@@ -13,6 +13,7 @@ import logging
 import time
 import warnings
 import weakref
+from bisect import bisect_right
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict
@@ -209,9 +210,9 @@ def fit_memory(
     if room is None: room = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     room, asked = here.least(room), None if wanted == "auto" else int(wanted)
     half = choose_precision(config.run.precision, device) != "fp32"
-    none, one, needed = (memory(config, data, n, half, here.world) for n in (0, 1, asked))
-    if (most := max(needed.values())) <= .8 * room: return
-    n = int(min((.8 * room - none[s]) / (one[s] - none[s]) for s in none))
+    need = lambda n: max(memory(config, data, n, half, here.world).values())
+    if (most := need(asked)) <= .8 * room: return
+    n = bisect_right(range(1, 1 + max(getattr(config, s).batch for s in STAGES.values())), .8 * room, key=need)
     tell = log.warning if here.main else log.debug
     tell("a step of %s would take %.1f GiB, and %.1f GiB are free%s: %s",
          "whole batches" if wanted == "auto" else f"{wanted} images at a time", most / 2 ** 30, room / 2 ** 30,
