@@ -37,7 +37,7 @@ from ..method.distill import MATCHING, draw_interval
 from ..method.solvers import SOLVERS, solver_name
 from ..method.trajectory import student_from
 from .report import NAMES, duration, read_json, section
-from .runtime import ALONE, Here, choose_precision
+from .runtime import ALONE, Here, choose_precision, recompute
 from .stages import STAGE_CLASSES, carry_to, make_denoiser
 from .trainer import Trainer
 
@@ -150,6 +150,7 @@ def step_needs(
         for name in schedule(c):
             with Meter((IMAGES,)) as meter: now = STAGE_CLASSES[name](c, images, torch.device("meta"), parts)
             held.append(meter)
+            if c.run.recompute: recompute(now.parts[k] for k in now.evaluates)
             peaks, parts = [_peak_of(now, n, cpu and config.distill.N) for n in now.kinds()], now.parts
             fixed, grows, sets = max(peaks, key=lambda p: p[0] + p[1])
             gc.collect()  # optimizers refer to themselves
@@ -165,7 +166,7 @@ def memory(
     data: Images,  # its images, or anything with channels, image_size and n_classes
     micro_batch: int | None = None,  # images at a time on one device; None: its share of the batch of each stage
     half: bool = False,  # activations in 16 bits (bf16 autocast), and a 16-bit copy of the weights in use
-    world: int = 1,  # devices that share a batch
+    world: int = 1,  # devices that share a batch, and with run.shard all but the teacher
 ) -> dict:  # stage -> bytes; only stages that have steps
     "What a step needs at its peak; libraries and fragmentation not counted."
     found, d, pixels = {}, config.distill, data.channels * data.image_size ** 2
@@ -177,7 +178,9 @@ def memory(
         step = need.fixed + rows * need.each * (.5 if half else 1) + need.weights * .5 * half
         stored = max(1, min(d.stored // o.batch, o.steps // d.reuse)) * share * (not d.trajectories)
         paths = 4 * stored * d.N * pixels * (stage == "ctm_dsm" and _uses_trajectories(config))
-        found[stage] = int(need.held + paths + max(step + sums, need.weights * max(2, need.sets)))
+        teacher, n = need.weights * (stage != "teacher"), world if config.run.shard else 1
+        held = teacher + (need.held - teacher) / n
+        found[stage] = int(held + paths + max(step + sums / n, need.weights * max(2, need.sets) / n))
     return found
 
 # %% ../../nbs/6_training/09_costs.ipynb #36643913
