@@ -122,8 +122,9 @@ def _blank(config, data):
     c.distill.N, c.distill.K, c.distill.max_evals, c.gan.K = 3, 1, 1, 1  # the teacher's evaluations are all alike
     images: Any = SimpleNamespace(channels=data.channels, image_size=data.image_size, n_classes=len(labels),
                                   labels=None, classes=labels)
-    parts = {"teacher": make_denoiser(c, images)} if c.teacher.source not in ("", "none") else {}
-    if c.distill.source: parts["ctm"] = student_from(parts["teacher"])
+    names = [*schedule(c), *["teacher"] * (c.teacher.source == "none")]
+    parts = {} if "teacher" in names else {"teacher": make_denoiser(c, images)}
+    if "ctm_dsm" not in names: parts["ctm"] = student_from(make_denoiser(c, images))
     if c.distill.guide: parts["teacher-guide"] = make_denoiser(c, images)
     return c, images, parts
 
@@ -136,7 +137,8 @@ def step_needs(
     cpu: bool = False,  # where rows that don't move are left out
 ) -> dict:  # stage -> Need of its dearest step
     "What the steps of a run need, counted."
-    key = json.dumps(asdict(config)), data.channels, data.image_size, data.n_classes, cpu
+    about = [asdict(s) for s in (config.network, config.teacher, config.distill, config.gan)]
+    key = json.dumps([*about, config.run.recompute]), data.channels, data.image_size, data.n_classes, cpu
     if key in _KNOWN: return _KNOWN[key]
     lpips, timm, held, found = stages.LPIPSDistance, stages.TimmFeatures, [], {}
     with (torch.device("meta"), warnings.catch_warnings(),
