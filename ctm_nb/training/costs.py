@@ -136,12 +136,15 @@ def step_needs(
     cpu: bool = False,  # where rows that don't move are left out
 ) -> dict:  # stage -> Need of its dearest step
     "What the steps of a run need, counted."
-    key = json.dumps(asdict(config)), data.channels, data.image_size, data.n_classes, cpu
+    about = {k: v for k, v in asdict(config).items() if k not in ("data", "evaluate", "run")}
+    key = json.dumps(about), config.run.recompute, data.channels, data.image_size, data.n_classes, cpu
     if key in _KNOWN: return _KNOWN[key]
     lpips, timm, held, found = stages.LPIPSDistance, stages.TimmFeatures, [], {}
     with (torch.device("meta"), warnings.catch_warnings(),
           replaced("torch.compiler.is_compiling", lambda: True),
           replaced("torch.autocast", lambda *_, **__: nullcontext()),
+          replaced("torch.nn.functional.scaled_dot_product_attention", lambda q, k, v, **_:
+                   torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]),  # or meta made the matrix
           replaced.multiple(stages, LPIPSDistance=lambda *_, pooling: lpips(random=True, pooling=pooling),
                             TimmFeatures=lambda name, _: timm(name, pretrained=False))):
         warnings.simplefilter("ignore")  # LPIPS loads weights into nothing
