@@ -174,7 +174,7 @@ class RunConfig:
     "How the run is carried out; all but the seed may change from one start of a run to the next (see resume)."
     seed: int = need(0, NOT_NEGATIVE)  # of everything
     device: str = "auto"  # "auto": a CUDA device if there is one
-    precision: str = need("auto", one_of("auto", "fp32", "bf16"))  # "auto": bf16 on a GPU that has it
+    precision: str = need("auto", one_of("auto", "fp32", "bf16"))  # "auto": bf16 where it pays, see `fit_precision`
     compile: bool = False  # compile the networks, if that works
     micro_batch: str = need("auto", MICRO)  # images that a device takes at a time; "auto": as many as fit
     save_every: int = need(500, AT_LEAST_1)  # steps between checkpoints
