@@ -2,14 +2,16 @@
 
     python benchmarks/steps.py                          # all of them: minutes
     python benchmarks/steps.py digits/teacher emoji/student
+    python benchmarks/steps.py time                     # of run.recompute, processor seconds, in turn in one process
 
 Each is a process of its own, on one thread, with as many images as this machine can hold: the numbers stand in the
-result. After a first step a few are made, and the most of them counts: most rows move in steps with a short interval.
+result. After a first step two are made, and two that are profiled, with intervals of one grid step: most rows move.
 *Tensors* is the most that PyTorch's allocator had given out at once, by its profiler; *process* is by how much the
 process had grown, `VmHWM`, on a heap that returns what is freed (MALLOC_MMAP_THRESHOLD_), and *as it is*, on glibc's
 own, which keeps holes. The libraries' own part, 30 to 70 MiB, is in both. Feature networks have random weights.
-Written to nbs/results/speed/steps.json.
+Written to nbs/results/speed/steps.json and recompute.json.
 """
+import argparse
 import ctypes
 import gc
 import json
@@ -17,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -31,21 +34,23 @@ RESULT = Path(__file__).resolve().parents[1] / "nbs" / "results" / "speed" / "st
 STAGES = {"teacher": "teacher", "student": "ctm_dsm", "adversary": "ctm_dsm_gan"}
 SHAPES = {"mnist": (1, 28, 10), "emoji": (3, 32, 8), "cifar10": (3, 32, 0), "cifar10-cond": (3, 32, 10),
           "imagenet64": (3, 64, 1000), "imagenet64-edm2": (3, 64, 1000)}
-QUIET = ["evaluate.n=0", "run.precision=fp32", "gan.head_start=0",
+QUIET = ["evaluate.n=0", "run.precision=fp32", "distill.K=1", "gan.K=1", "gan.head_start=0",
          *(f"run.{k}_every=1000000" for k in ("save", "sample", "log"))]
-STEPS = {"tiny": 40, "digits": 40, "mnist": 12, "emoji": 6}  # others 2
 SMALL = [*(f"{s}.batch=8" for s in ("teacher", "distill", "gan")), "run.micro_batch=4",
          "distill.balance_rows=4", "gan.balance_rows=4"]
 LEAST = [w.replace("=8", "=2").replace("=4", "=1") for w in SMALL]
-LARGE = [*LEAST, "distill.max_evals=6", "distill.stored=2"]
-WORDS = {"cifar10": SMALL, "cifar10-cond": SMALL, "imagenet64": LARGE, "imagenet64-edm2": [*LARGE, "teacher.source="]}
+LARGE = [*LEAST, "distill.stored=2"]
+ONE = "distill.phases= distill.stored=64 distill.matching={}".format
+WORDS = {"mnist": ONE("soft").split(), "emoji": ONE("soft").split(), "cifar10": SMALL, "cifar10-cond": SMALL,
+         "imagenet64": LARGE, "imagenet64-edm2": [*LARGE, "teacher.source="]}
 MORE = {"digits, halves": ("digits", ["run.micro_batch=32"]), "digits, bf16": ("digits", ["run.precision=bf16"]),
-        "emoji, bf16": ("emoji", ["run.precision=bf16", "distill.stored=64"]),
-        "mnist, trajectories": ("mnist", ["distill.phases=", "distill.matching=trajectories", "distill.stored=64"]),
-        "mnist, eulerian": ("mnist", ["distill.phases=", "distill.matching=eulerian"]),
-        "mnist, checkpointing": ("mnist", ["run.checkpointing=true"]),
+        "mnist, trajectories": ("mnist", ONE("trajectories").split()),
+        "mnist, eulerian": ("mnist", ONE("eulerian").split()),
+        "mnist, recomputed": ("mnist", ["run.recompute=true"]), "emoji, bf16": ("emoji", ["run.precision=bf16"]),
         "cifar10, whole": ("cifar10", ["distill.balance_rows=none", "run.micro_batch=auto", "distill.distance=l2"]),
-        "cifar10, checkpointing": ("cifar10", ["run.checkpointing=true"])}
+        "cifar10, recomputed": ("cifar10", ["run.recompute=true"]),
+        "imagenet64, recomputed": ("imagenet64", ["run.recompute=true"])}
+HEAVY = ("cifar10", "imagenet64")  # measured on one heap
 
 
 def configuration(name, stage, weights):
@@ -83,7 +88,6 @@ def settle():
 def one(name, stage, weights):
     "A row, measured in this process."
     config, preset = configuration(name, stage, weights)
-    steps = STEPS.get(preset, 2)
     data, conv = images(preset), torch.nn.Conv2d(8, 8, 3)
     with torch.profiler.profile(profile_memory=True): conv(torch.randn(4, 8, 16, 16)).sum().backward()
     settle()
@@ -94,7 +98,6 @@ def one(name, stage, weights):
         t.train_step()
         settle()
         held = [v for m in t.parts.values() for v in (*m.parameters(), *m.buffers())]
-        held += [p.grad for m in t.parts.values() for p in m.parameters() if p.grad is not None]
         numbers = [s for o in t.now.optimizers.values() for s in o.state.values()]
         held += [v for s in numbers for v in s.values() if torch.is_tensor(v)]
         networks = getattr(t.parts.get("discriminator"), "networks", ()), getattr(t.now, "distance", None)
@@ -102,10 +105,11 @@ def one(name, stage, weights):
         held += [v for m in networks if m for v in (*m.parameters(), *m.buffers())]
         held += [v for path in getattr(t.now, "paths", {}).values() for v in path if torch.is_tensor(v)]
         before = sum({v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in held}.values())
-        for _ in range(steps): t.train_step()
+        for _ in range(2): t.train_step()
         grown = kept("VmHWM") - empty
+        for m in t.parts.values(): m.zero_grad()  # the profiler does not see what it has not seen made go
         with torch.profiler.profile(profile_memory=True) as p:
-            for _ in range(steps): t.train_step()
+            for _ in range(2): t.train_step()
         t.ahead.forget()
     now = most = 0
     events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -116,6 +120,29 @@ def one(name, stage, weights):
     plan = memory(config, data, micro, choose_precision(config.run.precision, t.device) != "fp32")[t.now.name]
     batch = t.plan[t.now.name].batch
     return {"tensors": before + most, "process": grown, "plan": plan, "images": batch, "at a time": t.micro}
+
+
+def ratios(preset, repeats=6):
+    "Processor seconds of a student's step with blocks computed again over those without, a pair of steps each."
+    with tempfile.TemporaryDirectory() as folder:
+        def trainer(again):
+            config = configuration(preset, "student", folder)[0]
+            config.run.recompute = again
+            t = Trainer(config, Path(folder) / str(again), {"train": images(preset)})
+            t.ahead.end = 0  # nothing is made beside what is timed
+            for _ in range(3): t.train_step()
+            t.ahead.forget()
+            t.ahead.end = 0
+            return t
+        pair, found = [trainer(again) for again in (False, True)], []
+        for _ in range(repeats):
+            spent = []
+            for t in pair:
+                began = time.process_time()
+                t.train_step()
+                spent.append(time.process_time() - began)
+            found.append(spent[1] / spent[0])
+    return sorted(found)
 
 
 def random_weights(folder):
@@ -141,17 +168,26 @@ def main(rows):
     with tempfile.TemporaryDirectory() as folder:
         random_weights(Path(folder))
         for name, stage in rows:
-            found, own = (measured(name, stage, folder, heap) for heap in (True, False))
-            known[name, stage] = {"preset": name, "stage": stage, **found, "as it is": own["process"]}
+            found = measured(name, stage, folder, True)
+            own = None if name.startswith(HEAVY) else measured(name, stage, folder, False)["process"]
+            known[name, stage] = {"preset": name, "stage": stage, **found, "as it is": own}
             print(json.dumps(known[name, stage]), flush=True)
             RESULT.write_text(json.dumps([*known.values()], indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["one"]: print(json.dumps(one(*sys.argv[2:])))
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("rows", nargs="*", metavar="PRESET/STAGE", help='which (default: all); or "time"')
+    words = p.parse_args().rows
+    if words == ["time"]:
+        torch.set_num_threads(1)
+        found = {p: ratios(p) for p in ("digits", "mnist", "emoji")}
+        RESULT.with_name("recompute.json").write_text(json.dumps(found, indent=1) + "\n")
+        print(found)
+    elif words[:1] == ["one"]: print(json.dumps(one(*words[1:])))
     else:
         every = [(p, s) for p in ("tiny", "digits", "mnist", "emoji", "cifar10", "cifar10-cond", "imagenet64",
                                   "imagenet64-edm2") for s in STAGES]
         every = [r for r in every if r[1] != "adversary" or r[0] in ("digits", "cifar10", "cifar10-cond", "imagenet64")]
         more = [(p, s) for p in MORE for s in STAGES if s == "student"]
-        main([tuple(w.rsplit("/", 1)) for w in sys.argv[1:]] or every + more)
+        main([tuple(w.rsplit("/", 1)) for w in words] or every + more)

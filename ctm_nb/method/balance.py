@@ -8,6 +8,7 @@ __all__ = ['alone', 'n_processes', 'average', 'average_gradients', 'balance', 'B
 # %% ../../nbs/1_method/07_balance.ipynb #fc9b5583
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,10 +85,20 @@ class BalancedGradients:
         last_layer: Tensor | None = None,  # the one at which the losses are balanced; None: there is one loss only
     ):
         self.params = [p for p in params if p.requires_grad]
-        self.place = next((n for n, p in enumerate(self.params) if p is last_layer), None)
+        self.place: Any = next((n for n, p in enumerate(self.params) if p is last_layer), None)
         if last_layer is not None and self.place is None:
             raise ValueError("last_layer must be one of params, and require a gradient")
         self.sums, self.losses = {}, {}
+
+    def differentiate(self, loss: Tensor, again: bool) -> list:  # will its graph be needed once more?
+        return torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True, retain_graph=again)
+
+    def at_last(self, grads: list) -> Tensor: return grads[self.place]  # those of the last layer
+
+    def leave(self, total: list):
+        "The mean over the ranks in `.grad`."
+        for p, g in zip(self.params, total): p.grad = g
+        average_gradients(self.params)
 
 # %% ../../nbs/1_method/07_balance.ipynb #92f7ec5b
 @patch
@@ -101,8 +112,7 @@ def add(self: BalancedGradients,
         loss = losses.pop(name := next(iter(losses)))
         if not torch.is_tensor(loss):
             with context(): loss = loss()
-        grads = torch.autograd.grad(loss * share, self.params, allow_unused=True, materialize_grads=True,
-                                    retain_graph=any(map(torch.is_tensor, losses.values())))
+        grads = self.differentiate(loss * share, any(map(torch.is_tensor, losses.values())))
         if name in self.sums: torch._foreach_add_(self.sums[name], grads)
         else: self.sums[name] = list(grads)
         self.losses[name] = self.losses.get(name, 0.) + share * loss.detach()
@@ -116,15 +126,14 @@ def combine(self: BalancedGradients,
     "Leave the weighted sum, its mean over the ranks, in `.grad`, and start over.  # CTM: adaptive weight"
     (_, total), *others = self.sums.items()
     if others and self.place is None: raise ValueError(f"last_layer must be given to balance {', '.join(self.sums)}")
-    at_last = [at_least_float32(g[self.place]).clone() for g in self.sums.values()] if others else []  # `total` moves
+    at_last = [at_least_float32(self.at_last(g)).clone() for g in self.sums.values()] if others else []  # `total` moves
     losses, *at_last = average(torch.stack(list(self.losses.values())), *at_last)
     numbers = {f"loss_{name}": v for name, v in zip(self.losses, losses)}
     for (name, grads), b in zip(others, at_last[1:]):
         numbers[f"lambda_{name}"] = weight = balance(at_last[0], b, *bounds.get(name, (0., 1e4)))
         torch._foreach_mul_(grads, weight)  # in place: no third set of gradients
         torch._foreach_add_(total, grads)
-    for p, g in zip(self.params, total): p.grad = g
-    average_gradients(self.params)
+    self.leave(total)
     self.sums, self.losses = {}, {}
     return numbers
 
@@ -151,8 +160,7 @@ class ApartGradients(BalancedGradients):
 
     def combine(self, **_) -> dict:  # "loss_NAME" and "lambda_NAME", means over micro-batches and ranks
         "Leave the mean over the ranks in `.grad`, and start over."
-        for p, g in zip(self.params, self.total): p.grad = g
-        average_gradients(self.params)
+        self.leave(self.total)
         numbers = dict(zip(self.numbers, average(*self.numbers.values())))
         self.total, self.numbers = [], {}
         return numbers

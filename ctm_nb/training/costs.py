@@ -37,7 +37,7 @@ from ..method.distill import MATCHING, draw_interval
 from ..method.solvers import SOLVERS, solver_name
 from ..method.trajectory import student_from
 from .report import NAMES, duration, read_json, section
-from .runtime import ALONE, Here, choose_precision
+from .runtime import ALONE, Here, choose_precision, recompute
 from .stages import STAGE_CLASSES, carry_to, make_denoiser
 from .trainer import Trainer
 
@@ -92,9 +92,11 @@ def _rows(stage, n, N):
     own, end = (_prime(IMAGES * float(moves.float().mean())) for moves in (j > i + k, j < N - 1))
     return own, end, IMAGES, end
 
+def _no_numbers(*shape, generator=None, **how): return torch.empty(*shape, **how, device="meta")
+
 def _peak_of(stage, n, N):
     "Bytes at the peak of a step, those that don't grow with the batch and those that do, and how many losses it has."
-    with torch.device("cpu"):
+    with torch.device("cpu"), replaced("torch.randn", _no_numbers):
         rows = _rows(stage, n, N)
         numbers = carry_to(stage.draw(IMAGES, torch.Generator(), n), torch.device("meta"))
     x0, gradients = torch.empty(IMAGES, *stage.shape), stage.gradients(n)
@@ -122,8 +124,9 @@ def _blank(config, data):
     c.distill.N, c.distill.K, c.distill.max_evals, c.gan.K = 3, 1, 1, 1  # the teacher's evaluations are all alike
     images: Any = SimpleNamespace(channels=data.channels, image_size=data.image_size, n_classes=len(labels),
                                   labels=None, classes=labels)
-    parts = {"teacher": make_denoiser(c, images)} if c.teacher.source not in ("", "none") else {}
-    if c.distill.source: parts["ctm"] = student_from(parts["teacher"])
+    names = [*schedule(c), *["teacher"] * (c.teacher.source == "none")]
+    parts = {} if "teacher" in names else {"teacher": make_denoiser(c, images)}
+    if "ctm_dsm" not in names: parts["ctm"] = student_from(make_denoiser(c, images))
     if c.distill.guide: parts["teacher-guide"] = make_denoiser(c, images)
     return c, images, parts
 
@@ -136,7 +139,8 @@ def step_needs(
     cpu: bool = False,  # where rows that don't move are left out
 ) -> dict:  # stage -> Need of its dearest step
     "What the steps of a run need, counted."
-    key = json.dumps(asdict(config)), data.channels, data.image_size, data.n_classes, cpu
+    about = [asdict(s) for s in (config.network, config.teacher, config.distill, config.gan)]
+    key = json.dumps([*about, config.run.recompute]), data.channels, data.image_size, data.n_classes, cpu
     if key in _KNOWN: return _KNOWN[key]
     lpips, timm, held, found = stages.LPIPSDistance, stages.TimmFeatures, [], {}
     with (torch.device("meta"), warnings.catch_warnings(),
@@ -150,6 +154,7 @@ def step_needs(
         for name in schedule(c):
             with Meter((IMAGES,)) as meter: now = STAGE_CLASSES[name](c, images, torch.device("meta"), parts)
             held.append(meter)
+            if c.run.recompute: recompute(now.parts[k] for k in now.evaluates)
             peaks, parts = [_peak_of(now, n, cpu and config.distill.N) for n in now.kinds()], now.parts
             fixed, grows, sets = max(peaks, key=lambda p: p[0] + p[1])
             gc.collect()  # optimizers refer to themselves
@@ -165,7 +170,7 @@ def memory(
     data: Images,  # its images, or anything with channels, image_size and n_classes
     micro_batch: int | None = None,  # images at a time on one device; None: its share of the batch of each stage
     half: bool = False,  # activations in 16 bits (bf16 autocast), and a 16-bit copy of the weights in use
-    world: int = 1,  # devices that share a batch
+    world: int = 1,  # devices that share a batch, and with run.shard all but the teacher
 ) -> dict:  # stage -> bytes; only stages that have steps
     "What a step needs at its peak; libraries and fragmentation not counted."
     found, d, pixels = {}, config.distill, data.channels * data.image_size ** 2
@@ -177,7 +182,9 @@ def memory(
         step = need.fixed + rows * need.each * (.5 if half else 1) + need.weights * .5 * half
         stored = max(1, min(d.stored // o.batch, o.steps // d.reuse)) * share * (not d.trajectories)
         paths = 4 * stored * d.N * pixels * (stage == "ctm_dsm" and _uses_trajectories(config))
-        found[stage] = int(need.held + paths + max(step + sums, need.weights * max(2, need.sets)))
+        teacher, n = need.weights * (stage != "teacher"), world if config.run.shard else 1
+        held = teacher + (need.held - teacher) / n
+        found[stage] = int(held + paths + max(step + sums / n, need.weights * max(2, need.sets) / n))
     return found
 
 # %% ../../nbs/6_training/09_costs.ipynb #36643913

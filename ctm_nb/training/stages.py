@@ -50,6 +50,7 @@ from ..method.trajectory import CTM, student_from
 from ..networks.families import build_network
 from .config import SERVICES, STAGES, Config, DistillConfig, Span, phases, schedule, teacherless
 from .optimizers import load_optimizer, lr_at, make_optimizer
+from .shard import ShardedGradients, hand_over, parted, put_weights, shard, shard_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class Stage:
     evaluates: tuple[str, ...] = ("model",)  # networks that a step evaluates, worth compiling
     augment = 0.  # probability of each of EDM's transformations of the images
     teacher: Any = None  # the model that is distilled: the teacher, perhaps guided
+    sharded: tuple[str, ...] = ()  # networks of which each process keeps a part
 
     def __init__(self,
         config: Config,  # of the run
@@ -131,8 +133,29 @@ def gradients(self: Stage, n: int) -> BalancedGradients:
     "Where the gradients of a step are summed."
     module = self.parts[part := self.learner(n)]
     if part != "model": return BalancedGradients(module.parameters())
+    if part in self.sharded: return ShardedGradients(module.parameters(), module.net.balance_layer)
     if not self.optim.balance_rows: return BalancedGradients(module.parameters(), module.net.balance_layer)
     return ApartGradients(module.parameters(), module.net.balance_layer, **self.bounds)
+
+# %% ../../nbs/6_training/05_stages.ipynb #5ba2e001
+@patch
+def cut(self: Stage, world: int):
+    "Leave to each of so many processes its part of what learns and of what follows it."
+    self.sharded = ("model", *self.emas)
+    for name in self.sharded: shard(self.parts[name], self.device, world)
+    shard_optimizer(self.optimizers["model"], self.parts["model"])
+
+@patch
+def load_numbers(self: Stage, name: str, state: dict):  # of an optimizer, as a checkpoint keeps it
+    "Continue an optimizer."
+    if name in self.sharded: state = parted(state, self.parts[name])
+    load_optimizer(self.optimizers[name], state)
+
+@patch
+def step(self: Stage, name: str):  # of the network that has a gradient
+    "Let its optimizer make a step."
+    if name in self.sharded: hand_over(self.parts[name], self.optimizers[name])
+    self.optimizers[name].step()
 
 # %% ../../nbs/6_training/05_stages.ipynb #8670360e
 def _of_this_size(m, what, data):
@@ -306,7 +329,7 @@ def of_student(self: DistillStage, e: dict, adversary=None) -> dict:  # name -> 
     d, inputs = self.config.distill, {k: v for k, v in e.items() if k not in ("teacher_evals", "looks")}
     return step_losses(self.parts["model"], self.parts["target"], **inputs, distance=self.distance,
                        compare_at=d.compare_at, dsm=d.dsm, adversary=adversary,
-                       skip=not (self.config.run.compile or d.dropout), later=True)
+                       skip=not (self.sharded or self.config.run.compile or d.dropout), later=True)
 
 # %% ../../nbs/6_training/05_stages.ipynb #b7a30002
 class TrajectoryFolder:
@@ -510,11 +533,11 @@ class GanStage(DistillStage):
 def inherit(self: GanStage, before: Stage):
     "With `gan.init=raw`, go on with student, optimizer and EMAs as they are.  # CTM [R]"
     if self.optim.init != "raw": return
-    self.parts["model"].load_state_dict(before.parts["model"].state_dict())
-    load_optimizer(self.optimizers["model"], before.optimizers["model"].state_dict())
+    put_weights(self.parts["model"], before.parts["model"].state_dict())
+    self.load_numbers("model", before.optimizers["model"].state_dict())
     for name, ema in self.emas.items():
         was = before.emas.get(name, ema if isinstance(ema, Profile) else before.emas["ctm"])
-        ema.module.load_state_dict(was.module.state_dict())
+        put_weights(ema.module, was.module.state_dict())
         ema.n_updates = was.n_updates
 
 # %% ../../nbs/6_training/05_stages.ipynb #1cba5c1f

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import torch
 
 from .runtime import Guard
+from .shard import whole
 from .stages import Stage
 
 # %% ../../nbs/6_training/06_step.ipynb #2f9c6426
@@ -56,12 +57,12 @@ def apply_gradient(
     module, optimizer, student = stage.parts[part], stage.optimizers[part], part == "model"
     emas = stage.emas.values() if student else ()
     grads = [p.grad for p in module.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+    norm = whole(torch.nn.utils.get_total_norm(grads))
     losses = [v for k, v in numbers.items() if k.startswith("loss")]
     good = guard.judge(step, losses, norm)
     for group in optimizer.param_groups: group["lr"] = lr * group.get("factor", 1.)  # a share of it, in Muon's
     if not wait or good:
-        optimizer.step()
+        stage.step(part)
         for ema in emas: ema.update(module)
         if student: module.net.normalise_weights()
     return {**numbers, "grad_norm" if student else "grad_norm_d": norm, "lr": lr}

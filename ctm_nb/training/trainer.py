@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -43,10 +44,10 @@ from ..method.guidance import Guided
 from ..method.sampling import evaluations, sample
 from ..method.solvers import OLD_NAMES
 from .config import SERVICES, STAGES, Config, schedule, stage_at, teacherless
-from .optimizers import load_optimizer
 from .report import write_report
 from .runtime import (ALONE, Guard, Here, Signals, autocast, choose_precision, compile_networks,
-                                     join, peak_memory, prepare, unpacks)
+                                     join, peak_memory, prepare, recompute, unpacks)
+from .shard import numbers_of, put_weights, weights_of
 from .stages import STAGE_CLASSES, carry_to, check_weights, step_generator, take
 from .step import apply_gradient, gradient, same_start
 
@@ -187,6 +188,8 @@ class Trainer(ShortNames):
         self.precision, self.threads = choose_precision(config.run.precision, self.device), torch.get_num_threads()
         self.wait = self.device.type != "cuda"  # know the guard's decision before a step
         for span in self.plan.values(): self.here.share(span.batch)  # raises ValueError for an uneven one
+        if config.run.shard and self.here.world == 1:
+            raise ValueError("run.shard=true needs several processes (torchrun --nproc_per_node N); one has all")
         self.state, self.guard, self.total = RunState(), Guard(self.device), max(s.end for s in self.plan.values())
         self.splits = splits or open_images(config, self.here)
         self.data = self.splits["train"]
@@ -207,7 +210,12 @@ def begin(self: Trainer, stage: str, parts: dict):
     self.state.stage = now = STAGE_CLASSES[stage](c, self.data, self.device, parts)
     self.state.window = []
     prepare(self.parts.values(), self.device)
+    if c.run.recompute: recompute(self.parts[k] for k in now.evaluates)
     here.same_weights(self.parts.values())
+    self.abouts, self.plain = {}, {}
+    if c.run.shard:
+        self.abouts = {k: describe(self.parts[k], self.data.classes) for k in ("model", *now.emas)}
+        now.cut(here.world)
     self.batches = Batches(self.data, span.batch, c.run.seed, flip=c.data.flip or now.augment > 0, p=now.augment,
                            rank=here.rank, world=here.world, device=self.device)
     self.ahead = Ahead(self._prepare_step, 0 if teacherless(c) else span.end)  # 0: a target that moves can't wait
@@ -218,7 +226,8 @@ def begin(self: Trainer, stage: str, parts: dict):
 @patch
 def state_dict(self: RunState, log_lines: int = 0) -> dict:  # log_lines: complete lines of the log that belong to it
     "The state without the networks' weights and the number of the step, which a checkpoint keeps elsewhere."
-    return {"stage": self.stage.name, "optimizers": {k: o.state_dict() for k, o in self.stage.optimizers.items()},
+    numbers = {k: numbers_of(o, self.stage.parts[k]) for k, o in self.stage.optimizers.items()}
+    return {"stage": self.stage.name, "optimizers": numbers,
             "emas": {k: e.state_dict() for k, e in self.stage.emas.items()},
             "window": self.window, "log_lines": log_lines, "seconds": self.seconds, "logged_at": self.logged_at}
 
@@ -233,9 +242,9 @@ def load(self: RunState, c: Checkpoint):  # of the stage in memory
     for what, (here, there) in pairs.items():
         if here.keys() != there.keys():
             raise CheckpointError(f"{c.path}: expected the {what} {sorted(here)}, found {sorted(there)}")
-    for name, module in stage.parts.items(): module.load_state_dict(c.models[name])
+    for name, module in stage.parts.items(): put_weights(module, c.models[name])
     for name, ema in stage.emas.items(): ema.load_state_dict(c.state["emas"][name])
-    for name, optimizer in stage.optimizers.items(): load_optimizer(optimizer, c.state["optimizers"][name])
+    for name in stage.optimizers: stage.load_numbers(name, c.state["optimizers"][name])
     self.window, self.seconds, self.logged_at = (c.state[k] for k in ("window", "seconds", "logged_at"))
 
 # %% ../../nbs/6_training/08_trainer.ipynb #9fc302a1
@@ -292,20 +301,21 @@ def restore(self: Trainer):
 @patch
 def described(self: Trainer) -> dict:  # name -> part of a checkpoint and description
     "How to rebuild each network that somebody may want."
-    return {k: {"part": k, "description": describe(m, self.data.classes)} for k, m in self.parts.items()
-            if k.partition("-")[0] in KINDS}
+    about = lambda k, m: self.abouts.get(k) or describe(m, self.data.classes)
+    return {k: {"part": k, "description": about(k, m)} for k, m in self.parts.items() if k.partition("-")[0] in KINDS}
 
 # %% ../../nbs/6_training/08_trainer.ipynb #d4638430
 @patch
 def save(self: Trainer) -> Path:  # the checkpoint's folder
     "Write a checkpoint of everything; keep the newest few."
     self.look()
-    self.here.check_equal(self.parts)
-    folder = self.folder / "checkpoints"
-    if not self.here.main: return folder / f"step_{self.step:08d}"
+    self.here.check_equal({k: m for k, m in self.parts.items() if k not in self.now.sharded})
+    folder, main = self.folder / "checkpoints", self.here.main
+    weights, state = {k: weights_of(m, main) for k, m in self.parts.items()}, self.state.state_dict()
+    if not main: return folder / f"step_{self.step:08d}"
+    state["log_lines"] = self.log.mark()
     meta = {"config": asdict(self.config), "models": self.described(), "data_sha256": self.data_sha256,
             "precision": self.precision, "changes": self.changes}
-    weights, state = {k: m.state_dict() for k, m in self.parts.items()}, self.state.state_dict(self.log.mark())
     path = save_checkpoint(folder, self.step, weights, state, meta)
     prune_checkpoints(folder, self.config.run.keep)
     if self.writer: self.writer.flush()
@@ -319,6 +329,30 @@ def material_of(self: Trainer, step: int) -> dict:  # arguments of the stage's `
     b = self.batches.at(n * B)
     numbers = take(self.now.draw(B, step_generator(self.config.run.seed, step), n), self.share)
     return dict(x0=b.x0, y=b.y, augment=b.augment, numbers=carry_to(numbers, self.device))
+
+# %% ../../nbs/6_training/08_trainer.ipynb #5ba2f001
+@patch
+def whole_model(self: Trainer, name: str, keep: bool = True):  # part of the stage, sharded; False: take part only
+    "A plain copy of a sharded model."
+    state = weights_of(self.parts[name], keep)
+    return rebuild(self.abouts[name], state) if keep else None
+
+@patch
+def together(self: Trainer) -> Any:  # with parts, optimizers and EMAs as the next stage needs them
+    "The stage in memory as if it had never been sharded."
+    now, parts = self.now, {k: self.whole_model(k) if k in self.now.sharded else m for k, m in self.parts.items()}
+    numbers = {k: numbers_of(o, now.parts[k]) for k, o in now.optimizers.items()}
+    return SimpleNamespace(
+        name=now.name, parts=parts, emas={k: SimpleNamespace(module=parts[k], n_updates=e.n_updates)
+                                          for k, e in now.emas.items()},
+        optimizers={k: SimpleNamespace(state_dict=lambda k=k: numbers[k]) for k in numbers})
+
+@patch
+def gather(self: Trainer):
+    "Before the first process draws: plain copies of what it draws with."
+    for k in {"teacher", "ctm"} & {*self.now.sharded}:
+        m = self.whole_model(k, self.here.main)
+        if m: self.plain[k] = m.to(self.device).eval().requires_grad_(False)
 
 # %% ../../nbs/6_training/08_trainer.ipynb #489e208f
 @patch
@@ -406,7 +440,7 @@ def choose_micro(self: Trainer):
     "Find out how many images this process takes at a time; raises MemoryError if not even one fits."
     B, wanted = self.share.stop - self.share.start, self.now.optim.balance_rows or self.config.run.micro_batch
     self.micro = B if wanted == "auto" else min(int(wanted), B)
-    if wanted != "auto" or self.wait: return  # a CPU has room
+    if wanted != "auto" or self.wait or self.now.sharded: return  # a CPU has room; those that share go on together
     while True:
         try: self._rehearse(self.micro)
         except Exception as e:
@@ -468,7 +502,8 @@ def look(self: Trainer):
 def train_step(self: Trainer) -> dict:  # numbers of this step; on a GPU, tensors that the program has not waited for
     "One step of whichever stage it is; FloatingPointError where a number is not finite (on a CPU nothing is changed)."
     if self.stage != (before := self.now).name:
-        self.begin(self.stage, self.parts)
+        if before.sharded: before = self.state.stage = self.together()
+        self.begin(self.stage, before.parts)
         self.now.inherit(before)
         del before
         free_memory()  # optimizers refer to themselves: theirs and their networks' would stay
@@ -553,11 +588,12 @@ def samplers(self: Trainer) -> dict:  # name -> (model, arguments of `sample`)
     e = self.config.evaluate
     how = dict(solver=e.teacher_solver, steps=e.teacher_steps)
     nfe = evaluations(e.teacher_solver, torch.arange(e.teacher_steps, -1, -1))
-    teacher, who = self.now.teacher or self.parts["teacher"], "denoiser" if teacherless(self.config) else "teacher"
+    parts = {**self.parts, **self.plain}
+    teacher, who = self.now.teacher or parts["teacher"], "denoiser" if teacherless(self.config) else "teacher"
     if isinstance(teacher, Guided): nfe, who = 2 * nfe, "guided teacher"
     found = {f"{who}, {nfe} evaluations": (teacher, how)}
-    for n in e.steps if "ctm" in self.parts else ():
-        found[f"{n} step{'s' * (n > 1)}"] = self.parts["ctm"], dict(solver="ctm", steps=n, gamma=0.)
+    for n in e.steps if "ctm" in parts else ():
+        found[f"{n} step{'s' * (n > 1)}"] = parts["ctm"], dict(solver="ctm", steps=n, gamma=0.)
     return found
 
 # %% ../../nbs/6_training/08_trainer.ipynb #76346a6c
@@ -573,6 +609,7 @@ def sample_grid(self: Trainer, columns: int = 20) -> Image.Image:  # RGB
 @patch
 def save_grid(self: Trainer, final: bool = False) -> Path | None:  # None where this is not the first process
     "Write the sample grid as samples/step_*.png, or as the run's samples/final.png."
+    if not final: self.gather()
     if not self.here.main: return None
     path = self.folder / "samples" / ("final.png" if final else f"step_{self.step:08d}.png")
     picture = self.sample_grid()
@@ -686,6 +723,7 @@ def run(self: Trainer,
     if why: log.warning("no scores: %s", why)
     with self.claim(), Signals() as signals:
         while self.step < goal(): self.advance(goal(), signals)
+        self.gather()
         if not self.here.main: return []
         found = self.scores() or ([] if why else self.evaluate())
         if self.step > begun or not (self.folder / "samples" / "final.png").exists(): self.save_grid(final=True)

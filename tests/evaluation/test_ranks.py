@@ -3,12 +3,12 @@ import json
 import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from warm import ranks
 
 from ctm_nb.commands.evaluate import ctm_nb_evaluate
 from ctm_nb.data.images import digits
@@ -126,14 +126,11 @@ def test_two_processes_score_as_one(run, ref, tmp_path, capfd):
     assert all(two[k] == pytest.approx(v, rel=1e-6, abs=1e-6) for k, v in one.items() if k[1] == "null")
 
 
-def test_torchrun_with_a_classifier_trained_by_the_first(run, tmp_path):
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
-             "ctm_nb", "evaluate", run, "--ref", "digits", "--steps", "1", "-n", "40", "--device", "cpu", "--out",
-             tmp_path / "s.json"]
-    p = subprocess.run([str(w) for w in words], capture_output=True, text=True,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert p.returncode == 0, p.stderr
-    assert p.stdout.count("frechet_distance") == 1
+def test_two_ranks_with_a_classifier_trained_by_the_first(run, tmp_path):
+    words = [run, "--ref", "digits", "--steps", "1", "-n", "40", "--device", "cpu", "--out", tmp_path / "s.json"]
+    done = ranks("from ctm_nb.commands.evaluate import ctm_nb_evaluate; ctm_nb_evaluate()", *words)
+    assert all(d.returncode == 0 for d in done), done
+    assert sum(d.stdout.count("frechet_distance") for d in done) == 1
     assert {r["n_samples"] for r in json.loads((tmp_path / "s.json").read_text())} == {40}
 
 

@@ -1,12 +1,8 @@
 """One batch, four micro-batches, two ranks, half precision, dropout: the same gradient."""
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from test_distill import GEN, example, models, relative, rows, teacher_jump
+from warm import ranks
 
 from ctm_nb.method.balance import BalancedGradients, average, average_gradients, balance  # noqa: F401
 from ctm_nb.method.distances import l2, make_distance, pseudo_huber
@@ -94,10 +90,10 @@ def test_losses_may_share_their_graph():
 
 WORKER = """
 import sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[1])
 from test_balance import *
-rank, folder = int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+folder = sys.argv[1]
+dist.init_process_group("gloo")
+rank = dist.get_rank()
 _, student, target = models()
 mine = rows(example(), torch.arange(8).tensor_split(2)[rank])
 numbers, _ = plain(student, target, mine, distance=pseudo_huber)
@@ -115,10 +111,8 @@ def test_two_ranks_are_one(tmp_path):
     "2 ranks x 4 rows (and x 2 micro-batches of 2) against 1 rank x 8."
     _, student, target = models()
     expected, g = plain(student, target, example(), distance=pseudo_huber)
-    env, here = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}, str(Path(__file__).parent)
-    command = lambda rank: [sys.executable, "-c", WORKER, here, str(rank), str(tmp_path)]
-    workers = [subprocess.Popen(command(r), env=env, stderr=subprocess.PIPE, text=True) for r in range(2)]
-    for w in workers: assert w.wait(120) == 0, w.stderr.read()
+    done = ranks(WORKER, tmp_path)
+    assert all(d.returncode == 0 for d in done), done
     for rank in range(2):
         for way, (numbers, h) in torch.load(tmp_path / f"{rank}.pt").items():
             for k in expected: assert abs(numbers[k] / expected[k] - 1) < 1e-6, (rank, way, k)

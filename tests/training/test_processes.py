@@ -12,11 +12,14 @@ import torch
 from runs import compute_alike
 from warm import ranks
 
+from ctm_nb.checkpoints.models import load
 from ctm_nb.checkpoints.store import load_checkpoint
+from ctm_nb.commands.sample import ctm_nb_sample
 from ctm_nb.data.images import digits
 from ctm_nb.training.config import make_config
 from ctm_nb.training.costs import memory
 from ctm_nb.training.runtime import autocast
+from ctm_nb.training.shard import weights_of
 from ctm_nb.training.stages import take
 from ctm_nb.training.trainer import Trainer
 
@@ -40,7 +43,7 @@ def follow(words, folder, spoil=None):
         log.append({k: float(v) for k, v in trainer.train_step().items() if k != "stage"})
         if trainer.step not in trainer.ends.values(): continue
         networks = trainer.parts.items()
-        ends[trainer.now.name] = {p: {k: v.clone() for k, v in m.state_dict().items()} for p, m in networks}
+        ends[trainer.now.name] = {p: {k: v.clone() for k, v in weights_of(m).items()} for p, m in networks}
     return log, ends
 
 
@@ -64,7 +67,7 @@ from test_processes import SHORT, follow
 from ctm_nb.training.runtime import join, leave
 here, found = join("cpu"), {}
 compute_alike()
-for name, more in (("whole", []), ("micro-batches", ["run.micro_batch=4"])):
+for name, more in (("whole", []), ("micro-batches", ["run.micro_batch=4"]), ("sharded", ["run.shard=true"])):
     found[name] = follow([*SHORT, *more], f"{sys.argv[1]}/{name}")
 torch.save(found, f"{sys.argv[1]}/{here.rank}.pt")
 leave()
@@ -84,6 +87,53 @@ def test_two_processes_are_one_in_every_stage(alone, tmp_path):
     for name in first:
         assert_close(first[name], second[name], at=0, weights=0)  # the processes hold the same bits
         assert_close(alone, first[name])
+        for n in first[name][0]:  # not zero, as gradients of what is not in a graph would be
+            assert all(v > 0 for k, v in n.items() if k.startswith(("lambda", "grad_norm"))), (name, n)
+
+
+# ---- sharded
+
+SHARDED = """
+import sys
+from runs import compute_alike
+from test_processes import RAW
+from ctm_nb.training.config import make_config
+from ctm_nb.training.runtime import leave
+from ctm_nb.training.trainer import Trainer
+t = Trainer(make_config("tiny", [*RAW, "run.shard=true"]), sys.argv[1])
+compute_alike()
+assert t.step == 5
+t.run("ctm_dsm")
+while t.step < 9: t.train_step()
+t.save()
+leave()
+"""
+RAW = [*SHORT, "gan.init=raw", "gan.first=student", "run.device=cpu", "run.sample_every=6"]
+
+
+def test_a_sharded_run_goes_on_alone_and_the_other_way_round(tmp_path, capsys):
+    "One process to step 5, two that share the student into the third stage, one to the end; all read what they left."
+    straight = follow(RAW, tmp_path / "straight")
+    t = Trainer(make_config("tiny", RAW), tmp_path / "r")
+    while t.step < 5: t.train_step()
+    t.save()
+    for d in ranks(SHARDED, tmp_path / "r"): assert d.returncode == 0, d.stderr[-3000:]
+    assert {p.name for p in (tmp_path / "r" / "samples").iterdir()} == {"step_00000006.png", "final.png"}
+    assert load(tmp_path / "r").D(torch.zeros(1, 1, 8, 8), 1., 0).isfinite().all()
+    ctm_nb_sample([str(tmp_path / "r"), "-n", "2", "--out", str(tmp_path / "out")])
+    assert any((tmp_path / "out").iterdir())
+    with pytest.raises(ValueError, match="run.shard=true needs several processes .*; one has all"):
+        Trainer(make_config("tiny", [*RAW, "run.shard=true"]), tmp_path / "r")
+    log, ends = follow(RAW, tmp_path / "r")
+    assert len(log) == 3
+    assert_close((straight[0][9:], {"ctm_dsm_gan": straight[1]["ctm_dsm_gan"]}), (log, ends))
+
+
+@pytest.mark.parametrize("word", ["teacher.optimizer=muon", "distill.balance_rows=4", "teacher.profiles=.1",
+                                  "run.compile=true", "teacher.source=none distill.matching=dsm"])
+def test_what_needs_whole_networks_is_not_sharded(word):
+    words = ["run.shard=true", *word.split()]
+    with pytest.raises(ValueError, match="run.shard must be false .*, got True"): make_config("tiny", words)
 
 
 ROOMS = """
@@ -120,6 +170,10 @@ def test_the_weights_have_moved(alone):
 
 def test_micro_batches_are_the_whole_in_every_stage(alone, tmp_path):
     assert_close(alone, follow([*SHORT, "run.micro_batch=5"], tmp_path))
+
+
+def test_blocks_computed_again_give_the_same_bits(alone, tmp_path):
+    assert_close(alone, follow([*SHORT, "run.recompute=true"], tmp_path), at=0, weights=0)
 
 
 def test_micro_batches_of_a_stage_without_denoising_and_with_intervals_of_all_lengths(tmp_path):
