@@ -176,6 +176,8 @@ class RunConfig:
     device: str = "auto"  # "auto": a CUDA device if there is one
     precision: str = need("auto", one_of("auto", "fp32", "bf16"))  # "auto": bf16 where it pays, see `fit_precision`
     compile: bool = False  # compile the networks, if that works
+    shard: bool = False  # each of several processes keeps a part of student, averages and optimizer (FSDP2)
+    recompute: bool = False  # keep less of a forward pass: the backward pass computes blocks again, to the same bits
     micro_batch: str = need("auto", MICRO)  # images that a device takes at a time; "auto": as many as fit
     save_every: int = need(500, AT_LEAST_1)  # steps between checkpoints
     log_every: int = need(20, AT_LEAST_1)  # steps between lines of metrics.jsonl
@@ -365,6 +367,22 @@ TOGETHER += [
        f"different rates, none of them {s}.ema") for s in STAGES.values()),
     *((f"{s}.profiles", lambda c, s=s: len(set(p := getattr(c, s).profiles)) == len(p), "different lengths")
       for s in STAGES.values()),
+]
+
+# %% ../../nbs/6_training/02_config.ipynb #a1c2986e
+def _shards(c, *apart):
+    "Is nothing asked for that needs whole networks? `apart` says of a stage's settings what does."
+    used = [getattr(c, STAGES[s]) for s in schedule(c)]
+    return not c.run.shard or not any(f(o) for f in apart for o in used)
+
+TOGETHER += [
+    ("run.shard", lambda c: _shards(c, lambda o: o.optimizer == "muon"),
+     "false with muon, which turns whole matrices (adamw and radam don't)"),
+    ("run.shard", lambda c: _shards(c, lambda o: o.balance_rows),
+     "false where some rows are weighed apart (balance_rows; none: the whole batch)"),
+    ("run.shard", lambda c: _shards(c, lambda o: o.profiles), "false where averages are made afterwards (profiles)"),
+    ("run.shard", lambda c: not c.run.shard or not (c.run.compile or teacherless(c)),
+     "false with run.compile, or for a student without a teacher"),
 ]
 
 # %% ../../nbs/6_training/02_config.ipynb #c0f19003

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'ALONE', 'EXIT_CODES', 'Here', 'join', 'leave', 'Signals', 'choose_precision', 'unpacks', 'autocast',
-           'gain_of_bf16', 'fit_precision', 'peak_memory', 'prepare', 'compile_networks', 'Guard']
+           'gain_of_bf16', 'fit_precision', 'peak_memory', 'prepare', 'recompute', 'compile_networks', 'Guard']
 
 # %% ../../nbs/6_training/03_runtime.ipynb #af006914
 import logging, signal, sys, threading, time
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..evaluation.draw import keep_memory
 from ..evaluation.reference import Ranks, launched, pick_device
@@ -220,6 +222,16 @@ def prepare(
     if device.type != "cuda": return
     torch.backends.cudnn.benchmark = True  # shapes repeat: try the kernels once
     for m in modules: m.to(memory_format=torch.channels_last)
+
+# %% ../../nbs/6_training/03_runtime.ipynb #d1c0ffef
+def recompute(
+    modules,  # networks in training, or through which a loss is differentiated
+):
+    "Keep only what enters a network's blocks, and compute each block again in the backward pass."
+    for m in modules:
+        for block in m.net.modules():
+            if isinstance(block, m.net.block) and "forward" not in vars(block):
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 # %% ../../nbs/6_training/03_runtime.ipynb #f2f7499f
 def compile_networks(
