@@ -284,7 +284,8 @@ def _train(a: argparse.Namespace, began: float, pulse):  # when the command was 
     from ctm_nb.training.trainer import Trainer, open_images
     pulse.say = lambda: "opening and measuring"
     config, stage, folder = _config(a), a.stage or ("ctm_dsm_gan" if a.student else "ctm_dsm"), _folder(a)
-    splits, spent, precision, minutes = None, "", "", 0 if (a.steps or "").startswith("+") else _minutes(a, config, folder)
+    minutes = 0 if (a.steps or "").startswith("+") else _minutes(a, config, folder)
+    splits, spent, precision = None, "", ""
     if minutes: config, splits, spent = _budgeted(a, config, folder, minutes, stage, began)
     else:
         splits = open_images(config, here := join(config.run.device))

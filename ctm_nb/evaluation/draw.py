@@ -217,7 +217,7 @@ def free_memory():
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 def keep_memory():
-    "Have glibc keep what is freed: activations that are handed back each time are zeroed page by page at their next use."
+    "Have glibc keep what is freed: memory that is handed back is zeroed page by page when it is next used."
     try: set_limit = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError): return  # another C library
     for limit, size in ((-3, 2 ** 25), (-1, 2 ** 30)): set_limit(limit, size)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
