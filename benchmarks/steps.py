@@ -11,6 +11,7 @@ process had grown, `VmHWM`, on a heap that returns what is freed (MALLOC_MMAP_TH
 own, which keeps holes. The libraries' own part, 30 to 70 MiB, is in both. Feature networks have random weights.
 Written to nbs/results/speed/steps.json and recompute.json.
 """
+import argparse
 import ctypes
 import gc
 import json
@@ -181,15 +182,18 @@ def main(rows):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["time"]:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("rows", nargs="*", metavar="PRESET/STAGE", help='which (default: all); or "time"')
+    words = p.parse_args().rows
+    if words == ["time"]:
         torch.set_num_threads(1)
         found = {p: ratios(p) for p in ("digits", "mnist", "emoji")}
         RESULT.with_name("recompute.json").write_text(json.dumps(found, indent=1) + "\n")
         print(found)
-    elif sys.argv[1:2] == ["one"]: print(json.dumps(one(*sys.argv[2:])))
+    elif words[:1] == ["one"]: print(json.dumps(one(*words[1:])))
     else:
         every = [(p, s) for p in ("tiny", "digits", "mnist", "emoji", "cifar10", "cifar10-cond", "imagenet64",
                                   "imagenet64-edm2") for s in STAGES]
         every = [r for r in every if r[1] != "adversary" or r[0] in ("digits", "cifar10", "cifar10-cond", "imagenet64")]
         more = [(p, s) for p in MORE for s in STAGES if s == "student"]
-        main([tuple(w.rsplit("/", 1)) for w in sys.argv[1:]] or every + more)
+        main([tuple(w.rsplit("/", 1)) for w in words] or every + more)

@@ -1,6 +1,7 @@
 """`python -c CODE WORD ...` without the seconds of its imports: forked from a process that has them behind it."""
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +34,7 @@ def _become(code, words, cwd, env, largest_file, *files):
     if largest_file: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     for fd, name in enumerate((os.devnull, *files)): os.dup2(os.open(name, os.O_RDWR), fd)
     sys.stdin, sys.stdout, sys.stderr = (open(fd, mode, closefd=False) for fd, mode in enumerate("rww"))
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may use nohup
     sys.argv = ["-c", *words]
     os.environ.clear()
     os.environ.update(env)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'WRITERS', 'OTHER_FILES', 'timesteps_of', 'guided_model', 'make_recipe', 'out_of_memory',
-           'free_memory', 'Drawer', 'weights_hash', 'draw_samples']
+           'free_memory', 'keep_memory', 'Drawer', 'weights_hash', 'draw_samples']
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #df8c91dc
-import difflib, gc, hashlib, io, json, logging, math, shutil, warnings, zipfile
+import ctypes, difflib, gc, hashlib, io, json, logging, math, shutil, warnings, zipfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -216,6 +216,12 @@ def free_memory():
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
+def keep_memory():
+    "Have glibc keep what is freed: memory that is handed back is zeroed page by page when it is next used."
+    try: set_limit = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return  # another C library
+    for limit, size in ((-3, 2 ** 25), (-1, 2 ** 30)): set_limit(limit, size)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
 # %% ../../nbs/5_evaluation/05_draw.ipynb #1c5a6815
 class Drawer:
     "A function of sample numbers, called with as many at a time as memory allows."
@@ -244,6 +250,7 @@ class Drawer:
 # %% ../../nbs/5_evaluation/05_draw.ipynb #1dbbd3a6
 def _drawer_of(m: Model, recipe: dict, batch_size: int | None = None) -> Drawer:  # of pictures (B, H, W, C) uint8
     "Draws any samples of a recipe."
+    keep_memory()
     guided = guided_model(m, recipe["guidance"], recipe["guide"])
     settings = {k: recipe[k] for k in ("gamma", "solver", "times", "seed")}
     def pictures(ids):

@@ -126,8 +126,8 @@ def check_classes(self: Preconditioned, x: Tensor, y, readable: bool = True) -> 
     k = torch.as_tensor(y, device=x.device)
     if k.is_floating_point() or k.ndim > 1 or (k.ndim == 1 and k.shape[0] not in (1, x.shape[0])):
         raise ValueError(f"y must be {len(x)} class indices or one for all, got {k.dtype} of shape {tuple(k.shape)}")
-    if readable and (bad := [i for i in k.flatten().tolist() if not -1 <= i < self.n_classes]):
-        raise ValueError(f"y must be in 0..{self.n_classes - 1}, or -1 for no label, got {bad[0]}")
+    if readable and bool((bad := (k < -1) | (k >= self.n_classes)).any()):
+        raise ValueError(f"y must be in 0..{self.n_classes - 1}, or -1 for no label, got {int(k[bad].flatten()[0])}")
     return k.long().expand(x.shape[0])
 
 # %% ../../nbs/1_method/03_teacher.ipynb #fd08d711
