@@ -76,8 +76,8 @@ NEW = {
     "sharded": "training.shard training.config: _shards training.stages: Stage.cut Stage.load_numbers Stage.step "
         "training.trainer: Trainer.whole_model Trainer.together Trainer.gather",
     "blocks computed again": "training.runtime: recompute",
-    "memory, counted": "training.costs: _norm _norm_backward _AT_ONCE Meter IMAGES SCRATCH _prime _rows _no_numbers _peak_of Need "
-        "_blank _KNOWN step_needs",
+    "memory, counted": "training.costs: _norm _norm_backward _AT_ONCE Meter IMAGES SCRATCH _prime "
+        "_rows _no_numbers _peak_of Need _blank _KNOWN step_needs",
 }
 
 

@@ -96,9 +96,11 @@ def _rows(stage, n, N):
     own, end = (_prime(IMAGES * float(moves.float().mean())) for moves in (j > i + k, j < N - 1))
     return own, end, IMAGES, end
 
+def _no_numbers(*shape, generator=None, **how): return torch.empty(*shape, **how, device="meta")
+
 def _peak_of(stage, n, N):
     "Bytes at the peak of a step, those that don't grow with the batch and those that do, and how many losses it has."
-    with torch.device("cpu"):
+    with torch.device("cpu"), replaced("torch.randn", _no_numbers):
         rows = _rows(stage, n, N)
         numbers = carry_to(stage.draw(IMAGES, torch.Generator(), n), torch.device("meta"))
     x0, gradients = torch.empty(IMAGES, *stage.shape), stage.gradients(n)
@@ -126,8 +128,9 @@ def _blank(config, data):
     c.distill.N, c.distill.K, c.distill.max_evals, c.gan.K = 3, 1, 1, 1  # the teacher's evaluations are all alike
     images: Any = SimpleNamespace(channels=data.channels, image_size=data.image_size, n_classes=len(labels),
                                   labels=None, classes=labels)
-    parts = {"teacher": make_denoiser(c, images)} if c.teacher.source not in ("", "none") else {}
-    if c.distill.source: parts["ctm"] = student_from(parts["teacher"])
+    names = [*schedule(c), *["teacher"] * (c.teacher.source == "none")]
+    parts = {} if "teacher" in names else {"teacher": make_denoiser(c, images)}
+    if "ctm_dsm" not in names: parts["ctm"] = student_from(make_denoiser(c, images))
     if c.distill.guide: parts["teacher-guide"] = make_denoiser(c, images)
     return c, images, parts
 
@@ -140,8 +143,8 @@ def step_needs(
     cpu: bool = False,  # where rows that don't move are left out
 ) -> dict:  # stage -> Need of its dearest step
     "What the steps of a run need, counted."
-    about = {k: v for k, v in asdict(config).items() if k not in ("data", "evaluate", "run")}
-    key = json.dumps(about), config.run.recompute, data.channels, data.image_size, data.n_classes, cpu
+    about = [asdict(s) for s in (config.network, config.teacher, config.distill, config.gan)]
+    key = json.dumps([*about, config.run.recompute]), data.channels, data.image_size, data.n_classes, cpu
     if key in _KNOWN: return _KNOWN[key]
     lpips, timm, held, found = stages.LPIPSDistance, stages.TimmFeatures, [], {}
     with (torch.device("meta"), warnings.catch_warnings(),
