@@ -8,6 +8,7 @@ __all__ = ['log', 'WRITERS', 'OTHER_FILES', 'timesteps_of', 'guided_model', 'mak
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #df8c91dc
 import ctypes, difflib, gc, hashlib, io, json, logging, math, shutil, warnings, zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -304,11 +305,16 @@ def _draw_parts(draw, recipe: dict, folder: Path, ranks: Ranks = Ranks(), progre
     "Draw this process's share of what is missing."
     files, size, ids = _all_parts(folder, recipe), recipe["part"], torch.arange(recipe["n"])
     mine = [p for p in _missing_parts(folder, recipe) if p % ranks.world == ranks.rank]
-    with tqdm(total=sum(len(ids.split(size)[p]) for p in mine), desc="samples", disable=not progress) as bar:
-        for p in mine:
-            data = io.BytesIO()
-            np.savez(data, images=draw(ids.split(size)[p], bar.update).numpy())
-            atomic_write(files[p], data.getvalue())
+    def write(file, images):
+        np.savez(data := io.BytesIO(), images=images.numpy())
+        atomic_write(file, data.getvalue())
+    total, waiting = sum(len(ids.split(size)[p]) for p in mine), []
+    with tqdm(total=total, desc="samples", disable=not progress) as bar, ThreadPoolExecutor(1) as writer:
+        for p in mine:  # the part before is written meanwhile
+            images = draw(ids.split(size)[p], bar.update)
+            for w in waiting: w.result()  # raises what went wrong
+            waiting = [writer.submit(write, files[p], images)]
+        for w in waiting: w.result()
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #7c8d34a4
 def _is_complete(out: Path, recipe: dict) -> bool:
