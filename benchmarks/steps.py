@@ -5,7 +5,7 @@
     python benchmarks/steps.py time                     # of run.recompute, processor seconds, in turn in one process
 
 Each is a process of its own, on one thread, with as many images as this machine can hold: the numbers stand in the
-result. After a first step two are made, and two that are profiled, with intervals of one grid step: most rows move.
+result. After a first step one or two are made, and as many profiled, with intervals of one grid step: most rows move.
 *Tensors* is the most that PyTorch's allocator had given out at once, by its profiler; *process* is by how much the
 process had grown, `VmHWM`, on a heap that returns what is freed (MALLOC_MMAP_THRESHOLD_), and *as it is*, on glibc's
 own, which keeps holes. The libraries' own part, 30 to 70 MiB, is in both. Feature networks have random weights.
@@ -36,13 +36,11 @@ SHAPES = {"mnist": (1, 28, 10), "emoji": (3, 32, 8), "cifar10": (3, 32, 0), "cif
           "imagenet64": (3, 64, 1000), "imagenet64-edm2": (3, 64, 1000)}
 QUIET = ["evaluate.n=0", "run.precision=fp32", "distill.K=1", "gan.K=1", "gan.head_start=0",
          *(f"run.{k}_every=1000000" for k in ("save", "sample", "log"))]
-SMALL = [*(f"{s}.batch=8" for s in ("teacher", "distill", "gan")), "run.micro_batch=4",
-         "distill.balance_rows=4", "gan.balance_rows=4"]
-LEAST = [w.replace("=8", "=2").replace("=4", "=1") for w in SMALL]
-LARGE = [*LEAST, "distill.stored=2"]
+SMALL = [*(f"{s}.batch=2" for s in ("teacher", "distill", "gan")), "run.micro_batch=1", "distill.stored=2",
+         "distill.balance_rows=1", "gan.balance_rows=1"]
 ONE = "distill.phases= distill.stored=64 distill.matching={}".format
 WORDS = {"mnist": ONE("soft").split(), "emoji": ONE("soft").split(), "cifar10": SMALL, "cifar10-cond": SMALL,
-         "imagenet64": LARGE, "imagenet64-edm2": [*LARGE, "teacher.source="]}
+         "imagenet64": SMALL, "imagenet64-edm2": [*SMALL, "teacher.source="]}
 MORE = {"digits, halves": ("digits", ["run.micro_batch=32"]), "digits, bf16": ("digits", ["run.precision=bf16"]),
         "mnist, trajectories": ("mnist", ONE("trajectories").split()),
         "mnist, eulerian": ("mnist", ONE("eulerian").split()),
@@ -88,6 +86,7 @@ def settle():
 def one(name, stage, weights):
     "A row, measured in this process."
     config, preset = configuration(name, stage, weights)
+    steps = 1 + (stage == "adversary" or not preset.startswith(HEAVY))  # discriminator and student take turns
     data, conv = images(preset), torch.nn.Conv2d(8, 8, 3)
     with torch.profiler.profile(profile_memory=True): conv(torch.randn(4, 8, 16, 16)).sum().backward()
     settle()
@@ -105,21 +104,27 @@ def one(name, stage, weights):
         held += [v for m in networks if m for v in (*m.parameters(), *m.buffers())]
         held += [v for path in getattr(t.now, "paths", {}).values() for v in path if torch.is_tensor(v)]
         before = sum({v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in held}.values())
-        for _ in range(2): t.train_step()
+        for _ in range(steps): t.train_step()
         grown = kept("VmHWM") - empty
         for m in t.parts.values(): m.zero_grad()  # the profiler does not see what it has not seen made go
         with torch.profiler.profile(profile_memory=True) as p:
-            for _ in range(2): t.train_step()
+            for _ in range(steps): t.train_step()
         t.ahead.forget()
     now = most = 0
     events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
     for _, n in sorted((e.start_ns(), e.nbytes()) for e in events):
         now += n
         most = max(most, now)
-    micro = None if config.run.micro_batch == "auto" else int(config.run.micro_batch)
-    plan = memory(config, data, micro, choose_precision(config.run.precision, t.device) != "fp32")[t.now.name]
     batch = t.plan[t.now.name].batch
-    return {"tensors": before + most, "process": grown, "plan": plan, "images": batch, "at a time": t.micro}
+    return {"tensors": before + most, "process": grown, "images": batch, "at a time": t.micro}
+
+
+def planned(name, stage):
+    "What the plan says."
+    config, preset = configuration(name, stage, "")
+    micro = None if config.run.micro_batch == "auto" else int(config.run.micro_batch)
+    half = choose_precision(config.run.precision, torch.device("cpu")) != "fp32"
+    return memory(config, images(preset), micro, half)[STAGES[stage]]
 
 
 def ratios(preset, repeats=6):
@@ -172,7 +177,8 @@ def main(rows):
             own = None if name.startswith(HEAVY) else measured(name, stage, folder, False)["process"]
             known[name, stage] = {"preset": name, "stage": stage, **found, "as it is": own}
             print(json.dumps(known[name, stage]), flush=True)
-            RESULT.write_text(json.dumps([*known.values()], indent=1) + "\n")
+        for row in known: known[row]["plan"] = planned(*row)
+        RESULT.write_text(json.dumps([*known.values()], indent=1) + "\n")
 
 
 if __name__ == "__main__":

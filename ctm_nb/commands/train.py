@@ -101,6 +101,7 @@ def plan(
     stage: str = "all",  # the run goes to the end of this one
     minutes: str = "",  # how a budget is spent
     splits=None,  # the images, if they are open already
+    precision: str = "",  # what was chosen, and why
 ) -> str:
     "What a run is going to do, as text."
     import torch
@@ -124,6 +125,7 @@ def plan(
         f"data      {train.name}: {len(train)} training images, {size}, {classes}",
         f"network   {config.network.family}, {weights / 1e6:.2f} M parameters{given}",
         *_stages(config, stage),
+        *([f"precision {precision}"] if precision else []),
         *estimate(only, train, measure(only, train) if measured else None)[:1 if minutes else None],
         *([f"budget    {config.run.minutes:g} min: {minutes}"] if minutes else []),
         *_averages(only, weights), *_paths(config, train),
@@ -276,16 +278,22 @@ def _train(a: argparse.Namespace, began: float, pulse):  # when the command was 
     from ctm_nb.evaluation.reference import launched
     from ctm_nb.training.budget import BudgetTrainer
     from ctm_nb.training.costs import fit_memory
-    from ctm_nb.training.runtime import join, leave
+    from ctm_nb.training.report import read_json, section
+    from ctm_nb.training.runtime import fit_precision, join, leave
+    from ctm_nb.training.stages import make_network
     from ctm_nb.training.trainer import Trainer, open_images
     pulse.say = lambda: "opening and measuring"
     config, stage, folder = _config(a), a.stage or ("ctm_dsm_gan" if a.student else "ctm_dsm"), _folder(a)
-    splits, spent, minutes = None, "", 0 if (a.steps or "").startswith("+") else _minutes(a, config, folder)
+    minutes = 0 if (a.steps or "").startswith("+") else _minutes(a, config, folder)
+    splits, spent, precision = None, "", ""
     if minutes: config, splits, spent = _budgeted(a, config, folder, minutes, stage, began)
     else:
         splits = open_images(config, here := join(config.run.device))
+        saved = section(read_json(folder / "config.json", {}), "run").get("precision")
+        precision = fit_precision(config.run, saved, lambda: make_network(config, splits["train"]), here)
+        logging.info("precision: %s", precision)
         fit_memory(config, splits["train"], folder, here=here)
-    if a.dry_run: return _show(config, plan(config, folder, a.measure, stage, spent, splits))
+    if a.dry_run: return _show(config, plan(config, folder, a.measure, stage, spent, splits, precision))
     torch.set_flush_denormal(True)
     if spent: logging.info("%g minutes: %s", minutes, spent)
     with nullcontext() if launched()[0] else claimed(folder / ".lock", folder):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['log', 'WRITERS', 'OTHER_FILES', 'timesteps_of', 'guided_model', 'make_recipe', 'out_of_memory',
-           'free_memory', 'Drawer', 'weights_hash', 'draw_samples']
+           'free_memory', 'keep_memory', 'Drawer', 'weights_hash', 'draw_samples']
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #df8c91dc
-import difflib, gc, hashlib, io, json, logging, math, shutil, warnings, zipfile
+import ctypes, difflib, gc, hashlib, io, json, logging, math, shutil, warnings, zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -216,6 +217,12 @@ def free_memory():
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
+def keep_memory():
+    "Have glibc keep what is freed: memory that is handed back is zeroed page by page when it is next used."
+    try: set_limit = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return  # another C library
+    for limit, size in ((-3, 2 ** 25), (-1, 2 ** 30)): set_limit(limit, size)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
 # %% ../../nbs/5_evaluation/05_draw.ipynb #1c5a6815
 class Drawer:
     "A function of sample numbers, called with as many at a time as memory allows."
@@ -244,6 +251,7 @@ class Drawer:
 # %% ../../nbs/5_evaluation/05_draw.ipynb #1dbbd3a6
 def _drawer_of(m: Model, recipe: dict, batch_size: int | None = None) -> Drawer:  # of pictures (B, H, W, C) uint8
     "Draws any samples of a recipe."
+    keep_memory()
     guided = guided_model(m, recipe["guidance"], recipe["guide"])
     settings = {k: recipe[k] for k in ("gamma", "solver", "times", "seed")}
     def pictures(ids):
@@ -297,11 +305,16 @@ def _draw_parts(draw, recipe: dict, folder: Path, ranks: Ranks = Ranks(), progre
     "Draw this process's share of what is missing."
     files, size, ids = _all_parts(folder, recipe), recipe["part"], torch.arange(recipe["n"])
     mine = [p for p in _missing_parts(folder, recipe) if p % ranks.world == ranks.rank]
-    with tqdm(total=sum(len(ids.split(size)[p]) for p in mine), desc="samples", disable=not progress) as bar:
-        for p in mine:
-            data = io.BytesIO()
-            np.savez(data, images=draw(ids.split(size)[p], bar.update).numpy())
-            atomic_write(files[p], data.getvalue())
+    def write(file, images):
+        np.savez(data := io.BytesIO(), images=images.numpy())
+        atomic_write(file, data.getvalue())
+    total, waiting = sum(len(ids.split(size)[p]) for p in mine), []
+    with tqdm(total=total, desc="samples", disable=not progress) as bar, ThreadPoolExecutor(1) as writer:
+        for p in mine:  # the part before is written meanwhile
+            images = draw(ids.split(size)[p], bar.update)
+            for w in waiting: w.result()  # raises what went wrong
+            waiting = [writer.submit(write, files[p], images)]
+        for w in waiting: w.result()
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #7c8d34a4
 def _is_complete(out: Path, recipe: dict) -> bool:
