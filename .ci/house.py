@@ -70,7 +70,7 @@ NEW = {
         commands.train: _finished""",
     "known hashes": "checkpoints.catalogue: SHA256",
     "a processor's order": """networks.blocks: channels_last_pays normalise joined silu_ method.flow: _Philox
-        method.teacher: _of_number training.runtime: gain_of_bf16 fit_precision evaluation.draw: keep_memory""",
+        method.teacher: _of_number training.runtime: told_precision evaluation.draw: keep_memory""",
     "two at once, memory, a pulse": """data.files: claimed training.trainer: Trainer.claim Trainer.whereabouts
         checkpoints.models: of_newest commands.flags: Pulse training.costs: fit_memory training.runtime: Here.least""",
     "sharded": """training.shard training.config: _shards training.stages: Stage.cut Stage.load_numbers Stage.step

@@ -73,6 +73,14 @@ def _averages(config, weights):
     size = 2 * weights / 2**20  # of one, in half precision
     return [f"averages  {each}: {total} of {size:.2g} MiB, {total * size:.2g} MiB in all"] if files else []
 
+def _scores(e, stage):
+    "Which samples are scored."
+    import torch
+    from ctm_nb.method.sampling import evaluations
+    nfe = evaluations(e.teacher_solver, torch.arange(e.teacher_steps, -1, -1))
+    student = f", student with {', '.join(map(str, e.steps))}" if stage != "teacher" else ""
+    return f"{e.n} samples: teacher with {nfe} evaluations{student}"
+
 def _paths(config, data):
     "What a folder of trajectories takes."
     from ctm_nb.method.solvers import SOLVERS, solver_name
@@ -101,36 +109,32 @@ def plan(
     stage: str = "all",  # the run goes to the end of this one
     minutes: str = "",  # how a budget is spent
     splits=None,  # the images, if they are open already
-    precision: str = "",  # what was chosen, and why
 ) -> str:
     "What a run is going to do, as text."
     import torch
-    from ctm_nb.method.sampling import evaluations
     from ctm_nb.training.config import STAGES
     from ctm_nb.training.costs import estimate, measure
+    from ctm_nb.training.runtime import told_precision
     from ctm_nb.training.stages import make_network
     from ctm_nb.training.trainer import no_scores_because, open_images
-    splits, e, only = splits or open_images(config), config.evaluate, _until(config, stage)
+    splits, only = splits or open_images(config), _until(config, stage)
     train, why, t = splits["train"], no_scores_because(config, splits), config.teacher
     _check_given(config, train)
     classes = f"{train.n_classes or 'no'} classes" * config.data.use_labels or "labels not used (data.use_labels=false)"
     with torch.device("meta"): weights = sum(p.numel() for p in make_network(config, train).parameters())
     given = " (that of the given teacher counts)" * ((t.source or t.initial) not in ("", "none"))
     copies = 6 + max(len(getattr(config, k).emas + getattr(config, k).profiles) for k in STAGES.values())
-    nfe = evaluations(e.teacher_solver, torch.arange(e.teacher_steps, -1, -1))
-    student = f", student with {', '.join(map(str, e.steps))}" if stage != "teacher" else ""
-    scored = f"none: {why}" if why else f"{e.n} samples: teacher with {nfe} evaluations{student}"
     size = f"{train.channels} x {train.image_size} x {train.image_size}"
     return "\n".join([
         f"data      {train.name}: {len(train)} training images, {size}, {classes}",
         f"network   {config.network.family}, {weights / 1e6:.2f} M parameters{given}",
         *_stages(config, stage),
-        *([f"precision {precision}"] if precision else []),
+        f"precision {told_precision(config.run)}",
         *estimate(only, train, measure(only, train) if measured else None)[:1 if minutes else None],
         *([f"budget    {config.run.minutes:g} min: {minutes}"] if minutes else []),
         *_averages(only, weights), *_paths(config, train),
         f"disk      about {weights * 4 * copies / 2**20:.0f} MiB a checkpoint, {config.run.keep} are kept",
-        f"scores    {scored}", f"writes    {folder}/ ({_place(config, folder)})"])
+        f"scores    {f'none: {why}' if why else _scores(config.evaluate, stage)}", f"writes    {folder}/ ({_place(config, folder)})"])
 
 # %% ../../nbs/7_commands/01_train.ipynb #2d2be2f7
 def _data_flags(add):
@@ -278,22 +282,16 @@ def _train(a: argparse.Namespace, began: float, pulse):  # when the command was 
     from ctm_nb.evaluation.reference import launched
     from ctm_nb.training.budget import BudgetTrainer
     from ctm_nb.training.costs import fit_memory
-    from ctm_nb.training.report import read_json, section
-    from ctm_nb.training.runtime import fit_precision, join, leave
-    from ctm_nb.training.stages import make_network
+    from ctm_nb.training.runtime import join, leave
     from ctm_nb.training.trainer import Trainer, open_images
     pulse.say = lambda: "opening and measuring"
     config, stage, folder = _config(a), a.stage or ("ctm_dsm_gan" if a.student else "ctm_dsm"), _folder(a)
-    minutes = 0 if (a.steps or "").startswith("+") else _minutes(a, config, folder)
-    splits, spent, precision = None, "", ""
+    splits, spent, minutes = None, "", 0 if (a.steps or "").startswith("+") else _minutes(a, config, folder)
     if minutes: config, splits, spent = _budgeted(a, config, folder, minutes, stage, began)
     else:
         splits = open_images(config, here := join(config.run.device))
-        saved = section(read_json(folder / "config.json", {}), "run").get("precision")
-        precision = fit_precision(config.run, saved, lambda: make_network(config, splits["train"]), here)
-        logging.info("precision: %s", precision)
         fit_memory(config, splits["train"], folder, here=here)
-    if a.dry_run: return _show(config, plan(config, folder, a.measure, stage, spent, splits, precision))
+    if a.dry_run: return _show(config, plan(config, folder, a.measure, stage, spent, splits))
     torch.set_flush_denormal(True)
     if spent: logging.info("%g minutes: %s", minutes, spent)
     with nullcontext() if launched()[0] else claimed(folder / ".lock", folder):

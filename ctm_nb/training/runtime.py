@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['log', 'ALONE', 'EXIT_CODES', 'Here', 'join', 'leave', 'Signals', 'choose_precision', 'unpacks', 'autocast',
-           'gain_of_bf16', 'fit_precision', 'peak_memory', 'prepare', 'recompute', 'compile_networks', 'Guard']
+           'told_precision', 'peak_memory', 'prepare', 'recompute', 'compile_networks', 'Guard']
 
 # %% ../../nbs/6_training/03_runtime.ipynb #af006914
-import logging, signal, sys, threading, time
-from collections.abc import Callable
+import logging, signal, sys, threading
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -169,41 +167,15 @@ def autocast(
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=keep)
 
 # %% ../../nbs/6_training/03_runtime.ipynb #c5e3feca
-def gain_of_bf16(
-    net: Any,  # a network for pictures, on the CPU
-) -> float:
-    "How many times as fast as in float32 it is in bfloat16, there and back, in processor seconds."
-    B = min(16, max(1, 32 * 10 ** 6 // sum(p.numel() for p in net.parameters())))  # seconds, whatever the network
-    c, t = net.config, torch.zeros(B)
-    x, cpu = torch.randn(B, c["channels"], c["image_size"], c["image_size"]), torch.device("cpu")
-    def once(precision):
-        started = time.process_time()
-        with autocast(precision, cpu): F = net(x, t, t if c["s_branch"] else None)
-        F.float().square().mean().backward()
-        return time.process_time() - started
-    return median([once("fp32") / once("bf16") for _ in range(4)][1:])  # the first warms up
-
-# %% ../../nbs/6_training/03_runtime.ipynb #c5e3fecb
-def fit_precision(
-    run: Any,  # a `RunConfig`, in which `auto` on a CPU is replaced by the word that the run there has
-    saved: str | None,  # run.precision of the run that is there already; None: there is none
-    make: Callable,  # makes the network
-    here: Here = ALONE,  # this process; all choose the same
-) -> str:  # the choice and its reason
-    "What run.precision means in a run that begins here, or goes on as it began."
-    device, asked = pick_device(run.device), run.precision
-    now = choose_precision(asked, device)
-    if asked != "auto": return f"{now}, as given"
-    if device.type != "cpu": return f"{now}: the device {'has it' if now == 'bf16' else 'is not known to gain by bf16'}"
-    if saved: run.precision = saved
-    if saved: return f"{choose_precision(saved, device)}, as the run began"
-    if unpacks(device): return f"{now}: this processor has no instructions for bf16"
-    net = make()
-    if sum(p.numel() for p in net.parameters()) < 10 ** 6:
-        return f"{now}: a network of less than a million weights gains little by bf16"
-    gain = here.least(round(100 * gain_of_bf16(net))) / 100
-    advice = ", and --set run.precision=bf16 has it" if gain >= 1.2 else ""
-    return f"{now}: bf16 was measured to be {gain:.2f} times as fast here, there and back{advice}"
+def told_precision(
+    run: Any,  # a `RunConfig`
+) -> str:
+    "What run.precision means here, and what else could be had."
+    device = pick_device(run.device)
+    now = choose_precision(run.precision, device)
+    if run.precision != "auto" or device.type != "cpu": return now
+    if unpacks(device): return f"{now}; this processor has no instructions for bf16"
+    return f"{now}; run.precision=bf16 is faster on this processor for all but small networks"
 
 # %% ../../nbs/6_training/03_runtime.ipynb #7ca43143
 def peak_memory() -> int: # bytes; 0 where nobody counts them
