@@ -73,11 +73,12 @@ NEW = {
         method.teacher: _of_number training.runtime: gain_of_bf16 fit_precision evaluation.draw: keep_memory""",
     "two at once, memory, a pulse": """data.files: claimed training.trainer: Trainer.claim Trainer.whereabouts
         checkpoints.models: of_newest commands.flags: Pulse training.costs: fit_memory training.runtime: Here.least""",
-    "sharded": "training.shard training.config: _shards training.stages: Stage.cut Stage.load_numbers Stage.step "
-        "training.trainer: Trainer.whole_model Trainer.together Trainer.gather",
+    "sharded": """training.shard training.config: _shards training.stages: Stage.cut Stage.load_numbers Stage.step
+        training.trainer: Trainer.whole_model Trainer.together Trainer.gather
+        method.balance: BalancedGradients.differentiate BalancedGradients.at_last BalancedGradients.leave""",
     "blocks computed again": "training.runtime: recompute",
-    "memory, counted": "training.costs: _norm _norm_backward _AT_ONCE Meter IMAGES SCRATCH _prime "
-        "_rows _no_numbers _peak_of Need _blank _KNOWN step_needs",
+    "memory, counted": """training.costs: _norm _norm_backward _AT_ONCE Meter IMAGES SCRATCH _prime _rows _no_numbers
+        _peak_of Need _blank _KNOWN step_needs""",
 }
 
 
