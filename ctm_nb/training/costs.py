@@ -130,7 +130,7 @@ def _blank(config, data):
                                   labels=None, classes=labels)
     names = [*schedule(c), *["teacher"] * (c.teacher.source == "none")]
     parts = {} if "teacher" in names else {"teacher": make_denoiser(c, images)}
-    if "ctm_dsm" not in names: parts["ctm"] = student_from(make_denoiser(c, images))
+    if "ctm_dsm_gan" in names and "ctm_dsm" not in names: parts["ctm"] = student_from(make_denoiser(c, images))
     if c.distill.guide: parts["teacher-guide"] = make_denoiser(c, images)
     return c, images, parts
 
