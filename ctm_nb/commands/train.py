@@ -134,7 +134,8 @@ def plan(
         *([f"budget    {config.run.minutes:g} min: {minutes}"] if minutes else []),
         *_averages(only, weights), *_paths(config, train),
         f"disk      about {weights * 4 * copies / 2**20:.0f} MiB a checkpoint, {config.run.keep} are kept",
-        f"scores    {f'none: {why}' if why else _scores(config.evaluate, stage)}", f"writes    {folder}/ ({_place(config, folder)})"])
+        f"scores    {f'none: {why}' if why else _scores(config.evaluate, stage)}",
+        f"writes    {folder}/ ({_place(config, folder)})"])
 
 # %% ../../nbs/7_commands/01_train.ipynb #2d2be2f7
 def _data_flags(add):
