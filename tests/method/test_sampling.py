@@ -103,11 +103,12 @@ def moved(m):
 
 
 def test_a_worse_model_guides_the_denoiser():
+    torch.manual_seed(0)
     m, worse, plain = (moved(Denoiser(MLP(2, n_classes=k))) for k in (3, 3, 0))
     x, y = torch.randn(5, 2), torch.tensor([0, 1, 2, -1, 1])
     for ref in (worse, plain):
         D_ref, D = ref.D(x, 2., y if ref.n_classes else None), m.D(x, 2., y)
-        assert not torch.allclose(D_ref, D, atol=1e-2)
+        assert not torch.allclose(D_ref, D, atol=1e-3)
         for w in (0., 1., 2.5):
             assert torch.allclose(autoguide(m, ref, w).D(x, 2., y), (1 - w) * D_ref + w * D, atol=1e-5)
     D = autoguide(m, worse, 2.)

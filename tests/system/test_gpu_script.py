@@ -128,7 +128,7 @@ def waits(self, e, n, real=stages.GanStage.losses):
 def golden(*args, real=gpu.golden): return real(*args) + (args[:1] == ("ncsnpp_cond10_8",)) * 2e-4
 
 gpu.gradients, gpu.golden, stages.GanStage.losses = gradients_bf16, golden, waits
-trainer.load_optimizer = lambda optimizer, state: None  # a resumed run forgets its moments
+stages.load_optimizer = lambda optimizer, state: None  # a resumed run forgets its moments
 Guard.look = lambda self: None  # nothing is ever noticed
 rows = trainer.Trainer.rows.fget  # the last image of a batch in parts is lost
 trainer.Trainer.rows = property(lambda self: [slice(r.start, r.stop - (r.start > 0)) for r in rows(self)])

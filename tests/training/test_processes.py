@@ -149,8 +149,8 @@ ctm_nb_train(["--preset", "tiny", "--runs", sys.argv[1], "--name", "r", "--set",
 
 def test_two_processes_with_little_memory_take_as_many_images_as_the_poorer_one_can(tmp_path):
     config = make_config("tiny", ["teacher.steps=1", "distill.steps=1", "teacher.batch=12", "distill.batch=12"])
-    none, one = (memory(config, digits(), n)["ctm_dsm"] for n in (0, 1))
-    rooms = [str(int((none + n * (one - none)) / .8)) for n in (5.5, 3.5)]
+    need = lambda n: max(memory(config, digits(), n, world=2).values())
+    rooms = [str(int((need(n) + need(n + 1)) / 2 / .8)) for n in (4, 3)]
     done = ranks(ROOMS, tmp_path, *rooms)
     assert all(d.returncode == 0 for d in done), done
     assert sum(d.stderr.count(" are free for each process: 3 images at a time") for d in done) == 1, done
