@@ -44,6 +44,7 @@ readme: $(VENV)/.dev ## make README.md from nbs/index.ipynb
 	$(BIN)/python .ci/readme.py
 
 docs: $(VENV)/.docs ## build the documentation site in _docs and check it (see CONTRIBUTING.md)
+	@mkdir -p build
 	-$(BIN)/ctm_nb_convert nbs/results/emoji/student.safetensors --web build/page --overwrite # if make test was there
 	$(BIN)/python docs/build.py
 
