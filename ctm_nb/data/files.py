@@ -107,8 +107,12 @@ def claimed(
     held, note = FileLock(lock, 0, thread_local=False, is_singleton=True), lock.with_name(f"{lock.name}.by")
     try: held.acquire()
     except Timeout:
-        try: who = "process {pid} on {host}, since {since}".format(**json.loads(note.read_text()))
-        except (OSError, ValueError, LookupError, TypeError): who = "another process"
+        who = "another process"
+        for _ in range(20):  # whoever has only just begun says so in a moment
+            with suppress(OSError, ValueError, LookupError, TypeError):
+                who = "process {pid} on {host}, since {since}".format(**json.loads(note.read_text()))
+                break
+            time.sleep(.05)
         raise OSError(f"{what} is being written by {readable(who)}; wait for it, or choose another name") from None
     try:
         about = dict(pid=os.getpid(), host=platform.node(), since=time.strftime("%Y-%m-%d %H:%M:%S"))

@@ -1,9 +1,12 @@
 """What stands for a file in records."""
+import time
+import json
 import hashlib
 
 import pytest
+from filelock import FileLock
 
-from ctm_nb.data.files import file_hash
+from ctm_nb.data.files import claimed, file_hash
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**20 - 1, 2**20, 2**20 + 1, 5 * 2**20 + 3])
@@ -11,3 +14,12 @@ def test_a_hash_is_of_the_whole_file(tmp_path, size):
     content = bytes(range(251)) * (size // 251 + 1)
     (tmp_path / "f").write_bytes(content[:size])
     assert file_hash(tmp_path / "f") == hashlib.sha256(content[:size]).hexdigest()
+
+
+def test_whoever_has_only_just_begun_to_write_is_named(tmp_path, monkeypatch):
+    "Its note comes a moment after its lock."
+    note = tmp_path / ".lock.by"
+    by = json.dumps(dict(pid=1, host="there", since="today"))
+    monkeypatch.setattr(time, "sleep", lambda _: note.write_text(by))
+    with FileLock(tmp_path / ".lock"), pytest.raises(OSError, match="by process 1 on there, since today"):
+        with claimed(tmp_path / ".lock", "a run"): pass

@@ -80,7 +80,9 @@ def one_of(first, second):
     codes = [code for code, _ in ends.values()]
     assert sorted(codes) in ([0, 0], [0, 3]), ends
     for pid, (code, said) in ends.items():
-        if code == 3: assert re.search(HELD, said)[1] == str(pids[pid].pid) and "Traceback" not in said, said
+        if code != 3: continue
+        held = re.search(HELD, said)
+        assert held and held[1] == str(pids[pid].pid) and "Traceback" not in said, said
     return 3 in codes
 
 
