@@ -175,7 +175,7 @@ def told_precision(
     now = choose_precision(run.precision, device)
     if run.precision != "auto" or device.type != "cpu": return now
     if unpacks(device): return f"{now}; this processor has no instructions for bf16"
-    return f"{now}; run.precision=bf16 is faster on this processor for all but small networks"
+    return f"{now}; run.precision=bf16 may be faster, the more the larger the network"
 
 # %% ../../nbs/6_training/03_runtime.ipynb #7ca43143
 def peak_memory() -> int: # bytes; 0 where nobody counts them

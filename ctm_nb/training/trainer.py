@@ -350,7 +350,7 @@ def together(self: Trainer) -> Any:  # with parts, optimizers and EMAs as the ne
 @patch
 def gather(self: Trainer):
     "Before the first process draws: plain copies of what it draws with."
-    for k in {"teacher", "ctm"} & {*self.now.sharded}:
+    for k in (n for n in self.now.sharded if n in ("teacher", "ctm")):  # in the same order in all processes
         m = self.whole_model(k, self.here.main)
         if m: self.plain[k] = m.to(self.device).eval().requires_grad_(False)
 

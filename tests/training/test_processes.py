@@ -99,12 +99,17 @@ from runs import compute_alike
 from test_processes import RAW
 from ctm_nb.training.config import make_config
 from ctm_nb.training.runtime import leave
+from ctm_nb.training.shard import local
 from ctm_nb.training.trainer import Trainer
 t = Trainer(make_config("tiny", [*RAW, "run.shard=true"]), sys.argv[1])
 compute_alike()
 assert t.step == 5
 t.run("ctm_dsm")
 while t.step < 9: t.train_step()
+for name in t.now.sharded:
+    held, every = (sum(f(p).numel() for p in t.parts[name].parameters()) for f in (local, lambda p: p))
+    assert held < .7 * every, (name, held, every)
+assert {"model", "ctm"} <= {*t.now.sharded}
 t.save()
 leave()
 """
@@ -173,7 +178,20 @@ def test_micro_batches_are_the_whole_in_every_stage(alone, tmp_path):
 
 
 def test_blocks_computed_again_give_the_same_bits(alone, tmp_path):
-    assert_close(alone, follow([*SHORT, "run.recompute=true"], tmp_path), at=0, weights=0)
+    calls, block = [], type(Trainer(make_config("tiny", SHORT), tmp_path / "n").parts["model"].net).block
+    forward = block.forward
+    def counted(self, *args):
+        calls.append(torch.is_grad_enabled())
+        return forward(self, *args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block, "forward", counted)
+        for folder, word in (("plain", "false"), ("again", "true")):
+            t = Trainer(make_config("tiny", [*SHORT, f"run.recompute={word}"]), tmp_path / folder)
+            t.train_step()
+            calls.append(folder)
+    plain, again = calls.index("plain"), calls.index("again") - calls.index("plain") - 1
+    assert again == 2 * plain  # a teacher's step: each block once forward, and once more backward
+    assert_close(alone, follow([*SHORT, "run.recompute=true"], tmp_path / "r"), at=0, weights=0)
 
 
 def test_micro_batches_of_a_stage_without_denoising_and_with_intervals_of_all_lengths(tmp_path):
