@@ -26,18 +26,14 @@ def sinusoidal_embedding(
     j = torch.arange(half, dtype=torch.float32, device=c.device)
     omega = 1e4 ** -(j / (half if cos_first else half - 1))  # (half,)
     phase = c.float()[:, None] * omega  # (B, half)
-    both = (phase.cos(), phase.sin()) if cos_first else (phase.sin(), phase.cos())
-    return torch.cat(both, dim=1).to(c.dtype)
+    return torch.cat([phase.cos(), phase.sin()] if cos_first else [phase.sin(), phase.cos()], dim=1).to(c.dtype)
 
 # %% ../../nbs/2_networks/01_blocks.ipynb #c676a0c9
 class FourierEmbedding(nn.Module):
     "Sines and cosines of random frequencies, drawn once and saved."
-    def __init__(self,
-        dim: int,  # even, number of features
-        scale: float = 16.,  # standard deviation of the frequencies, in turns per unit of c
-    ):
+    def __init__(self, dim: int):  # even, number of features
         super().__init__()
-        self.register_buffer("freqs", scale * torch.randn(dim // 2))
+        self.register_buffer("freqs", 16. * torch.randn(dim // 2))  # in turns per unit of c
 
     def forward(self, c: Tensor) -> Tensor:  # (B,) -> (B, dim)
         phase = c.float()[:, None] * 2 * math.pi * self.freqs.float()  # (B, dim/2)
@@ -157,8 +153,7 @@ def group_norm(
     most: int = 32,  # groups, at most
 ) -> nn.GroupNorm:
     "Group normalisation with as many equal groups as possible."
-    most = min(most, max(1, channels // least))
-    groups = next(n for n in range(most, 0, -1) if channels % n == 0)
+    groups = next(n for n in range(min(most, max(1, channels // least)), 0, -1) if channels % n == 0)
     return nn.GroupNorm(groups, channels, eps=eps)
 
 # %% ../../nbs/2_networks/01_blocks.ipynb #5c1e77a3

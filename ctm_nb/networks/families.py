@@ -31,5 +31,4 @@ def network_config(
     net: Network,  # a network of one of the FAMILIES
 ) -> dict:  # JSON-able; `build_network(**network_config(net))` builds its twin
     "Family and arguments of a network."
-    family = next(k for k, v in FAMILIES.items() if type(net) is v)
-    return {"family": family, **net.config}
+    return {"family": next(k for k, v in FAMILIES.items() if type(net) is v), **net.config}

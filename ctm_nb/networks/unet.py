@@ -246,8 +246,7 @@ def _encode(self: UNet, x: Tensor, emb: Tensor, emb_s: Tensor | None = None) -> 
 def _embeddings(self: UNet, c_noise_t, c_noise_s=None, y=None, augment=None) -> tuple[Tensor, Tensor | None]:
     "Both times embedded; raises ValueError when s is given to a network without s-branch, or missing."
     self.check_s(c_noise_s)
-    emb_s = None if c_noise_s is None else self.embed(c_noise_s, y, "_s")
-    return self.embed(c_noise_t, y, augment=augment), emb_s
+    return self.embed(c_noise_t, y, augment=augment), None if c_noise_s is None else self.embed(c_noise_s, y, "_s")
 
 # %% ../../nbs/2_networks/02_unet.ipynb #1eb6d6cf
 @patch

@@ -181,8 +181,7 @@ def choose(
 ) -> tuple:  # name of the preset to start from, words, reasons
     "What `--preset auto` means for some data, and why."
     source = open_source(path)
-    given = (image_size, f"--image-size {image_size}")
-    size, why = given if image_size else _propose_size(source, 64 if gpu else 32)
+    size, why = (image_size, f"--image-size {image_size}") if image_size else _propose_size(source, 64 if gpu else 32)
     words, because = _network_words(size or source.pixels(0).shape[0], gpu)
     start = ("cifar10-cond" if source.classes else "cifar10") if gpu else "digits"
     classes = f"{len(source.classes)} classes ({', '.join(source.classes[:5])}{', ...' * (len(source.classes) > 5)})"
@@ -192,5 +191,4 @@ def choose(
         words += OWN_PICTURES.split()
         rest += ", but nothing is mirrored, and distances and the adversary look through the teacher's encoder"
     reasons = [f"{source.name} ({source.kind}) has {len(source)} images and {known}", why, because, rest]
-    sized = [f"data.image_size={size}"] if size else []
-    return start, [f"data.source={path}", *sized, *words], reasons
+    return start, [f"data.source={path}", *[f"data.image_size={size}"] * bool(size), *words], reasons
