@@ -10,8 +10,7 @@ from .edm2 import EDM2
 from .unet import ADM, MLP, DDPMpp, NCSNpp, Network, OpenAIUNet
 
 # %% ../../nbs/2_networks/04_families.ipynb #4024d5c4
-FAMILIES: dict = {"ddpmpp": DDPMpp, "ncsnpp": NCSNpp, "adm": ADM, "openai": OpenAIUNet, "edm2": EDM2,
-                  "mlp": MLP}
+FAMILIES: dict = {"ddpmpp": DDPMpp, "ncsnpp": NCSNpp, "adm": ADM, "openai": OpenAIUNet, "edm2": EDM2, "mlp": MLP}
 
 # %% ../../nbs/2_networks/04_families.ipynb #b6a44279
 def build_network(

@@ -119,14 +119,12 @@ class Signals:
         try: yield
         finally: self.holding = False
 
-# %% ../../nbs/6_training/03_runtime.ipynb #ba90cc87
-@patch
-def leave(self: Signals, saved: str = "the last checkpoint is whole"):
-    "Stop: KeyboardInterrupt for SIGINT, else SystemExit with the code of the table."
-    message = f"{self.asked}: {saved}; the same command continues"
-    if self.asked == "SIGINT": raise KeyboardInterrupt(message)
-    log.warning(message)
-    raise SystemExit(EXIT_CODES[self.asked])
+    def leave(self, saved: str = "the last checkpoint is whole"):
+        "Stop: KeyboardInterrupt for SIGINT, else SystemExit with the code of the table."
+        message = f"{self.asked}: {saved}; the same command continues"
+        if self.asked == "SIGINT": raise KeyboardInterrupt(message)
+        log.warning(message)
+        raise SystemExit(EXIT_CODES[self.asked])
 
 # %% ../../nbs/6_training/03_runtime.ipynb #749153df
 @patch

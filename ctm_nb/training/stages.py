@@ -263,6 +263,9 @@ class DistillStage(Stage):
         found = phases(self.config.distill, self.optim.steps)
         return next((p for p in found if n < p.end), found[-1])
 
+    def kinds(self) -> list: return [p.first for p in phases(self.config.distill, self.optim.steps)]
+    def works_ahead(self, n: int) -> bool: return self.phase(n).name != "trajectories" and not teacherless(self.config)
+
 # %% ../../nbs/6_training/05_stages.ipynb #e8c6d2b5
 @patch
 def freeze(self: DistillStage, teacher: Denoiser, parts: dict):
@@ -496,11 +499,6 @@ def example(self: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: 
 
 @patch
 def losses(self: DistillStage, e: dict, n: int) -> dict: return OBJECTIVES[self.phase(n).name].losses(self, e, n)
-@patch
-def kinds(self: DistillStage) -> list: return [p.first for p in phases(self.config.distill, self.optim.steps)]
-@patch
-def works_ahead(self: DistillStage, n: int) -> bool:
-    return self.phase(n).name != "trajectories" and not teacherless(self.config)
 
 # %% ../../nbs/6_training/05_stages.ipynb #9faf9c4a
 class GanStage(DistillStage):

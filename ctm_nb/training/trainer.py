@@ -577,12 +577,11 @@ def board(self: Trainer):  # with the methods of torch.utils.tensorboard.Summary
 def samplers(self: Trainer) -> dict:  # name -> (model, arguments of `sample`)
     "How this run draws: the teacher with a solver, the student with few jumps."
     e = self.config.evaluate
-    how = dict(solver=e.teacher_solver, steps=e.teacher_steps)
     nfe = evaluations(e.teacher_solver, torch.arange(e.teacher_steps, -1, -1))
     parts = {**self.parts, **self.plain}
     teacher, who = self.now.teacher or parts["teacher"], "denoiser" if teacherless(self.config) else "teacher"
     if isinstance(teacher, Guided): nfe, who = 2 * nfe, "guided teacher"
-    found = {f"{who}, {nfe} evaluations": (teacher, how)}
+    found = {f"{who}, {nfe} evaluations": (teacher, dict(solver=e.teacher_solver, steps=e.teacher_steps))}
     for n in e.steps if "ctm" in parts else ():
         found[f"{n} step{'s' * (n > 1)}"] = parts["ctm"], dict(solver="ctm", steps=n, gamma=0.)
     return found
@@ -677,9 +676,8 @@ def keep_up(self: Trainer, end: int, save: bool) -> str:  # the losses in words,
     if self.snapshot_due(): self.snapshot()
     if save or due(every.save_every):
         self.save()
-        losses, seconds = words.partition(", ")[2], self.state.seconds
         if words and not sys.stderr.isatty():
-            log.info("%s: step %d of %d, %s, %.0f s", self.now.name, step, end, losses, seconds)
+            log.info("%s: %s, %.0f s", self.now.name, words.replace(",", f" of {end},", 1), self.state.seconds)
     return words
 
 # %% ../../nbs/6_training/08_trainer.ipynb #f4cf9d60
