@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP := settings.ini setup.py pyproject.toml
 export PATH := $(abspath $(BIN)):$(PATH)
+# Empty: compiled modules are kept. Where the caller's environment forbids it, every process would compile torch anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test browser check nbtest pytest export readme docs docker clean

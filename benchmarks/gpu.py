@@ -29,7 +29,7 @@ import tempfile
 import time
 import zipfile
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial, partialmethod
+from functools import cache, partial, partialmethod
 from pathlib import Path
 from unittest import mock
 
@@ -612,19 +612,23 @@ def make_stage(name, recipe="published"):
 class Step:
     "A step as the trainer makes it, with a solver interval of K grid steps; its gradient can be recorded."
 
-    def __init__(self, name="ctm_dsm", recipe="published", learner="model"):
+    def __init__(self, name="ctm_dsm", recipe="published"):
         from ctm_nb.training.runtime import Guard
-        from ctm_nb.training.stages import take
-        from speed import numbers_with
-        self.stage = make_stage(name, recipe)
-        self.n = n = next(n for n in range(4) if self.stage.learner(n) == learner)
-        numbers, self.guard = numbers_with(self.stage, K, 0, n), Guard(device())
+        self.stage, self.guard = make_stage(name, recipe), Guard(device())
         parts = -(-BATCH // (self.stage.optim.balance_rows or BATCH))  # as the trainer divides a batch
         self.rows = [slice(BATCH * i // parts, BATCH * (i + 1) // parts) for i in range(parts)]
-        self.numbers = [take(numbers, r) for r in self.rows]
         self.x0, self.precision = torch.rand(BATCH, 3, 32, 32, device=device()) * 2 - 1, "fp32"
         self.recorded = None
-        self.learner = self.stage.parts[self.stage.learner(n)]
+        self.turn("model")
+
+    def turn(self, learner):
+        "From now on steps of this network."
+        from ctm_nb.training.stages import take
+        from speed import numbers_with
+        self.n = next(n for n in range(4) if self.stage.learner(n) == learner)
+        numbers = numbers_with(self.stage, K, 0, self.n)
+        self.numbers = [take(numbers, r) for r in self.rows]
+        self.learner = self.stage.parts[learner]
 
     def gradient(self):
         "The teacher's solution, the losses, their gradients and weights."
@@ -815,16 +819,18 @@ def speed_part(results, a, folder):
         if how == ORDER[0]: results.attempt("sampling", partial(sampler_overhead, step.stage.parts["model"].eval()))
     del step
     for recipe in RECIPES:
+        make = cache(partial(Step, "ctm_dsm_gan", recipe))
         for learner, turn in (("model", "student's turn"), ("discriminator", "discriminator's turn")):
-            results.attempt(f"adversarial step: {recipe}", partial(adversarial, results, recipe, learner), turn)
+            results.attempt(f"adversarial step: {recipe}", partial(adversarial, results, make, learner), turn)
 
 
-def adversarial(results, recipe, learner):
+def adversarial(results, make, learner):
     "A turn of the third stage, in the package's own format and layout on a GPU."
     from ctm_nb.training.runtime import prepare
-    step = Step("ctm_dsm_gan", recipe, learner)
+    step = make()
     prepare(step.stage.parts.values(), device())
     step.precision = "bf16"
+    step.turn(learner)
     return rate(step, "bf16, channels_last", results.found["ceiling"]["tflops"], flops_of(step.gradient))
 
 
@@ -926,7 +932,7 @@ def run_part(results, a, folder):
     results.keep("pictures", {"what": what, "seconds": time.perf_counter() - started, "meanwhile": beside})
     features, (warm, steps) = choose_features(), (1, 2) if DRY else (12, 20)
     cost = seconds_a_step(open_run(pictures, folder / "rehearsal", features, warm + steps, warm + steps), warm, steps)
-    seconds = min(results.left() - RESERVE - 10, 6 if DRY else 1e9)
+    seconds = min(results.left() - RESERVE - 10, 2 if DRY else 1e9)
     shares = {"teacher": TEACHER_SHARE, "ctm_dsm": 1 - TEACHER_SHARE}
     planned = {k: max(2, int(seconds * shares[k] / cost[k])) for k in shares}
     results.keep("planned", {"steps": planned, "seconds_a_step": cost, "features": features})

@@ -36,6 +36,8 @@ def sample_parser() -> Parser:
     add("--classes", default="all", metavar="CLASSES",
         help="names or indices, e.g. cat,dog or 0,1; all: every class in turn; none: without label (default: all)")
     add("--batch-size", type=ranged(1), metavar="B", help="samples at a time (default: as many as memory allows)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: sooner, on a GPU or a processor that "
+        "multiplies 16 bits, and not the same to the byte (default: fp32)")
     add("--overwrite", action="store_true", help="replace OUT")
     _edit_flags(add)
     add("--serve", nargs="?", const=0, type=ranged(1, 65535), metavar="PORT", help="instead of --out: a page on this "
@@ -61,6 +63,7 @@ def ctm_nb_sample(argv: list | None = None):  # words of the command line; None:
         folder = out.absolute().parent
         if not folder.is_dir(): raise FileNotFoundError(f"there is no folder {folder} for {out.name}")
         if words := a.pop("edit"):
+            if a.pop("precision") != "fp32": raise ValueError("--precision has no meaning to --edit")
             from ctm_nb.evaluation.edit import edit_files
             return print(edit_files(a.pop("checkpoint"), words[0], words[1:], **a))
         for k in ("mask", "level"):

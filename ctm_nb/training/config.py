@@ -174,7 +174,7 @@ class RunConfig:
     "How the run is carried out; all but the seed may change from one start of a run to the next (see resume)."
     seed: int = need(0, NOT_NEGATIVE)  # of everything
     device: str = "auto"  # "auto": a CUDA device if there is one
-    precision: str = need("auto", one_of("auto", "fp32", "bf16"))  # "auto": bf16 on a GPU that has it
+    precision: str = need("auto", one_of("auto", "fp32", "bf16"))  # "auto": bf16 on a GPU; --minutes tries it
     compile: bool = False  # compile the networks, if that works
     shard: bool = False  # each of several processes keeps a part of student, averages and optimizer (FSDP2)
     recompute: bool = False  # keep less of a forward pass: the backward pass computes blocks again, to the same bits

@@ -7,10 +7,9 @@ __all__ = ['shard', 'local', 'whole', 'part', 'shard_optimizer', 'hand_over', 'S
            'put_weights', 'numbers_of', 'parted']
 
 # %% ../../nbs/6_training/04b_shard.ipynb #5ba2d002
+import sys
+
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch import Tensor, nn
 
 from ..method.balance import BalancedGradients, average_gradients
@@ -22,6 +21,8 @@ def shard(
     world: int,  # processes
 ):
     "Leave to each process its part of a model's weights."
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     blocks = [b for b in m.net.modules() if isinstance(b, m.net.block)]
     how = {"mesh": init_device_mesh(device.type, (world,)), "reshard_after_forward": True,  # or parameters() were whole
            "ignored_params": {p for p in m.net.parameters() if not p.ndim}}
@@ -29,17 +30,21 @@ def shard(
     for name in {"features", "logvar"} & set(dir(m.net)): register_fsdp_forward_method(m.net, name)
 
 # %% ../../nbs/6_training/04b_shard.ipynb #5ba2d007
-def local(v: Tensor) -> Tensor: return v.to_local() if isinstance(v, DTensor) else v
+def _is_cut(v: Tensor) -> bool:  # importing what cuts takes most of a second, so only `shard` does
+    return "torch.distributed.tensor" in sys.modules and isinstance(v, torch.distributed.tensor.DTensor)
 
-def whole(v: Tensor) -> Tensor: return v.full_tensor() if isinstance(v, DTensor) else v  # all processes take part
+def local(v: Tensor) -> Tensor: return v.to_local() if _is_cut(v) else v
+
+def whole(v: Tensor) -> Tensor: return v.full_tensor() if _is_cut(v) else v  # all processes take part
 
 def part(v: Tensor, like: Tensor) -> Tensor:
     "What is whole, cut as another tensor is."
-    if not isinstance(like, DTensor): return v
+    if not _is_cut(like): return v
+    from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(v.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
-def _as_part(v, like): return DTensor.from_local(v, like.device_mesh, like.placements, shape=like.shape,
-                                                 stride=like.stride()) if isinstance(like, DTensor) else v
+def _as_part(v, like): return type(like).from_local(v, like.device_mesh, like.placements, shape=like.shape,
+                                                    stride=like.stride()) if _is_cut(like) else v
 
 # %% ../../nbs/6_training/04b_shard.ipynb #5ba2d008
 def shard_optimizer(
@@ -47,7 +52,7 @@ def shard_optimizer(
     m: nn.Module,  # a sharded model
 ):
     "Let an optimizer work on what lies here."
-    optimizer.param_groups[0]["params"] = [nn.Parameter(local(p.detach())) if isinstance(p, DTensor) else p
+    optimizer.param_groups[0]["params"] = [nn.Parameter(local(p.detach())) if _is_cut(p) else p
                                            for p in m.parameters()]
 
 def hand_over(m: nn.Module, optimizer: torch.optim.Optimizer):
@@ -69,7 +74,7 @@ class ShardedGradients(BalancedGradients):
 
     def leave(self, total: list):
         for p, g in zip(self.params, total): p.grad = _as_part(g, p)
-        average_gradients([p for p in self.params if not isinstance(p, DTensor)])
+        average_gradients([p for p in self.params if not _is_cut(p)])
 
 # %% ../../nbs/6_training/04b_shard.ipynb #5ba2d012
 def weights_of(
@@ -77,7 +82,7 @@ def weights_of(
     keep: bool = True,  # False: take part only
 ) -> dict:  # plain tensors by name, in the computer's memory if they were sharded
     "Weights as a checkpoint keeps them."
-    found = ((k, whole(v.detach()).cpu() if isinstance(v, DTensor) else v) for k, v in m.state_dict().items())
+    found = ((k, whole(v.detach()).cpu() if _is_cut(v) else v) for k, v in m.state_dict().items())
     return {k: v for k, v in found if keep}
 
 def put_weights(m: nn.Module, state: dict):
@@ -87,7 +92,7 @@ def put_weights(m: nn.Module, state: dict):
 
 # %% ../../nbs/6_training/04b_shard.ipynb #5ba2d013
 def _numbers(state, params, f):
-    each = lambda i, v: f(v, params[i]) if torch.is_tensor(v) and v.ndim and isinstance(params[i], DTensor) else v
+    each = lambda i, v: f(v, params[i]) if torch.is_tensor(v) and v.ndim and _is_cut(params[i]) else v
     return {**state, "state": {i: {k: each(i, v) for k, v in kept.items()} for i, kept in state["state"].items()}}
 
 def numbers_of(

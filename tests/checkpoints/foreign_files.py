@@ -2,6 +2,7 @@
 
 Nothing here is needed to read files. The stand-ins bear the names of EDM's classes only while a pickle is written.
 """
+import gc
 import io
 import os
 import pickle
@@ -10,6 +11,7 @@ import resource
 import struct
 import sys
 import time
+import traceback
 import types
 import zipfile
 from contextlib import contextmanager
@@ -633,29 +635,24 @@ def in_child(function, memory=None):
     """(what a function returned or the error it raised, seconds, MB that it took at the peak), from a forked process.
 
     `memory` limits the address space to so many MB more than now."""
+    gc.collect()  # what the child freed would not count against its limit
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             os.close(receive)
+            unlimited = resource.getrlimit(resource.RLIMIT_AS)
             if memory and sys.platform == "linux":
-                resource.setrlimit(
-                    resource.RLIMIT_AS,
-                    (int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (memory << 20),)
-                    * 2,
-                )
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used + (memory << 20), unlimited[1]))
             before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
             try: result = function()
-            except Exception as e: result = e
-            with open(send, "wb") as f:
-                pickle.dump(
-                    (
-                        result,
-                        time.perf_counter() - start,
-                        (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
-                    ),
-                    f,
-                )
+            except BaseException as e: result = e
+            seconds = time.perf_counter() - start
+            taken = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+            resource.setrlimit(resource.RLIMIT_AS, unlimited)  # an answer needs memory, too
+            with open(send, "wb") as f: pickle.dump((result, seconds, taken), f)
+        except BaseException: traceback.print_exc()
         finally: os._exit(0)
     os.close(send)
     with open(receive, "rb") as f: answer = f.read()

@@ -64,6 +64,27 @@ def test_killed_command_continues(run, tmp_path, monkeypatch, capsys):
         assert json.loads(str(z["sampler"]))["seed"] == 0
 
 
+def test_half_precision_is_part_of_the_recipe(run, tmp_path, capsys):
+    drawn = {}
+    for p in ("fp32", "bf16"):
+        ctm_nb_sample([str(run), *WORDS, "--out", str(tmp_path / f"{p}.npz"), "--precision", p])
+        with np.load(tmp_path / f"{p}.npz") as z: drawn[p] = z["arr_0"].astype(int)
+    apart = np.abs(drawn["fp32"] - drawn["bf16"])
+    assert 0 < apart.mean() < 4
+    with pytest.raises(SystemExit): ctm_nb_sample([str(run), *WORDS, "--out", str(tmp_path / "bf16.npz")])
+    with pytest.raises(SystemExit):
+        ctm_nb_sample([str(run), "--edit", "denoise", "x.png", "--out", str(tmp_path / "e"), "--precision", "bf16"])
+    said = capsys.readouterr().err
+    assert "bf16.npz exists" in said and "--precision has no meaning to --edit" in said
+    m = load(run)
+    with pytest.raises(ValueError, match="fp32 or bf16, got 'fp16'"): make_recipe(m, str(run), 70, precision="fp16")
+    plans = {p: _with_parts(make_recipe(m, str(run), 70, precision=p), m) for p in ("fp32", "bf16")}
+    file = _open_parts(tmp_path / "z.npz", plans["fp32"]) / "recipe.json"
+    file.write_text(json.dumps({k: v for k, v in plans["fp32"].items() if k != "precision"}))  # of an earlier version
+    assert _open_parts(tmp_path / "z.npz", plans["fp32"]) == file.parent
+    with pytest.raises(ValueError, match="precision: fp32 -> bf16"): _open_parts(tmp_path / "z.npz", plans["bf16"])
+
+
 def test_torchrun_is_killed_and_continued(run, tmp_path):
     out, parts = tmp_path / "x.npz", tmp_path / "x.npz.parts"
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ctm_nb",

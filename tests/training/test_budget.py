@@ -103,6 +103,31 @@ def test_the_recipe_fits_with_a_teacher_and_without():
     assert make_config("digits", words).distill.distance == "pseudo_huber"
 
 
+def test_bf16_is_chosen_where_its_steps_are_faster(tmp_path, monkeypatch):
+    "And kept by whoever goes on, for shorter or longer; small images, who says a precision and others never try."
+    monkeypatch.setattr(module, "unpacks", lambda device: False)
+    def timed(config, *_, faster=1.5):
+        if config.run.precision != "bf16": return SPEED
+        return SPEED._replace(step={k: v / faster for k, v in SPEED.step.items()})
+    monkeypatch.setattr(module, "measure", timed)
+    words = [*WORDS, "data.image_size=16"]
+    config = planned(tmp_path / "half", words=words)
+    assert config.run.precision == "bf16" and json.loads(config.run.plan)["costs"]["teacher"] == 1 / 1.5
+    t = BudgetTrainer(config, tmp_path / "half", began=0., clock=Clock(real=False))
+    t.run("ctm_dsm")
+    monkeypatch.setattr(module, "measure", lambda config, *_: timed(config, faster=.5))
+    for minutes in (2., 8.): assert planned(tmp_path / "half", minutes, words).run.precision == "bf16"
+    assert planned(tmp_path / "slow", words=words).run.precision == "auto"
+    monkeypatch.setattr(module, "measure", timed)
+    assert planned(tmp_path / "small").run.precision == "auto"
+    assert planned(tmp_path / "typed", words=[*words, "run.precision=fp32"]).run.precision == "fp32"
+    file = shutil.copytree(tmp_path / "half", tmp_path / "full") / "config.json"
+    file.write_text(file.read_text().replace('"bf16"', '"auto"'))  # as a run of earlier versions has it
+    assert planned(tmp_path / "full", 8., words).run.precision == "auto"
+    monkeypatch.setattr(module, "unpacks", lambda device: True)
+    assert planned(tmp_path / "unable", words=words).run.precision == "auto"
+
+
 def test_scores_take_a_tenth_at_most(tmp_path, monkeypatch):
     monkeypatch.setenv("CTM_NB_CACHE", str(tmp_path))
     splits = open_images(make_config("digits"))
