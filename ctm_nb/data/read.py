@@ -942,7 +942,7 @@ def file_kind(path:Path)->tuple: # the function that opens it, what to give it
 def open_digits()->ArraySource:
     "The embedded digits, a quarter of each class held out."
     d = digits("all")
-    return ArraySource("digits", "embedded", numbered("digits", len(d)), d.labels.numpy(), d.classes,
+    return ArraySource("digits", "embedded", numbered("digits", len(d)), np.asarray(d.labels), d.classes,
                        held_out_mask(d.labels, 4), images=d.images.permute(0, 2, 3, 1).numpy())
 
 # %% ../../nbs/3_data/03_read.ipynb #c020abf2

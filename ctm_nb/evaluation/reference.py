@@ -177,7 +177,8 @@ def _extract(extractor: Extractor, batches, total: int | None = None, keep=True)
             if y is not None: parts["labels"].append(y)
             n += len(x)
             bar.update(len(x))
-    return Collected(n, stats, *(torch.cat(p) if p else None for p in parts.values()), shape)
+    points, probs, labels = (torch.cat(p) if p else None for p in parts.values())
+    return Collected(n, stats, points, probs, labels, shape)
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #56f49342
 def _joined(parts: list, features_id: str = "these features") -> Collected:
@@ -189,8 +190,9 @@ def _joined(parts: list, features_id: str = "these features") -> Collected:
     if not stats.scatter.trace() > 0:
         raise ValueError(f"features are constant: all {n} images give equal features in {features_id}; "
                          "images or network are broken")
-    whole = (None if v[0] is None else torch.cat(v) for v in zip(*((p.points, p.probs, p.labels) for p in parts)))
-    return Collected(n, stats, *whole, parts[0].shape)
+    each = zip(*((p.points, p.probs, p.labels) for p in parts))
+    points, probs, labels = (None if v[0] is None else torch.cat(v) for v in each)
+    return Collected(n, stats, points, probs, labels, parts[0].shape)
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #55bee4d5
 def collect(
