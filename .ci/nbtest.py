@@ -6,6 +6,7 @@ the heavy libraries are imported already.
 As in Jupyter, what one notebook changes in torch or matplotlib can neither break another nor save it; but nobody
 imports torch sixty times.
 """
+import gc
 import multiprocessing
 import os
 import sys
@@ -33,6 +34,8 @@ def one(path):
 def main(paths):
     if missing := [p for p in paths if not Path(p).is_file()]:
         sys.exit(f"no such notebook: {', '.join(missing)}")  # nbdev_test would find nothing to do, and pass
+    gc.collect()
+    gc.freeze()  # what was imported is no garbage, and need not be looked through
     fork, waiting, running, failed = multiprocessing.get_context("fork"), list(paths), {}, []
     while waiting or running:
         while waiting and len(running) < AT_ONCE:
@@ -43,6 +46,7 @@ def main(paths):
             p, path = running.pop(sentinel)
             p.join()
             if p.exitcode: failed.append(f"{path} (exit code {p.exitcode})")
+    gc.unfreeze()  # or libraries would report leaks
     if failed: sys.exit("notebooks failed: " + ", ".join(failed))
 
 

@@ -12,6 +12,8 @@ others, so that a life costs a second.
 """
 
 import argparse
+import atexit
+import gc
 import io
 import itertools
 import json
@@ -54,19 +56,26 @@ CHANGES = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
 
 
 def warm_up():
-    "Import here what every child would have to import: optimizers bring torch's compiler, pictures fonts."
+    "Do here, once, what every child would have to do: imports, fonts, and counting what a step of the run needs."
     from io import BytesIO
 
-    import sklearn.datasets  # noqa: F401
+    import filelock  # noqa: F401
+    import jinja2  # noqa: F401
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
     import ctm_nb.training.trainer  # noqa: F401
+    from ctm_nb.data.images import digits
+    from ctm_nb.training.config import make_config
+    from ctm_nb.training.costs import memory
 
+    memory(make_config("tiny", WORDS), digits())
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     figure = Figure()
     figure.text(0, 0, "warm")
     figure.savefig(BytesIO(), format="png")
+    gc.freeze()  # nor need a child look through all this for garbage
+    atexit.register(gc.unfreeze)  # or libraries would report leaks
 
 
 def die():

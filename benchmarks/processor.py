@@ -7,8 +7,9 @@ both are loaded into one process and called in turn.
 Processor seconds of one thread; of every pair of calls the ratio is taken, and of the ratios the median and the tenth
 and the ninetieth percentile. Networks: DDPM++ at 32 x 32 with 2.4 million weights, batch 16, and those of the presets
 digits and mnist, batch 64, all with a student's s-branch. Steps: of distillation, on random pictures of the preset's
-size; cifar10 with 32 channels and batch 16. Sampling: 64 samples in one evaluation, against the network alone. Each
-section is written to nbs/results/speed/processor.json.
+size; cifar10 with 32 channels and batch 16. Sampling: 64 samples in one evaluation, against the network alone; and 256
+of the 32 x 32 network in parts, written to files meanwhile. Each section is written to
+nbs/results/speed/processor.json.
 """
 import argparse
 import importlib
@@ -191,8 +192,32 @@ def compile_section(sides, repeats):
                                       "compiled": ratio(t["before", False], t["compiled", h])} for h in (False, True)}
 
 
-SECTIONS = {"forward": forward_section, "sampling": sampling_section, "step": step_section,
-            "profile": profile_section, "compile": compile_section}
+def parts_section(sides, repeats):
+    "Many samples as `ctm_nb_sample` draws them: parts, written while the next is drawn; by the network alone."
+    get = sides["after"]
+    draw = get("evaluation.draw")
+    m, n, shapes = model(get, "32 x 32, 2.4 M"), 256, []
+    hook = m.net.register_forward_pre_hook(lambda _, args: shapes.append(args))
+    def parts(precision):
+        recipe = draw.make_recipe(m, "", n, bytes="round", precision=precision)
+        recipe |= {"part": 64, "weights": ""}
+        with tempfile.TemporaryDirectory() as d:
+            folder = draw._open_parts(Path(d) / "x.npz", recipe)
+            draw._draw_parts(draw._drawer_of(m, recipe), recipe, folder)
+    parts("fp32")
+    hook.remove()
+    def bare(half):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
+            for args in shapes: m.net(*args)
+    jobs = {"fp32": lambda: parts("fp32"), "bf16": lambda: parts("bf16"),
+            "fp32, bare": lambda: bare(False), "bf16, bare": lambda: bare(True)}
+    t = in_turn(jobs, max(5, repeats // 4), warm=0)
+    rows = {f"{p} over the network": ratio(t[p], t[f"{p}, bare"]) for p in ("fp32", "bf16")}
+    return {"samples": n, **rows, "fp32 by bf16": ratio(t["fp32"], t["bf16"])}
+
+
+SECTIONS = {"forward": forward_section, "sampling": sampling_section, "parts": parts_section,
+            "step": step_section, "profile": profile_section, "compile": compile_section}
 
 
 def main():

@@ -1,5 +1,7 @@
 """What tests of several rooms start from."""
+import gc
 import os
+import sys
 
 import pytest
 
@@ -12,6 +14,17 @@ LONG = """test_gpu_script test_resume test_hostile test_fidelity test_processes 
 def pytest_collection_modifyitems(items):
     "Files that take long come first, so that processes that share them end together (--no-loadscope-reorder)."
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+def pytest_collection_finish():
+    "A trainer looks for garbage at every stage; half of its time went into looking through what was imported."
+    if "torch" not in sys.modules: return
+    import torch._dynamo  # noqa: F401  # the first optimizer would
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure(): gc.unfreeze()  # or libraries would report leaks at the end
 
 
 @pytest.fixture(scope="session")

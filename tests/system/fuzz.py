@@ -29,11 +29,14 @@ from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 
+import filelock  # noqa: F401  # what a child would import, it would import again and again
 import jinja2  # noqa: F401
 import matplotlib.backends.backend_agg  # noqa: F401
 import matplotlib.figure  # noqa: F401
 import numpy as np
 import torch  # before the limit of memory, and only once
+import torch._dynamo  # noqa: F401  # the first optimizer needs it
+import torch.utils.tensorboard  # noqa: F401
 from PIL import Image
 from scipy.io import savemat
 
@@ -51,6 +54,7 @@ from ctm_nb.evaluation.edit import edit_files
 from ctm_nb.evaluation.evaluate import Request, evaluate, open_subject, read_scores
 from ctm_nb.evaluation.metrics import frechet_gaussians
 from ctm_nb.evaluation.reference import read_reference
+from ctm_nb.training import budget  # noqa: F401
 from ctm_nb.training.config import make_config
 from ctm_nb.training.report import write_report
 from ctm_nb.training.trainer import Trainer
@@ -431,6 +435,7 @@ def fuzz(n, seed, folder, only="", size=40):
     MADE.update(run=f"{folder}/made/runs/run", samples=f"{folder}/made/s.npz", config=make_config("tiny", WORDS_OF_RUN),
                 images={"train": digits(), "held_out": digits("held_out")})
     (folder / "made").mkdir()
+    plan(MADE["config"], folder / "made", splits=MADE["images"])  # counts what a step costs, and remembers it
     GOOD.update({k: v for k, v in {**seeds(), **others(folder / "made")}.items() if only in k})
     for name, (files, target, how, *_) in GOOD.items():
         put(root := folder / name.replace("/", "-"), files)

@@ -5,6 +5,8 @@ It adds its counts to FILE, nbs/results/data/two_at_once.json say. Of two traine
 the other says who does it and leaves with 3; a killed one holds nothing; a closed terminal stops a run that is saved.
 Where the one must have begun, its log or its lock is waited for, and not a time. What went wrong is told and counted.
 """
+import atexit
+import gc
 import json
 import os
 import random
@@ -15,7 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import matplotlib.backends.backend_agg  # noqa: F401  # imported here, once for all children
+import filelock  # noqa: F401  # imported here, once for all children
+import jinja2  # noqa: F401
+import matplotlib.backends.backend_agg  # noqa: F401
 import matplotlib.figure  # noqa: F401
 import numpy as np
 import torch
@@ -31,6 +35,8 @@ from ctm_nb.data.images import digits
 from ctm_nb.method.teacher import Denoiser
 from ctm_nb.networks.families import build_network
 from ctm_nb.training import budget, trainer  # noqa: F401  # imported here, once for all children
+from ctm_nb.training.config import make_config
+from ctm_nb.training.costs import memory
 
 TINY = ["teacher.steps=6", "distill.steps=4", "teacher.batch=8", "distill.batch=8", "run.save_every=2", "run.keep=1",
         "run.log_every=1", "run.sample_every=100", "evaluate.n=0"]
@@ -158,7 +164,9 @@ KINDS = {"two trainers": two_trainers, "two samplers": two_samplers, "killed": k
 def main(times=20, seed=0, out=None, *names):
     found = json.loads(Path(out).read_text()) if out and Path(out).exists() else {}
     torch.set_num_threads(1)
-    digits()  # imports what reads them, once for all children
+    memory(make_config("tiny", TINY), digits())  # counted once for all children, and remembered
+    gc.freeze()  # nor need they look through all this for garbage
+    atexit.register(gc.unfreeze)  # or libraries would report leaks
     trainer.write_report = lambda folder: None  # takes longer than all the rest
     rng, began, all_wrong = random.Random(int(seed)), time.time(), 0
     for name, trial in ((k, KINDS[k]) for k in names or KINDS):
