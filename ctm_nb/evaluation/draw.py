@@ -23,7 +23,7 @@ from ..data.files import atomic_write, claimed, publish, temp_name
 from ..data.images import BYTES, named_grid, to_uint8
 from ..data.read import few, reading
 from ..method.guidance import autoguide, guide_free
-from ..method.sampling import check_request, default_times, evaluations, sample
+from ..method.sampling import _place, check_request, default_times, evaluations, sample
 from ..method.solvers import solver_name
 from ..method.teacher import Model
 from ..method.trajectory import is_ctm
@@ -257,7 +257,7 @@ def _drawer_of(m: Model, recipe: dict, batch_size: int | None = None) -> Drawer:
     "Draws any samples of a recipe."
     keep_memory()
     guided = guided_model(m, recipe["guidance"], recipe["guide"])
-    settings, device = {k: recipe[k] for k in ("gamma", "solver", "times", "seed")}, next(m.parameters()).device.type
+    settings, device = {k: recipe[k] for k in ("gamma", "solver", "times", "seed")}, torch.device(_place(m)[0]).type
     half = partial(torch.autocast, device, torch.bfloat16, recipe["precision"] == "bf16", cache_enabled=False)
     def pictures(ids):
         with half(): x = sample(guided, ids=ids, y=_labels_of(recipe, ids), **settings)
