@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ctm_nb.evaluation.evaluate import Evaluator
+from ctm_nb.evaluation.evaluate import Evaluator, drawn_samples, run_evaluator
 from ctm_nb.evaluation.features import ClassifierExtractor
 from ctm_nb.evaluation.reference import read_reference
 from ctm_nb.training.budget import MUON
@@ -29,10 +29,20 @@ RECIPES = {
     "trajectories, then soft; features": f"{MIXED} distill.distance=features",
     "trajectories, then soft; pseudo_huber; batch 128": f"{MIXED} distill.distance=pseudo_huber distill.batch=128",
     "trajectories; pseudo_huber": "distill.phases= distill.matching=trajectories distill.distance=pseudo_huber",
+    "trajectories, then soft; features; batch 16": f"{MIXED} distill.distance=features distill.batch=16",
+    "trajectories, then soft; features; batch 32": f"{MIXED} distill.distance=features distill.batch=32",
+    "trajectories, then soft; features; bf16": f"{MIXED} distill.distance=features run.precision=bf16",
+    "released loss; features": "distill.phases= distill.matching=soft distill.solver=heun distill.max_evals=none "
+        "distill.N=18 distill.K=17 distill.k_power=1 distill.distance=features",
+    "released loss; features; batch 16": "distill.phases= distill.matching=soft distill.solver=heun "
+        "distill.max_evals=none distill.N=18 distill.K=17 distill.k_power=1 distill.distance=features distill.batch=16",
+    "trajectories, then soft; features; batch 16; bf16": f"{MIXED} distill.distance=features distill.batch=16 "
+                                                         "run.precision=bf16",
+    "trajectories, then soft; features; batch 8": f"{MIXED} distill.distance=features distill.batch=8",
     "trajectories; features": "distill.phases= distill.matching=trajectories distill.distance=features",
 }
 NEVER = ["run.save_every=1000000", "run.sample_every=1000000", "run.log_every=1000000"]
-QUIET = ["gan.steps=0", "evaluate.n=5000", *NEVER]
+QUIET = ["gan.steps=0", *NEVER]
 
 
 def trained(words, folder):
@@ -40,6 +50,14 @@ def trained(words, folder):
     t, started = Trainer(make_config(*words), folder), time.process_time()
     while t.step < t.total: t.train_step()
     return t, (time.process_time() - started) / t.total
+
+
+def distances(judge, student, n=5000):
+    "Fréchet distances of samples in one, two and four evaluations."
+    how = {"solver": "ctm", "gamma": 0.}
+    with torch.no_grad():
+        samples = [drawn_samples(student, n, {**how, "steps": k}, judge.reference.label_counts) for k in (1, 2, 4)]
+        return [round(judge.score(judge.collect(s))["frechet_distance"], 3) for s in samples]
 
 
 def main():
@@ -57,25 +75,23 @@ def main():
     judge = None
     if a.ref:
         reference = read_reference(a.ref)
-        judge = Evaluator(reference, ClassifierExtractor(reference.net))
+        judge = Evaluator(reference, ClassifierExtractor(reference.net), ["fid"])
     rows = json.loads(RESULT.read_text()) if RESULT.exists() else []
     given = [*QUIET, *MUON.split(), f"teacher.source={a.teacher}", *([f"data.source={a.data}"] if a.data else [])]
     for seed in a.seeds:
         for what in a.only:
             with tempfile.TemporaryDirectory() as d:
                 words = [*given, f"run.seed={seed}", *RECIPES[what].split()]
-                each = trained((a.preset, [*words, "distill.steps=30"]), Path(d) / "trial")[1]
+                each = trained((a.preset, [*words, "distill.steps=30", "distill.stored=256"]), Path(d) / "trial")[1]
                 steps = max(30, round(a.seconds / each))
                 rate = round(1 - 10 / steps, 5)
-                rates = f"distill.ema={rate} distill.target_ema={min(.99, rate)} distill.warmup={min(50, steps // 10)}"
+                rates = f"distill.ema={rate} distill.target_ema={min(.99, rate)} distill.warmup={min(50, steps // 10)} "
+                rates += f"distill.stored={64 * min(47, max(4, steps // 40))}"  # as --minutes does
                 t, each = trained((a.preset, [*words, f"distill.steps={steps}", *rates.split()]), Path(d) / "run")
-                t.save()
-                if judge: t.evaluator = judge
-                found = t.evaluate()
-                distance = {r["sampler"]["steps"]: r["value"] for r in found if r["metric"] == "frechet_distance"
-                            and r["sampler"] and r["sampler"]["solver"] == "ctm"}
+                judge = judge or run_evaluator(t.splits)
+                found = distances(judge, t.parts["ctm"].eval())
             rows.append({"images": a.preset, "seconds": round(each * steps), "steps": steps, "what": what, "seed": seed,
-                         "distance": [round(distance[k], 3) for k in (1, 2, 4)]})
+                         "distance": found})
             print(rows[-1], flush=True)
             RESULT.write_text(json.dumps(rows, indent=1) + "\n")
 

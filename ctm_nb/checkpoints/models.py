@@ -72,8 +72,7 @@ def _fitting(m, state):
     want = {k: tuple(v.shape) for k, v in m.state_dict().items()}
     for what, names in (("the network needs what the file lacks", want.keys() - state.keys()),
                         ("the network has no place for", state.keys() - want.keys())):
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        if names: raise ValueError(f"{what} {min(names)!r}{more}")
+        if names: raise ValueError(f"{what} {min(names)!r}" + f" and {len(names) - 1} more" * (len(names) > 1))
     for k, v in state.items():
         if (shape := tuple(v.shape)) != want[k]:
             raise ValueError(f"{k!r} must have shape {want[k]}, the file has {shape}")
@@ -117,7 +116,7 @@ def is_run(path: str | Path) -> bool:
 
 def of_newest(
     path: str | Path,  # of a run or a checkpoint
-    read,  # function of a checkpoint's folder
+    read=lambda folder: load_checkpoint(folder, parts=[]),  # a function of its folder; else all but its tensors
 ):
     "What a function makes of the checkpoint that a path means; of the next one if a run in training prunes it."
     found = find_checkpoint(path)
@@ -410,8 +409,7 @@ def _fetched(name, which):
     if entry.kind not in ("teacher", "ctm", "cm"):
         raise ValueError(f"{name} can't be loaded: {entry.loads_as}; `ctm_nb_convert --list` shows all public files")
     if which not in (None, entry.kind):
-        kind = {"cm": "consistency model"}.get(entry.kind, entry.kind)
-        raise ValueError(f"{name} is a {kind}, not a {which}")
+        raise ValueError(f"{name} is a {entry.kind.replace('cm', 'consistency model')}, not a {which}")
     return fetch(name), entry
 
 # %% ../../nbs/4_checkpoints/05_models.ipynb #bde13287

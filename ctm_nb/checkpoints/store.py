@@ -64,8 +64,7 @@ class EMA:
 def update(self:EMA, model:torch.nn.Module):  # the model after its optimizer step, same structure as at the start
     "Move the EMA one step towards `model`."
     with torch.no_grad():
-        new_weight = 1 - self.effective_rate()
-        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), new_weight)
+        torch._foreach_lerp_([*self.module.parameters()], [*model.parameters()], 1 - self.effective_rate())
         for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True): mine.copy_(theirs)
     self.n_updates += 1
 

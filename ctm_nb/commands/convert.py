@@ -137,11 +137,9 @@ def ctm_nb_convert(argv: list | None = None):  # words of the command line; None
         given = {"key": a.key} if a.key else {}
         from ctm_nb.checkpoints.averages import average
         from ctm_nb.checkpoints.models import is_run, load, of_newest, save_model
-        from ctm_nb.checkpoints.store import load_checkpoint
         m = average(a.source, s, a.which) if (s := a.ema_length) is not None else load(a.source, which=a.which, **given)
         print(m.about)
-        about = lambda folder: load_checkpoint(folder, parts=[]).meta
-        ours = of_newest(a.source, about) if is_run(a.source) else {}
+        ours = of_newest(a.source).meta if is_run(a.source) else {}
         if shared: _share(m, to.as_posix()[3:], Path(a.source), a.private)
         elif to and (a.pipeline or to.suffix in EXPORTED): _export(m, to, a, ours.get("config"))
         elif to: print(f"written: {save_model(m, to, ours.get('config'), a.overwrite)}")

@@ -64,8 +64,7 @@ def _convert(a):
     source = open_source(a.src, a.labels, a.background)
     done = convert(source, a.dst, a.size, a.crop, a.split, a.skip_broken, a.overwrite, a.workers)
     n, size, out, broken = done["images"], done["size"], done["left_out"], len(done["left_out"])
-    classes = f"{len(source.classes) or 'no'} classes"
-    lines = [f"{a.dst}: {n} images, {done['channels']} x {size} x {size}, {classes}"]
+    lines = [f"{a.dst}: {n} images, {done['channels']} x {size} x {size}, {len(source.classes) or 'no'} classes"]
     if left := len(source) - n - broken:
         lines.append(f"{left} images of the other split are not in it (--split all takes them)")
     if broken: lines.append(f"{broken} broken images are left out:")

@@ -101,8 +101,7 @@ def warp(
     back = torch.from_numpy(inverse).to(x, non_blocking=True)
     source = (points @ back.transpose(1, 2))[..., :2]  # (B, m m, 2) in widths of the image
     grid = source.reshape(len(x), m, m, 2) * 2 * n / (up.shape[2] / 2)
-    fine = F.grid_sample(up, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    return D @ fine @ D.T
+    return D @ F.grid_sample(up, grid, mode="bilinear", padding_mode="reflection", align_corners=False) @ D.T
 
 # %% ../../nbs/3_data/04_augment.ipynb #9ede4621
 def augment(

@@ -19,16 +19,13 @@ from PIL import Image
 from .batches import decode_all, each, tried
 from .files import atomic_write, naming, publish, readable, temp_name
 from .images import named_grid, split_mask
-from .read import (Source, as_image, complain, decode, held_out_of, is_grey, one_mode,
-    open_image, standardise)
+from .read import Source, as_image, complain, decode, held_out_of, is_grey, one_mode, open_image, standardise
 
 # %% ../../nbs/3_data/06_convert.ipynb #389c5ef3
 def fingerprint(a:np.ndarray, label:str="")->bytes: # 32
     "What an image (H, W, C) uint8 and the name of its class are, whatever file they were in."
     a = one_mode(a, is_grey(a))
-    h = hashlib.sha256(repr((a.shape, label)).encode())
-    h.update(np.ascontiguousarray(a))
-    return h.digest()
+    return hashlib.sha256(repr((a.shape, label)).encode() + a.tobytes()).digest()
 
 # %% ../../nbs/3_data/06_convert.ipynb #9a3eb5a0
 def survey(source:Source, size:int|None=None, crop:str="center", workers:int|None=None)->dict: # as for `decode_all`

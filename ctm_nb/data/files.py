@@ -135,5 +135,4 @@ def file_hash(path:str|Path)->str: # 64 hexadecimal digits
 # %% ../../nbs/3_data/00_files.ipynb #975c467b
 def cache_folder() -> Path: # absolute; it need not exist
     "`CTM_NB_CACHE`, else `ctm_nb` in the user's cache folder (`~/.cache`, or as `XDG_CACHE_HOME` says)."
-    own = os.environ.get("CTM_NB_CACHE")
-    return Path(own or platformdirs.user_cache_path("ctm_nb")).expanduser().absolute()
+    return Path(os.environ.get("CTM_NB_CACHE") or platformdirs.user_cache_path("ctm_nb")).expanduser().absolute()

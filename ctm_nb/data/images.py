@@ -148,9 +148,8 @@ def image_grid(
 @lru_cache(maxsize=4)
 def epoch_order(n:int, seed:int, epoch:int)->torch.Tensor: # (n,) int64, a permutation
     "Order of n images in one epoch, a function of seed and epoch alone."
-    key = np.array([seed, epoch], np.uint64)
-    bits = np.random.Philox(key=key, counter=np.array([0, 0, 0, 1], np.uint64))  # noise never uses this counter
-    return torch.from_numpy(np.random.Generator(bits).permutation(n))
+    key, counter = np.array([[seed, epoch, 0, 0], [0, 0, 0, 1]], np.uint64)  # noise never uses this counter
+    return torch.from_numpy(np.random.Generator(np.random.Philox(key=key[:2], counter=counter)).permutation(n))
 
 def stream_indices(
     n:int, # images in the data set, >= 1
@@ -197,8 +196,7 @@ def _words(names, size, limit):
         font, text = _font(size, text)
         shown = text
         while text and font.getlength(shown) > limit:
-            text = text[:-1]
-            shown = text + "…"
+            shown = (text := text[:-1]) + "…"
         words.append(Image.new("RGB", (max(1, math.ceil(font.getlength(shown))), size + 4), "white"))
         ImageDraw.Draw(words[-1]).text((0, size // 2 + 2), shown, "black", font, anchor="lm")
     return words

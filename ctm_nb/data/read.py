@@ -100,22 +100,23 @@ def standardise(im:Image.Image, background:str="white")->Image.Image: # upright,
     return im if im.mode in ("L", "RGB") else im.convert("L" if grey else "RGB")
 
 # %% ../../nbs/3_data/03_read.ipynb #ea46c59c
+def _centre(im, side):
+    "The square in the middle."
+    left, top = (im.width - side) // 2, (im.height - side) // 2
+    return im.crop((left, top, left + side, top + side))
+
 def crop_center(im:Image.Image, size:int)->Image.Image: # size x size
     "Halve while twice too large, resize the short side by bicubic interpolation, cut out the centre.  # ADM"
     while min(im.size) >= 2 * size: im = im.resize((im.width // 2, im.height // 2), Image.Resampling.BOX)
     scale = size / min(im.size)
     if max(im.size) * scale * size > MAX_PIXELS:
         raise BrokenImage(f"{im.width} x {im.height} is too long and thin to become {size} x {size}")
-    im = im.resize((round(im.width * scale), round(im.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (im.width - size) // 2, (im.height - size) // 2
-    return im.crop((left, top, left + size, top + size))
+    return _centre(im.resize((round(im.width * scale), round(im.height * scale)), Image.Resampling.BICUBIC), size)
 
 # %% ../../nbs/3_data/03_read.ipynb #d86d9be4
 def crop_square(im:Image.Image, size:int, kernel=Image.Resampling.BOX)->Image.Image: # size x size
     "Cut out the largest centred square, then resize it: means of areas, or Lanczos' kernel.  # EDM, center-crop"
-    side = min(im.size)
-    left, top = (im.width - side) // 2, (im.height - side) // 2
-    return im.crop((left, top, left + side, top + side)).resize((size, size), kernel)
+    return _centre(im, min(im.size)).resize((size, size), kernel)
 
 # %% ../../nbs/3_data/03_read.ipynb #def2cf07
 LANCZOS = partial(crop_square, kernel=Image.Resampling.LANCZOS)
@@ -941,9 +942,8 @@ def file_kind(path:Path)->tuple: # the function that opens it, what to give it
 def open_digits()->ArraySource:
     "The embedded digits, a quarter of each class held out."
     d = digits("all")
-    y = np.asarray(d.labels)
-    return ArraySource("digits", "embedded", numbered("digits", len(d)), y, d.classes, held_out_mask(y, 4),
-                       images=d.images.permute(0, 2, 3, 1).numpy())
+    return ArraySource("digits", "embedded", numbered("digits", len(d)), np.asarray(d.labels), d.classes,
+                       held_out_mask(d.labels, 4), images=d.images.permute(0, 2, 3, 1).numpy())
 
 # %% ../../nbs/3_data/03_read.ipynb #c020abf2
 def open_source(

@@ -7,7 +7,7 @@ __all__ = ['log', 'WRITERS', 'OTHER_FILES', 'UNSAID', 'timesteps_of', 'guided_mo
            'free_memory', 'keep_memory', 'Drawer', 'weights_hash', 'draw_samples']
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #df8c91dc
-import ctypes, difflib, gc, hashlib, io, json, logging, math, shutil, warnings, zipfile
+import ctypes, difflib, gc, hashlib, json, logging, math, shutil, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -23,12 +23,11 @@ from ..data.files import atomic_write, claimed, publish, temp_name
 from ..data.images import BYTES, named_grid, to_uint8
 from ..data.read import few, reading
 from ..method.guidance import autoguide, guide_free
-from ..method.sampling import check_request, default_times, evaluations, sample
+from ..method.sampling import _place, check_request, default_times, evaluations, sample
 from ..method.solvers import solver_name
 from ..method.teacher import Model
 from ..method.trajectory import is_ctm
 from ..checkpoints.models import find_checkpoint, is_run, load, of_newest
-from ..checkpoints.store import load_checkpoint
 from .reference import Ranks, launched, pick_device, process_group
 from .search import stored_times
 
@@ -37,8 +36,7 @@ log = logging.getLogger(__name__)
 # %% ../../nbs/5_evaluation/05_draw.ipynb #52e07850
 def _write_npz(path: Path, images: np.ndarray, labels: np.ndarray | None, recipe: dict):
     "ADM's form: arr_0 (n, H, W, C) uint8, arr_1 labels."
-    arrays: dict = {"arr_0": images, "sampler": np.array(json.dumps(recipe))}
-    if labels is not None: arrays["arr_1"] = labels
+    arrays = {"arr_0": images, "sampler": np.array(json.dumps(recipe)), **({} if labels is None else {"arr_1": labels})}
     with open(path, "wb") as f: np.savez(f, **arrays)
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #f74b48be
@@ -164,7 +162,7 @@ def _very_checkpoint(path): return str(find_checkpoint(path) if (Path(path) / "c
 def _bytes_of(checkpoint: str) -> str:  # a key of BYTES
     "How a run has its samples become bytes."
     if not is_run(checkpoint): return "round"
-    config = of_newest(checkpoint, lambda folder: load_checkpoint(folder, parts=[])).meta.get("config") or {}
+    config = of_newest(checkpoint).meta.get("config") or {}
     return config.get("evaluate", {}).get("bytes", "round")
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #f999b7cc
@@ -220,6 +218,14 @@ def free_memory():
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
+def _or_smaller(work, smaller, may=lambda: True):  # functions of nothing; may(): is there anything smaller?
+    "What `work` returns; as often as memory runs out, `smaller` makes less of it, or raises an error."
+    while True:
+        try: return work()
+        except Exception as e:
+            if not out_of_memory(e) or not may(): raise
+        smaller()  # outside of the handler, which holds on to the tensors
+
 def keep_memory():
     "Have glibc keep what is freed: memory that is handed back is zeroed page by page when it is next used."
     try: set_limit = ctypes.CDLL(None).mallopt
@@ -236,19 +242,14 @@ class Drawer:
     def __call__(self, ids: torch.Tensor, done=lambda n: None) -> torch.Tensor:  # on the CPU
         "f of all ids; `done` is called with the size of every finished batch."
         out = []
+        def smaller():
+            self.size = max(1, min(self.size, len(ids)) // 2)
+            free_memory()
+            log.warning("out of memory, going on with batches of %d", self.size)
         while len(ids):
-            try: x = self.f(ids[:self.size]).cpu()
-            except (RuntimeError, MemoryError) as e:
-                if not out_of_memory(e) or self.size == 1: raise
-                x = None
-            if x is None:  # outside the except clause: its traceback would hold on to the tensors
-                self.size = max(1, min(self.size, len(ids)) // 2)
-                free_memory()
-                log.warning("out of memory, going on with batches of %d", self.size)
-                continue
-            out.append(x)
-            done(len(x))
-            ids = ids[len(x):]
+            out.append(_or_smaller(lambda: self.f(ids[:self.size]).cpu(), smaller, lambda: self.size > 1))
+            done(len(out[-1]))
+            ids = ids[len(out[-1]):]
         return torch.cat(out)
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #1dbbd3a6
@@ -256,7 +257,7 @@ def _drawer_of(m: Model, recipe: dict, batch_size: int | None = None) -> Drawer:
     "Draws any samples of a recipe."
     keep_memory()
     guided = guided_model(m, recipe["guidance"], recipe["guide"])
-    settings, device = {k: recipe[k] for k in ("gamma", "solver", "times", "seed")}, next(m.parameters()).device.type
+    settings, device = {k: recipe[k] for k in ("gamma", "solver", "times", "seed")}, torch.device(_place(m)[0]).type
     half = partial(torch.autocast, device, torch.bfloat16, recipe["precision"] == "bf16", cache_enabled=False)
     def pictures(ids):
         with half(): x = sample(guided, ids=ids, y=_labels_of(recipe, ids), **settings)
@@ -311,15 +312,12 @@ def _draw_parts(draw, recipe: dict, folder: Path, ranks: Ranks = Ranks(), progre
     "Draw this process's share of what is missing."
     files, size, ids = _all_parts(folder, recipe), recipe["part"], torch.arange(recipe["n"])
     mine = [p for p in _missing_parts(folder, recipe) if p % ranks.world == ranks.rank]
-    def write(file, images):
-        np.savez(data := io.BytesIO(), images=images.numpy())
-        atomic_write(file, data.getvalue())
     total, waiting = sum(len(ids.split(size)[p]) for p in mine), []
     with tqdm(total=total, desc="samples", disable=not progress) as bar, ThreadPoolExecutor(1) as writer:
         for p in mine:  # the part before is written meanwhile
             images = draw(ids.split(size)[p], bar.update)
             for w in waiting: w.result()  # raises what went wrong
-            waiting = [writer.submit(write, files[p], images)]
+            waiting = [writer.submit(atomic_write, files[p], partial(np.savez, images=images.numpy()))]
         for w in waiting: w.result()
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #7c8d34a4

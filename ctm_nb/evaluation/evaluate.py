@@ -30,7 +30,6 @@ from ..method.trajectory import is_ctm
 from ..checkpoints.averages import average, gamma_of
 from ..checkpoints.catalogue import CATALOGUE, fetch
 from ..checkpoints.models import is_run, load, of_newest
-from ..checkpoints.store import load_checkpoint
 from .metrics import (class_accuracy, frechet_gaussians, inception_score, kernel_distance,
                       nearer_share, nearest_points, precision_recall, train_classifier)
 from .features import ClassifierExtractor, Extractor, InceptionExtractor, load_extractor
@@ -94,8 +93,7 @@ def collect(self: Evaluator, samples: SampleSet) -> Collected | None:  # in the 
     if samples.labels is not None and r.net is not None and (top := int(samples.labels.max())) >= r.net.n_classes:
         raise ValueError(f"labels of {samples.name} must be below {r.net.n_classes} as in the reference {r.name}, "
                          f"got {top}")
-    keep = bool(NEED_POINTS & words or self.training)
-    return collect(self.extractor, samples, self.batch, keep, self.ranks)
+    return collect(self.extractor, samples, self.batch, bool(NEED_POINTS & words or self.training), self.ranks)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #3e86239f
 @patch
@@ -208,10 +206,9 @@ def extend_scores(
     new: list,  # records
 ) -> list:  # all records, old and new
     "Write records into a file of records; `ValueError` if it holds something else, which is then left alone."
-    old = read_scores(path)
     results = ("value", "interval", "standard_error")
     conditions = lambda r: json.dumps({k: v for k, v in r.items() if k not in results}, sort_keys=True)
-    every = list({conditions(r): r for r in [*old, *new]}.values())
+    every = list({conditions(r): r for r in [*read_scores(path), *new]}.values())
     atomic_write(path, json.dumps(every, indent=1).encode())
     return every
 
@@ -336,7 +333,7 @@ def _model(r: Request) -> Subject:
     if r.search and not is_ctm(m):
         raise ValueError("--search finds times of jumps, and this model is a teacher; expected a CTM")
     name, meta = r.what, {}
-    if is_run(r.what): name, meta = of_newest(r.what, lambda f: (str(f), load_checkpoint(f, parts=[]).meta))
+    if is_run(r.what): name, meta = str((found := of_newest(r.what)).path), found.meta
     config = meta.get("config") or {}
     data, bytes = config.get("data", {}), r.bytes or config.get("evaluate", {}).get("bytes", "round")
     words = ["crop", "channels", "skip_broken", "background"]
@@ -405,12 +402,11 @@ def _find_reference(r: Request, subject: Subject, ranks: Ranks = Ranks()) -> Eva
         return found.remember(splits) if r.nearest else found
     reference = read_reference(path)
     made = reference.features
-    kind = made.rpartition("-")[0] or made
     if reference.net is not None and r.trains: extractor: Extractor = ClassifierExtractor(reference.net.to(r.device))
     elif r.features == "train":
         raise ValueError(f"--features train: the reference {reference.name} was made in {made}; give the data set as "
                          "--ref to train on it")
-    else: extractor = load_extractor(r.features or kind, r.weights, r.device, r.trust)
+    else: extractor = load_extractor(r.features or made.rpartition("-")[0] or made, r.weights, r.device, r.trust)
     reference.check(extractor.features_id, subject.shape)
     return Evaluator(reference, extractor, r.words, r.batch, ranks=ranks)
 
@@ -420,8 +416,7 @@ def _search_model(evaluator: Evaluator, r: Request, m) -> list:
     word, seed, n = (r.metrics or ["fid"])[0], r.seed + SEARCH_SEED, r.search_n or min(r.n or 50000, 5000)
     alone, counts = replace(evaluator, training=None, metrics=[word]), evaluator.reference.label_counts
     def one(times, gamma):
-        drawn = drawn_samples(m, n, dict(solver="ctm", times=times, gamma=gamma), counts, seed)
-        got = alone.collect(drawn)
+        got = alone.collect(drawn_samples(m, n, dict(solver="ctm", times=times, gamma=gamma), counts, seed))
         return got and next(iter(alone.score(got).values()))
     gamma = r.gammas[0] if r.gammas else None
     return [search_times(one, steps, m.sigma_min, m.sigma_max, r.tries, gamma, evaluator.ranks) for steps in r.steps]

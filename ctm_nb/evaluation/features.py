@@ -10,7 +10,6 @@ __all__ = ['Features', 'LITE0', 'BACKBONE', 'Extractor', 'ClassifierExtractor', 
 # %% ../../nbs/5_evaluation/02_features.ipynb #1d1ce092
 import hashlib, importlib, os, warnings
 from collections import namedtuple
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from pickle import UnpicklingError
@@ -151,8 +150,7 @@ def _inception(name: str, folder=None, trust=False) -> InceptionExtractor:  # na
         warnings.simplefilter("ignore", FutureWarning)  # the format is old
         try: script = torch.jit.load(path, map_location="cpu")
         except RuntimeError as e:
-            why = str(e).strip().splitlines()[-1][:200]
-            raise ValueError(f"{path} can't be read as TorchScript: {why}") from None
+            raise ValueError(f"{path} can't be read as TorchScript: {str(e).strip().splitlines()[-1][:200]}") from None
     if hasattr(script, "layers") and hasattr(script, "output"):
         return InceptionExtractor(script, f"{name}-{file_hash(str(path))[:12]}")
     raise ValueError(f"{path} must be Inception as TorchScript with layers and output, got something else")
@@ -180,11 +178,11 @@ def find_weights(
                      "a folder and name it, or load the network once with timm where there is a connection")
 
 # %% ../../nbs/5_evaluation/02_features.ipynb #953d8be0
-def _optional(module: str, package: str|None = None):
+def _optional(module: str):
     "A module that few need, or a `ValueError` that says how to get it."
     try: return importlib.import_module(module)
     except ImportError as e:
-        raise ValueError(f"this needs the package {package or module} (pip install {package or module}): {e}") from None
+        raise ValueError(f"this needs the package {module} (pip install {module}): {e}") from None
 
 # %% ../../nbs/5_evaluation/02_features.ipynb #b8275581
 def _load_weights(net: nn.Module, path: Path, by_order: bool = False, change=dict) -> nn.Module:  # net
@@ -233,8 +231,7 @@ def load_extractor(
         raise ValueError(f"features must be train, inception, cleanfid, dinov2, lite0 or timm:NAME, got {name!r}")
     if dino := kind == "dinov2": which = f"vit_{which or 'large'}_patch14_dinov2"
     path = find_weights(which or name, weights)
-    make = partial(_optional("timm").create_model, which or LITE0, pretrained=False)
-    net = make(img_size=224) if dino else make()
+    net = _optional("timm").create_model(which or LITE0, pretrained=False, **{"img_size": 224} if dino else {})
     _load_weights(net, path, by_order=name == "lite0", change=_fewer_places if dino else dict)
     return (DINOv2Extractor if dino else TimmExtractor)(net, f"{name}-{file_hash(str(path))[:12]}").to(device)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..method.flow import noise
-from ..method.sampling import check_labels
+from ..method.sampling import _place, check_labels
 from ..method.teacher import Model
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #00090ef4
@@ -57,10 +57,9 @@ def _check_points(m: Model, x: Tensor, y, ids, tol: float = 1.) -> tuple:
     if not torch.isfinite(x).all(): raise ValueError(f"x must be finite, got {x[~torch.isfinite(x)][0].item()}")
     ids = list(range(len(x)) if ids is None else map(int, ids))
     if len(ids) != len(x): raise ValueError(f"ids must be {len(x)} numbers, one for each image, got {len(ids)}")
-    w = next(m.parameters(), None) if isinstance(m, torch.nn.Module) else None
-    device, dtype = (torch.device("cpu"), torch.float64) if w is None else (w.device, w.dtype)
+    device, dtype = _place(m)
     labels = None if y is None else check_labels(y, len(x), m.n_classes)
-    return x.to(device, dtype), None if labels is None else labels.to(device), ids
+    return x.to(device, dtype or torch.float64), None if labels is None else labels.to(device), ids
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #adff0aa9
 @torch.no_grad()
@@ -104,8 +103,7 @@ def bits_per_dim(nats, dim): return -nats / (dim * math.log(2))  # length of an 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #ba5daed6
 def _dequantise(x: Tensor, seed: int, ids) -> Tensor:  # (B, ...) float64, anywhere in the cells of the levels
     "Fill the 256 grey levels with uniform noise; an image's noise depends on its number alone."
-    u = torch.special.ndtr(_fresh_noise(tuple(x.shape[1:]), seed, ids).double())
-    return x.double() + PIXEL * (u - .5)
+    return x.double() + PIXEL * (torch.special.ndtr(_fresh_noise(tuple(x.shape[1:]), seed, ids).double()) - .5)
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #6214ed83
 def ode_bits(m: Model, x, y=None, tol=1e-4, probes=1, seed=0, ids=None) -> Tensor:  # (B,); as `ode_log_density`
@@ -138,8 +136,7 @@ def likelihood_record(
         raise ValueError(f"{data.name} must have labels of the model's {m.n_classes} classes, got "
                          f"{data.n_classes or 'no'} classes")
     n = min(n or len(data), len(data))
-    parts = (torch.arange(n) * len(data) // n).split(batch)
-    parts = tqdm(parts, desc="bpd", unit=" batches", disable=None)
+    parts = tqdm((torch.arange(n) * len(data) // n).split(batch), desc="bpd", unit=" batches", disable=None)
     y = lambda i: data.labels[i] if m.n_classes else None
     b = torch.cat([ode_bits(m, data.x0(i), y(i), tol, 1, seed, i.tolist()) for i in parts])
     reference = {"name": data.name, "sha256": data.sha256(), "n": len(data)}

@@ -15,6 +15,7 @@ from torch import nn
 from fastcore.basics import patch
 from tqdm import tqdm
 from ..data.images import Images
+from ..method.adversary import _seeded
 
 # %% ../../nbs/5_evaluation/01_metrics.ipynb #bcf587d0
 def _as_features(features, name="features", at_least=2) -> torch.Tensor:  # (N, d) float64, on the device of `features`
@@ -91,9 +92,8 @@ def frechet_gaussians(
     "Squared Wasserstein-2 distance between two Gaussians, Eq. (3); `ValueError` for what is not finite or doesn't fit."
     ma, A, mb, B = (torch.as_tensor(v).double() for v in (mean_a, cov_a, mean_b, cov_b))
     if not ma.shape == mb.shape == A.shape[:1] == B.shape[:1]:
-        raise ValueError("reference and samples must have the same dimension, got means "
-                         f"{tuple(ma.shape)}, {tuple(mb.shape)}"
-                         f" and covariances {tuple(A.shape)}, {tuple(B.shape)}")
+        raise ValueError(f"reference and samples must have the same dimension, got means {tuple(ma.shape)}, "
+                         f"{tuple(mb.shape)} and covariances {tuple(A.shape)}, {tuple(B.shape)}")
     if not all(v.isfinite().all() for v in (ma, A, mb, B)):
         raise ValueError("means and covariances must be finite, got NaN or infinity")
     overlap = torch.linalg.svdvals(_sqrt_psd(B) @ _sqrt_psd(A)).sum()
@@ -180,8 +180,7 @@ def inception_score(
     if not 1 <= splits <= len(p):
         raise ValueError(f"splits must be between 1 and the number of samples {len(p)}, got {splits}")
     divergence = lambda q: (torch.xlogy(q, q) - torch.xlogy(q, q.mean(0))).sum(1).mean()
-    scores = [divergence(q).exp() for q in p.tensor_split(splits)]
-    return torch.stack(scores).mean().item()
+    return torch.stack([divergence(q).exp() for q in p.tensor_split(splits)]).mean().item()
 
 # %% ../../nbs/5_evaluation/01_metrics.ipynb #65dde2e2
 def class_accuracy(
@@ -268,8 +267,7 @@ def train_classifier(
         raise ValueError(f"data must be labelled to train a classifier, got {data.name!r} without labels: score it in "
                          "features of your own")
     if len(data) < 2: raise ValueError(f"data must hold at least 2 images, got {len(data)}")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with _seeded(seed):
         net = FeatureClassifier(data.image_size, data.channels, data.n_classes, **architecture).to(device).train()
     g, batch_size = torch.Generator().manual_seed(seed), min(64, len(data))
     each = len(data) // batch_size  # steps of a pass

@@ -14,8 +14,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import reduce
-from io import BytesIO
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 import numpy as np, torch
@@ -37,17 +36,15 @@ class SampleSet:
     read: Callable                    # read(slice) -> (b, C, H, W) uint8
     labels: torch.Tensor|None = None  # (n,) the classes they were drawn as
 
-# %% ../../nbs/5_evaluation/03_reference.ipynb #b2acebef
-@patch
-def batches(self: SampleSet,
-    part: range | None = None,  # numbers of the samples, of step 1; None: all of them
-    batch_size: int = 500,  # pictures at a time
-):  # iterator over (b, C, H, W) uint8 and (b,) labels or None
-    "The samples in order."
-    part = range(self.n) if part is None else part
-    for i in range(part.start, part.stop, batch_size):
-        rows = slice(i, min(i + batch_size, part.stop))
-        yield self.read(rows), None if self.labels is None else self.labels[rows]
+    def batches(self,
+        part: range | None = None,  # numbers of the samples, of step 1; None: all of them
+        batch_size: int = 500,  # pictures at a time
+    ):  # iterator over (b, C, H, W) uint8 and (b,) labels or None
+        "The samples in order."
+        part = range(self.n) if part is None else part
+        for i in range(part.start, part.stop, batch_size):
+            rows = slice(i, min(i + batch_size, part.stop))
+            yield self.read(rows), None if self.labels is None else self.labels[rows]
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #b09d9c34
 def image_samples(
@@ -189,12 +186,12 @@ def _joined(parts: list, features_id: str = "these features") -> Collected:
     parts = [p for p in parts if p.n]
     n = sum(p.n for p in parts)
     if n < 2: raise ValueError(f"too few images: at least 2 are needed, got {n}")
-    whole = lambda values: None if values[0] is None else torch.cat(values)
     stats = reduce(FeatureStats.merge, (p.stats for p in parts), FeatureStats(len(parts[0].stats.mean)))
     if not stats.scatter.trace() > 0:
         raise ValueError(f"features are constant: all {n} images give equal features in {features_id}; "
                          "images or network are broken")
-    points, probs, labels = (whole([getattr(p, k) for p in parts]) for k in ("points", "probs", "labels"))
+    each = zip(*((p.points, p.probs, p.labels) for p in parts))
+    points, probs, labels = (None if v[0] is None else torch.cat(v) for v in each)
     return Collected(n, stats, points, probs, labels, parts[0].shape)
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #55bee4d5
@@ -278,9 +275,8 @@ def save(self: Reference, path) -> Path:
         arrays |= {f"net.{k}": v for k, v in self.net.state_dict().items()}
         meta["classifier"] = self.net.architecture
     arrays = {k: v.detach().cpu().numpy() for k, v in arrays.items()}
-    buffer = BytesIO()
-    np.savez(buffer, meta=json.dumps(meta), **arrays)  # a zip, whose checksums are verified when it is read
-    return atomic_write(path, buffer.getvalue())
+    # a zip, whose checksums are verified when it is read
+    return atomic_write(path, partial(np.savez, meta=json.dumps(meta), **arrays))
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #618578c9
 def is_reference_file(

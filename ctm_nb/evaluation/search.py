@@ -72,8 +72,7 @@ def search_times(
         except StopIteration: pass
     scores = [t["score"] for t in tries]
     curve = [min(scores[:i + 1]) for i in range(len(scores))]
-    best = min(tries, key=lambda t: t["score"])
-    return {"steps": steps, **best, "score_default": scores[0], "curve": curve}
+    return {"steps": steps, **min(tries, key=lambda t: t["score"]), "score_default": scores[0], "curve": curve}
 
 # %% ../../nbs/5_evaluation/04_search.ipynb #4fdb40fe
 SEARCH_SEED = 10 ** 9  # is added to a seed for the samples that a search scores

@@ -53,11 +53,9 @@ class Plane:
         upwards = [torch.stack(rows[::-1]).numpy() for rows in (x, velocity)]
         self.spline = CubicHermiteSpline(np.log(times[::-1]), *upwards)
 
-# %% ../../nbs/8_explore/01_explorer.ipynb #81c54b3f
-@patch
-def at(self: Plane, t) -> Tensor:  # x_t at one noise level or k of them, (n, 2) or (k, n, 2) float32
-    "Read the trajectories."
-    return torch.from_numpy(self.spline(np.log(t))).float()
+    def at(self, t) -> Tensor:  # x_t at one noise level or k of them, (n, 2) or (k, n, 2) float32
+        "Read the trajectories."
+        return torch.from_numpy(self.spline(np.log(t))).float()
 
 # %% ../../nbs/8_explore/01_explorer.ipynb #1114ea22
 def unit(x, t):

@@ -94,16 +94,14 @@ class TeacherFeatures(FeatureNetwork):
         "Standard normal noise, (B, levels, C, H, W)."
         return torch.randn(len(self.times), B, *shape, generator=generator).transpose(0, 1)
 
-# %% ../../nbs/1_method/08_adversary.ipynb #ce2bacd4
-@patch
-def forward(self: TeacherFeatures, x: Tensor, y: Tensor | None = None, noise: Tensor | None = None) -> list:
-    "A pyramid for each noise level, finest first, of pictures with classes and noise from `draw`; None: fresh."
-    K, B = len(self.times), len(x)
-    t = torch.tensor(self.times).to(x.device, non_blocking=True).repeat_interleave(B)
-    noise = self.draw(B, x.shape[1:]) if noise is None else noise
-    noisy = perturb(x.repeat(K, 1, 1, 1), t, noise.transpose(0, 1).flatten(0, 1).to(x))
-    maps = self.net.features(noisy, t, None if y is None else y.repeat(K))
-    return [list(pyramid) for pyramid in zip(*(m.chunk(K) for m in maps))]
+    def forward(self, x: Tensor, y: Tensor | None = None, noise: Tensor | None = None) -> list:
+        "A pyramid for each noise level, finest first, of pictures with classes and noise from `draw`; None: fresh."
+        K, B = len(self.times), len(x)
+        t = torch.tensor(self.times).to(x.device, non_blocking=True).repeat_interleave(B)
+        noise = self.draw(B, x.shape[1:]) if noise is None else noise
+        noisy = perturb(x.repeat(K, 1, 1, 1), t, noise.transpose(0, 1).flatten(0, 1).to(x))
+        maps = self.net.features(noisy, t, None if y is None else y.repeat(K))
+        return [list(pyramid) for pyramid in zip(*(m.chunk(K) for m in maps))]
 
 # %% ../../nbs/1_method/08_adversary.ipynb #4d1c0e01
 def _frozen(module: nn.Module) -> nn.Module:
@@ -242,17 +240,15 @@ class RandomProjection(nn.Module):
                 B = torch.randn(self.channels[l], coarse, 3, 3, generator=gen) / math.sqrt(9 * coarse)
                 self.register_buffer(f"B{l}", B)
 
-# %% ../../nbs/1_method/08_adversary.ipynb #71c01b9a
-@patch
-def forward(self: RandomProjection, maps: list[Tensor]) -> list[Tensor]:  # (B, C_l, H_l, W_l) -> (B, channels[l], ...)
-    mixed = []
-    for l, f in reversed(list(enumerate(maps))):
-        z = F.conv2d(f, self.get_buffer(f"A{l}"))
-        if mixed:
-            up = F.interpolate(mixed[-1], z.shape[2:], mode="bilinear")
-            z = (z + F.conv2d(up, self.get_buffer(f"B{l}"), padding=1)) * math.sqrt(.5)
-        mixed.append(z)
-    return mixed[::-1]
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:  # (B, C_l, H_l, W_l) -> (B, channels[l], ...)
+        mixed = []
+        for l, f in reversed(list(enumerate(maps))):
+            z = F.conv2d(f, self.get_buffer(f"A{l}"))
+            if mixed:
+                up = F.interpolate(mixed[-1], z.shape[2:], mode="bilinear")
+                z = (z + F.conv2d(up, self.get_buffer(f"B{l}"), padding=1)) * math.sqrt(.5)
+            mixed.append(z)
+        return mixed[::-1]
 
 # %% ../../nbs/1_method/08_adversary.ipynb #0262fc2f
 def _conv(c_in, c_out, kernel=3, stride=1):
@@ -277,15 +273,13 @@ class Head(nn.Module):
         self.logit = _conv(width, 1, 1)
         self.classes = spectral_norm(nn.Embedding(n_classes, width)) if n_classes else None
 
-# %% ../../nbs/1_method/08_adversary.ipynb #ecdd9289
-@patch
-def forward(self: Head, z: Tensor, y: Tensor | None = None) -> Tensor:  # (B, channels, H, W) -> (B, h*w)
-    phi = self.body(z)  # (B, width, h, w)
-    logits = self.logit(phi)  # (B, 1, h, w)
-    if y is not None and self.classes is not None:
-        e = self.classes(y.clamp(min=0)) * (y >= 0)[:, None]  # (B, width)
-        logits = logits + torch.einsum("bc,bchw->bhw", e, phi)[:, None]
-    return logits.flatten(1)
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:  # (B, channels, H, W) -> (B, h*w)
+        phi = self.body(z)  # (B, width, h, w)
+        logits = self.logit(phi)  # (B, 1, h, w)
+        if y is not None and self.classes is not None:
+            e = self.classes(y.clamp(min=0)) * (y >= 0)[:, None]  # (B, width)
+            logits = logits + torch.einsum("bc,bchw->bhw", e, phi)[:, None]
+        return logits.flatten(1)
 
 # %% ../../nbs/1_method/08_adversary.ipynb #e9eea8a6
 class Discriminator(nn.Module):

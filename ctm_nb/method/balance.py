@@ -48,24 +48,18 @@ def average(
     return [m.view_as(v).to(v.dtype) for m, v in zip(means, tensors)]
 
 # %% ../../nbs/1_method/07_balance.ipynb #7eabbb4a
-def average_gradients(
-    params,  # parameters; those without a gradient must be the same on each rank
-    most: int = 2 ** 25,  # numbers in one message (2**25: 128 MiB)
-):
+def average_gradients(params):  # parameters; those without a gradient must be the same on each rank
     "Replace every `.grad` by its mean over the ranks; nothing happens where there is one."
-    if (world := n_processes()) == 1: return
+    if n_processes() == 1: return
     messages, room = [], 0
     for g in (p.grad for p in params if p.grad is not None):
         if g.numel() > room:
             messages.append([])
-            room = max(most, g.numel())
+            room = max(2 ** 25, g.numel())  # numbers in one message: 128 MiB
         messages[-1].append(g)
         room -= g.numel()
-    flats = [torch.cat([g.flatten() for g in m]) for m in messages]
-    works = [dist.all_reduce(f, async_op=True) for f in flats]  # all are on their way before the first is waited for
-    for work in works: work.wait()
-    for grads, flat in zip(messages, flats):
-        for g, mean in zip(grads, (flat / world).split([g.numel() for g in grads])): g.copy_(mean.view_as(g))
+    for grads in messages:
+        for g, mean in zip(grads, average(*grads)): g.copy_(mean)
 
 # %% ../../nbs/1_method/07_balance.ipynb #30e93f35
 def balance(

@@ -38,8 +38,7 @@ def draw_indices(
     Raises ValueError unless 1 <= k < N."""
     if not 1 <= k < N: raise ValueError(f"k must be in 1..N-1 = 1..{N - 1}, got k={k}")
     i = torch.randint(0, N - k, (batch,), generator=generator)
-    choices = N - (i + k)
-    j = i + k + (torch.rand(batch, generator=generator) * choices).long()
+    j = i + k + (torch.rand(batch, generator=generator) * (N - (i + k))).long()
     return i, j.clamp(max=N - 1)
 
 # %% ../../nbs/1_method/06_distill.ipynb #55fbef38

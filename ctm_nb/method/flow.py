@@ -204,13 +204,6 @@ def sample(self: GaussianMixture,
     k = k.clamp(max=len(self.means) - 1)
     return (self.means[k] + self.stds[k, None] * z[:, :-1]).float()
 
-# %% ../../nbs/1_method/01_flow.ipynb #f2373767
-def _refuse(bad, message, t, s):
-    "Raise `ValueError` naming the first row that is bad."
-    if not bad.any(): return
-    row = bad.nonzero()[0].item()
-    raise ValueError(message.format(s=s[row].item(), t=t[row].item()) + f" (row {row})")
-
 # %% ../../nbs/1_method/01_flow.ipynb #08262fd9
 def check_times(
     x: Tensor,  # (B, ...)
@@ -220,8 +213,9 @@ def check_times(
     "A starting and a final time for each row; raises `ValueError` naming the first row where `0 <= s <= t` fails."
     rows = x.new_empty(len(x), dtype=finest(x.device))
     t, s = (expand(v, rows).expand_as(rows) for v in (t, s))
-    _refuse(~(s >= 0), "s must be >= 0, got s={s}", t, s)
-    _refuse(~(s <= t), "s must be <= t, got s={s} > t={t}", t, s)
+    for bad, message in ((~(s >= 0), "s must be >= 0, got s={s}"), (~(s <= t), "s must be <= t, got s={s} > t={t}")):
+        for row in bad.nonzero()[:1, 0].tolist():
+            raise ValueError(message.format(s=s[row].item(), t=t[row].item()) + f" (row {row})")
     return t, s
 
 # %% ../../nbs/1_method/01_flow.ipynb #f7a34d85
@@ -252,13 +246,11 @@ def flow(self: GaussianMixture,
     return torch.from_numpy(run.y[:, -1].reshape(x64.shape)).to(x)
 
 # %% ../../nbs/1_method/01_flow.ipynb #56586b45
-def toy_mixture(
-    n_modes: int = 8,  # number of components along the spiral
-) -> GaussianMixture:  # 2-D, centred, standard deviation 0.5 per coordinate
+def toy_mixture() -> GaussianMixture:  # 2-D, centred, standard deviation 0.5 per coordinate
     "Gaussians along a spiral: a small 2-D data set in which a wrong trajectory is visible to the eye."
-    a = torch.linspace(0, 1, n_modes, dtype=torch.float64)  # (n_modes,) position along the spiral
+    a = torch.linspace(0, 1, 8, dtype=torch.float64)  # (8,) position along the spiral
     angle, radius = 0.6 + 2 * math.pi * 0.93 * a, 0.45 + 0.55 * a
-    means = radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1)  # (n_modes, 2)
+    means = radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1)  # (8, 2)
     means, stds = means - means.mean(0), 0.04 + 0.05 * a
     scale = SIGMA_DATA / (means.pow(2).mean() + stds.pow(2).mean()).sqrt()
     return GaussianMixture(means * scale, stds * scale)

@@ -119,6 +119,5 @@ def keep_best(
     order = torch.empty(len(y), dtype=torch.int64)
     for c in y.unique():
         of_class, count = (labels == c).nonzero()[:, 0], int((y == c).sum())
-        best = scores[of_class].argsort(descending=True, stable=True)[:count]
-        order[y == c] = of_class[best].sort().values
+        order[y == c] = of_class[scores[of_class].argsort(descending=True, stable=True)[:count]].sort().values
     return order

@@ -155,17 +155,10 @@ def _place(m):
     p = next(m.parameters(), None) if isinstance(m, nn.Module) else None
     return ("cpu", None) if p is None else (p.device, p.dtype)
 
-def _given(noise_fn, i, shape):
-    "The caller's noise, of the right shape."
-    z = torch.as_tensor(noise_fn(i, shape))
-    if z.shape != shape:
-        raise ValueError(f"noise_fn({i}, {shape}) must return noise of shape {shape}, got {tuple(z.shape)}")
-    return z
-
 # %% ../../nbs/1_method/09_sampling.ipynb #0248f98f
-def _check_finite(m: Model, x: Tensor, ids: Tensor):  # the model that drew them, samples, and their numbers (B,)
-    "Raise FloatingPointError naming the first sample that is not finite."
-    if math.isfinite(torch.linalg.vector_norm(x.detach(), math.inf)): return  # of the largest, in one pass
+def _check_finite(m: Model, x: Tensor, ids: Tensor) -> Tensor:  # the model, its samples and their numbers (B,) -> x
+    "The same samples; raises FloatingPointError naming the first that is not finite."
+    if math.isfinite(torch.linalg.vector_norm(x.detach(), math.inf)): return x  # of the largest, in one pass
     bad = ~torch.isfinite(x).flatten(1).all(1).cpu()
     row = int(bad.nonzero()[0])
     value = x[row][~torch.isfinite(x[row])][0].item()
@@ -201,10 +194,10 @@ def sample(
     for k, numbers in enumerate(ids.split(size)):
         shape, rows = (len(numbers), *m.data_shape), numbers.tolist()
         def draw(i):
-            z = _given(noise_fn, i, shape) if noise_fn else noise(m.data_shape, seed, rows, draw=i)
-            return z.to(*place)
+            z = torch.as_tensor(noise_fn(i, shape)) if noise_fn else noise(m.data_shape, seed, rows, draw=i)
+            if z.shape == shape: return z.to(*place)
+            raise ValueError(f"noise_fn({i}, {shape}) must return noise of shape {shape}, got {tuple(z.shape)}")
         x, labels = draw(0) * float(times[0]), None if y is None else y.split(size)[k].to(place[0])
         x = SAMPLERS[solver](m, x, times, labels, draw, callback, **{"gamma": gamma} if solver == "ctm" else {})
-        _check_finite(m, x, numbers)
-        out.append(x)
+        out.append(_check_finite(m, x, numbers))
     return torch.cat(out) if len(out) > 1 else out[0]

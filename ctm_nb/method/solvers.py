@@ -113,8 +113,7 @@ def nfe(
     times: Tensor,  # (n+1,) or (n+1, B), as for `solve`
 ) -> int:
     "Evaluations of D in a solve: Heun's step to 0 has no second one."
-    ends_at_zero = not bool(torch.as_tensor(times[-1]).any())
-    return SOLVERS[solver] * (len(times) - 1) - (solver == "heun" and ends_at_zero)
+    return SOLVERS[solver] * (len(times) - 1) - (solver == "heun" and not torch.as_tensor(times[-1]).any())
 
 # %% ../../nbs/1_method/02_solvers.ipynb #7f30f35c
 def solve(

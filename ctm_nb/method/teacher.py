@@ -179,11 +179,9 @@ class Denoiser(Preconditioned):
     ) -> Tensor:  # (B, ...)
         return self.precondition(x, t, y=y, **more)
 
-# %% ../../nbs/1_method/03_teacher.ipynb #f101bc2f
-@patch
-def D(self: Denoiser, x: Tensor, t: float | Tensor, y: Tensor | None = None, **more) -> Tensor:  # as `forward`
-    "The denoiser by its name in the paper."
-    return self(x, t, y, **more)
+    def D(self, x: Tensor, t: float | Tensor, y: Tensor | None = None, **more) -> Tensor:  # as `forward`
+        "The denoiser by its name in the paper."
+        return self(x, t, y, **more)
 
 # %% ../../nbs/1_method/03_teacher.ipynb #b558e094
 @patch

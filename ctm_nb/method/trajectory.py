@@ -27,16 +27,14 @@ class CTM(Preconditioned):
     ) -> Tensor:  # (B, ...)
         return self.precondition(x, t, s, y)  # g
 
-# %% ../../nbs/1_method/04_trajectory.ipynb #e0dc8209
-@patch
-def g(self: CTM,
-    x: Tensor,  # (B, ...) data at noise level t
-    t: float | Tensor,  # start, > 0, (B,) or scalar
-    s: float | Tensor,  # landing time, 0 <= s <= t; below sigma_min it is read as sigma_min
-    y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
-) -> Tensor:  # (B, ...) x_0-prediction
-    "The network-preconditioned part of G.  # CTM: definition of g"
-    return self(x, t, s, y)
+    def g(self,
+        x: Tensor,  # (B, ...) data at noise level t
+        t: float | Tensor,  # start, > 0, (B,) or scalar
+        s: float | Tensor,  # landing time, 0 <= s <= t; below sigma_min it is read as sigma_min
+        y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
+    ) -> Tensor:  # (B, ...) x_0-prediction
+        "The network-preconditioned part of G.  # CTM: definition of g"
+        return self(x, t, s, y)
 
 # %% ../../nbs/1_method/04_trajectory.ipynb #622ac604
 @patch

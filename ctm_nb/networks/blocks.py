@@ -24,20 +24,15 @@ def sinusoidal_embedding(
     "Spread a number over `dim` sines and cosines (Vaswani et al. 2017)."
     half = dim // 2
     j = torch.arange(half, dtype=torch.float32, device=c.device)
-    omega = 1e4 ** -(j / (half if cos_first else half - 1))  # (half,)
-    phase = c.float()[:, None] * omega  # (B, half)
-    both = (phase.cos(), phase.sin()) if cos_first else (phase.sin(), phase.cos())
-    return torch.cat(both, dim=1).to(c.dtype)
+    phase = c.float()[:, None] * 1e4 ** -(j / (half if cos_first else half - 1))  # (B, half)
+    return torch.cat([phase.cos(), phase.sin()] if cos_first else [phase.sin(), phase.cos()], dim=1).to(c.dtype)
 
 # %% ../../nbs/2_networks/01_blocks.ipynb #c676a0c9
 class FourierEmbedding(nn.Module):
     "Sines and cosines of random frequencies, drawn once and saved."
-    def __init__(self,
-        dim: int,  # even, number of features
-        scale: float = 16.,  # standard deviation of the frequencies, in turns per unit of c
-    ):
+    def __init__(self, dim: int):  # even, number of features
         super().__init__()
-        self.register_buffer("freqs", scale * torch.randn(dim // 2))
+        self.register_buffer("freqs", 16. * torch.randn(dim // 2))  # in turns per unit of c
 
     def forward(self, c: Tensor) -> Tensor:  # (B,) -> (B, dim)
         phase = c.float()[:, None] * 2 * math.pi * self.freqs.float()  # (B, dim/2)
@@ -118,9 +113,8 @@ def pixel_attention(
     "Scaled dot-product attention of every pixel to every pixel."
     B, C3, H, W = qkv.shape
     d = C3 // (3 * heads)
-    if three_first: three = qkv.reshape(B, 3, heads, d, H * W).permute(1, 0, 2, 4, 3)
-    else: three = qkv.reshape(B, heads, d, 3, H * W).permute(3, 0, 1, 4, 2)
-    q, k, v = three.contiguous()  # each (B, heads, HW, d)
+    shape, order = ((3, heads, d), (1, 0, 2, 4, 3)) if three_first else ((heads, d, 3), (3, 0, 1, 4, 2))
+    q, k, v = qkv.reshape(B, *shape, H * W).permute(order).contiguous()  # each (B, heads, HW, d)
     if qkv.dtype == torch.bfloat16 and channels_last_pays(qkv): a = (q @ (k.mT / math.sqrt(d))).softmax(-1) @ v
     else: a = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, d)
     return a.transpose(2, 3).reshape(B, C3 // 3, H, W)
@@ -149,6 +143,9 @@ class Conventions:
     groups: int = 32  # of the group normalisation, at most
     strided: int | None = None  # a convolution with so much padding changes the resolution; None: a residual block
 
+    def norm(self, channels): return group_norm(channels, self.eps, self.group_channels, self.groups)
+    def init(self, layer, scale=1.): return init_(layer, scale, self.glorot)
+
 # %% ../../nbs/2_networks/01_blocks.ipynb #cff6a8a1
 def group_norm(
     channels: int,  # channels to normalise
@@ -157,8 +154,7 @@ def group_norm(
     most: int = 32,  # groups, at most
 ) -> nn.GroupNorm:
     "Group normalisation with as many equal groups as possible."
-    most = min(most, max(1, channels // least))
-    groups = next(n for n in range(most, 0, -1) if channels % n == 0)
+    groups = next(n for n in range(min(most, max(1, channels // least)), 0, -1) if channels % n == 0)
     return nn.GroupNorm(groups, channels, eps=eps)
 
 # %% ../../nbs/2_networks/01_blocks.ipynb #5c1e77a3
@@ -225,19 +221,17 @@ class ResBlock(nn.Module):
         super().__init__()
         k = self.conventions = conventions
         self.dropout, self.heads = dropout, heads
-        norm = lambda channels: group_norm(channels, k.eps, k.group_channels, k.groups)
-        init = lambda layer, scale=1.: init_(layer, scale, k.glorot)
-        self.norm0, self.conv0 = norm(c_in), init(ResampleConv(c_in, c_out, 3, how, k.taps))
+        self.norm0, self.conv0 = k.norm(c_in), k.init(ResampleConv(c_in, c_out, 3, how, k.taps))
         width = c_out * (2 if k.scale_shift else 1)
-        self.affine = init(nn.Linear(c_emb, width))
-        if s_branch: self.affine_s = init(nn.Linear(c_emb, width))
-        self.norm1, self.conv1 = norm(c_out), init(ResampleConv(c_out, c_out, 3), 0)
-        if c_in != c_out or (how and k.skip_conv): self.skip = init(ResampleConv(c_in, c_out, 1, how, k.taps))
+        self.affine = k.init(nn.Linear(c_emb, width))
+        if s_branch: self.affine_s = k.init(nn.Linear(c_emb, width))
+        self.norm1, self.conv1 = k.norm(c_out), k.init(ResampleConv(c_out, c_out, 3), 0)
+        if c_in != c_out or (how and k.skip_conv): self.skip = k.init(ResampleConv(c_in, c_out, 1, how, k.taps))
         else: self.skip = Resample(how, k.taps)
         if heads:
-            self.norm2 = norm(c_out)
-            self.qkv = init(nn.Conv2d(c_out, 3 * c_out, 1), math.sqrt(.2) if k.glorot else 1.)
-            self.proj = init(nn.Conv2d(c_out, c_out, 1), 0)
+            self.norm2 = k.norm(c_out)
+            self.qkv = k.init(nn.Conv2d(c_out, 3 * c_out, 1), math.sqrt(.2) if k.glorot else 1.)
+            self.proj = k.init(nn.Conv2d(c_out, c_out, 1), 0)
 
 # %% ../../nbs/2_networks/01_blocks.ipynb #f84918f5
 @patch

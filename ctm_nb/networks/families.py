@@ -10,8 +10,7 @@ from .edm2 import EDM2
 from .unet import ADM, MLP, DDPMpp, NCSNpp, Network, OpenAIUNet
 
 # %% ../../nbs/2_networks/04_families.ipynb #4024d5c4
-FAMILIES: dict = {"ddpmpp": DDPMpp, "ncsnpp": NCSNpp, "adm": ADM, "openai": OpenAIUNet, "edm2": EDM2,
-                  "mlp": MLP}
+FAMILIES: dict = {"ddpmpp": DDPMpp, "ncsnpp": NCSNpp, "adm": ADM, "openai": OpenAIUNet, "edm2": EDM2, "mlp": MLP}
 
 # %% ../../nbs/2_networks/04_families.ipynb #b6a44279
 def build_network(
@@ -31,5 +30,4 @@ def network_config(
     net: Network,  # a network of one of the FAMILIES
 ) -> dict:  # JSON-able; `build_network(**network_config(net))` builds its twin
     "Family and arguments of a network."
-    family = next(k for k, v in FAMILIES.items() if type(net) is v)
-    return {"family": family, **net.config}
+    return {"family": next(k for k, v in FAMILIES.items() if type(net) is v), **net.config}

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .blocks import (Conventions, FourierEmbedding, ResampleConv, ResBlock, channels_last_pays,
-                                    group_norm, init_, normalise, silu_, sinusoidal_embedding)
+from .blocks import (Conventions, FourierEmbedding, ResampleConv, ResBlock, channels_last_pays, init_,
+                     normalise, silu_, sinusoidal_embedding)
 
 # %% ../../nbs/2_networks/02_unet.ipynb #f30740d4
 class Network(nn.Module):
@@ -113,18 +113,17 @@ class OpenAIUNet(UNet):
 @patch
 def _build_mapping(self: UNet, c_emb: int):
     c, k = self.config, self.conventions
-    init = lambda layer, scale=1.: init_(layer, scale, k.glorot)
     width = c["model_channels"] * (2 if k.embedding == "fourier" else 1)
     if k.embedding == "fourier": self.map_noise = FourierEmbedding(width)
     if c["n_classes"] and k.label == "before":
-        self.map_label = init(nn.Linear(c["n_classes"], width))
+        self.map_label = k.init(nn.Linear(c["n_classes"], width))
     elif c["n_classes"]:
         self.map_label = nn.Linear(c["n_classes"], c_emb, bias=False)
         nn.init.normal_(self.map_label.weight)
-    if c["augment_dim"]: self.map_augment = init(nn.Linear(c["augment_dim"], width, bias=False), 0)
+    if c["augment_dim"]: self.map_augment = k.init(nn.Linear(c["augment_dim"], width, bias=False), 0)
     for suffix in ("", "_s") if c["s_branch"] else ("",):
-        setattr(self, f"map_layer0{suffix}", init(nn.Linear(width, c_emb)))
-        setattr(self, f"map_layer1{suffix}", init(nn.Linear(c_emb, c_emb)))
+        setattr(self, f"map_layer0{suffix}", k.init(nn.Linear(width, c_emb)))
+        setattr(self, f"map_layer1{suffix}", k.init(nn.Linear(c_emb, c_emb)))
 
 # %% ../../nbs/2_networks/02_unet.ipynb #c446e631
 @patch
@@ -191,7 +190,7 @@ def _build_encoder(self: UNet):
         res = c["image_size"] >> level
         at = f"{res}x{res}"
         if level == 0:
-            self.enc[f"{at}_conv"] = init_(ResampleConv(c["channels"], width, 3), glorot=k.glorot)
+            self.enc[f"{at}_conv"] = k.init(ResampleConv(c["channels"], width, 3))
         else:
             self.enc[f"{at}_down"] = self._resized(width, "down")
             if k.picture_path:
@@ -223,8 +222,7 @@ def _build_decoder(self: UNet):
             width = out
     place, norm, conv = k.out_names
     home, prefix = (self.dec, f"{at}_") if place else (self, "")
-    self.out_layers = (group_norm(width, k.eps, k.group_channels, k.groups),
-                       init_(ResampleConv(width, c["channels"], 3), 0, k.glorot))
+    self.out_layers = k.norm(width), k.init(ResampleConv(width, c["channels"], 3), 0)
     for name, layer in zip((norm, conv), self.out_layers): home.add_module(prefix + name, layer)
 
 # %% ../../nbs/2_networks/02_unet.ipynb #c4315a33
@@ -246,8 +244,7 @@ def _encode(self: UNet, x: Tensor, emb: Tensor, emb_s: Tensor | None = None) -> 
 def _embeddings(self: UNet, c_noise_t, c_noise_s=None, y=None, augment=None) -> tuple[Tensor, Tensor | None]:
     "Both times embedded; raises ValueError when s is given to a network without s-branch, or missing."
     self.check_s(c_noise_s)
-    emb_s = None if c_noise_s is None else self.embed(c_noise_s, y, "_s")
-    return self.embed(c_noise_t, y, augment=augment), emb_s
+    return self.embed(c_noise_t, y, augment=augment), None if c_noise_s is None else self.embed(c_noise_s, y, "_s")
 
 # %% ../../nbs/2_networks/02_unet.ipynb #1eb6d6cf
 @patch
@@ -273,8 +270,7 @@ def forward(self: UNet,
 @patch
 def features(self: Network, x: Tensor, c_noise_t: Tensor, c_noise_s=None, y=None) -> list[Tensor]:  # as `forward`
     "The encoder's last activations at each resolution, (B, C_l, H_l, W_l), finest first; of a U-Net."
-    stack = self._encode(x, *self._embeddings(c_noise_t, c_noise_s, y))
-    return list({h.shape[-1]: h for h in stack}.values())
+    return list({h.shape[-1]: h for h in self._encode(x, *self._embeddings(c_noise_t, c_noise_s, y))}.values())
 
 # %% ../../nbs/2_networks/02_unet.ipynb #d346b1a4
 BLOCK_NAMES = {"norm0": "in_layers.0", "conv0": "in_layers.2", "affine": "emb_layers.1", "affine_s": "emb_layers_s.1",
@@ -375,20 +371,16 @@ class MLP(Network):
         if s_branch: self.map_layer0_s = init_(nn.Linear(width, width))
         self.blocks = nn.ModuleList(_MLPBlock(width, s_branch) for _ in range(n_blocks))
 
-# %% ../../nbs/2_networks/02_unet.ipynb #b6526968
-@patch
-def _embed(self: MLP, c_noise: Tensor, y: Tensor | None, layer: nn.Module) -> Tensor:  # (B, width)
-    "Embed one of the two times, by its layer, together with the label."
-    e = sinusoidal_embedding(10 * c_noise, self.config["width"])
-    if self.config["n_classes"] and y is not None: e = e + self.map_label(y.clamp(min=0)) * (y >= 0)[:, None]
-    return F.silu(layer(e))
+    def _embed(self, c_noise: Tensor, y: Tensor | None, layer: nn.Module) -> Tensor:  # (B, width)
+        "Embed one of the two times, by its layer, together with the label."
+        e = sinusoidal_embedding(10 * c_noise, self.config["width"])
+        if self.config["n_classes"] and y is not None: e = e + self.map_label(y.clamp(min=0)) * (y >= 0)[:, None]
+        return F.silu(layer(e))
 
-# %% ../../nbs/2_networks/02_unet.ipynb #c3ca9044
-@patch
-def forward(self: MLP, x: Tensor, c_noise_t: Tensor, c_noise_s=None, y=None) -> Tensor:  # as `UNet.forward`
-    "F_theta for points (B, dim)."
-    emb = self._embed(c_noise_t, y, self.map_layer0)
-    emb_s = None if c_noise_s is None else self._embed(c_noise_s, y, self.map_layer0_s)
-    h = self.inp(x)
-    for block in self.blocks: h = block(h, emb, emb_s)
-    return self.out(F.silu(h))
+    def forward(self, x: Tensor, c_noise_t: Tensor, c_noise_s=None, y=None) -> Tensor:  # as `UNet.forward`
+        "F_theta for points (B, dim)."
+        emb = self._embed(c_noise_t, y, self.map_layer0)
+        emb_s = None if c_noise_s is None else self._embed(c_noise_s, y, self.map_layer0_s)
+        h = self.inp(x)
+        for block in self.blocks: h = block(h, emb, emb_s)
+        return self.out(F.silu(h))

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import stages
-from .config import STAGES, Config, _uses_trajectories, phases, schedule
+from .config import STAGES, Config, _uses_trajectories, phases, schedule, stage_at
 from ..data.batches import available_memory
 from ..data.images import Images
 from ..evaluation.reference import pick_device
@@ -264,8 +264,7 @@ def seconds(
     "How long each stage takes, scores and pictures not counted."
     c, todo = costs(config), schedule(config)
     unit = images_per_sec * c[next(iter(todo))]  # forward passes a second
-    images = {s: (span.end - span.first) * span.batch for s, span in todo.items()}
-    return {s: n * c[s] / unit for s, n in images.items()}
+    return {s: (span.end - span.first) * span.batch * c[s] / unit for s, span in todo.items()}
 
 # %% ../../nbs/6_training/09_costs.ipynb #3c7c722b
 def measure(
@@ -291,13 +290,12 @@ def estimate(
     images_per_sec: float | None = None,  # of one device in the first stage; None: no times
 ) -> list[str]:
     "Memory and time as lines of a plan."
-    need, first = memory(config, data), next(iter(schedule(config)))
-    each = "; ".join(f"{NAMES[s]} {v / 2**30:.2f} GiB" for s, v in need.items())
+    todo, first = schedule(config), stage_at(config, 0).name
+    each = "; ".join(f"{NAMES[s]} {v / 2**30:.2f} GiB" for s, v in memory(config, data).items())
     what = "with the whole batch at once on one device in float32, libraries not counted (micro-batches need less)"
     out = [f"memory    {each} {what}"]
     if images_per_sec is None:
         return [*out, "time      unknown; --measure times two steps here"]
     def line(s, v): return f"{NAMES[s]} {duration(v)} ({v / (todo[s].end - todo[s].first):.2g} s a step)"
-    todo = schedule(config)
     times = "; ".join(line(s, v) for s, v in seconds(config, images_per_sec).items())
     return [*out, f"time      {times} on one device that trains the {NAMES[first]} on {images_per_sec:.3g} images/s"]

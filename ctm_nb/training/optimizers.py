@@ -129,7 +129,6 @@ def load_optimizer(
     state: dict,  # `state_dict` of the same optimizer on any device
 ):
     "Continue an optimizer, with the kernels of this device."
-    groups = []
-    for saved, mine in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        groups.append({**mine, **saved, **{k: mine[k] for k in ("foreach", "fused", "capturable") if k in mine}})
+    groups = [{**mine, **saved, **{k: mine[k] for k in ("foreach", "fused", "capturable") if k in mine}}
+              for saved, mine in zip(state["param_groups"], optimizer.param_groups, strict=True)]
     optimizer.load_state_dict({**state, "param_groups": groups})

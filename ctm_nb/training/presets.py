@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.read import BrokenImage, open_source
+from ..data.batches import tried
+from ..data.read import open_source
 
 # %% ../../nbs/6_training/01_presets.ipynb #146fbafe
 EDM, CTM, COMMANDS = "EDM Table 7", "CTM, recipe", "CTM [R] commands"
@@ -138,10 +139,8 @@ PRESETS = {name: " ".join(words for _, words in recipe) for name, recipe in RECI
 # %% ../../nbs/6_training/01_presets.ipynb #42ebb5e6
 def _propose_size(source, limit):
     "The side that images should have, at most the limit, or None: as they are; and the reason."
-    shapes = set()
-    for i in np.unique(np.linspace(0, len(source) - 1, min(64, len(source))).astype(int)):
-        try: shapes.add(source.pixels(int(i)).shape[:2])
-        except BrokenImage: continue
+    some = np.unique(np.linspace(0, len(source) - 1, min(64, len(source))).astype(int)).tolist()
+    shapes = {a.shape[:2] for a, why in map(tried(source.pixels), some) if not why}
     if not shapes: raise ValueError(f"none of the first images in {source.name} can be read")
     (h, w), least = next(iter(shapes)), min(min(s) for s in shapes)
     if len(shapes) == 1 and h == w <= limit: return None, f"all images are {h} x {w}"
@@ -181,8 +180,7 @@ def choose(
 ) -> tuple:  # name of the preset to start from, words, reasons
     "What `--preset auto` means for some data, and why."
     source = open_source(path)
-    given = (image_size, f"--image-size {image_size}")
-    size, why = given if image_size else _propose_size(source, 64 if gpu else 32)
+    size, why = (image_size, f"--image-size {image_size}") if image_size else _propose_size(source, 64 if gpu else 32)
     words, because = _network_words(size or source.pixels(0).shape[0], gpu)
     start = ("cifar10-cond" if source.classes else "cifar10") if gpu else "digits"
     classes = f"{len(source.classes)} classes ({', '.join(source.classes[:5])}{', ...' * (len(source.classes) > 5)})"
@@ -192,5 +190,4 @@ def choose(
         words += OWN_PICTURES.split()
         rest += ", but nothing is mirrored, and distances and the adversary look through the teacher's encoder"
     reasons = [f"{source.name} ({source.kind}) has {len(source)} images and {known}", why, because, rest]
-    sized = [f"data.image_size={size}"] if size else []
-    return start, [f"data.source={path}", *sized, *words], reasons
+    return start, [f"data.source={path}", *[f"data.image_size={size}"] * bool(size), *words], reasons

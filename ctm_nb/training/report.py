@@ -58,8 +58,7 @@ def read_run(
     folder = Path(folder)
     config = read_json(folder / "config.json", {})
     if not config: raise ValueError(f"{folder} must be the folder of a run, it has no {folder/'config.json'} of one")
-    step = lambda p: int(re.sub(r"\D*(\d+).*", r"\1", p.name))
-    numbered = lambda pattern: sorted((step(p), p) for p in folder.glob(pattern))
+    numbered = lambda pattern: sorted((int(re.sub(r"\D*(\d+).*", r"\1", p.name)), p) for p in folder.glob(pattern))
     manifests = [read_json(p / "checkpoint.json", {}) for _, p in numbered("checkpoints/step_[0-9]*")]
     records = [r for r in read_json(folder / "scores.json", []) if is_record(r)]
     log, final = folder / "metrics.jsonl", folder / "samples" / "final.png"
@@ -145,8 +144,7 @@ def markdown_table(
     "The usual metrics that are there as a Markdown table."
     columns = [c for c in USUAL if any(c in r for r in rows)]
     head = ["sampler", *(c.replace("_", " ") for c in columns)]
-    digits = lambda c: 2 if c in DISTANCES_OF_FRECHET else 3
-    cells = lambda row: [f"{row[c]:.{digits(c)}f}" if c in row else "" for c in columns]
+    cells = lambda row: [f"{row[c]:.{2 if c in DISTANCES_OF_FRECHET else 3}f}" if c in row else "" for c in columns]
     lines = [head, ["---"] * len(head), *([row["sampler"], *cells(row)] for row in rows)]
     return "\n".join("| " + " | ".join(l) + " |" for l in lines)
 

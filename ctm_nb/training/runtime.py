@@ -82,10 +82,9 @@ def check_equal(self: Here, modules: dict):  # name -> network
     "Raise RuntimeError if the processes no longer hold the same weights."
     if self.world == 1: return
     sums = torch.stack([sum(p.detach().double().abs().sum() for p in m.parameters()) for m in modules.values()])
-    low, high = sums.clone(), sums.clone()
-    dist.all_reduce(low, op=dist.ReduceOp.MIN)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX)
-    if apart := [k for k, a, b in zip(modules, low.tolist(), high.tolist()) if not b - a <= 1e-4 * b]:
+    ends = torch.stack([sums, -sums])
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    if apart := [k for k, most, least in zip(modules, *ends.tolist()) if not most + least <= 1e-4 * most]:
         what = f"the processes no longer hold the same weights ({', '.join(apart)})"
         raise RuntimeError(f"{what}; the last checkpoint is good")
 
@@ -120,14 +119,12 @@ class Signals:
         try: yield
         finally: self.holding = False
 
-# %% ../../nbs/6_training/03_runtime.ipynb #ba90cc87
-@patch
-def leave(self: Signals, saved: str = "the last checkpoint is whole"):
-    "Stop: KeyboardInterrupt for SIGINT, else SystemExit with the code of the table."
-    message = f"{self.asked}: {saved}; the same command continues"
-    if self.asked == "SIGINT": raise KeyboardInterrupt(message)
-    log.warning(message)
-    raise SystemExit(EXIT_CODES[self.asked])
+    def leave(self, saved: str = "the last checkpoint is whole"):
+        "Stop: KeyboardInterrupt for SIGINT, else SystemExit with the code of the table."
+        message = f"{self.asked}: {saved}; the same command continues"
+        if self.asked == "SIGINT": raise KeyboardInterrupt(message)
+        log.warning(message)
+        raise SystemExit(EXIT_CODES[self.asked])
 
 # %% ../../nbs/6_training/03_runtime.ipynb #749153df
 @patch
@@ -163,8 +160,8 @@ def autocast(
 ):
     "A context in which networks compute in that precision; weights, losses and solvers keep theirs."
     if precision == "fp32": return nullcontext()
-    keep = device.type == "cuda"  # the cache is shared by all threads
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=keep)
+    # the cache is shared by all threads
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=device.type == "cuda")
 
 # %% ../../nbs/6_training/03_runtime.ipynb #c5e3feca
 def told_precision(

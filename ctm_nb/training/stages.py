@@ -237,8 +237,7 @@ class TeacherStage(Stage):
         "EDM's denoising loss.  # EDM Eq. 8"
         model = self.parts["model"]
         D = model if e["augment"] is None else partial(model, augment=e["augment"])
-        inputs = {k: e[k] for k in ("x0", "sigma", "eps", "y")}
-        loss = edm_loss(D, **inputs, sigma_data=model.sigma_data)
+        loss = edm_loss(D, e["x0"], e["sigma"], e["eps"], e["y"], model.sigma_data)
         if self.optim.weighting == "uncertainty":
             loss = uncertainty_loss(loss, model.net.logvar(model.c_noise(e["sigma"], e["x0"])))
         return {"edm": loss.mean()}
@@ -264,6 +263,9 @@ class DistillStage(Stage):
         found = phases(self.config.distill, self.optim.steps)
         return next((p for p in found if n < p.end), found[-1])
 
+    def kinds(self) -> list: return [p.first for p in phases(self.config.distill, self.optim.steps)]
+    def works_ahead(self, n: int) -> bool: return self.phase(n).name != "trajectories" and not teacherless(self.config)
+
 # %% ../../nbs/6_training/05_stages.ipynb #e8c6d2b5
 @patch
 def freeze(self: DistillStage, teacher: Denoiser, parts: dict):
@@ -288,8 +290,7 @@ def freeze(self: DistillStage, teacher: Denoiser, parts: dict):
 def start(self: DistillStage, student: CTM):
     "Take the student and its EMAs."
     if p := self.config.distill.dropout: student.net.set_dropout(p)
-    student = student.to(self.device).requires_grad_(True).train(p > 0)
-    self.learn(student, "ctm", target=self.optim.target_ema)
+    self.learn(student.to(self.device).requires_grad_(True).train(p > 0), "ctm", target=self.optim.target_ema)
     self.parts["target"].train(p > 0)
     if teacherless(self.config): self.parts["teacher"] = self.teacher = self.parts["target"]  # D(x, t) = g(x, t, t)
 
@@ -498,11 +499,6 @@ def example(self: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: 
 
 @patch
 def losses(self: DistillStage, e: dict, n: int) -> dict: return OBJECTIVES[self.phase(n).name].losses(self, e, n)
-@patch
-def kinds(self: DistillStage) -> list: return [p.first for p in phases(self.config.distill, self.optim.steps)]
-@patch
-def works_ahead(self: DistillStage, n: int) -> bool:
-    return self.phase(n).name != "trajectories" and not teacherless(self.config)
 
 # %% ../../nbs/6_training/05_stages.ipynb #9faf9c4a
 class GanStage(DistillStage):
@@ -573,8 +569,7 @@ def losses(self: GanStage, e: dict, n: int) -> dict:  # name -> scalar
     turn, loss, discriminator = self.turn(n), self.optim.loss, self.parts["discriminator"]
     if turn == "ctm_dsm": return self.of_student(e)
     if turn == "ctm_dsm_gan":
-        adversary = partial(gan_loss_g, discriminator, y=e["y"], numbers=e["looks"], loss=loss)
-        return self.of_student(e, adversary)
+        return self.of_student(e, partial(gan_loss_g, discriminator, y=e["y"], numbers=e["looks"], loss=loss))
     student, target = self.parts["model"], self.parts["target"]
     return {"d": discriminator_loss(student, target, discriminator, e["x_t"], e["t"], e["s"], e["x0"], e["y"],
                                     numbers=e["looks"], loss=loss)}

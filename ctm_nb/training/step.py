@@ -55,14 +55,11 @@ def apply_gradient(
     "One optimizer step and what follows it; where it waits, unless the guard objects."
     part, lr = stage.learner(n), stage.lr(n)
     module, optimizer, student = stage.parts[part], stage.optimizers[part], part == "model"
-    emas = stage.emas.values() if student else ()
-    grads = [p.grad for p in module.parameters() if p.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm(grads))
-    losses = [v for k, v in numbers.items() if k.startswith("loss")]
-    good = guard.judge(step, losses, norm)
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
+    good = guard.judge(step, [v for k, v in numbers.items() if k.startswith("loss")], norm)
     for group in optimizer.param_groups: group["lr"] = lr * group.get("factor", 1.)  # a share of it, in Muon's
     if not wait or good:
         stage.step(part)
-        for ema in emas: ema.update(module)
+        for ema in stage.emas.values() if student else (): ema.update(module)
         if student: module.net.normalise_weights()
     return {**numbers, "grad_norm" if student else "grad_norm_d": norm, "lr": lr}

@@ -35,7 +35,7 @@ from ..data.batches import Batches, Splits, load_splits
 from ..data.files import claimed
 from ..data.images import ImageData, named_grid, to_uint8
 from ..data.read import reading
-from ..evaluation.draw import free_memory, out_of_memory
+from ..evaluation.draw import free_memory, _or_smaller
 from ..evaluation.evaluate import Request, drawn_samples, extend_scores, read_scores, run_evaluator
 from ..evaluation.features import load_extractor
 from ..method.balance import alone
@@ -369,8 +369,7 @@ class Ahead:
 
     def take(self, step: int):
         "What `make` gives for a step; the next one is begun."
-        made = self.made.pop(step, None) or self.pool.submit(self.make, step)
-        found = made.result()
+        found = (self.made.pop(step, None) or self.pool.submit(self.make, step)).result()
         self.made = {step + 1: self.pool.submit(self.make, step + 1)} if step + 1 < self.end else {}
         return found
 
@@ -441,12 +440,7 @@ def choose_micro(self: Trainer):
     B, wanted = self.share.stop - self.share.start, self.now.optim.balance_rows or self.config.run.micro_batch
     self.micro = B if wanted == "auto" else min(int(wanted), B)
     if wanted != "auto" or self.wait or self.now.sharded: return  # a CPU has room; those that share go on together
-    while True:
-        try: self._rehearse(self.micro)
-        except Exception as e:
-            if not out_of_memory(e): raise
-        else: break
-        self._back_off()  # outside of the handler, which holds on to the step's tensors
+    _or_smaller(lambda: self._rehearse(self.micro), self._back_off)
     self.micro = m = self.here.least(self.micro)
     if m < B: log.info("%s: %d images at a time, %d times a step", self.now.name, m, math.ceil(B / m))
 
@@ -469,19 +463,16 @@ def _back_off(self: Trainer, may: bool = True):
 def gradient(self: Trainer) -> dict:  # losses and weights of the losses; the gradient is in `.grad`
     "Gradient of the present step; raises MemoryError if not even one image at a time fits."
     restart = same_start(self.now)
-    while True:
-        try:
-            made = self.ahead.take(self.step)
-            ready = self.shares_cores(self.step)
-            examples = made if ready else (self.example_of(self.step, m) for m in made)
-            return self.gradient_of(self.step, examples, self.rows)
-        except Exception as e:
-            if not out_of_memory(e): raise
-        made = examples = None
+    def work():
+        made = self.ahead.take(self.step)
+        examples = made if self.shares_cores(self.step) else (self.example_of(self.step, m) for m in made)
+        return self.gradient_of(self.step, examples, self.rows)
+    def smaller():
         free = self.config.run.micro_batch == "auto" and not self.now.optim.balance_rows
         self._back_off(free and self.here.world == 1)
         log.warning("out of memory; from step %d on, %d images at a time", self.step, self.micro)
         restart()
+    return _or_smaller(work, smaller)
 
 # %% ../../nbs/6_training/08_trainer.ipynb #af5c1911
 @patch
@@ -586,12 +577,11 @@ def board(self: Trainer):  # with the methods of torch.utils.tensorboard.Summary
 def samplers(self: Trainer) -> dict:  # name -> (model, arguments of `sample`)
     "How this run draws: the teacher with a solver, the student with few jumps."
     e = self.config.evaluate
-    how = dict(solver=e.teacher_solver, steps=e.teacher_steps)
     nfe = evaluations(e.teacher_solver, torch.arange(e.teacher_steps, -1, -1))
     parts = {**self.parts, **self.plain}
     teacher, who = self.now.teacher or parts["teacher"], "denoiser" if teacherless(self.config) else "teacher"
     if isinstance(teacher, Guided): nfe, who = 2 * nfe, "guided teacher"
-    found = {f"{who}, {nfe} evaluations": (teacher, how)}
+    found = {f"{who}, {nfe} evaluations": (teacher, dict(solver=e.teacher_solver, steps=e.teacher_steps))}
     for n in e.steps if "ctm" in parts else ():
         found[f"{n} step{'s' * (n > 1)}"] = parts["ctm"], dict(solver="ctm", steps=n, gamma=0.)
     return found
@@ -686,9 +676,8 @@ def keep_up(self: Trainer, end: int, save: bool) -> str:  # the losses in words,
     if self.snapshot_due(): self.snapshot()
     if save or due(every.save_every):
         self.save()
-        losses, seconds = words.partition(", ")[2], self.state.seconds
         if words and not sys.stderr.isatty():
-            log.info("%s: step %d of %d, %s, %.0f s", self.now.name, step, end, losses, seconds)
+            log.info("%s: %s, %.0f s", self.now.name, words.replace(",", f" of {end},", 1), self.state.seconds)
     return words
 
 # %% ../../nbs/6_training/08_trainer.ipynb #f4cf9d60

@@ -67,7 +67,8 @@ def test_edm_sampler_against_its_definition():
     (dict(y=3), r"\[0, 3\)"), (dict(y=-2), "got -2"), (dict(y=[0, 1]), "n=4"), (dict(y=1.5), "whole"),
     (dict(y="cat"), "class indices, got 'cat'"), (dict(solver="rk"), "rk"), (dict(steps=0), "steps=0"),
     (dict(steps=1.5), "steps=1.5"), (dict(n=-1), "n=-1"), (dict(batch_size=0), "batch_size=0"),
-    (dict(batch_size=-3), "batch_size=-3"), (dict(noise_fn=lambda i, shape: torch.zeros(5, 2)), "must return noise")])
+    (dict(batch_size=-3), "batch_size=-3"),
+    (dict(noise_fn=lambda i, shape: torch.zeros(5, 2)), r"noise_fn.0, .* noise of shape .4, 2., got .5, 2.")])
 def test_bad_requests(kw, word):
     with pytest.raises(ValueError, match=word): sample(Linear(), **{"n": 4, **kw})
 

@@ -128,6 +128,16 @@ def test_bf16_is_chosen_where_its_steps_are_faster(tmp_path, monkeypatch):
     assert planned(tmp_path / "unable", words=words).run.precision == "auto"
 
 
+def test_short_runs_have_small_batches(tmp_path):
+    rest = [w for w in WORDS if "batch" not in w]
+    def batches(minutes, *words, ours=True):
+        config = make_config("tiny", [*rest, *words])
+        c = budget(config, [*rest, *words], minutes, tmp_path / "r", STAGES, time.perf_counter(), ours)[0]
+        return c.teacher.batch, c.distill.batch
+    assert batches(2.) == (16, 16) and batches(5.) == (32, 16) and batches(30.) == (64, 32)  # tiny's student has 32
+    assert batches(2., "teacher.batch=64") == (64, 16) and batches(2., ours=False) == (32, 32)
+
+
 def test_scores_take_a_tenth_at_most(tmp_path, monkeypatch):
     monkeypatch.setenv("CTM_NB_CACHE", str(tmp_path))
     splits = open_images(make_config("digits"))
