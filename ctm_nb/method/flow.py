@@ -214,8 +214,9 @@ def check_times(
     rows = x.new_empty(len(x), dtype=finest(x.device))
     t, s = (expand(v, rows).expand_as(rows) for v in (t, s))
     for bad, message in ((~(s >= 0), "s must be >= 0, got s={s}"), (~(s <= t), "s must be <= t, got s={s} > t={t}")):
-        for row in bad.nonzero()[:1, 0].tolist():
-            raise ValueError(message.format(s=s[row].item(), t=t[row].item()) + f" (row {row})")
+        if not bad.any(): continue
+        row = bad.nonzero()[0].item()
+        raise ValueError(message.format(s=s[row].item(), t=t[row].item()) + f" (row {row})")
     return t, s
 
 # %% ../../nbs/1_method/01_flow.ipynb #f7a34d85
