@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 SHARES = {"teacher": .55, "ctm_dsm": .45, "ctm_dsm_gan": .45}  # of the time for training, among the stages of a run
 SCORES, SPARE = .1, 1.25  # share of scores in the run at most; what they may take longer than measured
 LEAST, ENOUGH = 30, 1000  # steps below which a stage is pointless; with which a teacher of twice the width is better
-FEW, FEWEST = 250, 16  # steps below which batches are halved; images that a batch has at least
+FEW, FEWEST = 150, 16  # steps below which batches are halved; images that a batch has at least
 HALF, SMALL = 1.1, 16  # times as fast must steps in bf16 be to be made so; images of a smaller side are not tried
 MUON = """teacher.batch=64 teacher.optimizer=muon teacher.lr=.02 teacher.warmup=50 teacher.decay=cosine
     teacher.ema=.9999 distill.optimizer=muon distill.lr=.02 distill.warmup=50 distill.decay=linear distill.ema=.9999

@@ -134,7 +134,7 @@ def test_short_runs_have_small_batches(tmp_path):
         config = make_config("tiny", [*rest, *words])
         c = budget(config, [*rest, *words], minutes, tmp_path / "r", STAGES, time.perf_counter(), ours)[0]
         return c.teacher.batch, c.distill.batch
-    assert batches(2.) == (16, 16) and batches(5.) == (32, 16) and batches(30.) == (64, 32)  # tiny's student has 32
+    assert batches(2.) == (16, 16) and batches(5.) == (64, 16) and batches(30.) == (64, 32)  # tiny's student has 32
     assert batches(2., "teacher.batch=64") == (64, 16) and batches(2., ours=False) == (32, 32)
 
 
