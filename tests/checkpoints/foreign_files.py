@@ -2,7 +2,6 @@
 
 Nothing here is needed to read files. The stand-ins bear the names of EDM's classes only while a pickle is written.
 """
-import gc
 import io
 import os
 import pickle
@@ -635,7 +634,6 @@ def in_child(function, memory=None):
     """(what a function returned or the error it raised, seconds, MB that it took at the peak), from a forked process.
 
     `memory` limits the address space to so many MB more than now."""
-    gc.collect()  # what the child freed would not count against its limit
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
