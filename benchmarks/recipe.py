@@ -24,6 +24,8 @@ from ctm_nb.training.trainer import Trainer
 
 RESULT = Path(__file__).resolve().parents[1] / "nbs" / "results" / "budget" / "tried.json"
 MIXED = "distill.phases=trajectories:.6,soft:.4"
+RELEASED = ("distill.phases= distill.matching=soft distill.solver=heun distill.max_evals=none distill.N=18 "
+            "distill.K=17 distill.k_power=1 distill.distance=features")
 RECIPES = {
     "trajectories, then soft; pseudo_huber": f"{MIXED} distill.distance=pseudo_huber",
     "trajectories, then soft; features": f"{MIXED} distill.distance=features",
@@ -32,17 +34,11 @@ RECIPES = {
     "trajectories, then soft; features; batch 16": f"{MIXED} distill.distance=features distill.batch=16",
     "trajectories, then soft; features; batch 32": f"{MIXED} distill.distance=features distill.batch=32",
     "trajectories, then soft; features; bf16": f"{MIXED} distill.distance=features run.precision=bf16",
-    "released loss; features": "distill.phases= distill.matching=soft distill.solver=heun distill.max_evals=none "
-        "distill.N=18 distill.K=17 distill.k_power=1 distill.distance=features",
-    "released loss; features; batch 16": "distill.phases= distill.matching=soft distill.solver=heun "
-        "distill.max_evals=none distill.N=18 distill.K=17 distill.k_power=1 distill.distance=features distill.batch=16",
-    "trajectories, then soft; features; batch 16; bf16": f"{MIXED} distill.distance=features distill.batch=16 "
-                                                         "run.precision=bf16",
-    "trajectories, then soft; features; batch 8": f"{MIXED} distill.distance=features distill.batch=8",
+    "released loss; features": RELEASED,
+    "released loss; features; batch 16": f"{RELEASED} distill.batch=16",
     "trajectories; features": "distill.phases= distill.matching=trajectories distill.distance=features",
 }
-NEVER = ["run.save_every=1000000", "run.sample_every=1000000", "run.log_every=1000000"]
-QUIET = ["gan.steps=0", *NEVER]
+QUIET = ["gan.steps=0", "run.save_every=1000000", "run.sample_every=1000000", "run.log_every=1000000"]
 
 
 def trained(words, folder):

@@ -257,10 +257,11 @@ def _drawer_of(m: Model, recipe: dict, batch_size: int | None = None) -> Drawer:
     "Draws any samples of a recipe."
     keep_memory()
     guided = guided_model(m, recipe["guidance"], recipe["guide"])
-    settings, device = {k: recipe[k] for k in ("gamma", "solver", "times", "seed")}, torch.device(_place(m)[0]).type
-    half = partial(torch.autocast, device, torch.bfloat16, recipe["precision"] == "bf16", cache_enabled=False)
+    settings = {k: recipe[k] for k in ("gamma", "solver", "times", "seed")}
+    half = partial(torch.autocast, torch.device(_place(m)[0]).type, torch.bfloat16, cache_enabled=False)
+    context = half if recipe["precision"] == "bf16" else nullcontext  # not every device has an autocast
     def pictures(ids):
-        with half(): x = sample(guided, ids=ids, y=_labels_of(recipe, ids), **settings)
+        with context(): x = sample(guided, ids=ids, y=_labels_of(recipe, ids), **settings)
         return to_uint8(x, recipe["bytes"]).permute(0, 2, 3, 1)
     return Drawer(pictures, 256 if batch_size is None else batch_size)
 

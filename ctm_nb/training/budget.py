@@ -231,7 +231,7 @@ def _plan(config: Config, seconds: float, stages: list, splits: Splits, words: l
     steps = [config.run.before, *(getattr(config, section).steps for section in STAGES.values())]
     config.run.plan = json.dumps(dict(seconds=seconds, reserve=reserve, earlier=0., costs=speed.step, steps=[steps]))
     each = "; ".join(f"{s} {duration(left * v)}" for s, v in shares.items())
-    half = f"; steps in bf16, {gain:.1f} times as fast as in fp32" if gain > HALF else ""
+    half = f"; steps in bf16, {gain:.1f} times as fast as in fp32" if gain > 1 else ""
     return f"{duration(opened)} to open and measure; {each}; scores, picture, report {duration(reserve)}{half}"
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e019
