@@ -8,8 +8,8 @@ Processor seconds of one thread; of every pair of calls the ratio is taken, and 
 and the ninetieth percentile. Networks: DDPM++ at 32 x 32 with 2.4 million weights, batch 16, and those of the presets
 digits and mnist, batch 64, all with a student's s-branch. Steps: of distillation, on random pictures of the preset's
 size; cifar10 with 32 channels and batch 16. Sampling: 64 samples in one evaluation, against the network alone; and 256
-of the 32 x 32 network in parts, written to files meanwhile. Each section is written to
-nbs/results/speed/processor.json.
+of the 32 x 32 network in parts, written to files meanwhile, by one process and by two at once. Each section is written
+to nbs/results/speed/processor.json.
 """
 import argparse
 import importlib
@@ -192,18 +192,19 @@ def compile_section(sides, repeats):
                                       "compiled": ratio(t["before", False], t["compiled", h])} for h in (False, True)}
 
 
-def parts_section(sides, repeats):
+def parts_section(sides, repeats, rank=0, world=1, together=lambda: None):
     "Many samples as `ctm_nb_sample` draws them: parts, written while the next is drawn; by the network alone."
     get = sides["after"]
     draw = get("evaluation.draw")
     m, n, shapes = model(get, "32 x 32, 2.4 M"), 256, []
     hook = m.net.register_forward_pre_hook(lambda _, args: shapes.append(args))
+    ranks = draw.Ranks(rank, world)
     def parts(precision):
-        recipe = draw.make_recipe(m, "", n, bytes="round", precision=precision)
+        recipe = draw.make_recipe(m, "", n * world, bytes="round", precision=precision)
         recipe |= {"part": 64, "weights": ""}
         with tempfile.TemporaryDirectory() as d:
             folder = draw._open_parts(Path(d) / "x.npz", recipe)
-            draw._draw_parts(draw._drawer_of(m, recipe), recipe, folder)
+            draw._draw_parts(draw._drawer_of(m, recipe), recipe, folder, ranks)
     parts("fp32")
     hook.remove()
     def bare(half):
@@ -211,13 +212,27 @@ def parts_section(sides, repeats):
             for args in shapes: m.net(*args)
     jobs = {"fp32": lambda: parts("fp32"), "bf16": lambda: parts("bf16"),
             "fp32, bare": lambda: bare(False), "bf16, bare": lambda: bare(True)}
-    t = in_turn(jobs, max(5, repeats // 4), warm=0)
+    def at_once(job): return lambda: (together(), job())
+    t = in_turn({k: at_once(job) for k, job in jobs.items()}, max(5, repeats // 4), warm=0)
     rows = {f"{p} over the network": ratio(t[p], t[f"{p}, bare"]) for p in ("fp32", "bf16")}
-    return {"samples": n, **rows, "fp32 by bf16": ratio(t["fp32"], t["bf16"])}
+    return {"samples": n * world, "processes": world, **rows, "fp32 by bf16": ratio(t["fp32"], t["bf16"])}
+
+
+def processes_section(sides, repeats, world=2):
+    "The same by several processes, each with its share, that begin every job together: what the slowest says."
+    fork = torch.multiprocessing.get_context("fork")
+    barrier, found = fork.Barrier(world), fork.Queue()
+    def one(rank): found.put(parts_section(sides, repeats, rank, world, barrier.wait))
+    running = [fork.Process(target=one, args=(r,)) for r in range(world)]
+    for p in running: p.start()
+    rows = [found.get() for _ in running]
+    for p in running: p.join()
+    return max(rows, key=lambda r: r["fp32 over the network"])
 
 
 SECTIONS = {"forward": forward_section, "sampling": sampling_section, "parts": parts_section,
-            "step": step_section, "profile": profile_section, "compile": compile_section}
+            "processes": processes_section, "step": step_section, "profile": profile_section,
+            "compile": compile_section}
 
 
 def main():

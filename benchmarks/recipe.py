@@ -1,11 +1,16 @@
 """Students of one teacher by several recipes, of equal processor seconds: what `--minutes` is to do with its time.
 
     python benchmarks/recipe.py --preset mnist --data MNIST --teacher runs/mnist --ref classifier6.npz --seconds 300
-    python benchmarks/recipe.py --teacher runs/digits --seconds 45 --seeds 0 1 --only "trajectories; features"
+    python benchmarks/recipe.py --teacher runs/digits --seconds 45 --seeds 0 1 --only ours "ours; batch 16"
+
+    ctm_nb_train --preset mnist --data CIFAR10 --image-size 16 --name cifar --set network.attention=4 \
+        network.model_channels=24 data.flip=true distill.steps=0 evaluate.n=0
+    python benchmarks/recipe.py --preset mnist --data CIFAR10 --set data.image_size=16 network.attention=4 \
+        network.model_channels=24 data.flip=true --teacher runs/cifar -n 1000 --seconds 600
 
 A recipe gets as many steps as fit into the seconds, by the time of thirty; its schedule ends where they do. One thread,
 5,000 samples, scored in the features of the classifier in --ref (benchmarks/mnist.py keeps such a file in its --work
-folder), else of the run's own. Rows are added to nbs/results/budget/tried.json.
+folder), else of the run's own; pictures of 16 x 16 in lite0's. Rows are added to nbs/results/budget/tried.json.
 """
 import argparse
 import json
@@ -15,9 +20,8 @@ from pathlib import Path
 
 import torch
 
-from ctm_nb.evaluation.evaluate import Evaluator, drawn_samples, run_evaluator
-from ctm_nb.evaluation.features import ClassifierExtractor
-from ctm_nb.evaluation.reference import read_reference
+from edm2 import Meter
+
 from ctm_nb.training.budget import MUON
 from ctm_nb.training.config import make_config
 from ctm_nb.training.trainer import Trainer
@@ -48,32 +52,24 @@ def trained(words, folder):
     return t, (time.process_time() - started) / t.total
 
 
-def distances(judge, student, n=5000):
-    "Fréchet distances of samples in one, two and four evaluations."
-    how = {"solver": "ctm", "gamma": 0.}
-    with torch.no_grad():
-        samples = [drawn_samples(student, n, {**how, "steps": k}, judge.reference.label_counts) for k in (1, 2, 4)]
-        return [round(judge.score(judge.collect(s))["frechet_distance"], 3) for s in samples]
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", default="digits")
     p.add_argument("--data", help="images of a preset that has none")
+    p.add_argument("--set", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="more settings of the runs")
     p.add_argument("--teacher", required=True, help="a run")
     p.add_argument("--ref", type=Path, help="a reference with its classifier")
     p.add_argument("--seconds", type=float, default=45)
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
+    p.add_argument("-n", type=int, default=5000, help="samples a distance")
     p.add_argument("--only", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="RECIPE")
     a = p.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    judge = None
-    if a.ref:
-        reference = read_reference(a.ref)
-        judge = Evaluator(reference, ClassifierExtractor(reference.net), ["fid"])
+    meter = None
     rows = json.loads(RESULT.read_text()) if RESULT.exists() else []
-    given = [*QUIET, *MUON.split(), f"teacher.source={a.teacher}", *([f"data.source={a.data}"] if a.data else [])]
+    given = [*QUIET, *MUON.split(), f"teacher.source={a.teacher}", *([f"data.source={a.data}"] if a.data else []),
+             *a.set]
     for seed in a.seeds:
         for what in a.only:
             with tempfile.TemporaryDirectory() as d:
@@ -84,10 +80,11 @@ def main():
                 rates = f"distill.ema={rate} distill.target_ema={min(.99, rate)} distill.warmup={min(50, steps // 10)} "
                 rates += f"distill.stored={64 * min(47, max(4, steps // 40))}"  # as --minutes does
                 t, each = trained((a.preset, [*words, f"distill.steps={steps}", *rates.split()]), Path(d) / "run")
-                judge = judge or run_evaluator(t.splits)
-                found = distances(judge, t.parts["ctm"].eval())
-            rows.append({"images": a.preset, "seconds": round(each * steps), "steps": steps, "what": what, "seed": seed,
-                         "distance": found})
+                meter, student = meter or Meter(t.config, a.n, a.ref), t.parts["ctm"].eval()
+                with torch.no_grad():
+                    found = [round(meter(student, dict(solver="ctm", steps=k), seed), 3) for k in (1, 2, 4)]
+            rows.append({"images": Path(a.data or a.preset).name, "seconds": round(each * steps), "steps": steps,
+                         "what": what, "seed": seed, "distance": found})
             print(rows[-1], flush=True)
             RESULT.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -26,6 +26,14 @@ def _until(config, stage):
     for later in names[names.index(stage) + 1:]: getattr(only, STAGES[later]).steps = 0
     return only
 
+def _stage(a, config):
+    "Where to stop: as asked for; else after the student, if that has steps, with --student after the adversary."
+    from ctm_nb.training.config import schedule
+    usual = "ctm_dsm_gan" if a.student else "ctm_dsm" if "ctm_dsm" in schedule(config) else "all"
+    stage = a.stage or usual
+    _until(config, stage)
+    return stage
+
 # %% ../../nbs/7_commands/01_train.ipynb #a65d5f56
 def _stages(config, stage):
     "What each stage is going to do, a line each."
@@ -37,6 +45,7 @@ def _stages(config, stage):
     student = f"{d.steps} steps of {d.batch} images, {solved}, distance {d.distance}"
     if stage == "teacher": student = f"{ends})"
     elif d.source: student = f"given: {d.source}"
+    elif not d.steps: student = "none (distill.steps is 0)"
     adversary = f"{g.steps} steps of {g.batch} images, student and discriminator in turns; features: {g.features}"
     if not g.steps: adversary = "none (gan.steps is 0)"
     elif stage not in ("all", "ctm_dsm_gan"): adversary = f"{ends}; --stage all adds {g.steps} steps)"
@@ -286,7 +295,8 @@ def _train(a: argparse.Namespace, began: float, pulse):  # when the command was 
     from ctm_nb.training.runtime import join, leave
     from ctm_nb.training.trainer import Trainer, open_images
     pulse.say = lambda: "opening and measuring"
-    config, stage, folder = _config(a), a.stage or ("ctm_dsm_gan" if a.student else "ctm_dsm"), _folder(a)
+    config, folder = _config(a), _folder(a)
+    stage = _stage(a, config)
     splits, spent, minutes = None, "", 0 if (a.steps or "").startswith("+") else _minutes(a, config, folder)
     if minutes: config, splits, spent = _budgeted(a, config, folder, minutes, stage, began)
     else:

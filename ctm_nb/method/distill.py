@@ -167,6 +167,7 @@ def step_losses(
     distance=l2,  # per-sample distance
     compare_at: str = "end",  # see `ctm_pair`
     dsm: bool = True,  # with the denoising loss
+    dsm_rows: int = 1,  # it is taken of one row in so many
     adversary=None,  # adversary(pictures) -> (B,), what an adversary makes of the estimates at sigma_min
     skip: bool = True,  # `MovingRows`
     later: bool = False,  # "dsm" is a function that makes it, so that others can be differentiated first
@@ -177,6 +178,7 @@ def step_losses(
     losses = {"ctm": distance(estimate, goal).mean()}
     if adversary:
         losses["gan"] = adversary(estimate if compare_at == "end" else to_end(carrier, estimate, s, y)).mean()
-    denoise = lambda: dsm_loss(student, x0, sigma, eps, y, student.sigma_data).mean()
+    few = lambda v: None if v is None else v[::dsm_rows]
+    denoise = lambda: dsm_loss(student, few(x0), few(sigma), few(eps), few(y), student.sigma_data).mean()
     if dsm: losses["dsm"] = denoise if later else denoise()
     return losses

@@ -27,7 +27,8 @@ from ..data.images import ImageData
 from ..evaluation.features import ClassifierExtractor, Extractor, load_extractor
 from ..evaluation.metrics import train_classifier
 from ..evaluation.reference import pick_device
-from ..method.sampling import sample
+from ..method.sampling import default_times, evaluations, sample
+from ..method.teacher import Model
 from .config import (STAGES, Config, EvaluateConfig, Span, check_config, phases, schedule, set_value,
                                     teacherless)
 from .costs import fit_memory
@@ -103,6 +104,11 @@ def _mean_cost(config: Config, costs: dict) -> float:
     return sum((p.end - p.first) / n * alone(p) for p in phases(config.distill, n))
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e040
+def _draw_speed(m: Model, solver: str, steps: int, **how) -> float:  # arguments of `sample`
+    "Seconds of an image drawn, by one evaluation of 64 at once: of 16 or 32 each would take twice as long."
+    n, one = (evaluations(solver, default_times(m, k, solver)) for k in (steps, 1))
+    return n / one * _seconds(sample, m, 64, solver=solver, steps=1, **how) / 64
+
 def _score_speed(t: Trainer) -> dict:  # fields of `Speed`
     "What scores take of an image: learned from by the classifier, looked at by the feature network, drawn."
     e, train, learn = t.config.evaluate, t.splits["train"], 0.
@@ -113,7 +119,7 @@ def _score_speed(t: Trainer) -> dict:  # fields of `Speed`
         extractor: Extractor = ClassifierExtractor(train_classifier(some, epochs=1))
     else: extractor = load_extractor(e.features, e.weights or None)
     look = _seconds(extractor.to(t.device), train.take(few).to(t.device)) / 64
-    draw = sum(_seconds(sample, m, 16, **how) / 16 + look for m, how in t.samplers().values())
+    draw = sum(_draw_speed(m, **how) + look for m, how in t.samplers().values())
     return dict(learn=learn, look=look, draw=draw)
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e02a

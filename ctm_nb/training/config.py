@@ -117,7 +117,7 @@ class DistillConfig(OptimConfig):
     stored: int = need(8192, AT_LEAST_1)  # trajectories in memory at most, or in their folder, of N points each
     trajectories: str = ""  # folder of stored trajectories, solved once for all students of a teacher; empty: in memory
     anchor: str = need("dsm", one_of("dsm", "teacher"))  # holds g(x, t, t) in trajectories and eulerian: data or D
-    anchor_rows: int | None = need(None, AT_LEAST_1)  # of so many one; None: 4 with trajectories, 1 with eulerian
+    anchor_rows: int | None = need(None, AT_LEAST_1)  # one in so many is held so; None: 4 with trajectories, else 1
     compare_at: str = need("end", one_of("end", "s"))  # where the sides meet: at sigma_min, through the EMA, or at s
     distance: str = need("l2", one_of(*DISTANCES, "lpips"))
     weights: str = ""  # folder of the weights of "lpips"; empty: where torch keeps them

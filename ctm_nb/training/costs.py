@@ -239,9 +239,9 @@ def student_cost(
 ) -> float:  # forward passes
     "What distilling one image costs: the teacher, the loss and what holds the denoiser."
     if matching == "dsm": return 3.
-    if matching in MATCHING: return mean_evals(d, K) + 2 + (6 if d.dsm else 3) + 2
     stored, each = matching == "trajectories", 1 + (d.guidance is not None)  # networks in a prediction of the teacher
     rows = d.dsm / (d.anchor_rows or (4 if stored else 1))
+    if matching in MATCHING: return mean_evals(d, K) + 2 + 3 + 3 * rows + 2
     if not stored: return each + 2 + 3 + 3 * rows
     solved = 0 if d.trajectories else each * (d.N - 1) * SOLVERS[solver_name(d.solver)] / d.reuse  # else once, before
     return solved + 3 + (3 + each * (d.anchor == "teacher")) * rows

@@ -329,7 +329,7 @@ def of_student(self: DistillStage, e: dict, adversary=None) -> dict:  # name -> 
     "Soft matching and denoising, and what an adversary adds.  # CTM: training step"
     d, inputs = self.config.distill, {k: v for k, v in e.items() if k not in ("teacher_evals", "looks")}
     return step_losses(self.parts["model"], self.parts["target"], **inputs, distance=self.distance,
-                       compare_at=d.compare_at, dsm=d.dsm, adversary=adversary,
+                       compare_at=d.compare_at, dsm=d.dsm, dsm_rows=d.anchor_rows or 1, adversary=adversary,
                        skip=not (self.sharded or self.config.run.compile or d.dropout), later=True)
 
 # %% ../../nbs/6_training/05_stages.ipynb #b7a30002

@@ -279,6 +279,17 @@ def test_half_of_the_second_jumps_are_not_made():
     torch.testing.assert_close(losses["ctm"], step_losses(student, target, **e, dsm=False, skip=False)["ctm"])
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_denoising_of_one_row_in_two(labelled):
+    "It sees those rows and their labels; the jumps are those of the whole batch."
+    _, student, target = models(n_classes=10 if labelled else 0)
+    e = example(labelled=labelled)
+    few, whole, part = (step_losses(student, target, **v, dsm_rows=k) for v, k in
+                        ((e, 2), (e, 1), (rows(e, slice(None, None, 2)), 1)))
+    torch.testing.assert_close(few["dsm"], part["dsm"])
+    assert torch.equal(few["ctm"], whole["ctm"]) and relative(few["dsm"], whole["dsm"]) > 1e-3
+
+
 def test_each_side_draws_its_own_dropout():
     "With u = t and x_u = x_t the two sides are one function of one input, but for the units that they drop."
     _, student, target = models(dropout=.5)

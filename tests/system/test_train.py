@@ -28,6 +28,8 @@ def test_help_imports_nothing_heavy():
         (["--data", "no/such/folder"], "no/such/folder"),
         (["--set", "distill.K=99"], "distill.K"),
         (["--set", "evaluate.n=5"], "evaluate.n"),
+        (["--set", "gan.steps=0", "--stage", "ctm_dsm_gan"], "ctm_dsm_gan has no steps"),
+        (["--set", "distill.steps=0", "--stage", "ctm_dsm"], "ctm_dsm has no steps"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(tmp_path, words, message):
@@ -62,6 +64,13 @@ def test_dry_run_writes_nothing_and_says_everything(tmp_path):
     for text in ("distill.lr=0.001", "run.seed=7", "teacher.batch=3", "1352 training images", "runs/digits"):
         assert text in r.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_without_a_students_steps_the_teacher_is_trained(tmp_path):
+    words = ["--preset", "tiny", "--set", "teacher.steps=3", "distill.steps=0", "evaluate.n=0"]
+    plan, run = (call(*words, *more, cwd=tmp_path) for more in (["--dry-run"], []))
+    assert "student   none (distill.steps is 0)" in plan.stdout and run.returncode == 0, plan.stderr + run.stderr
+    assert [p.name for p in (tmp_path / "runs" / "tiny" / "checkpoints").glob("step_*")] == ["step_00000003"]
 
 
 def test_whole_run_scores_and_repeats(tmp_path):

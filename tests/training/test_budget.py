@@ -4,6 +4,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,6 +164,15 @@ def again(folder, whole, clock):
 def short(tmp_path_factory):
     "The folder of a run of two minutes; to be copied before it is changed."
     return finish(tmp_path_factory.mktemp("short") / "r", factor=lambda step: 1. + .5 * np.sin(step)).folder
+
+
+@pytest.mark.parametrize("how, nfe", [(dict(solver="heun", steps=3), 5), (dict(solver="dpmpp_2m", steps=12), 12),
+                                      (dict(solver="ctm", steps=2, gamma=0.), 2)])
+def test_an_image_drawn_takes_all_its_evaluations(how, nfe, monkeypatch):
+    "One of them is timed, with so many images that each takes no longer than in a large batch."
+    seen = []
+    monkeypatch.setattr(module, "_seconds", lambda work, m, n, **how: seen.append((n, how["steps"])) or 128.)
+    assert module._draw_speed(SimpleNamespace(sigma_min=.002, sigma_max=80.), **how) == 2 * nfe and seen == [(64, 1)]
 
 
 @pytest.mark.parametrize("stops", [(3, 10, 11), (45, 60), (66, 67, 80)])
