@@ -38,6 +38,16 @@ RECIPES = {
     "trajectories, then soft; features; batch 16": f"{MIXED} distill.distance=features distill.batch=16",
     "trajectories, then soft; features; batch 32": f"{MIXED} distill.distance=features distill.batch=32",
     "trajectories, then soft; features; bf16": f"{MIXED} distill.distance=features run.precision=bf16",
+    "trajectories, then soft; features; one denoising row in four":
+        f"{MIXED} distill.distance=features distill.anchor_rows=4",
+    "trajectories, then soft; features; one denoising row in four, compared at s":
+        f"{MIXED} distill.distance=features distill.anchor_rows=4 distill.compare_at=s",
+    "trajectories:.7, then soft; features; one denoising row in four, compared at s":
+        "distill.phases=trajectories:.7,soft:.3 distill.distance=features distill.anchor_rows=4 distill.compare_at=s",
+    "trajectories, then soft; features; one denoising row in four, three evaluations, reuse 12":
+        f"{MIXED} distill.distance=features distill.anchor_rows=4 distill.max_evals=3 distill.reuse=12",
+    "trajectories:.75, then soft; features; one denoising row in four, three evaluations":
+        "distill.phases=trajectories:.75,soft:.25 distill.distance=features distill.anchor_rows=4 distill.max_evals=3",
     "released loss; features": RELEASED,
     "released loss; features; batch 16": f"{RELEASED} distill.batch=16",
     "trajectories; features": "distill.phases= distill.matching=trajectories distill.distance=features",
