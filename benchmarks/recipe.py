@@ -22,6 +22,7 @@ import torch
 
 from edm2 import Meter
 
+from ctm_nb.evaluation.draw import weights_hash
 from ctm_nb.training.budget import MUON
 from ctm_nb.training.config import make_config
 from ctm_nb.training.trainer import Trainer
@@ -94,7 +95,8 @@ def main():
                 with torch.no_grad():
                     found = [round(meter(student, dict(solver="ctm", steps=k), seed), 3) for k in (1, 2, 4)]
             rows.append({"images": Path(a.data or a.preset).name, "seconds": round(each * steps), "steps": steps,
-                         "what": what, "seed": seed, "distance": found})
+                         "what": what, "seed": seed, "distance": found,
+                         "teacher": weights_hash(t.parts["teacher"])[:6]})
             print(rows[-1], flush=True)
             RESULT.write_text(json.dumps(rows, indent=1) + "\n")
 
