@@ -7,7 +7,7 @@ __all__ = ['log', 'WRITERS', 'OTHER_FILES', 'UNSAID', 'timesteps_of', 'guided_mo
            'free_memory', 'keep_memory', 'Drawer', 'weights_hash', 'draw_samples']
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #df8c91dc
-import ctypes, difflib, gc, hashlib, json, logging, math, shutil, warnings, zipfile
+import ctypes, difflib, gc, hashlib, json, logging, math, os, shutil, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -227,7 +227,8 @@ def _or_smaller(work, smaller, may=lambda: True):  # functions of nothing; may()
         smaller()  # outside of the handler, which holds on to the tensors
 
 def keep_memory():
-    "Have glibc keep what is freed: memory that is handed back is zeroed page by page when it is next used."
+    "Have glibc keep what is freed, unless the environment decides: what is handed back is zeroed when it is next used."
+    if any(k.startswith(("MALLOC_", "GLIBC_TUNABLES")) for k in os.environ): return
     try: set_limit = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError): return  # another C library
     for limit, size in ((-3, 2 ** 25), (-1, 2 ** 30)): set_limit(limit, size)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD

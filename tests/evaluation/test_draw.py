@@ -1,6 +1,8 @@
 """What samples are drawn under: guidance that a model was not trained for, a set of an older version."""
 import json
+import os
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from ctm_nb.checkpoints.models import describe, load
 from ctm_nb.checkpoints.store import save_checkpoint
 from ctm_nb.commands.sample import ctm_nb_sample
 from ctm_nb.data.images import to_uint8
+from ctm_nb.evaluation import draw
 from ctm_nb.evaluation.draw import draw_samples, make_recipe, _warn_unsuited
 from ctm_nb.method.guidance import autoguide
 from ctm_nb.method.sampling import sample
@@ -28,6 +31,16 @@ def run(tmp_path_factory):
     meta = {"models": {k: {"part": k, "description": describe(m, list("0123456789"))} for k, m in models.items()}}
     save_checkpoint(folder / "checkpoints", 1, {k: m.state_dict() for k, m in models.items()}, {}, meta)
     return folder
+
+
+@pytest.mark.parametrize("name", [None, "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_who_says_how_memory_is_kept_is_obeyed(monkeypatch, name):
+    for k in [k for k in os.environ if k.startswith(("MALLOC_", "GLIBC"))]: monkeypatch.delenv(k)
+    if name: monkeypatch.setenv(name, "262144")
+    called = []
+    monkeypatch.setattr(draw.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *a: called.append(a)))
+    draw.keep_memory()
+    assert len(called) == (0 if name else 2)
 
 
 def test_what_a_classifier_chose_is_not_what_is_asked_for(run, tmp_path):
