@@ -1,15 +1,15 @@
 """Students of one teacher by several recipes, of equal processor seconds: what `--minutes` is to do with its time.
 
     python benchmarks/recipe.py --preset mnist --data MNIST --teacher runs/mnist --ref classifier6.npz --seconds 300
-    python benchmarks/recipe.py --teacher runs/digits --seconds 45 --seeds 0 1 --only ours "ours; batch 16"
+    python benchmarks/recipe.py --teacher runs/digits --seconds 45 --seeds 0 1 --only "trajectories; features"
 
     ctm_nb_train --preset mnist --data CIFAR10 --image-size 16 --name cifar --set network.attention=4 \
-        network.model_channels=24 data.flip=true distill.steps=0 evaluate.n=0
+        network.model_channels=24 data.flip=true teacher.steps=1200 distill.steps=0 evaluate.n=0
     python benchmarks/recipe.py --preset mnist --data CIFAR10 --set data.image_size=16 network.attention=4 \
         network.model_channels=24 data.flip=true --teacher runs/cifar -n 1000 --seconds 600
 
-A recipe gets as many steps as fit into the seconds, by the time of thirty; its schedule ends where they do. One thread,
-5,000 samples, scored in the features of the classifier in --ref (benchmarks/mnist.py keeps such a file in its --work
+A recipe gets as many steps as fit into the seconds, by the time of thirty; its schedule ends where they do. One thread;
+samples are scored in the features of the classifier in --ref (benchmarks/mnist.py keeps such a file in its --work
 folder), else of the run's own; pictures of 16 x 16 in lite0's. Rows are added to nbs/results/budget/tried.json.
 """
 import argparse

@@ -67,6 +67,19 @@ def test_the_length_of_a_stage_with_phases_stays(tmp_path, words):
     with pytest.raises(ValueError, match="distill.steps"): start(tmp_path / "r", *words, "distill.steps=9")
 
 
+def test_any_objective_holds_as_many_rows_as_are_asked_for(tmp_path):
+    "Soft matching too: the jumps stay, the denoising loss sees every second row, and the plan counts them."
+    first = {}
+    for rows in ("none", "1", "2"):
+        t = start(tmp_path / rows, *SMALL, "teacher.steps=1", "distill.steps=2", f"distill.anchor_rows={rows}")
+        t.train_step()
+        first[rows] = t.train_step()
+    ctm, dsm = ({rows: float(v[k]) for rows, v in first.items()} for k in ("loss_ctm", "loss_dsm"))
+    assert ctm["none"] == ctm["1"] == ctm["2"] and dsm["none"] == dsm["1"] != dsm["2"]
+    cost = lambda rows: costs.student_cost(make_config("tiny", [f"distill.anchor_rows={rows}"]).distill, "soft")
+    assert cost("none") == cost("1") == cost("2") + 1.5
+
+
 @pytest.mark.parametrize("matching", ["trajectories", "eulerian"])
 def test_micro_batches_make_the_gradient_of_the_batch(tmp_path, matching):
     ends = []
