@@ -12,7 +12,7 @@ import logging
 import time
 from bisect import bisect_left
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -123,6 +123,34 @@ def _score_speed(t: Trainer) -> dict:  # fields of `Speed`
     return dict(learn=learn, look=look, draw=draw)
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e02a
+def _small(config: Config, folder: str, splits: Splits) -> Trainer:
+    "A run of twenty steps of every kind."
+    small = deepcopy(config)
+    small.gan.start, small.gan.head_start, small.run.before, small.distill.trajectories = 0, 0, 0, ""
+    kinds = list(dict.fromkeys(p.name for p in phases(config.distill, 10 ** 6)))
+    small.distill.phases, small.distill.reuse = ",".join(f"{k}:{1 / len(kinds)!r}" for k in kinds), 20
+    for s in schedule(config): getattr(small, STAGES[s]).steps = 20 * (len(kinds) if s == "ctm_dsm" else 1)
+    return Trainer(small, Path(folder) / "run", splits=splits)
+
+def _step_costs(t: Trainer, config: Config, most: float) -> dict:  # as in `Speed.step`
+    "Two to twenty steps of each kind, for so many seconds at most."
+    step = {}
+    for _, name, first, end in _parts(t.config):
+        t.ahead.forget()
+        t.state.step, times = first, []
+        while len(times) < 2 or t.step < end and sum(times) < most:
+            times.append(_seconds(t.train_step) + _seconds(t.look))  # look: a GPU has computed it
+        step[name] = mean(times[1:])  # trajectories were solved in the first step alone
+        if name == "trajectories" and isinstance(t.now, DistillStage):
+            t.now.paths.clear()
+            step["solve"] = _seconds(lambda n=t.step - 1: float(t.example_of(n)["path"].sum()))
+    if "ctm_dsm" in t.plan: step["ctm_dsm"] = _mean_cost(config, step)
+    return step
+
+def _steps_alone(config: Config, splits: Splits, most: float) -> dict:
+    "What steps take, and nothing else that a run does."
+    with TemporaryDirectory() as folder: return _step_costs(_small(config, folder, splits), config, most)
+
 def measure(
     config: Config,  # of a run
     splits: Splits,  # its images
@@ -130,23 +158,8 @@ def measure(
     most: float = 3.,  # seconds for the two to twenty steps of each stage
 ) -> Speed:
     "Everything that a run does, in small."
-    small = deepcopy(config)
-    small.gan.start, small.gan.head_start, small.run.before, small.distill.trajectories = 0, 0, 0, ""
-    kinds = list(dict.fromkeys(p.name for p in phases(config.distill, 10 ** 6)))
-    small.distill.phases, small.distill.reuse = ",".join(f"{k}:{1 / len(kinds)!r}" for k in kinds), 20
-    for s in schedule(config): getattr(small, STAGES[s]).steps = 20 * (len(kinds) if s == "ctm_dsm" else 1)
     with TemporaryDirectory() as folder:
-        t, step = Trainer(small, Path(folder) / "run", splits=splits), {}
-        for _, name, first, end in _parts(small):
-            t.ahead.forget()
-            t.state.step, times = first, []
-            while len(times) < 2 or t.step < end and sum(times) < most:
-                times.append(_seconds(t.train_step) + _seconds(t.look))  # look: a GPU has computed it
-            step[name] = mean(times[1:])  # trajectories were solved in the first step alone
-            if name == "trajectories" and isinstance(t.now, DistillStage):
-                t.now.paths.clear()
-                step["solve"] = _seconds(lambda n=t.step - 1: float(t.example_of(n)["path"].sum()))
-        if "ctm_dsm" in t.plan: step["ctm_dsm"] = _mean_cost(config, step)
+        step = _step_costs(t := _small(config, folder, splits), config, most)
         for _ in range(2): pause = _seconds(t.save) + _seconds(t.save_grid)  # the first time imports what is needed
         found = Speed(step, pause, _seconds(t.save_grid, final=True) + _seconds(write_report, t.folder))
         return found._replace(**_score_speed(t)) if scored else found
@@ -182,15 +195,27 @@ def _fit_steps(config: Config, shares: dict, speed: Speed, seconds: float, pixel
         if s != "teacher": o.target_ema = min(.99, rate)
     r.save_every = r.sample_every = max(1, round(every * len(shares) / sum(speed.step[s] for s in shares)))
 
+# %% ../../nbs/6_training/10_budget.ipynb #5a61b0c3
+def _width(config: Config, splits: Splits, seconds: float, most: float) -> int:
+    "Channels, doubled while the teacher has time for `ENOUGH` steps; `config` stays as it is."
+    teacher = deepcopy(config)
+    teacher.distill.steps = teacher.gan.steps = 0
+    net = teacher.network
+    steps = lambda: ENOUGH * _steps_alone(teacher, splits, most)["teacher"]
+    enough = steps()
+    while net.model_channels < 64 and 2 * enough < seconds:  # twice the channels take twice the time at least
+        net.model_channels *= 2
+        if (enough := steps()) > seconds: return net.model_channels // 2
+    return net.model_channels
+
 # %% ../../nbs/6_training/10_budget.ipynb #119f5a9e
 def _in_half(config: Config, splits: Splits, speed: Speed, shares: dict, most: float) -> tuple[Speed, float]:
     "Settle `run.precision=auto` on a processor; the speed of what was chosen, and how much faster bfloat16 was."
     device, side = pick_device(config.run.device), splits["train"].image_size
     settled = not (config.run.precision == "auto" and not config.run.before and device.type == "cpu")
     if settled or unpacks(device) or side < SMALL: return speed, 1.
-    half = deepcopy(config)
-    half.run.precision = "bf16"
-    step = measure(half, splits, False, most).step
+    half = replace(config, run=replace(config.run, precision="bf16"))
+    step = _steps_alone(half, splits, most)
     gain = sum(share * speed.step[s] / step[s] for s, share in shares.items())
     if gain < HALF: return speed, 1.
     config.run.precision = "bf16"
@@ -212,19 +237,17 @@ def _plan(config: Config, seconds: float, stages: list, splits: Splits, words: l
     "Measure and choose, but not what was typed; what it comes to, or ValueError if it can't be done in the time."
     only, data, scored = deepcopy(config), splits["train"], not no_scores_because(config, splits)
     for s in STAGES.keys() - set(stages): getattr(only, STAGES[s]).steps = 0
-    measured = lambda: measure(only, splits, scored, min(3., seconds / 120))
+    most = min(3., seconds / 120)
+    if wider: config.network.model_channels = only.network.model_channels = _width(only, splits, seconds / 2, most)
+    measured = lambda: measure(only, splits, scored, most)
     speed = measured()
-    while wider and only.network.model_channels < 64 and 2 * ENOUGH * speed.step["teacher"] < seconds / 2:
-        only.network.model_channels *= 2
-        if ENOUGH * (wide := measured()).step["teacher"] > seconds / 2: break
-        speed, config.network.model_channels = wide, only.network.model_channels
     given = {w.partition("=")[0] for w in words}
     scores = _fit_scores(config, splits, speed, SCORES * seconds, given) if scored else 0.
     shares = {s: SHARES[s] / sum(SHARES[k] for k in stages) for s in stages}
     if ours and _halve_batches(only, speed, seconds, shares, given):
         for section in STAGES.values(): getattr(config, section).batch = getattr(only, section).batch
         speed = measured()
-    speed, gain = _in_half(only, splits, speed, shares, min(3., seconds / 120))
+    speed, gain = _in_half(only, splits, speed, shares, most)
     config.run.precision = only.run.precision
     reserve, opened = scores + speed.end + 2 * speed.pause + 2, time.perf_counter() - began
     left, least = seconds - opened - reserve, max(LEAST * speed.step[s] / v for s, v in shares.items())
