@@ -48,6 +48,7 @@ def fake():
     monkeypatch.setattr(Trainer, "train_step", train_step)
     monkeypatch.setattr(Trainer, "save_grid", lambda self, final=False: None)
     monkeypatch.setattr(module, "measure", lambda *_: SPEED)
+    monkeypatch.setattr(module, "_steps_alone", lambda *_: SPEED.step)
     yield
     monkeypatch.undo()
 
@@ -108,18 +109,17 @@ def test_bf16_is_chosen_where_its_steps_are_faster(tmp_path, monkeypatch):
     "And kept by whoever goes on, for shorter or longer; small images, who says a precision and others never try."
     monkeypatch.setattr(module, "unpacks", lambda device: False)
     def timed(config, *_, faster=1.5):
-        if config.run.precision != "bf16": return SPEED
-        return SPEED._replace(step={k: v / faster for k, v in SPEED.step.items()})
-    monkeypatch.setattr(module, "measure", timed)
+        return {k: v / (faster if config.run.precision == "bf16" else 1.) for k, v in SPEED.step.items()}
+    monkeypatch.setattr(module, "_steps_alone", timed)
     words = [*WORDS, "data.image_size=16"]
     config = planned(tmp_path / "half", words=words)
     assert config.run.precision == "bf16" and json.loads(config.run.plan)["costs"]["teacher"] == 1 / 1.5
     t = BudgetTrainer(config, tmp_path / "half", began=0., clock=Clock(real=False))
     t.run("ctm_dsm")
-    monkeypatch.setattr(module, "measure", lambda config, *_: timed(config, faster=.5))
+    monkeypatch.setattr(module, "_steps_alone", lambda config, *_: timed(config, faster=.5))
     for minutes in (2., 8.): assert planned(tmp_path / "half", minutes, words).run.precision == "bf16"
     assert planned(tmp_path / "slow", words=words).run.precision == "auto"
-    monkeypatch.setattr(module, "measure", timed)
+    monkeypatch.setattr(module, "_steps_alone", timed)
     assert planned(tmp_path / "small").run.precision == "auto"
     assert planned(tmp_path / "typed", words=[*words, "run.precision=fp32"]).run.precision == "fp32"
     file = shutil.copytree(tmp_path / "half", tmp_path / "full") / "config.json"
@@ -127,6 +127,22 @@ def test_bf16_is_chosen_where_its_steps_are_faster(tmp_path, monkeypatch):
     assert planned(tmp_path / "full", 8., words).run.precision == "auto"
     monkeypatch.setattr(module, "unpacks", lambda device: True)
     assert planned(tmp_path / "unable", words=words).run.precision == "auto"
+
+
+def test_everything_is_measured_with_the_network_that_is_chosen(tmp_path, monkeypatch):
+    "A width that would be too slow was tried, and leaves no trace."
+    monkeypatch.setattr(module, "unpacks", lambda device: False)
+    seen, words = [], [*WORDS, "data.image_size=16"]
+    def timed(config, *_):
+        width, half = config.network.model_channels, config.run.precision == "bf16"
+        seen.append((width, half))
+        return {k: v * {8: .001, 16: .005, 32: 1.}[width] / (1.5 if half else 1.) for k, v in SPEED.step.items()}
+    monkeypatch.setattr(module, "_steps_alone", timed)
+    monkeypatch.setattr(module, "measure", lambda *a: SPEED._replace(step=timed(*a)))
+    c = budget(make_config("tiny", words), words, 2., tmp_path / "r", STAGES, time.perf_counter(), True, True)[0]
+    assert (8, False) in seen and (32, False) in seen and seen[-2:] == [(16, False), (16, True)]
+    assert (c.network.model_channels, c.run.precision) == (16, "bf16")
+    assert json.loads(c.run.plan)["costs"]["teacher"] == .005 / 1.5
 
 
 def test_short_runs_have_small_batches(tmp_path):
