@@ -7,9 +7,9 @@ both are loaded into one process and called in turn.
 Processor seconds of one thread; of every pair of calls the ratio is taken, and of the ratios the median and the tenth
 and the ninetieth percentile. Networks: DDPM++ at 32 x 32 with 2.4 million weights, batch 16, and those of the presets
 digits and mnist, batch 64, all with a student's s-branch. Steps: of distillation, on random pictures of the preset's
-size; cifar10 with 32 channels and batch 16. Sampling: 64 samples in one evaluation, against the network alone; and 256
-of the 32 x 32 network in parts, written to files meanwhile, by one process and by two at once. Each section is written
-to nbs/results/speed/processor.json.
+size; cifar10 with 32 channels and batch 16. The limit: operations a second, beside a bare matrix product's. Sampling:
+64 samples in one evaluation, against the network alone; and 256 of the 32 x 32 network in parts, written to files
+meanwhile, by one process and by two at once. Each section is written to nbs/results/speed/processor.json.
 """
 import argparse
 import importlib
@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 RESULT = Path(__file__).resolve().parents[1] / "nbs" / "results" / "speed" / "processor.json"
 HERE = str(Path(__file__).resolve().parents[1])
@@ -100,6 +101,29 @@ def forward_section(sides, repeats):
                       "fp32": ratio(base, t["after", False]), "bf16": ratio(base, t["after", True]),
                       "bf16 before": ratio(base, t["before", True]),
                       "bf16 by bf16": ratio(t["before", True], t["after", True])}
+        print(name, rows[name], flush=True)
+    return rows
+
+
+def limit_section(sides, repeats, side=1024):
+    "Billions of operations a second, of the network without gradient and of a bare matrix product beside it."
+    rows = {}
+    for name, B in BATCH.items():
+        m = model(sides["after"], name)
+        args = torch.randn(B, *m.data_shape), torch.linspace(-1.5, 1, B), torch.linspace(-2.5, 0, B)
+        if m.n_classes: args += (torch.arange(B) % 10,)
+        with FlopCounterMode(display=False) as counter: m.net(*args)
+        ops, jobs = {"network": counter.get_total_flops(), "product": 2 * side ** 3}, {}
+        for half in (False, True):
+            square = torch.randn(side, side, dtype=torch.bfloat16 if half else torch.float32)
+            def network(half=half, args=args, net=m.net):
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
+                    net(*args)
+            jobs["network", half] = network
+            jobs["product", half] = lambda a=square: a @ a
+        t = in_turn(jobs, repeats)
+        rate = {k: round(ops[k[0]] / 1e9 / median(v), 1) for k, v in t.items()}
+        rows[name] = {"bf16" if h else "fp32": {k: rate[k, h] for k in ops} for h in (False, True)}
         print(name, rows[name], flush=True)
     return rows
 
@@ -230,8 +254,8 @@ def processes_section(sides, repeats, world=2):
     return max(rows, key=lambda r: r["fp32 over the network"])
 
 
-SECTIONS = {"forward": forward_section, "sampling": sampling_section, "parts": parts_section,
-            "processes": processes_section, "step": step_section, "profile": profile_section,
+SECTIONS = {"forward": forward_section, "limit": limit_section, "sampling": sampling_section,
+            "parts": parts_section, "processes": processes_section, "step": step_section, "profile": profile_section,
             "compile": compile_section}
 
 
