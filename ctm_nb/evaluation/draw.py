@@ -28,7 +28,7 @@ from ..method.solvers import solver_name
 from ..method.teacher import Model
 from ..method.trajectory import is_ctm
 from ..checkpoints.models import find_checkpoint, is_run, load, of_newest
-from .reference import Ranks, launched, pick_device, process_group
+from .reference import NO_HALF, Ranks, launched, pick_device, process_group, unpacks
 from .search import stored_times
 
 log = logging.getLogger(__name__)
@@ -369,4 +369,5 @@ def draw_samples(
             return recipe
         _refuse_existing(out, overwrite)
         _warn_unsuited(m, recipe["guidance"], recipe["guide"], checkpoint)
+        if recipe["precision"] == "bf16" and unpacks(_place(m)[0]): log.warning("precision=bf16: %s", NO_HALF)
         return _draw_into(out, m, recipe, batch_size, overwrite)

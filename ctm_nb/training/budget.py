@@ -26,14 +26,13 @@ from ..data.batches import Splits
 from ..data.images import ImageData
 from ..evaluation.features import ClassifierExtractor, Extractor, load_extractor
 from ..evaluation.metrics import train_classifier
-from ..evaluation.reference import pick_device
+from ..evaluation.reference import pick_device, unpacks
 from ..method.sampling import default_times, evaluations, sample
 from ..method.teacher import Model
 from .config import (STAGES, Config, EvaluateConfig, Span, check_config, phases, schedule, set_value,
                                     teacherless)
 from .costs import fit_memory
 from .report import duration, read_run, write_report
-from .runtime import unpacks
 from .stages import DistillStage
 from .trainer import Trainer, no_scores_because, open_images
 

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .config import OptimConfig
-from .runtime import unpacks
+from ..evaluation.reference import unpacks
 
 # %% ../../nbs/6_training/04_optimizers.ipynb #d7ed93b6
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c

@@ -38,6 +38,7 @@ from ..data.read import reading
 from ..evaluation.draw import free_memory, _or_smaller
 from ..evaluation.evaluate import Request, drawn_samples, extend_scores, read_scores, run_evaluator
 from ..evaluation.features import load_extractor
+from ..evaluation.reference import NO_HALF, unpacks
 from ..method.balance import alone
 from ..method.distill import MATCHING
 from ..method.guidance import Guided
@@ -46,7 +47,7 @@ from ..method.solvers import OLD_NAMES
 from .config import SERVICES, STAGES, Config, schedule, stage_at, teacherless
 from .report import write_report
 from .runtime import (ALONE, Guard, Here, Signals, autocast, choose_precision, compile_networks,
-                                     join, peak_memory, prepare, recompute, unpacks)
+                                     join, peak_memory, prepare, recompute)
 from .shard import numbers_of, put_weights, weights_of
 from .stages import STAGE_CLASSES, carry_to, check_weights, step_generator, take
 from .step import apply_gradient, gradient, same_start
@@ -198,8 +199,7 @@ class Trainer(ShortNames):
         self.writer: Any = None  # made when first needed, as is the evaluator
         self.evaluator: Any = None
         if self.precision == "bf16" and unpacks(self.device):
-            log.warning("run.precision=bf16: this processor has no instructions for it; run.precision=fp32 will be "
-                        "many times faster")
+            log.warning("run.precision=bf16: %s", NO_HALF)
         with self.claim(): self.restore()
 
 # %% ../../nbs/6_training/08_trainer.ipynb #90269288

@@ -85,6 +85,14 @@ def test_half_precision_is_part_of_the_recipe(run, tmp_path, capsys):
     with pytest.raises(ValueError, match="precision: fp32 -> bf16"): _open_parts(tmp_path / "z.npz", plans["bf16"])
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_a_device_without_half_precision_is_named(run, tmp_path, monkeypatch, caplog, has):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+    for p in ("fp32", "bf16"):
+        ctm_nb_sample([str(run), "-n", "2", "--device", "cpu", "--out", str(tmp_path / f"{p}.npz"), "--precision", p])
+        assert ("no instructions for bf16" in caplog.text) == (p == "bf16" and not has)
+
+
 def test_torchrun_is_killed_and_continued(run, tmp_path):
     out, parts = tmp_path / "x.npz", tmp_path / "x.npz.parts"
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ctm_nb",

@@ -16,9 +16,10 @@ from ctm_nb.checkpoints.models import load
 from ctm_nb.checkpoints.store import load_checkpoint
 from ctm_nb.commands.sample import ctm_nb_sample
 from ctm_nb.data.images import digits
+from ctm_nb.evaluation.reference import NO_HALF
 from ctm_nb.training.config import make_config
 from ctm_nb.training.costs import memory
-from ctm_nb.training.runtime import autocast
+from ctm_nb.training.runtime import autocast, told_precision
 from ctm_nb.training.shard import weights_of
 from ctm_nb.training.stages import take
 from ctm_nb.training.trainer import Trainer
@@ -289,8 +290,8 @@ def test_a_processor_without_bf16_is_named(tmp_path, monkeypatch, caplog, has):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
     for p in ("fp32", "bf16"): Trainer(make_config("tiny", [*SHORT, f"run.precision={p}"]), tmp_path / p)
     said = [r.getMessage() for r in caplog.records if "no instructions" in r.getMessage()]
-    assert said == ([] if has else ["run.precision=bf16: this processor has no instructions for it; run.precision=fp32 "
-                                    "will be many times faster"])
+    assert said == ([] if has else [f"run.precision=bf16: {NO_HALF}"])
+    assert told_precision(make_config("tiny", ["run.precision=bf16"]).run) == ("bf16" if has else f"bf16; {NO_HALF}")
 
 
 def test_half_precision_learns_and_resumes(tmp_path):

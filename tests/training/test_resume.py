@@ -51,11 +51,11 @@ def whole(tmp_path_factory):
 # ---- killed
 
 def test_killed_at_random_moments_not_a_bit_differs():
-    words = [sys.executable, ROOT / "benchmarks" / "crash.py", "--kills", "8", "--seed", "1", "--out", "-"]
+    words = [sys.executable, ROOT / "benchmarks" / "crash.py", "--kills", "5", "--seed", "1", "--out", "-"]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     record = json.loads(done.stdout)
-    assert (record["mismatches"], record["kills"], set(record["by kind"])) == (0, 8, {"time", "disk", "write"})
+    assert (record["mismatches"], record["kills"], set(record["by kind"])) == (0, 5, {"time", "disk", "write"})
     assert record["runs to their end"] >= 1
 
 
