@@ -32,7 +32,7 @@ from . import stages
 from .config import STAGES, Config, _uses_trajectories, phases, schedule, stage_at
 from ..data.batches import available_memory
 from ..data.images import Images
-from ..evaluation.reference import pick_device
+from ..evaluation.reference import launched, pick_device
 from ..method.distill import MATCHING, draw_interval
 from ..method.solvers import SOLVERS, solver_name
 from ..method.trajectory import student_from
@@ -290,9 +290,12 @@ def estimate(
     images_per_sec: float | None = None,  # of one device in the first stage; None: no times
 ) -> list[str]:
     "Memory and time as lines of a plan."
-    todo, first = schedule(config), stage_at(config, 0).name
-    each = "; ".join(f"{NAMES[s]} {v / 2**30:.2f} GiB" for s, v in memory(config, data).items())
-    what = "with the whole batch at once on one device in float32, libraries not counted (micro-batches need less)"
+    todo, first, world = schedule(config), stage_at(config, 0).name, launched()[1]
+    each = "; ".join(f"{NAMES[s]} {v / 2**30:.2f} GiB" for s, v in memory(config, data, world=world).items())
+    batch = "the whole batch" if world == 1 else f"its share of the batch, one in {world},"
+    what = f"with {batch} at once on one device in float32, libraries not counted (micro-batches need less)"
+    if config.run.shard: what += ("; run.shard=true needs several processes (torchrun --nproc_per_node N)" if world == 1
+                                  else "; run.shard=true: all networks but the teacher are divided among them")
     out = [f"memory    {each} {what}"]
     if images_per_sec is None:
         return [*out, "time      unknown; --measure times two steps here"]
