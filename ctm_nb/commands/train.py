@@ -138,7 +138,7 @@ def plan(
         f"data      {train.name}: {len(train)} training images, {size}, {classes}",
         f"network   {config.network.family}, {weights / 1e6:.2f} M parameters{given}",
         *_stages(config, stage),
-        f"precision {told_precision(config.run)}",
+        f"precision {told_precision(config.run, tried=bool(minutes))}",
         *estimate(only, train, measure(only, train) if measured else None)[:1 if minutes else None],
         *([f"budget    {config.run.minutes:g} min: {minutes}"] if minutes else []),
         *_averages(only, weights), *_paths(config, train),
@@ -261,7 +261,8 @@ def _finished(folder):
     end, before = max([s.end for s in schedule(saved).values()], default=0), section(saved, "run").get("before", 0)
     step = int(steps[0].name.partition("_")[2]) if steps else 0
     if step == end > 0 or before: return end if step == end else before
-    raise ValueError(f"--steps +N needs a finished run, {folder} stands at step {step} of {end}")
+    stands = f"stands at step {step} of {end}" if end else "is none"
+    raise ValueError(f"--steps +N needs a finished run, {folder} {stands}")
 
 # %% ../../nbs/7_commands/01_train.ipynb #a4d2152a
 def _budgeted(a, config, folder, minutes, stage, began):
@@ -311,8 +312,7 @@ def _train(a: argparse.Namespace, began: float, pulse):  # when the command was 
         records = trainer.run(stage)
         leave()
     if not trainer.here.main: return
-    nothing = "no scores (they need labelled images and evaluate.n > 0)"
-    print("", markdown_table(score_table(records)) if records else nothing, "", sep="\n")
+    if records: print("", markdown_table(score_table(records)), "", sep="\n")
     print(f"{folder}/report.html shows the run; to draw samples:  "
           f"ctm_nb_sample {shlex.quote(str(folder))} -n 64 --steps 1 --out grid.png")
 

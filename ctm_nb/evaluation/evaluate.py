@@ -358,7 +358,7 @@ def open_subject(
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #45ab864d
 def _kept_reference(data, real, seed: int, most: int) -> Path:  # in the cache folder; it need not exist
     "Where a reference with its classifier is kept: other images or another training, another file."
-    made_of = __version__, torch.__version__, data.sha256(), real.sha256(), seed, most
+    made_of = __version__, torch.__version__, data.sha256(), real.sha256(), seed, most, "a hundred steps at least"
     return cache_folder() / f"reference-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]}.npz"
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #d223f4ca
@@ -539,5 +539,9 @@ def floor(self: Evaluator, splits) -> list:  # records; none if training images 
     if self.reference.net is None: return []
     held_out = splits["held_out"]
     got: Any = collect(self.extractor, data_samples(held_out), self.batch, keep=False)  # one process
-    accuracy = {"classifier_accuracy": class_accuracy(got.probs, held_out.labels)}
-    return [*self._records(accuracy, got.n), *self.records(data_samples(splits["train"], most=10000))]
+    right, guessed = class_accuracy(got.probs, held_out.labels), 1 / held_out.n_classes
+    if right < guessed + 2 * (guessed * (1 - guessed) / got.n) ** .5:
+        log.warning("the classifier reads %.0f %% of the %d held-out images, guessing %.0f %%: scores in its features "
+                    "say nothing", 100 * right, got.n, 100 * guessed)
+    accuracy = self._records({"classifier_accuracy": right}, got.n)
+    return [*accuracy, *self.records(data_samples(splits["train"], most=10000))]

@@ -257,7 +257,7 @@ def _calibrate(net: FeatureClassifier, data: Images) -> FeatureClassifier:
 def train_classifier(
     data:Images, # real, labelled training images
     seed:int=0, # of weights, order and jitter
-    epochs:int=6, # passes over the data
+    epochs:int|None=None, # passes over the data; None: six, and a hundred steps at least
     most:int=60000, # images seen, where those would be more
     device:str="cpu", # where to train
     **architecture, # width and dim of `FeatureClassifier`
@@ -271,7 +271,7 @@ def train_classifier(
         net = FeatureClassifier(data.image_size, data.channels, data.n_classes, **architecture).to(device).train()
     g, batch_size = torch.Generator().manual_seed(seed), min(64, len(data))
     each = len(data) // batch_size  # steps of a pass
-    n_steps = min(epochs * each, max(1, most // batch_size))
+    n_steps = min(max(6 * each, 100) if epochs is None else epochs * each, max(1, most // batch_size))
     opt = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=n_steps)
     with tqdm(total=n_steps, desc="classifier", delay=2, disable=None) as bar:

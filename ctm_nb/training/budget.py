@@ -168,7 +168,7 @@ def _fit_scores(config: Config, splits: Splits, speed: Speed, seconds: float, gi
     "How many samples, and how much work for the classifier, fit; the seconds that they take."
     e, train, own = config.evaluate, splits["train"], config.evaluate.features == "train"
     held_out = splits["held_out"] if own else train
-    work = lambda: speed.learn * min(6 * len(train), e.classifier)
+    work = lambda: speed.learn * min(max(6 * len(train), 100 * min(64, len(train))), e.classifier)
     while "evaluate.classifier" not in given and work() > seconds / 2 and e.classifier > 1000: e.classifier //= 2
     fixed = work() + speed.look * (2 * len(held_out) + own * min(len(train), 10000))
     fits = [n for n in (e.n, 5000, 2000, 1000, 500, 200) if n <= e.n and fixed + n * speed.draw <= seconds / SPARE]
@@ -209,14 +209,14 @@ def _width(config: Config, splits: Splits, seconds: float, most: float) -> int:
 
 # %% ../../nbs/6_training/10_budget.ipynb #119f5a9e
 def _in_half(config: Config, splits: Splits, speed: Speed, shares: dict, most: float) -> tuple[Speed, float]:
-    "Settle `run.precision=auto` on a processor; the speed of what was chosen, and how much faster bfloat16 was."
+    "Settle `run.precision=auto` on a processor; the speed of what was chosen, how much faster bf16 was (0: not tried)."
     device, side = pick_device(config.run.device), splits["train"].image_size
     settled = not (config.run.precision == "auto" and not config.run.before and device.type == "cpu")
-    if settled or unpacks(device) or side < SMALL: return speed, 1.
+    if settled or unpacks(device) or side < SMALL: return speed, 0.
     half = replace(config, run=replace(config.run, precision="bf16"))
     step = _steps_alone(half, splits, most)
     gain = sum(share * speed.step[s] / step[s] for s, share in shares.items())
-    if gain < HALF: return speed, 1.
+    if gain < HALF: return speed, gain
     config.run.precision = "bf16"
     return speed._replace(step=step), gain
 
@@ -259,8 +259,10 @@ def _plan(config: Config, seconds: float, stages: list, splits: Splits, words: l
     steps = [config.run.before, *(getattr(config, section).steps for section in STAGES.values())]
     config.run.plan = json.dumps(dict(seconds=seconds, reserve=reserve, earlier=0., costs=speed.step, steps=[steps]))
     each = "; ".join(f"{s} {duration(left * v)}" for s, v in shares.items())
-    half = f"; steps in bf16, {gain:.1f} times as fast as in fp32" if gain > 1 else ""
-    return f"{duration(opened)} to open and measure; {each}; scores, picture, report {duration(reserve)}{half}"
+    chosen = "bf16" if gain >= HALF else "fp32"
+    half = f"; {chosen}, because steps in bf16 take {1 / gain:.2f} of the time of those in fp32" if gain else ""
+    end = "scores, picture, report" if scores or not scored else "picture, report (no time for scores)"
+    return f"{duration(opened)} to open and measure; {each}; {end} {duration(reserve)}{half}"
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e019
 def _take_up(folder: Path, words: list, minutes: float, stages: list) -> tuple[Config, float]:
@@ -372,7 +374,8 @@ def chosen(self: BudgetTrainer) -> list:  # step of the run, steps of each stage
         _follow(trial, row(thousandths / 1000))
         return work(trial, costs, self.step)
     share = bisect_left(range(20000), left / self.slow, lo=50, key=rest) / 1000
-    log.info("step %d: steps take %.2f of what was measured, %.2f of the rest fits", self.step, self.slow, share)
+    log.info("step %d: a step takes %.2f times what was measured, there is time for %.2f times the steps that are left",
+             self.step, self.slow, share)
     return row(share)
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e02c

@@ -145,7 +145,7 @@ def _propose_size(source, limit):
     (h, w), least = next(iter(shapes)), min(min(s) for s in shapes)
     if len(shapes) == 1 and h == w <= limit: return None, f"all images are {h} x {w}"
     size = min(limit, 2 ** int(np.log2(least)))
-    sizes = f"images are {h} x {w}" if len(shapes) == 1 else f"images have {len(shapes)} sizes or more"
+    sizes = f"images are {w} x {h}" if len(shapes) == 1 else "images differ in size"
     kept = f"; --image-size {least} keeps {least} x {least}"
     return size, f"{sizes}, the shortest side is {least}: the centre is cut out and resized to {size} x {size}{kept}"
 

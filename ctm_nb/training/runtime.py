@@ -159,12 +159,13 @@ def autocast(
 # %% ../../nbs/6_training/03_runtime.ipynb #c5e3feca
 def told_precision(
     run: Any,  # a `RunConfig`
+    tried: bool = False,  # have both been timed here?
 ) -> str:
     "What run.precision means here, and what else could be had."
     device = pick_device(run.device)
     now = choose_precision(run.precision, device)
     if now == "bf16" and unpacks(device): return f"{now}; {NO_HALF}"
-    if run.precision != "auto" or device.type != "cpu": return now
+    if run.precision != "auto" or device.type != "cpu" or tried: return now
     if unpacks(device): return f"{now}; this processor has no instructions for bf16"
     return f"{now}; run.precision=bf16 may be faster, the more the larger the network"
 

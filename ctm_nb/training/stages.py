@@ -175,6 +175,11 @@ def given_model(
     m = _of_this_size(load(source := getattr(config, section).source, which=which), f"{section}.source={source}", data)
     if m.n_classes not in (0, data.n_classes):
         raise ValueError(f"{section}.source={source} knows {m.n_classes} classes, the data have {data.n_classes}")
+    known, names = m.classes, list(data.classes)
+    if sorted(known) == sorted(names): return m if known == names else relabel(m, names)
+    if known and not all(c.isdigit() for c in known):
+        log.warning("%s.source=%s draws other classes, which are taken in their order: %s for %s, ...", section, source,
+                    known[0], names[0])
     return m
 
 # %% ../../nbs/6_training/05_stages.ipynb #eea511e9

@@ -98,10 +98,12 @@ def check_changes(
         if not isinstance(v, dict): raise ValueError(f"{what} has a config.json with {k}={v!r}, expected settings")
     allowed, refused = _changes(meta["config"], asdict(config), step)
     if refused:
+        more = "; a run that went on after its end goes on by --steps +N or more --minutes, not by its first command"
         raise ValueError(
             f"{what} holds a run of another configuration ({'; '.join(refused)}); settings of a stage may change until "
             "a stage that uses them begins, its steps also while it is in training and its decay is constant "
-            "or reference, not below the steps done; choose another name or remove the folder")
+            "or reference, not below the steps done; choose another name"
+            + more * bool(meta["config"].get("run", {}).get("before")))
     if (then := meta.get("precision")) not in (None, precision):
         how = "nothing trains in fp16 any more" if then == "fp16" else f"--set run.precision={then} continues it"
         raise ValueError(f"{what} was trained in {then}, and run.precision={config.run.precision} means {precision} "

@@ -190,6 +190,19 @@ def test_training_is_deterministic_and_private():
     assert not nets[0].training and (f[0].var(0) - 1).abs().max() < .05
 
 
+def test_a_classifier_of_few_images_reads_others_too(caplog):
+    "And one that reads no better than guessing says so."
+    train, held_out = digits("train"), digits("held_out")
+    of = lambda data, n: ImageData(data.images[:n], data.labels[:n], data.classes, "few")
+    few = {"train": of(train, 100), "held_out": of(held_out, 60)}
+    right = lambda splits: next(r["value"] for r in run_evaluator(splits).floor(splits)
+                                if r["metric"] == "classifier_accuracy")
+    assert right(few) > .6 and not caplog.records
+    mixed = few["train"].labels[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
+    assert right({**few, "train": ImageData(few["train"].images, mixed, train.classes, "mixed")}) < .3
+    assert "of the 60 held-out images, guessing 10 %: scores in its features say nothing" in caplog.text
+
+
 def test_scores_see_noise_collapse_and_wrong_labels(scored):
     evaluator, splits = scored
     train = splits["train"]

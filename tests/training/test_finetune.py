@@ -8,6 +8,7 @@ from ctm_nb import load
 from ctm_nb.checkpoints.models import relabel
 from ctm_nb.commands.train import ctm_nb_train
 from ctm_nb.training.config import make_config
+from ctm_nb.training.stages import given_model
 from ctm_nb.training.trainer import Trainer
 
 FAST = ["evaluate.n=0", "run.log_every=10", "run.track=none"]
@@ -38,6 +39,21 @@ def test_a_class_of_a_known_name_stays_and_a_network_without_classes_draws_what_
     assert bare.n_classes == 0 and torch.equal(G(bare, None), G(grown, 1))
 
 
+def test_a_given_teacher_draws_the_classes_of_the_data(finished, tmp_path, caplog):
+    "Known names in another order are put in order; what other names stand for is said."
+    from ctm_nb.checkpoints.models import save_model
+    from ctm_nb.data.images import digits
+    data, m = digits(), load(finished / "a", which="teacher")
+    def given(names):
+        path = save_model(relabel(m, names), tmp_path / f"{names[0]}.safetensors")
+        return given_model(make_config("tiny", [f"teacher.source={path}", "data.source=x"]), "teacher", data)
+    D = lambda m: m.D(torch.ones(2, *m.data_shape), torch.tensor([2., 2.]), torch.tensor([3, 8]))
+    for names in (list(data.classes), data.classes[::-1]): assert torch.allclose(D(given(names)), D(m), atol=1e-6)
+    assert not caplog.records
+    given([f"letter {c}" for c in "abcdefghij"])
+    assert "draws other classes, which are taken in their order: letter a for 0, ..." in caplog.text
+
+
 def test_finetuning_begins_with_teacher_and_student(finished):
     config = make_config("tiny", [f"{s}.initial={finished / 'a'}" for s in ("teacher", "distill")] + FAST)
     t = Trainer(config, finished / "b")
@@ -63,7 +79,7 @@ def test_more_steps_follow_a_finished_run_and_the_same_words_resume_them(finishe
     ctm_nb_train(words(finished, "e", "--steps", "20"))
     with pytest.raises(SystemExit): ctm_nb_train(words(finished, "e", "--steps", "20,+20"))
     with pytest.raises(SystemExit): ctm_nb_train(words(finished, "f", "--steps", "+20"))
-    assert "needs a finished run" in capsys.readouterr().err
+    assert "/f is none" in capsys.readouterr().err
     ctm_nb_train(words(finished, "e", "--steps", "+20,+10", "--stage", "teacher"))  # of 70
     assert rows(finished / "e")[-1]["step"] == 60
     ctm_nb_train(words(finished, "e", "--steps", "+20,+10"))  # goes on, adds nothing
@@ -71,3 +87,6 @@ def test_more_steps_follow_a_finished_run_and_the_same_words_resume_them(finishe
     assert json.loads((finished / "e/config.json").read_text())["run"]["before"] == 40
     ctm_nb_train(words(finished, "e", "--steps", "+0,+10"))
     assert rows(finished / "e")[-1]["step"] == 80
+    capsys.readouterr()
+    with pytest.raises(SystemExit): ctm_nb_train(words(finished, "e", "--steps", "20"))
+    assert "goes on by --steps +N or more --minutes, not by its first command" in capsys.readouterr().err
