@@ -5,12 +5,12 @@ both are loaded into one process and called in turn.
     python benchmarks/processor.py --before ../before
 
 Processor seconds of one thread; of every pair of calls the ratio is taken, and of the ratios the median and the tenth
-and the ninetieth percentile. Networks: DDPM++ at 32 x 32 with 2.4 million weights, batch 16, and those of the presets
-digits and mnist, batch 64, all with a student's s-branch. Steps: of distillation, on random pictures of the preset's
-size; cifar10 with 32 channels and batch 16. The limit: a pass by its convolutions alone, and beside them a bare matrix
-product's operations a second. Sampling: 64 samples in one evaluation, against the network alone; and 256 of the
-32 x 32 network in parts, written to files meanwhile, by one process and by two at once. Each section is written to
-nbs/results/speed/processor.json.
+and the ninetieth percentile, of fewer than ten the least and the largest. Networks: DDPM++ at 32 x 32 with 2.4 million
+weights, batch 16, and those of the presets digits and mnist, batch 64, all with a student's s-branch. Steps: of
+distillation, on random pictures of the preset's size; cifar10 with 32 channels and batch 16. The limit: a pass by its
+convolutions alone, and beside them a bare matrix product's operations a second. Sampling: 64 samples in one evaluation,
+against the network alone; and 256 of the 32 x 32 network in parts, written to files meanwhile, by one process and by
+two at once. Each section is written to nbs/results/speed/processor.json.
 """
 import argparse
 import importlib
@@ -102,7 +102,7 @@ class Apart:
 
 
 def ratio(a, b):
-    "Of the times a to the times b: the median, and where four of five lie."
+    "Of the times a to the times b: the median, and where four of five lie; of fewer than ten, the least and the most."
     r = sorted(x / y for x, y in zip(a, b))
     return [round(v, 3) for v in (median(r), r[len(r) // 10], r[-1 - len(r) // 10])]
 
@@ -183,6 +183,7 @@ def limit_section(sides, repeats, side=1024):
             row |= {f"{a} by {b}": by(a, b) for a, b in (("pass", "convolutions"), ("before", "pass"),
                                                          ("as it was", "pass"), ("as it was", "convolutions"))}
             row |= {f"{k} GFLOP/s": round(n / 1e9 / median(t[k, h]), 1) for (k, h), n in ops.items() if h == half}
+            row |= {"as it was, fp32, by pass": ratio(t["as it was", False], t["pass", half])}
             rows[name][f] = row | {"calls": len(seen.calls)}
             print(name, f, rows[name][f], flush=True)
     return rows
