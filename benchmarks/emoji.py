@@ -5,6 +5,7 @@
     ctm_nb_train --preset emoji
     python benchmarks/emoji.py results runs/emoji # writes nbs/results/emoji; of a student of another run's teacher
                                                   # (--teacher runs/NAME) the teacher's minutes and curve as well
+    python benchmarks/emoji.py results runs/cifar10 --out cifar10 --no-weights  # of pictures that may not be shipped
 
 FOLDER holds a sub-folder for each category, in it NAME__VARIANT.png. Pictures are put on white, brought to 32 x 32 and
 kept losslessly as WebP, as train/CATEGORY/NAME__VARIANT.webp and test/CATEGORY/...: every tenth emoji of a category is
@@ -61,7 +62,8 @@ def draw(run: Path, columns: int = 20, scale: int = 2) -> Image.Image:
     from ctm_nb.data.images import image_grid, to_uint8
     from ctm_nb.data.read import open_source
     teacher, student = load(run, which="teacher"), load(run)
-    labels = torch.from_numpy(open_source("emoji").labels).sort().values
+    source = json.loads((run / "config.json").read_text())["data"]["source"]
+    labels = torch.from_numpy(open_source(source).labels).sort().values
     y = labels[((torch.arange(columns) + .5) * len(labels) / columns).long()]
     ways = [(teacher, dict(solver="heun", steps=9)), *((student, dict(steps=k)) for k in (1, 2, 4))]
     rows = torch.cat([to_uint8(sample(m, n=len(y), y=y, seed=0, **how)) for m, how in ways])
@@ -70,9 +72,10 @@ def draw(run: Path, columns: int = 20, scale: int = 2) -> Image.Image:
 
 
 def settings(run: Path) -> dict:
-    "The configuration of a run, without the place of its teacher on this machine."
+    "The configuration of a run, without the places of its teacher and its pictures on this machine."
     config = json.loads((run / "config.json").read_text())
     if source := config["teacher"]["source"]: config["teacher"]["source"] = f"runs/{Path(source).name}"
+    config["data"]["source"] = Path(config["data"]["source"]).name
     return config
 
 
@@ -94,8 +97,8 @@ def logged(run: Path) -> list:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def keep_results(run: Path, out: Path):
-    "Picture, scores, curve, minutes and student of a run."
+def keep_results(run: Path, out: Path, weights: bool = True):
+    "Picture, scores, curve, minutes and, if wanted, student of a run."
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(run / "scores.json", out / "scores.json")
     (out / "config.json").write_text(json.dumps(settings(run), indent=1) + "\n")
@@ -109,7 +112,7 @@ def keep_results(run: Path, out: Path):
     cpu = next(t for t in Path("/proc/cpuinfo").read_text().splitlines() if t.startswith("model name")).split(":")[1]
     about = {"minutes": lines[-1]["seconds"] / 60, "hardware": f"{cpu.strip()}, one thread, beside other programs"}
     (out / "run.json").write_text(json.dumps(about))
-    small_copy(run, out / "student.safetensors")
+    if weights: small_copy(run, out / "student.safetensors")
     draw(run).save(out / "final.png")
 
 
@@ -117,10 +120,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("data", "results"))
     parser.add_argument("folder", type=Path, help="the pictures, or the run")
+    parser.add_argument("--out", default="emoji", help="of the results: a folder in nbs/results")
+    parser.add_argument("--no-weights", action="store_true", help="of the results: without the student")
     a = parser.parse_args()
     if not a.folder.is_dir(): parser.error(f"no folder {a.folder}")
     if a.what == "data": make_data(a.folder, ROOT / "ctm_nb" / "data" / "emoji.zip")
-    else: keep_results(a.folder, ROOT / "nbs" / "results" / "emoji")
+    else: keep_results(a.folder, ROOT / "nbs" / "results" / a.out, not a.no_weights)
 
 
 if __name__ == "__main__": main()
