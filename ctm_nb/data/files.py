@@ -105,6 +105,7 @@ def claimed(
     made = [p for p in lock.parents if not p.exists()]
     lock.parent.mkdir(parents=True, exist_ok=True)
     held, note = FileLock(lock, 0, thread_local=False, is_singleton=True), lock.with_name(f"{lock.name}.by")
+    with naming(what): lock.touch()  # where there can be none, the error says why
     try: held.acquire()
     except Timeout:
         who = "another process"
