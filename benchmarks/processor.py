@@ -5,16 +5,20 @@ both are loaded into one process and called in turn.
     python benchmarks/processor.py --before ../before
 
 Processor seconds of one thread; of every pair of calls the ratio is taken, and of the ratios the median and the tenth
-and the ninetieth percentile. Networks: DDPM++ at 32 x 32 with 2.4 million weights, batch 16, and those of the presets
-digits and mnist, batch 64, all with a student's s-branch. Steps: of distillation, on random pictures of the preset's
-size; cifar10 with 32 channels and batch 16. The limit: operations a second, beside a bare matrix product's. Sampling:
-64 samples in one evaluation, against the network alone; and 256 of the 32 x 32 network in parts, written to files
-meanwhile, by one process and by two at once. Each section is written to nbs/results/speed/processor.json.
+and the ninetieth percentile, of fewer than ten the least and the largest. Networks: DDPM++ at 32 x 32 with 2.4 million
+weights, batch 16, and those of the presets digits and mnist, batch 64, all with a student's s-branch. Steps: of
+distillation, on random pictures of the preset's size; cifar10 with 32 channels and batch 16. The limit: a pass by its
+convolutions alone, and beside them a bare matrix product's operations a second. Sampling: 64 samples in one evaluation,
+against the network alone; and 256 of the 32 x 32 network in parts, written to files meanwhile, by one process and by
+two at once. Each section is written to nbs/results/speed/processor.json.
 """
 import argparse
 import importlib
 import json
+import os
+import platform
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +26,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 RESULT = Path(__file__).resolve().parents[1] / "nbs" / "results" / "speed" / "processor.json"
@@ -71,15 +76,44 @@ def in_turn(jobs, repeats, warm=2):
     for r in range(warm + repeats):
         for k in order.sample(list(jobs), len(jobs)):
             started = time.process_time()
-            jobs[k]()
-            if r >= warm: times[k].append(time.process_time() - started)
+            spent = jobs[k]()
+            if not isinstance(jobs[k], Apart): spent = time.process_time() - started
+            if r >= warm: times[k].append(spent)
     return times
 
 
+class Apart:
+    "A job in a process of its own, which does it when it is called and says what that took."
+    def __init__(self, job, keep):  # keep(), first of all in that process
+        fork = torch.multiprocessing.get_context("fork")
+        self.pipe, end = fork.Pipe()
+        def serve():
+            keep()
+            while end.recv():
+                started = time.process_time()
+                job()
+                end.send(time.process_time() - started)
+        self.process = fork.Process(target=serve, daemon=True)
+        self.process.start()
+
+    def __call__(self, again=True):
+        self.pipe.send(again)
+        return self.pipe.recv() if again else self.process.join()
+
+
 def ratio(a, b):
-    "Of the times a to the times b: the median, and where four of five lie."
+    "Of the times a to the times b: the median, and where four of five lie; of fewer than ten, the least and the most."
     r = sorted(x / y for x, y in zip(a, b))
     return [round(v, 3) for v in (median(r), r[len(r) // 10], r[-1 - len(r) // 10])]
+
+
+def made(before):
+    "Where and against what a section was measured."
+    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
+    commit = subprocess.run(["git", "-C", before, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(),
+            "torch": torch.__version__, "threads": torch.get_num_threads(), "before": commit.stdout.strip()}
 
 
 def forward_section(sides, repeats):
@@ -105,26 +139,53 @@ def forward_section(sides, repeats):
     return rows
 
 
+class Convolutions(TorchDispatchMode):
+    "Keeps the arguments of each convolution that is called within it, as they reach the library."
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        if f is torch.ops.aten.convolution.default: self.calls.append(args)
+        return f(*args, **(kwargs or {}))
+
+
 def limit_section(sides, repeats, side=1024):
-    "Billions of operations a second, of the network without gradient and of a bare matrix product beside it."
-    rows = {}
+    """A pass by its own convolutions: the same calls on the same tensors in the same order, with nothing between them.
+
+    Each job is a process of its own, in which glibc keeps what is freed as in training and sampling today; and the
+    earlier pass once more as it was, on glibc's own heap."""
+    rows, keep = {}, sides["after"]("evaluation.draw").keep_memory
     for name, B in BATCH.items():
-        m = model(sides["after"], name)
-        args = torch.randn(B, *m.data_shape), torch.linspace(-1.5, 1, B), torch.linspace(-2.5, 0, B)
-        if m.n_classes: args += (torch.arange(B) % 10,)
-        with FlopCounterMode(display=False) as counter: m.net(*args)
-        ops, jobs = {"network": counter.get_total_flops(), "product": 2 * side ** 3}, {}
+        nets, jobs, ops = {s: model(get, name) for s, get in sides.items()}, {}, {}
+        args = torch.randn(B, *nets["after"].data_shape), torch.linspace(-1.5, 1, B), torch.linspace(-2.5, 0, B)
+        if nets["after"].n_classes: args += (torch.arange(B) % 10,)
         for half in (False, True):
-            square = torch.randn(side, side, dtype=torch.bfloat16 if half else torch.float32)
-            def network(half=half, args=args, net=m.net):
+            def network(s="after", half=half, args=args, nets=nets):
                 with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
-                    net(*args)
-            jobs["network", half] = network
-            jobs["product", half] = lambda a=square: a @ a
-        t = in_turn(jobs, repeats)
-        rate = {k: round(ops[k[0]] / 1e9 / median(v), 1) for k, v in t.items()}
-        rows[name] = {"bf16" if h else "fp32": {k: rate[k, h] for k in ops} for h in (False, True)}
-        print(name, rows[name], flush=True)
+                    nets[s].net(*args)
+            with Convolutions() as seen: network()
+            def convolutions(calls=seen.calls):
+                with torch.no_grad():
+                    for call in calls: torch.ops.aten.convolution.default(*call)
+            square = torch.randn(side, side, dtype=torch.bfloat16 if half else torch.float32)
+            with FlopCounterMode(display=False) as counter: convolutions()
+            ops |= {("convolutions", half): counter.get_total_flops(), ("product", half): 2 * side ** 3}
+            before = lambda network=network: network("before")
+            found = {"as it was": before, "before": before, "pass": network, "convolutions": convolutions,
+                     "product": lambda a=square: a @ a}
+            jobs |= {(k, half): Apart(f, (lambda: None) if k == "as it was" else keep) for k, f in found.items()}
+        t, rows[name] = in_turn(jobs, repeats), {}
+        for job in jobs.values(): job(False)
+        for half, f in ((False, "fp32"), (True, "bf16")):
+            by = lambda a, b, t=t, half=half: ratio(t[a, half], t[b, half])
+            row = {f"{k} ms": round(1e3 * median(t[k, half]), 2) for k in found}
+            row |= {f"{a} by {b}": by(a, b) for a, b in (("pass", "convolutions"), ("before", "pass"),
+                                                         ("as it was", "pass"), ("as it was", "convolutions"))}
+            row |= {f"{k} GFLOP/s": round(n / 1e9 / median(t[k, h]), 1) for (k, h), n in ops.items() if h == half}
+            row |= {"as it was, fp32, by pass": ratio(t["as it was", False], t["pass", half])}
+            rows[name][f] = row | {"calls": len(seen.calls)}
+            print(name, f, rows[name][f], flush=True)
     return rows
 
 
@@ -271,7 +332,7 @@ def main():
     for what in a.only:
         found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
         found[what] = SECTIONS[what](sides, a.repeats)
-        found["torch"] = torch.__version__
+        found.setdefault("made", {})[what] = made(a.before)
         RESULT.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -8,7 +8,7 @@ Each is a process of its own, on one thread, with as many images as this machine
 result. After a first step one or two are made, and as many profiled, with intervals of one grid step: most rows move.
 *Tensors* is the most that PyTorch's allocator had given out at once, by its profiler; *process* is by how much the
 process had grown, `VmHWM`, on a heap that returns what is freed (MALLOC_MMAP_THRESHOLD_), and *as it is*, on glibc's
-own, as a training sets it. The libraries' own part, 20 to 100 MiB, is in both. Feature networks have random weights.
+own, as a training sets it. The libraries' own part, 20 MiB and more, is in both. Feature networks have random weights.
 Written to nbs/results/speed/steps.json and recompute.json.
 """
 import argparse

@@ -34,6 +34,11 @@ SHORT = ["teacher.steps=3", "teacher.batch=12", "teacher.label_dropout=.3", "tea
          "distill.steps=3", "distill.batch=12", "distill.label_dropout=.3", "distill.optimizer=radam", "distill.lr=.02",
          "gan.steps=6", "gan.batch=12", "gan.optimizer=radam", "gan.lr=.02", "evaluate.n=0",
          "network.augment_dim=9", "teacher.augment=.12"]
+FEW = ["teacher.steps=1", "distill.steps=1", "gan.steps=2", "network.augment_dim=0", "teacher.augment=0"]
+SHARED = {"whole": [], "micro-batches": ["run.micro_batch=4"], "sharded": ["run.shard=true"],
+          "adm": [*FEW, "network.family=adm", "run.shard=true"],
+          "edm2": [*FEW, "network.family=edm2", "teacher.weighting=uncertainty", "teacher.lr=2", "distill.lr=1",
+                   "gan.lr=1", "run.shard=true"]}
 
 
 def follow(words, folder, spoil=None):
@@ -64,12 +69,11 @@ def assert_close(a, b, at=1e-6, weights=1e-6):
 WORKER = """
 import sys, torch
 from runs import compute_alike
-from test_processes import SHORT, follow
+from test_processes import SHARED, SHORT, follow
 from ctm_nb.training.runtime import join, leave
 here, found = join("cpu"), {}
 compute_alike()
-for name, more in (("whole", []), ("micro-batches", ["run.micro_batch=4"]), ("sharded", ["run.shard=true"])):
-    found[name] = follow([*SHORT, *more], f"{sys.argv[1]}/{name}")
+for name, more in SHARED.items(): found[name] = follow([*SHORT, *more], f"{sys.argv[1]}/{name}")
 torch.save(found, f"{sys.argv[1]}/{here.rank}.pt")
 leave()
 """
@@ -85,9 +89,10 @@ def test_two_processes_are_one_in_every_stage(alone, tmp_path):
     done = ranks(WORKER, tmp_path)
     assert all(d.returncode == 0 for d in done), done
     first, second = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
-    for name in first:
+    for name, more in SHARED.items():
         assert_close(first[name], second[name], at=0, weights=0)  # the processes hold the same bits
-        assert_close(alone, first[name])
+        one = follow([*SHORT, *more[:-1]], tmp_path / f"{name}, alone") if FEW[0] in more else alone
+        assert_close(one, first[name])
         for n in first[name][0]:  # not zero, as gradients of what is not in a graph would be
             assert all(v > 0 for k, v in n.items() if k.startswith(("lambda", "grad_norm"))), (name, n)
 
