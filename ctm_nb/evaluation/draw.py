@@ -91,7 +91,8 @@ def _refuse_existing(out: Path, overwrite: bool = False):
     made = _read_recipe(out) or {}  # an edit lists its pictures, samples are numbered
     ours = [r"sampler\.json|\d{6,}\.png", *map(re.escape, made.get("pictures", []))] if "checkpoint" in made else []
     other = sorted(f.name for f in out.rglob("*") if not f.is_dir() and not re.fullmatch("|".join(ours), f.name))
-    if other: raise FileExistsError(f"{out} holds more than samples, {few(other)}: choose another name, or empty it")
+    what = f"{'holds more than' if ours else 'is no folder of'} samples, {few(other)}"
+    if other: raise FileExistsError(f"{out} {what}: choose another name, or remove it yourself")
     if not overwrite: raise FileExistsError(f"{out} exists; choose another name or pass --overwrite")
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #d13e90e1
@@ -363,8 +364,7 @@ def draw_samples(
     "Draw samples into a file; repeated after an interruption, it continues; errors of a request come before drawing."
     out = Path(out)
     _writer_of(out)
-    place = out.absolute()
-    with nullcontext() if launched()[0] else claimed(place.with_name(f".{place.name}.lock"), out):
+    with nullcontext() if launched()[0] else claimed(out.absolute().with_name(f".{out.name}.lock"), out):
         m = load(checkpoint, str(pick_device(device)), which)
         recipe = make_recipe(m, checkpoint, n, **request)
         if not overwrite and _is_complete(out, recipe):

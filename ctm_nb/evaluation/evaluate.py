@@ -488,8 +488,7 @@ def report(
 ) -> str:
     "What was found as text; what a search found is stored beside the checkpoint."
     lines = []
-    for group in ([a for a in rows if not a["features"]], [a for a in rows if a["features"]]):
-        if not group: continue
+    for group in filter(None, ([a for a in rows if not a["features"]], [a for a in rows if a["features"]])):
         ref, features, n = (group[0][k] for k in ("reference", "features", "n_samples"))
         what = f"features {features}, {n} samples" if features else f"{n} of them"
         head = f"reference {ref['name']} ({ref['n'] or '?'} images, {ref['sha256'][:12]}), {what}"
@@ -520,8 +519,7 @@ def plan(
     "What would be done and which files written, as text."
     if own := not (r.ref in CATALOGUE or is_reference_file(Path(r.ref).expanduser())): _splits(r, subject)
     drawn = "; ".join(", ".join(f"{k} {v}" for k, v in s.items()) for s in subject.settings)
-    if subject.samples: what = f"{subject.samples.n} in {r.what}"
-    else: what = f"{r.n or 50000} of {subject.name}: {drawn}"
+    what = f"{subject.samples.n} in {r.what}" if subject.samples else f"{r.n or 50000} of {subject.name}: {drawn}"
     said = {
         "likelihood": r.bpd and f"bpd of images of {r.ref}, {r.ref_split or 'held_out'}, under {subject.name}",
         "search": r.search and f"up to {r.tries} scores for each number of steps",

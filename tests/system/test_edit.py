@@ -141,12 +141,13 @@ def test_a_folder_of_one_s_own_pictures_is_never_overwritten(run, here, capsys, 
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (9, 9), (k, 0, 0)).save(path)
     if kind == "with a list in sampler.json": (own / "sampler.json").write_text("[1, 2]")
+    what = f"own {'holds more than' if kind == 'beside samples' else 'is no folder of'} samples, "
     before = {f: f.read_bytes() for f in own.rglob("*") if f.is_file()}
     capsys.readouterr()
     for more in ([], ["--overwrite"]):
         with pytest.raises(SystemExit) as e: ctm_nb_sample([*words, "--seed", "1", *more])
         err = capsys.readouterr().err
-        assert e.value.code == 2 and "own holds more than samples, " in err and err.count("\n") == 1, err
+        assert e.value.code == 2 and what in err and err.count("\n") == 1, err
         assert "choose another name" in err and "pass --overwrite" not in err
     assert {f: f.read_bytes() for f in own.rglob("*") if f.is_file()} == before
 

@@ -166,10 +166,10 @@ def test_nothing_is_overwritten_unasked(run, tmp_path):
     (tmp_path / "mine" / "a.txt").write_text("precious")
     with pytest.raises(FileExistsError, match="mine"): draw_samples(run, tmp_path / "mine", 3, device="cpu")
     assert (tmp_path / "mine" / "a.txt").exists() and len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(FileExistsError, match="more than samples, a.txt"):
+    with pytest.raises(FileExistsError, match="is no folder of samples, a.txt"):
         draw_samples(run, tmp_path / "mine", 3, device="cpu", overwrite=True)
     (tmp_path / "mine" / "a.txt").rename(tmp_path / "mine" / "a.png")  # a picture is no less precious
-    with pytest.raises(FileExistsError, match="more than samples, a.png"):
+    with pytest.raises(FileExistsError, match="is no folder of samples, a.png"):
         draw_samples(run, tmp_path / "mine", 3, device="cpu", overwrite=True)
     assert (tmp_path / "mine" / "a.png").read_text() == "precious"
     (tmp_path / "mine" / "a.png").unlink()
@@ -203,6 +203,8 @@ def test_a_file_of_one_s_own_is_replaced_only_when_asked(run, tmp_path, name):
     with pytest.raises(FileExistsError, match=f"{name} exists; choose another name or pass --overwrite"):
         draw_samples(run, tmp_path / name, 3, device="cpu")
     assert (tmp_path / name).read_text() == "precious" and len(list(tmp_path.iterdir())) == 1
+    made = draw_samples(run, tmp_path / name, 3, device="cpu", overwrite=True)
+    assert draw_samples(run, tmp_path / name, 3, device="cpu") == made and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("words", [
