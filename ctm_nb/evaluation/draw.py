@@ -88,10 +88,10 @@ def _read_recipe(out: Path) -> dict | None:  # None if there is none in it
 def _refuse_existing(out: Path, overwrite: bool = False):
     "Raise FileExistsError where something would be lost: samples, or even with `overwrite` a folder of anything else."
     if not out.exists() or (out.is_dir() and not any(out.iterdir())): return
-    made = _read_recipe(out) or {}  # an edit lists its pictures, samples are numbered
-    ours = [r"sampler\.json|\d{6,}\.png", *map(re.escape, made.get("pictures", []))] if "checkpoint" in made else []
-    other = sorted(f.name for f in out.rglob("*") if not f.is_dir() and not re.fullmatch("|".join(ours), f.name))
-    what = f"{'holds more than' if ours else 'is no folder of'} samples, {few(other)}"
+    made = "checkpoint" in (recipe := _read_recipe(out) or {})  # an edit lists its pictures, samples are numbered
+    ours = r"sampler\.json|\d{6,}\.png|" + re.escape(str(recipe.get("pictures"))).replace("/", "|")
+    other = sorted(f.name for f in out.rglob("*") if not (f.is_dir() or made and re.fullmatch(ours, f.name)))
+    what = f"{'holds more than' if made else 'is no folder of'} samples, {few(other)}"
     if other: raise FileExistsError(f"{out} {what}: choose another name, or remove it yourself")
     if not overwrite: raise FileExistsError(f"{out} exists; choose another name or pass --overwrite")
 

@@ -6,7 +6,7 @@
 __all__ = ['input_files', 'read_pictures', 'edit_files']
 
 # %% ../../nbs/5_evaluation/08_edit.ipynb #c4674bfc
-import io, json, math
+import io, json, math, os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -60,7 +60,7 @@ def _write(out: Path, files, done: Edited, classes, recipe):
         with TemporaryDirectory(dir=out.absolute().parent) as temp:
             (made := Path(temp) / out.name).mkdir()
             for f, a in zip(files, rows, strict=True): (made / f"{f.stem}.png").write_bytes(png(a, 6))
-            (made / "sampler.json").write_text(json.dumps({**recipe, "pictures": [f"{f.stem}.png" for f in files]}))
+            (made / "sampler.json").write_text(json.dumps(recipe | {"pictures": "/".join(os.listdir(made))}))
             return publish(made, out)
     data = io.BytesIO()
     if end == ".npz": np.savez(data, arr_0=rows, **({} if done.z is None else {"latents": done.z.cpu().numpy()}))

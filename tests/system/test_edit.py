@@ -129,7 +129,8 @@ def test_overwriting_loses_neither_inputs_nor_what_is_no_picture(run, here, caps
 
 
 @pytest.mark.parametrize("edit", [True, False])
-@pytest.mark.parametrize("kind", ["photos", "photos of classes", "with a list in sampler.json", "beside samples"])
+@pytest.mark.parametrize("kind", ["photos", "photos of classes", "[1, 2]", '{"checkpoint": 1, "pictures": 5}',
+                                  "beside samples"])
 def test_a_folder_of_one_s_own_pictures_is_never_overwritten(run, here, capsys, edit, kind):
     "Whatever they are called, sampler.json too, if we did not write it."
     own, given = here / "own", ["--edit", "stroke", str(here / "in")] if edit else []
@@ -140,8 +141,8 @@ def test_a_folder_of_one_s_own_pictures_is_never_overwritten(run, here, capsys, 
         path = own / ("dog" if kind == "photos of classes" else "") / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (9, 9), (k, 0, 0)).save(path)
-    if kind == "with a list in sampler.json": (own / "sampler.json").write_text("[1, 2]")
-    what = f"own {'holds more than' if kind == 'beside samples' else 'is no folder of'} samples, "
+    if "[" in kind or "{" in kind: (own / "sampler.json").write_text(kind)
+    what = f"own {'holds more than' if kind == 'beside samples' or '{' in kind else 'is no folder of'} samples, "
     before = {f: f.read_bytes() for f in own.rglob("*") if f.is_file()}
     capsys.readouterr()
     for more in ([], ["--overwrite"]):
