@@ -56,6 +56,7 @@ NEW = {
         method.trajectory: ConsistencyModel networks.unet: _StridedConv UNet._resized""",
     "safety of readers, labels": """data.read: ENCODINGS existing unpacked_limit LABEL_KEYS _label_in _is_picture
         _as_bytes _stamp _prefix _hint LMDB _lmdb_page lmdb_entries data.convert: folder_names data.images: _letters
+        evaluation.draw: _remove_parts
         checkpoints.models: _is_consistency_model""",
     "other forms, others' weights": """data.read: _bytes_at _inflate _mat_arrays PACKED _plain_tar open_table
         checkpoints.foreign: _of_diffusers _states _rank _weights read_weights
@@ -64,7 +65,7 @@ NEW = {
     "editing": """method.editing evaluation.edit commands.sample: _edit_flags
         explore.explorer: canvas_pixels stroke_story explore_strokes explore""",
     "told before hours are spent": "commands.flags: check_output commands.train: _check_given "
-        "evaluation.evaluate: is_record _keep",
+        "evaluation.evaluate: is_record _keep _splits",
     "services that follow a run": "training.config: SERVICES training.trainer: Service",
     "fine-tuning, more steps": """checkpoints.models: relabel training.stages: initial_model
         commands.train: _finished""",

@@ -66,6 +66,8 @@ def _refuse(to, a):
         raise ValueError(f"OUT must end in .safetensors (ours), .pt or .pth (others') or .onnx, got {to.name!r}")
     folder = (a.web or to).absolute().parent
     if not folder.is_dir(): raise FileNotFoundError(f"folder {folder} does not exist")
+    if a.pipeline and to.is_dir() and any(to.iterdir()) and not (to / "ctm" / "pipeline.py").exists():
+        raise FileExistsError(f"{to} is no pipeline of ours: choose another name, or remove it yourself")
     if to.exists() and not a.overwrite: raise FileExistsError(f"{to} exists; --overwrite replaces it")
 
 # %% ../../nbs/7_commands/05_convert.ipynb #11f19d5e

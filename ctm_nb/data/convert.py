@@ -7,7 +7,7 @@ __all__ = ['fingerprint', 'survey', 'report', 'contact_sheet', 'png', 'edm_name'
            'write_edm_zip', 'folder_names', 'write_folder', 'check_destination', 'convert']
 
 # %% ../../nbs/3_data/06_convert.ipynb #7ebf7a19
-import hashlib, io, json, re, shutil, textwrap, zipfile
+import hashlib, io, json, re, shutil, textwrap, unicodedata, zipfile
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -126,9 +126,11 @@ def write_edm_zip(f, blobs, labels, classes):
 # %% ../../nbs/3_data/06_convert.ipynb #1acd381d
 def folder_names(classes:list)->list: # of str
     "Names for the folders of classes that every file system takes: whatever the classes are called, no two are alike."
-    plain = [re.sub(r"[^\w .+-]", "_", c).strip("._- ")[:60] or "class" for c in classes]
-    count = Counter(n.casefold() for n in plain)
-    return [n if count[n.casefold()] == 1 else f"{n} ({k})" for k, n in enumerate(plain)]
+    taken = lambda k: k if k.isprintable() and k not in '<>:"/\\|?*' else "_"
+    plain = ["".join(map(taken, c)).strip("._- ")[:60].strip(". ") or "class" for c in classes]
+    keys = [re.sub(r"( \(\d+\))+$", "", unicodedata.normalize("NFC", n).casefold()) for n in plain]  # what is alike
+    count = Counter(keys)
+    return [n if count[key] == 1 else f"{n} ({k})" for k, (n, key) in enumerate(zip(plain, keys))]
 
 def write_folder(path:Path, blobs, labels, classes):
     "PNGs in a sub-folder a class, as a folder that appears when it is whole."

@@ -85,9 +85,9 @@ def publish(
     temp:Path, # a finished file or folder
     target:Path, # the name it gets, in the same folder
 ):
-    "Give `temp` its final name; a folder that had that name steps aside until the disk has the new one."
+    "Give `temp` its final name; a folder, or what a folder replaces, steps aside until the disk has the new one."
     aside = target.with_name(f".old-{target.name}")
-    if target.is_dir():
+    if target.is_dir() or temp.is_dir() and target.exists():
         if aside.exists(): discard(aside)  # a crash has left it
         os.rename(target, aside)
     os.rename(temp, target)
@@ -105,6 +105,7 @@ def claimed(
     made = [p for p in lock.parents if not p.exists()]
     lock.parent.mkdir(parents=True, exist_ok=True)
     held, note = FileLock(lock, 0, thread_local=False, is_singleton=True), lock.with_name(f"{lock.name}.by")
+    with naming(what): lock.touch()  # where there can be none, the error says why
     try: held.acquire()
     except Timeout:
         who = "another process"

@@ -7,9 +7,9 @@ __all__ = ['log', 'WRITERS', 'OTHER_FILES', 'UNSAID', 'timesteps_of', 'guided_mo
            'free_memory', 'keep_memory', 'Drawer', 'weights_hash', 'draw_samples']
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #df8c91dc
-import ctypes, difflib, gc, hashlib, json, logging, math, os, shutil, warnings, zipfile
+import ctypes, difflib, gc, hashlib, json, logging, math, os, re, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from ..data.convert import folder_names, png, write_edm_zip
-from ..data.files import atomic_write, claimed, publish, temp_name
+from ..data.files import atomic_write, claimed, discard, publish, temp_name
 from ..data.images import BYTES, named_grid, to_uint8
 from ..data.read import few, reading
 from ..method.guidance import autoguide, guide_free
@@ -78,19 +78,22 @@ def _writer_of(out: Path):  # write(path, images, labels, recipe)
 def _read_recipe(out: Path) -> dict | None:  # None if there is none in it
     "The recipe inside a file or folder that was written here."
     try:
-        if out.is_dir(): return json.loads((out / "sampler.json").read_text())
-        if out.suffix == ".npz": return json.loads(str(np.load(out)["sampler"]))
-        if out.suffix == ".png": return json.loads(Image.open(out, formats=["PNG"]).info["sampler"])
-        with zipfile.ZipFile(out) as z: return json.loads(z.read("sampler.json"))
-    except (OSError, KeyError, ValueError, AttributeError, zipfile.BadZipFile): return None
+        if out.is_dir(): return dict(json.loads((out / "sampler.json").read_text()))
+        if out.suffix == ".npz": return dict(json.loads(str(np.load(out)["sampler"])))
+        if out.suffix == ".png": return dict(json.loads(Image.open(out, formats=["PNG"]).info["sampler"]))
+        with zipfile.ZipFile(out) as z: return dict(json.loads(z.read("sampler.json")))
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile): return None
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #1bf20e7b
 def _refuse_existing(out: Path, overwrite: bool = False):
-    "Raise FileExistsError where something would be lost: samples, or with `overwrite` what is none."
+    "Raise FileExistsError where something would be lost: samples, or even with `overwrite` a folder of anything else."
     if not out.exists() or (out.is_dir() and not any(out.iterdir())): return
+    made = "checkpoint" in (recipe := _read_recipe(out) or {})  # an edit lists its pictures, samples are numbered
+    ours = r"sampler\.json|\d{6,}\.png|" + re.escape(str(recipe.get("pictures"))).replace("/", "|")
+    other = sorted(f.name for f in out.rglob("*") if not (f.is_dir() or made and re.fullmatch(ours, f.name)))
+    what = f"{'holds more than' if made else 'is no folder of'} samples, {few(other)}"
+    if other: raise FileExistsError(f"{out} {what}: choose another name, or remove it yourself")
     if not overwrite: raise FileExistsError(f"{out} exists; choose another name or pass --overwrite")
-    other = [f.name for f in out.rglob("*") if f.is_file() and f.suffix not in (".png", ".json")]  # of a folder
-    if other: raise FileExistsError(f"{out} holds more than samples, {few(other)}: choose another name, or empty it")
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #d13e90e1
 def _save_samples(out: Path, images: np.ndarray, labels: np.ndarray | None, recipe: dict, overwrite: bool = False):
@@ -101,8 +104,7 @@ def _save_samples(out: Path, images: np.ndarray, labels: np.ndarray | None, reci
         _refuse_existing(out, overwrite)
         publish(temp, out)
     finally:
-        if temp.is_dir(): shutil.rmtree(temp)
-        else: temp.unlink(missing_ok=True)
+        if temp.exists(): discard(temp)
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #d3370bca
 def _class_list(spec: str, n_classes: int, names: list | tuple = ()) -> list | None:  # None for a model without classes
@@ -117,7 +119,7 @@ def _class_index(word, names, n_classes):
     if word in names: return names.index(word)
     if word.isdecimal() and int(word) < n_classes: return int(word)
     if word.lstrip("-").isdecimal(): raise ValueError(f"class {word} is out of range: expected 0..{n_classes - 1}")
-    near = difflib.get_close_matches(word, names, 1, cutoff=0.)
+    near = difflib.get_close_matches(word, [k for k in names if not k.isdecimal()], 1, cutoff=0.)
     hint = f"the nearest is {near[0]!r}" if near else f"this model's classes have no names, expected 0..{n_classes - 1}"
     raise ValueError(f"unknown class {word!r}: {hint}")
 
@@ -126,7 +128,7 @@ def timesteps_of(m: Model, checkpoint: str, solver: str, steps=None, gamma=None,
     "The sampler's timesteps (n+1,) and gamma, as for `make_recipe`; `ValueError` if times and steps contradict."
     if times == "auto":
         found = stored_times(checkpoint, steps, m.sigma_min, m.sigma_max)
-        return found["times"], found["gamma"] if gamma is None else gamma
+        return found["times"], found["gamma"] if gamma is None and solver == "ctm" else gamma or 0.
     if not times:
         default = 1 if solver == "ctm" else 18
         return default_times(m, default if steps is None else max(steps, 1), solver).tolist(), gamma or 0.
@@ -134,9 +136,9 @@ def timesteps_of(m: Model, checkpoint: str, solver: str, steps=None, gamma=None,
     try: t = [float(v) for v in str(times).split(",")]
     except ValueError:
         raise ValueError(f"times must be numbers separated by commas, e.g. 80,0.5, or auto, got {times!r}") from None
+    if t != sorted(set(t), reverse=True): raise ValueError(f"times must be decreasing numbers, got {times}")
     if t[-1] > end: t.append(end)
-    if steps is not None and 1 <= steps != len(t) - 1:
-        raise ValueError(f"times {t} are {len(t) - 1} steps, got steps={steps}")
+    if 1 <= (steps or 0) != len(t) - 1: raise ValueError(f"times {times} are {len(t) - 1} steps, got steps={steps}")
     return t, gamma or 0.
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #74073b65
@@ -144,26 +146,25 @@ def guided_model(m, guidance: float | None, guide: str | None):  # as for `make_
     "The model that is drawn from; `ValueError` for a guidance that it hasn't got."
     if guidance is None and guide: raise ValueError(f"a guide needs the scale --guidance, got only --guide {guide}")
     if guidance is None: return m
-    if guide: return autoguide(m, load(guide, str(next(m.parameters()).device)), guidance)
-    return guide_free(m, guidance)
+    return autoguide(m, load(guide, str(_place(m)[0])), guidance) if guide else guide_free(m, guidance)
 
-def _warn_unsuited(m, guidance: float | None, guide: str | None, checkpoint: str | Path):  # as for `make_recipe`
-    "Warn where guidance leans on what the model was never trained to do; called when nothing else is wrong."
+def _warn_unsuited(m, guidance: float | None, guide: str | None, checkpoint: str | Path, classes: list | None = None):
+    "Warn of what the model was never trained to do; as for `make_recipe`, indices of classes; when nothing is wrong."
     stage, file = "distill" if is_ctm(m) else "teacher", Path(checkpoint) / "config.json"
-    if guidance is None or guide or not file.is_file(): return
+    asked = "classes none" if -1 in (classes or ()) else "" if guidance is None or guide else "guidance"
+    if not asked or not file.is_file(): return
     with reading(file): dropped = json.loads(file.read_text()).get(stage, {}).get("label_dropout")
     if dropped == 0:
-        warnings.warn("guidance needs a model that was trained with labels dropped, and this one was not: its run has "
-                      f"{stage}.label_dropout=0", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{asked} needs a model that was trained with labels dropped, and this one was not: its run has "
+                      f"{stage}.label_dropout=0; it draws all the same", RuntimeWarning, stacklevel=3)
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #b16d20d1
 def _very_checkpoint(path): return str(find_checkpoint(path) if (Path(path) / "checkpoints").is_dir() else Path(path))
 
 def _bytes_of(checkpoint: str) -> str:  # a key of BYTES
     "How a run has its samples become bytes."
-    if not is_run(checkpoint): return "round"
-    config = of_newest(checkpoint).meta.get("config") or {}
-    return config.get("evaluate", {}).get("bytes", "round")
+    config = of_newest(checkpoint).meta.get("config") if is_run(checkpoint) else None
+    return (config or {}).get("evaluate", {}).get("bytes", "round")
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #f999b7cc
 def make_recipe(
@@ -188,14 +189,13 @@ def make_recipe(
     solver = solver_name(solver, ("ctm", "edm")) if solver else "ctm" if is_ctm(drawn) else "heun"
     t, gamma = timesteps_of(m, checkpoint, solver, steps, gamma, times)
     check_request(drawn, n, 1 if steps is None else steps, gamma, solver, torch.tensor(t, dtype=torch.float64))
-    path = _very_checkpoint(checkpoint)
     if bytes is None: bytes = _bytes_of(checkpoint)
     if bytes not in BYTES: raise ValueError(f"bytes must be one of {', '.join(BYTES)}, got {bytes!r}")
     if precision not in ("fp32", "bf16"): raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
     names = [str(c) for c in getattr(m, "classes", None) or range(m.n_classes)]
-    return {"checkpoint": path, "n": n, "solver": solver, "times": t, "gamma": gamma, "seed": seed,
-            "classes": _class_list(classes, m.n_classes, names), "class_names": names, "guidance": guidance,
-            "guide": guide and _very_checkpoint(guide), "bytes": bytes, "precision": precision, 
+    return {"checkpoint": _very_checkpoint(checkpoint), "n": n, "solver": solver, "times": t, "gamma": gamma,
+            "seed": seed, "classes": _class_list(classes, m.n_classes, names), "class_names": names,
+            "guidance": guidance, "guide": guide and _very_checkpoint(guide), "bytes": bytes, "precision": precision,
             "evaluations": evaluations(solver, torch.tensor(t)) * (1 if guidance is None else 2)}
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #21327380
@@ -287,6 +287,11 @@ UNSAID = {"bytes": "round", "precision": "fp32"}  # in recipes of earlier versio
 
 def _parts_of(out: Path) -> Path: return out.with_name(out.name + ".parts")
 
+def _remove_parts(folder: Path):
+    "Delete the parts in a folder, and the folder if nobody else has anything there."
+    for f in [*folder.glob("part_*.npz"), *folder.glob(".tmp-*"), *folder.glob("recipe.json")]: f.unlink()
+    with suppress(OSError): folder.rmdir()
+
 def _open_parts(out: Path, recipe: dict, overwrite: bool = False) -> Path:  # the folder of the parts
     "The folder in which a recipe is worked off; ValueError if another recipe's parts are there and must stay."
     folder, now = _parts_of(out), json.loads(json.dumps(recipe))
@@ -297,7 +302,7 @@ def _open_parts(out: Path, recipe: dict, overwrite: bool = False) -> Path:  # th
     differing = [k for k in now if then.get(k) != now[k] and k != "checkpoint"]
     if not differing: return folder
     if overwrite:
-        shutil.rmtree(folder)
+        _remove_parts(folder)
         return _open_parts(out, recipe)
     changes = "; ".join(f"{k}: {then.get(k)} -> {now[k]}" for k in differing)
     raise ValueError(f"{folder} holds parts of other samples ({changes}): repeat that command, or "
@@ -342,7 +347,7 @@ def _draw_into(out, m, recipe, batch_size, overwrite):
             if not ranks.gather(None): return recipe  # the first writes, when all are there
             images = np.concatenate([np.load(f)["images"] for f in _all_parts(folder, plan)])
         _save_samples(out, images, None if y is None else y.numpy(), plan, overwrite)
-        if plan is not recipe or overwrite and (folder / "recipe.json").exists(): shutil.rmtree(folder)
+        if plan is not recipe or overwrite: _remove_parts(folder)
     return recipe
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #6db0b6eb
@@ -359,15 +364,13 @@ def draw_samples(
     "Draw samples into a file; repeated after an interruption, it continues; errors of a request come before drawing."
     out = Path(out)
     _writer_of(out)
-    place = out.absolute()
-    lock = nullcontext() if launched()[0] else claimed(place.with_name(f".{place.name}.lock"), out)
-    with lock:
+    with nullcontext() if launched()[0] else claimed(out.absolute().with_name(f".{out.name}.lock"), out):
         m = load(checkpoint, str(pick_device(device)), which)
         recipe = make_recipe(m, checkpoint, n, **request)
         if not overwrite and _is_complete(out, recipe):
             log.info("%s is complete", out)
             return recipe
         _refuse_existing(out, overwrite)
-        _warn_unsuited(m, recipe["guidance"], recipe["guide"], checkpoint)
+        _warn_unsuited(m, recipe["guidance"], recipe["guide"], checkpoint, recipe["classes"])
         if recipe["precision"] == "bf16" and unpacks(_place(m)[0]): log.warning("precision=bf16: %s", NO_HALF)
         return _draw_into(out, m, recipe, batch_size, overwrite)

@@ -6,7 +6,7 @@
 __all__ = ['input_files', 'read_pictures', 'edit_files']
 
 # %% ../../nbs/5_evaluation/08_edit.ipynb #c4674bfc
-import io, math
+import io, json, math, os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,8 +17,8 @@ from ..checkpoints.models import load
 from ..data.convert import png
 from ..data.files import atomic_write, publish
 from ..data.images import named_grid, to_uint8
-from ..data.read import as_image, decode, is_image_name
-from .draw import _class_list, _refuse_existing
+from ..data.read import as_image, decode, few, is_image_name
+from .draw import _class_list, _refuse_existing, _warn_unsuited
 from .reference import pick_device
 from ..method.editing import Edited, edit
 
@@ -51,8 +51,8 @@ def read_pictures(
     return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2) / 127.5 - 1
 
 # %% ../../nbs/5_evaluation/08_edit.ipynb #dc7bb5cc
-def _write(out: Path, files, done: Edited, classes):
-    "Pictures in the form that the name asks for, whole or not at all."
+def _write(out: Path, files, done: Edited, classes, recipe):
+    "Pictures in the form that the name asks for, whole or not at all; a folder with what says that it is ours."
     end = out.suffix.lower()
     x = to_uint8(done.x.flatten(0, -4))
     rows = x.permute(0, 2, 3, 1).cpu().numpy()
@@ -60,6 +60,7 @@ def _write(out: Path, files, done: Edited, classes):
         with TemporaryDirectory(dir=out.absolute().parent) as temp:
             (made := Path(temp) / out.name).mkdir()
             for f, a in zip(files, rows, strict=True): (made / f"{f.stem}.png").write_bytes(png(a, 6))
+            (made / "sampler.json").write_text(json.dumps(recipe | {"pictures": "/".join(os.listdir(made))}))
             return publish(made, out)
     data = io.BytesIO()
     if end == ".npz": np.savez(data, arr_0=rows, **({} if done.z is None else {"latents": done.z.cpu().numpy()}))
@@ -92,7 +93,7 @@ def edit_files(
     out, files = Path(out), input_files(inputs)
     forms = {"encode": (".npz",), "interpolate": (".png", ".gif", ".webp", ".npz")}.get(task, (".png", ".npz", ""))
     if out.suffix.lower() not in forms:
-        raise ValueError(f"OUT of {task} must end in {', '.join(f or 'nothing, a folder' for f in forms)}, got {out}")
+        raise ValueError(f"OUT of {task} must end in {', '.join(f or 'or be a folder' for f in forms)}, got {out}")
     if not out.suffix and len({f.stem for f in files}) < len(files): raise ValueError("two INPUTs have the same name")
     here, read = out.resolve(), [f.resolve() for f in [*files, *([Path(mask)] if mask else [])]]
     if lost := next((f for f in read if here in (f, *f.parents)), None):
@@ -103,11 +104,11 @@ def edit_files(
     known = None if mask is None else (read_pictures([Path(mask)], 1, "black") < 0).to(x)
     y = None if classes == "all" else _class_list(classes, m.n_classes, m.classes)
     request = {k: v for k, v in request.items() if v is not None}
+    _warn_unsuited(m, None, None, checkpoint, y)
     done = edit(m, task, x, known, y and (y * len(x))[:len(x)], **request)
     names = [*map(str, m.classes or range(m.n_classes)), "none"]  # the last is class -1
     named = [] if done.y is None else [names[k] for k in done.y.tolist()]
-    _write(out, files, done, named)
-    said = [f"{out}: {task} of {len(x)} picture{'s' * (len(x) > 1)}"]
-    if named: said.append("class " + ", ".join(named[:8]))
-    if done.t is not None: said.append("noise " + ", ".join(f"{v:.3g}" for v in done.t.tolist()[:8]))
-    return "; ".join(said)
+    _write(out, files, done, named, {"checkpoint": str(checkpoint), "edit": task, **request})
+    told = {"class": named, "noise": [] if done.t is None else [f"{v:.3g}" for v in done.t.tolist()]}
+    found = [f"{k} {few(v)}" for k, v in told.items() if v]
+    return "; ".join([f"{out}: {task} of {len(x)} picture{'s' * (len(x) > 1)}", *found])

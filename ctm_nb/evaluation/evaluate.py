@@ -31,7 +31,7 @@ from ..checkpoints.averages import average, gamma_of
 from ..checkpoints.catalogue import CATALOGUE, fetch
 from ..checkpoints.models import is_run, load, of_newest
 from .metrics import (class_accuracy, frechet_gaussians, inception_score, kernel_distance,
-                      nearer_share, nearest_points, precision_recall, train_classifier)
+                      nearer_share, nearest_points, precision_recall, train_classifier, warn_rank)
 from .features import ClassifierExtractor, Extractor, InceptionExtractor, load_extractor
 from .reference import (Collected, Ranks, Reference, SampleSet, build_reference, collect, data_samples,
                         is_reference_file, open_samples, process_group, read_reference)
@@ -99,12 +99,10 @@ def collect(self: Evaluator, samples: SampleSet) -> Collected | None:  # in the 
 @patch
 def score(self: Evaluator, got: Collected) -> dict:  # name -> value; `got` is from `Evaluator.collect`
     "The scores of a set; `ValueError` if samples and reference don't fit, or a score's needs aren't met."
-    r, words, values = self.reference, self.metrics, {}
-    if not words:
-        own = r.net is not None
-        words = ["fid", *["pr"] * r.has_points, *["acc"] * (own and got.labels is not None), *["is"] * own]
+    r, own, values = self.reference, self.reference.net is not None, {}
+    words = self.metrics or ["fid", *["pr"] * r.has_points, *["acc"] * (own and got.labels is not None), *["is"] * own]
     self.check(words, got.shape)
-    if "fid" in words: got.stats.warn_rank("samples")
+    for stats, name in ((r, "reference"), (got.stats, "samples")) if "fid" in words else (): warn_rank(stats, name)
     if NEED_POINTS & set(words):
         device = next(self.extractor.parameters()).device
         where = device if finest(device) == torch.float64 else "cpu"  # distances need double precision
@@ -221,15 +219,13 @@ def drawn_samples(
     seed: int = 0,  # of the noise
 ) -> SampleSet:
     "Samples of a model, drawn as they are read."
-    y, how = None, dict(sampler)
-    bytes = how.pop("bytes", "round")
-    for k in ("guidance", "guide", "ema_length"): how.pop(k, None)  # what `m` is
+    y, how = None, {k: sampler[k] for k in sampler.keys() & {"solver", "steps", "gamma", "times"}}  # the rest is in `m`
     if m.n_classes:
         counts = torch.tensor(label_counts if label_counts and len(label_counts) == m.n_classes else [1] * m.n_classes)
         y = torch.searchsorted(counts.cumsum(0), torch.arange(n) * counts.sum() // n, right=True)  # sorted
     def read(rows):
         x = sample(m, ids=torch.arange(n)[rows], y=None if y is None else y[rows], seed=seed, **how)
-        return to_uint8(x, bytes).cpu()
+        return to_uint8(x, sampler.get("bytes", "round")).cpu()
     return SampleSet("samples", n, read, y)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #eab17ddb
@@ -284,14 +280,13 @@ def _sampler_settings(r: Request, m: Model) -> list:  # of dicts for `sample`: s
         times, gamma = timesteps_of(m, r.what, solver, steps if r.times == "auto" else None, gamma, r.times)
         check_request(m, 1, len(times) - 1, gamma, solver, torch.tensor(times, dtype=torch.float64))
         return dict(solver=solver, steps=len(times) - 1, gamma=gamma, times=times)
-    found = []
-    for name in (r.solver or ("ctm" if is_ctm(m) else "heun")).split(","):
-        solver = solver_name(name, ("ctm", "edm"))
-        if solver == "ctm" and not is_ctm(m):
-            raise ValueError("--solver ctm needs a CTM, and this model is a teacher, or guided by another: take one of "
-                             + ", ".join([*SOLVERS, "edm"]))
-        gammas = (r.gammas or [None]) if solver == "ctm" else [0.]
-        found += [one(solver, steps, gamma) for gamma in gammas for steps in r.steps]
+    names = [solver_name(k, ("ctm", "edm")) for k in (r.solver or ("ctm" if is_ctm(m) else "heun")).split(",")]
+    if any(r.gammas or ()) and "ctm" not in names: raise ValueError("--gamma has no meaning without --solver ctm")
+    if "ctm" in names and not is_ctm(m):
+        raise ValueError("--solver ctm needs a CTM, and this model is a teacher, or guided by another: take one of "
+                         + ", ".join([*SOLVERS, "edm"]))
+    gammas = {"ctm": r.gammas or [None]}
+    found = [one(name, steps, gamma) for name in names for gamma in gammas.get(name, [0.]) for steps in r.steps]
     more = {k: v for k, v in dict(guidance=r.guidance, guide=r.guide).items() if v is not None}
     lengths = [{"ema_length": s} for s in r.ema_lengths or []] or [{}]
     return [{**s, **more, **length} for length in lengths for i, s in enumerate(found) if s not in found[:i]]
@@ -388,11 +383,17 @@ def run_evaluator(
     return Evaluator(reference, extractor, batch=r.batch, ranks=ranks)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #c4ad22de
+def _splits(r: Request, subject: Subject):  # as `load_splits`
+    "The images of a reference; `ValueError` where features are to be learned from them without classes."
+    splits = load_splits(r.ref, **subject.reading)
+    if r.words == [] or not r.trains or splits["train"].n_classes > 1: return splits
+    raise ValueError(f"{r.ref} has no labelled classes to train by: use --features lite0|inception|dinov2|timm:NAME")
+
 def _find_reference(r: Request, subject: Subject, ranks: Ranks = Ranks()) -> Evaluator:  # the same in every process
     "What scores a request; `ValueError` if reference and features don't belong together, or neither tells which."
     path = fetch(r.ref) if r.ref in CATALOGUE else Path(r.ref).expanduser()
     if not is_reference_file(path):
-        splits = load_splits(r.ref, **subject.reading)
+        splits = _splits(r, subject)
         part = r.ref_split or ("held_out" if r.trains else "all")
         found = run_evaluator(splits, replace(r, ref_split=part), keep=r.search, ranks=ranks)
         found.reference.check(found.extractor.features_id, subject.shape)
@@ -487,8 +488,7 @@ def report(
 ) -> str:
     "What was found as text; what a search found is stored beside the checkpoint."
     lines = []
-    for group in ([a for a in rows if not a["features"]], [a for a in rows if a["features"]]):
-        if not group: continue
+    for group in filter(None, ([a for a in rows if not a["features"]], [a for a in rows if a["features"]])):
         ref, features, n = (group[0][k] for k in ("reference", "features", "n_samples"))
         what = f"features {features}, {n} samples" if features else f"{n} of them"
         head = f"reference {ref['name']} ({ref['n'] or '?'} images, {ref['sha256'][:12]}), {what}"
@@ -517,10 +517,9 @@ def plan(
     writes: list,  # files
 ) -> str:
     "What would be done and which files written, as text."
-    own = not (r.ref in CATALOGUE or is_reference_file(Path(r.ref).expanduser()))
+    if own := not (r.ref in CATALOGUE or is_reference_file(Path(r.ref).expanduser())): _splits(r, subject)
     drawn = "; ".join(", ".join(f"{k} {v}" for k, v in s.items()) for s in subject.settings)
-    if subject.samples: what = f"{subject.samples.n} in {r.what}"
-    else: what = f"{r.n or 50000} of {subject.name}: {drawn}"
+    what = f"{subject.samples.n} in {r.what}" if subject.samples else f"{r.n or 50000} of {subject.name}: {drawn}"
     said = {
         "likelihood": r.bpd and f"bpd of images of {r.ref}, {r.ref_split or 'held_out'}, under {subject.name}",
         "search": r.search and f"up to {r.tries} scores for each number of steps",

@@ -179,20 +179,23 @@ def _settings(m, task, given):
     if task == "denoise" and not is_ctm(m): raise ValueError("denoise needs a CTM, this model is a teacher")
     if "solver" in how and not is_ctm(m): how |= dict(solver="heun", steps=18)
     if given.get("solver", how.get("solver")) != "ctm": how.pop("gamma", None)
-    for k in given:
-        if k not in how:
-            raise ValueError(f"{k.replace('_', '-')} has no meaning to {task}, which knows {', '.join(how)}")
+    for k in [k for k in given if k not in how]:
+        flags = [f"{'-' * min(2, len(w))}{w.replace('_', '-')}" for w in (k, *how)]
+        raise ValueError(f"{flags[0]} has no meaning to {task}, which knows {', '.join(flags[1:])}")
     return how | given
 
 # %% ../../nbs/1_method/13_editing.ipynb #44882113
-def _check(m, task, x, n=2):
+def _check(m, task, x, mask, n=2):
     "Raise ValueError naming the first thing about the pictures that does not fit the task."
+    if mask is not None and task != "inpaint": raise ValueError(f"only inpaint has a mask, not {task}")
+    if mask is None and task == "inpaint": raise ValueError("inpaint needs a mask (--mask PNG), got none")
     C, H, W = m.data_shape
     if task == "colour" and C != 3: raise ValueError(f"colour needs a model of 3 channels, this one has {C}")
     c, k = 1 if task == "colour" else C, H // x.shape[2] if task == "upscale" else 1
     if x.shape[1] != c or (k * x.shape[2], k * x.shape[3]) != (H, W) or (k > 1) != (task == "upscale"):
         size = f"{H} x {W}{' divided by k' * (task == 'upscale')}, {c} channel{'s' * (c > 1)}"
-        raise ValueError(f"pictures to {task} must be {size}, got shape {tuple(x.shape[1:])}")
+        raise ValueError(f"pictures to {task} must be {size}, got shape {tuple(x.shape[1:])}: make them so with "
+                         f"ctm_nb_data convert SRC DST --size {H // 2 if task == 'upscale' else H}")
     low, high = x.min().item(), x.max().item()
     if not math.isfinite(low - high) or (max(-low, high) > 1.001 and task != "denoise"):
         raise ValueError(f"pictures must have finite values in [-1, 1], got {low:.3g} to {high:.3g}")
@@ -202,11 +205,9 @@ def _check(m, task, x, n=2):
 # %% ../../nbs/1_method/13_editing.ipynb #1bf98168
 def _known(m, task, x, mask):
     "A first picture, and P; None where nothing is to be kept. ValueError for a mask that does not fit."
-    if mask is not None and task != "inpaint": raise ValueError(f"only inpaint has a mask, not {task}")
     if task == "colour": return x.expand(-1, 3, -1, -1), put_brightness(x)
     if task == "upscale": return F.interpolate(x, m.data_shape[1]), put_means(x, m.data_shape[1] // x.shape[2])
     if task != "inpaint": return x, None
-    if mask is None: raise ValueError("inpaint needs a mask, got none")
     if mask.shape[1:] != (1, *x.shape[2:]) or len(mask) not in (1, len(x)):
         size = " x ".join(map(str, mask.shape[-2:]))
         raise ValueError(f"mask must be {x.shape[2]} x {x.shape[3]}, as the pictures, got {size}")
@@ -237,7 +238,7 @@ def edit(
 ) -> Edited:
     "Edit pictures; ValueError for what does not fit."
     how = _settings(m, task, given)
-    _check(m, task, x, how.get("n"))
+    _check(m, task, x, mask, how.get("n"))
     first, put = _known(m, task, x, mask)
     times = rho_grid(how.get("steps", 1) + 1, m.sigma_min, how.get("level") or m.sigma_max)
     check_request(m, len(x), how.get("steps", 1), how.get("gamma", 0.), how.get("solver", "heun"), times)

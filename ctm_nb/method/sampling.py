@@ -120,14 +120,15 @@ def check_request(
     jumps = solver_name(solver, tuple(SAMPLERS)) == "ctm"
     if not (isinstance(gamma, (int, float)) and 0 <= gamma <= 1):
         raise ValueError(f"gamma must be in [0, 1], got gamma={gamma!r}")
+    if gamma and not jumps: raise ValueError(f"gamma={gamma} has no meaning to solver {solver!r}, only to jumps (ctm)")
     if jumps and not is_ctm(m):
         raise ValueError('solver="ctm" needs a CTM; this model is a teacher, or guided by another: use solver="heun"')
     t = times.tolist()
     if times.ndim != 1 or len(t) < 2 or not all(b < a for a, b in zip(t, t[1:])):
         raise ValueError(f"times must be at least two decreasing numbers, got {t}")
     low, high = m.sigma_min if jumps else 0., m.sigma_max
-    if t[0] > high * (1 + 1e-6) or t[-1] < low * (1 - 1e-6):
-        raise ValueError(f"times must lie in the model's range [{low:g}, {high:g}], got {t[0]:g} ... {t[-1]:g}")
+    bad = [v for v in t if not low * (1 - 1e-6) <= v <= high * (1 + 1e-6)]
+    if bad: raise ValueError(f"times must lie in the model's range [{low:g}, {high:g}], got {bad[0]:g}")
 
 # %% ../../nbs/1_method/09_sampling.ipynb #3abf7305
 def check_labels(
@@ -136,9 +137,8 @@ def check_labels(
     n_classes: int,  # of the model; 0 for an unlabelled one
 ) -> Tensor | None:  # (n,) int64; for a labelled model and None: every class in turn
     "Labels for n samples; raises ValueError for a wrong count, a class out of range, or labels of an unlabelled model."
-    if n_classes == 0:
-        if y is not None: raise ValueError("y must be None: this model has no classes")
-        return None
+    if n_classes == 0 and y is not None: raise ValueError("y must be None: this model has no classes")
+    if n_classes == 0: return None
     try: y = torch.arange(n) % n_classes if y is None else torch.as_tensor(y).cpu()
     except (TypeError, ValueError, RuntimeError): raise ValueError(f"y must hold class indices, got {y!r}") from None
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:

@@ -121,7 +121,7 @@ def _score_speed(t: Trainer) -> dict:  # fields of `Speed`
     draw = sum(_draw_speed(m, **how) + look for m, how in t.samplers().values())
     return dict(learn=learn, look=look, draw=draw)
 
-# %% ../../nbs/6_training/10_budget.ipynb #b0d9e02a
+# %% ../../nbs/6_training/10_budget.ipynb #b0d9e041
 def _small(config: Config, folder: str, splits: Splits) -> Trainer:
     "A run of twenty steps of every kind."
     small = deepcopy(config)
@@ -150,6 +150,7 @@ def _steps_alone(config: Config, splits: Splits, most: float) -> dict:
     "What steps take, and nothing else that a run does."
     with TemporaryDirectory() as folder: return _step_costs(_small(config, folder, splits), config, most)
 
+# %% ../../nbs/6_training/10_budget.ipynb #b0d9e02a
 def measure(
     config: Config,  # of a run
     splits: Splits,  # its images

@@ -295,6 +295,17 @@ def test_the_command(library, tmp_path, untrained_run, capsys):
     ctm_nb_convert([str(run), f"diffusers:{out}", "--overwrite"])
 
 
+@pytest.mark.parametrize("there", ["pipeline.py", "model_index.json", "ctm/notes.txt"])
+def test_a_folder_of_somebody_else_is_never_written_into(tmp_path, untrained_run, capsys, there):
+    run, file = untrained_run(tmp_path / "run", 1, []), tmp_path / "mine" / there
+    file.parent.mkdir(parents=True)
+    file.write_text("precious")
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(SystemExit) as e: ctm_nb_convert([str(run), f"diffusers:{tmp_path / 'mine'}", *more])
+        assert e.value.code == 2 and "mine is no pipeline of ours" in capsys.readouterr().err
+    assert [f for f in (tmp_path / "mine").rglob("*") if f.is_file()] == [file] and file.read_text() == "precious"
+
+
 def test_without_the_library_the_folder_is_written_and_not_tried(tmp_path, untrained_run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     ctm_nb_convert([str(untrained_run(tmp_path / "run", 1, [])), f"diffusers:{tmp_path / 'out'}"])

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from ctm_nb.commands.data import ctm_nb_data
-from ctm_nb.data.convert import convert
+from ctm_nb.data.convert import convert, folder_names, survey
 from ctm_nb.data.read import ArraySource, open_source
-from ctm_nb.data.convert import survey
+from ctm_nb.evaluation.draw import _save_samples
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (300, 8, 8, 3), np.uint8)
@@ -82,6 +82,15 @@ def test_class_names_that_are_no_folder_names(tmp_path):
     back = open_source(tmp_path / "tree")
     s.classes[3] = r"../\n"  # printable
     assert back.classes == s.classes and survey(back)["sha256"] == survey(s)["sha256"]
+
+
+@pytest.mark.parametrize("name", ["Linien & co", "it's 50%, (really)!", "#1 @home = {a; b}", "हिन्दी", "☀ 😀",
+                                  "rote Äpfel", "a'b~c^d`e$f[g]"])
+def test_names_that_a_folder_can_have_are_kept(tmp_path, name):
+    "By samples in folders too, which are then data of the same classes."
+    _save_samples(tmp_path / "drawn", COLOURS[:2], np.array([0, 1]), {"class_names": [name, "x"]})
+    assert sorted(open_source(tmp_path / "drawn").classes) == sorted([name, "x"])
+    assert folder_names(["a/b", "x:y", "a|b?*", '<"q">']) == ["a_b (0)", "x_y", "a_b (2)", "q"]
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path):

@@ -66,6 +66,22 @@ def test_guidance_without_dropped_labels_is_warned_about(run, tmp_path):
     with pytest.warns(RuntimeWarning, match="distill.label_dropout=0"): _warn_unsuited(load(run), 2., None, tmp_path)
 
 
+@pytest.mark.parametrize("classes, said", [("none", 1), ("all", 0), ("3", 0)])
+def test_samples_without_class_are_warned_about_where_no_labels_were_dropped(run, tmp_path, recwarn, classes, said):
+    (run / "config.json").write_text(json.dumps({"distill": {"label_dropout": 0}}))
+    try: recipe = draw_samples(run, tmp_path / "x.npz", 3, classes=classes, device="cpu")
+    finally: (run / "config.json").unlink()
+    found = [str(w.message) for w in recwarn if "label_dropout=0" in str(w.message)]
+    assert len(found) == said and (tmp_path / "x.npz").exists() and recipe["n"] == 3
+    for text in found: assert text.startswith("classes none needs") and text.endswith("it draws all the same")
+
+
+@pytest.mark.parametrize("word", ["rote Äpfel", "x"])
+def test_classes_that_are_numbers_have_no_nearest_name(run, word):
+    with pytest.raises(ValueError, match=f"'{word}': this model's classes have no names, expected 0..9"):
+        make_recipe(load(run), str(run), 3, classes=word)
+
+
 def test_guidance_is_an_error_or_warned_about_and_not_both(run, tmp_path):
     "One warning once nothing else is wrong; an error comes alone."
     (run / "config.json").write_text(json.dumps({"distill": {"label_dropout": 0}}))

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ctm_nb.checkpoints.models import load
 from ctm_nb.commands.evaluate import ctm_nb_evaluate
 from ctm_nb.data.images import ImageData, digits
 from ctm_nb.evaluation.evaluate import (METRICS, Evaluator, Request, drawn_samples, extend_scores, _is_checkpoint,
@@ -342,6 +343,46 @@ def test_mistakes_are_one_line(npz, ref_file, weights, tmp_path, capsys):
     assert "mean and covariance only" in fails(capsys, npz(), "--ref", tmp_path / "edm.npz", "--metrics", "pr",
                                                *own)
     assert "weights are missing" in fails(capsys, npz(), "--ref", tmp_path / "edm.npz", "--weights", tmp_path)
+
+
+@pytest.mark.parametrize("labels", [{}, {"arr_1": np.zeros(40, int)}])
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_reference_without_classes_is_refused_before_the_work_and_by_a_plan(npz, tmp_path, capsys, labels, more):
+    "One class is none either. Features that need no classes, and a likelihood, are planned."
+    np.savez(tmp_path / "flat.npz", arr_0=digits("train").images[:40].permute(0, 2, 3, 1).numpy(), **labels)
+    words = npz(), "--ref", tmp_path / "flat.npz"
+    for features in ([], ["--features", "train"]):
+        err = fails(capsys, *words, *features, *more)
+        assert "flat.npz has no labelled classes" in err and "--features lite0|inception|dinov2|timm:NAME" in err
+    if more: ctm_nb_evaluate([str(w) for w in (*words, "--features", "lite0", *more)])
+
+
+def test_a_plan_refuses_a_reference_that_is_not_there(npz, tmp_path, capsys):
+    assert "nowhere" in fails(capsys, npz(), "--ref", tmp_path / "nowhere", "--dry-run")
+
+
+@pytest.mark.parametrize("n", [40, 200])
+def test_few_pictures_are_warned_about_on_both_sides_once(tmp_path, capsys, untrained_run, n):
+    "The held-out pictures, fewer than the 64 features, and as many samples with each of the settings."
+    d, run = digits("train"), untrained_run(tmp_path / "run", 1, "01234567")
+    keep = d.labels < 8
+    images, labels = d.images[keep][:n].permute(0, 2, 3, 1).numpy(), d.labels[keep][:n].numpy()
+    np.savez(tmp_path / "few.npz", arr_0=images, arr_1=labels)
+    ctm_nb_evaluate([str(w) for w in (run, "--ref", tmp_path / "few.npz", "--ref-split", "all", "-n", 30, "--steps",
+                                      "1,2,3", "--metrics", "fid", "--device", "cpu")])
+    err = capsys.readouterr().err
+    assert err.count("reference: 40 images span at most 39 of 64") == (n == 40) and err.count("reference:") == (n == 40)
+    assert err.count("samples: 30 images span at most 29 of 64") == 1
+
+
+@pytest.mark.parametrize("words", [["--which", "teacher"], ["--solver", "heun"], ["--solver", "heun,euler"]])
+def test_gamma_without_jumps_is_refused(tmp_path, capsys, untrained_run, words):
+    "Beside jumps it is theirs alone, and no noise is no mistake."
+    run, ref = untrained_run(tmp_path / "run", 1, "0123456789"), ["--ref", "digits", "--device", "cpu", "--dry-run"]
+    assert "--gamma has no meaning without --solver ctm" in fails(capsys, run, *ref, *words, "--gamma", "0,.3")
+    ctm_nb_evaluate([str(w) for w in (run, *ref, *words, "--gamma", "0")])
+    found = _sampler_settings(Request(str(run), "digits", solver="ctm,heun", steps=[2], gammas=[0., .3]), load(run))
+    assert [(s["solver"], s["gamma"]) for s in found] == [("ctm", 0.), ("ctm", .3), ("heun", 0.)]
 
 
 def test_a_folder_of_sony_s_samples_is_scored_as_one_file(tmp_path, capsys):

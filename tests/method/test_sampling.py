@@ -61,6 +61,8 @@ def test_edm_sampler_against_its_definition():
 
 
 @pytest.mark.parametrize("kw, word", [
+    (dict(gamma=.3, solver="heun"), "gamma=0.3 has no meaning to solver 'heun'"),
+    (dict(gamma=1, solver="edm"), "gamma=1 has no meaning"),
     (dict(gamma=-.1), "gamma=-0.1"), (dict(gamma=float("nan")), "gamma=nan"), (dict(gamma="0.5"), "gamma='0.5'"),
     (dict(times=[80., 80., .002]), "decreasing"), (dict(times=[80., float("nan"), .002]), "decreasing"),
     (dict(times=[81., .002]), "80"), (dict(times=[80., .001]), "0.002"), (dict(times=[80.]), "two"),

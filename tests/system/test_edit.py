@@ -22,6 +22,8 @@ def here(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
     for name, a in zip("abcde", pixels): Image.fromarray(a).save(tmp_path / "in" / f"{name}.png")
     Image.fromarray(np.repeat([0, 255], 32).reshape(8, 8).astype(np.uint8)).save(tmp_path / "mask.png")
+    (tmp_path / "small").mkdir()
+    Image.new("RGB", (6, 4)).save(tmp_path / "small" / "a.png")
     return tmp_path
 
 
@@ -33,7 +35,8 @@ def edited(run, here, *words):
 def test_a_folder_in_is_a_folder_out_and_the_same_bytes_twice(run, here, capsys):
     for out in ("x", "y"): edited(run, here, "inpaint", "in", "--mask", "mask.png", "--out", str(here / out))
     names = [f"{k}.png" for k in "abcde"]
-    assert sorted(f.name for f in (here / "x").iterdir()) == names and "5 pictures" in capsys.readouterr().out
+    assert sorted(f.name for f in (here / "x").iterdir()) == [*names, "sampler.json"]  # by which it is known for ours
+    assert "5 pictures" in capsys.readouterr().out
     for k in names:
         assert (here / "x" / k).read_bytes() == (here / "y" / k).read_bytes()
         before, after = (np.asarray(Image.open(here / d / k)) for d in ("in", "x"))
@@ -62,7 +65,13 @@ def test_latents(run, here):
     (["upscale", "in"], "divided by k"),
     (["encode", "in", "--gamma", ".3"], "gamma has no meaning to encode"),
     (["interpolate", "in", "-n", "1"], "n >= 2"),
-    (["denoise", "in", "--steps", "3"], "steps has no meaning to denoise"),
+    (["denoise", "in", "--steps", "3"], ": --steps has no meaning to denoise, which knows --level\n"),
+    (["denoise", "in", "-n", "3"], ": -n has no meaning to denoise, which knows --level\n"),
+    (["stroke", "in", "--batch-size", "3"], ": --batch-size has no meaning to stroke, which knows --level, --steps"),
+    (["inpaint", "small"], "needs a mask (--mask PNG)"),
+    (["inpaint", "small", "--mask", "mask.png"], "got shape (3, 4, 6): make them so with ctm_nb_data convert SRC DST "
+                                                 "--size 8\n"),
+    (["upscale", "in"], "ctm_nb_data convert SRC DST --size 4\n"),
     (["stroke", "in", "--times", "3,1"], "times has no meaning"),
     (["stroke", "in", "-n", "5"], "n has no meaning"),
     (["encode", "in"], "must end in .npz"),
@@ -117,6 +126,54 @@ def test_overwriting_loses_neither_inputs_nor_what_is_no_picture(run, here, caps
         with pytest.raises(SystemExit): ctm_nb_sample([str(run), "--device", "cpu", *given, *words, str(here / "x")])
         assert "holds more than samples, thesis.txt" in capsys.readouterr().err
     assert len(list((here / "in").iterdir())) == 5 and (here / "x" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("edit", [True, False])
+@pytest.mark.parametrize("kind", ["photos", "photos of classes", "[1, 2]", '{"checkpoint": 1, "pictures": 5}',
+                                  "beside samples"])
+def test_a_folder_of_one_s_own_pictures_is_never_overwritten(run, here, capsys, edit, kind):
+    "Whatever they are called, sampler.json too, if we did not write it."
+    own, given = here / "own", ["--edit", "stroke", str(here / "in")] if edit else []
+    words = [str(run), "--device", "cpu", *given, "--classes", "cat", "--out", str(own)]
+    if kind == "beside samples": ctm_nb_sample(words)
+    for k in range(7):
+        name = f"{k:06d}.png" if k and kind != "beside samples" else "holiday.png"
+        path = own / ("dog" if kind == "photos of classes" else "") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (k, 0, 0)).save(path)
+    if "[" in kind or "{" in kind: (own / "sampler.json").write_text(kind)
+    what = f"own {'holds more than' if kind == 'beside samples' or '{' in kind else 'is no folder of'} samples, "
+    before = {f: f.read_bytes() for f in own.rglob("*") if f.is_file()}
+    capsys.readouterr()
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(SystemExit) as e: ctm_nb_sample([*words, "--seed", "1", *more])
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and what in err and err.count("\n") == 1, err
+        assert "choose another name" in err and "pass --overwrite" not in err
+    assert {f: f.read_bytes() for f in own.rglob("*") if f.is_file()} == before
+
+
+@pytest.mark.parametrize("task, said", [("colour", "must end in .png, .npz, or be a folder, got"),
+                                        ("encode", "must end in .npz, got")])
+def test_the_forms_of_out_are_a_sentence(run, here, capsys, task, said):
+    with pytest.raises(SystemExit): edited(run, here, task, "in", "--out", str(here / "x.zip"))
+    assert said in capsys.readouterr().err
+
+
+def test_what_is_not_listed_is_counted(run, here, capsys):
+    "Of the classes, and of the levels of noise."
+    for k in range(3): Image.open(here / "in" / "a.png").save(here / "in" / f"{k}.png")
+    edited(run, here, "denoise", "in", "--classes", "cat", "--out", str(here / "x"))
+    assert "; class cat, cat, cat, cat, cat and 3 more; noise " in (out := capsys.readouterr().out)
+    assert out.endswith(" and 3 more\n")
+
+
+def test_pictures_without_classes_are_warned_about_where_none_were_trained(run, here, capsys):
+    (run / "config.json").write_text('{"distill": {"label_dropout": 0}}')
+    try: edited(run, here, "stroke", "in", "--classes", "none", "--out", str(here / "x.png"))
+    finally: (run / "config.json").unlink()
+    said = capsys.readouterr().err
+    assert said.count("label_dropout=0") == 1 and "classes none" in said and (here / "x.png").exists()
 
 
 def test_a_sheet_bears_names(run, here):

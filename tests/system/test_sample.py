@@ -127,8 +127,10 @@ def test_ranks_of_torchrun_share_the_work(run, tmp_path):
     "words, message",
     [
         (["--gamma", "1.1"], "--gamma must be >= 0 and <= 1, got 1.1"),
-        (["--times", "3,5"], "decreasing"),
-        (["--times", "90,5"], "80"),
+        (["--times", "3,5"], "times must be decreasing numbers, got 3,5\n"),
+        (["--times", "90,5"], "range [0.002, 80], got 90\n"),
+        (["--times", "80,.001"], "range [0.002, 80], got 0.001\n"),
+        (["--times", "80,.5", "--steps", "7"], "times 80,.5 are 2 steps, got steps=7\n"),
         (["--classes", "dgo"], "nearest is 'dog'"),
         (["--classes", "3"], "0..2"),
         (["--times", "auto", "--steps", "7"], "no times are stored"),
@@ -156,6 +158,7 @@ def test_times_auto_takes_what_is_stored(run, tmp_path):
     assert make_recipe(load(run), run, 3, times="auto", gamma=0.)["gamma"] == 0.
     assert make_recipe(load(run), run / "checkpoints" / "step_00000001", 3, steps=2, times="auto")["gamma"] == .4
     with pytest.raises(ValueError, match="no times"): make_recipe(load(run), tmp_path, 3, times="auto")
+    assert make_recipe(load(run), run, 3, times="auto", solver="heun")["gamma"] == 0.  # what is stored is of jumps
 
 
 def test_nothing_is_overwritten_unasked(run, tmp_path):
@@ -163,11 +166,14 @@ def test_nothing_is_overwritten_unasked(run, tmp_path):
     (tmp_path / "mine" / "a.txt").write_text("precious")
     with pytest.raises(FileExistsError, match="mine"): draw_samples(run, tmp_path / "mine", 3, device="cpu")
     assert (tmp_path / "mine" / "a.txt").exists() and len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(FileExistsError, match="more than samples, a.txt"):
+    with pytest.raises(FileExistsError, match="is no folder of samples, a.txt"):
         draw_samples(run, tmp_path / "mine", 3, device="cpu", overwrite=True)
-    (tmp_path / "mine" / "a.txt").rename(tmp_path / "mine" / "a.png")  # samples of before
-    draw_samples(run, tmp_path / "mine", 3, device="cpu", overwrite=True)
-    assert not (tmp_path / "mine" / "a.png").exists()
+    (tmp_path / "mine" / "a.txt").rename(tmp_path / "mine" / "a.png")  # a picture is no less precious
+    with pytest.raises(FileExistsError, match="is no folder of samples, a.png"):
+        draw_samples(run, tmp_path / "mine", 3, device="cpu", overwrite=True)
+    assert (tmp_path / "mine" / "a.png").read_text() == "precious"
+    (tmp_path / "mine" / "a.png").unlink()
+    for n in (5, 3): draw_samples(run, tmp_path / "mine", n, device="cpu", overwrite=True)  # samples of before
     assert len(list((tmp_path / "mine").rglob("*.png"))) == 3 and [p.name for p in tmp_path.iterdir()] == ["mine"]
     plan, stamp = draw_samples(run, tmp_path / "mine", 3, device="cpu"), (tmp_path / "mine").stat().st_mtime_ns
     assert (tmp_path / "mine").stat().st_mtime_ns == stamp and plan["n"] == 3
@@ -180,6 +186,39 @@ def test_other_samples_do_not_continue_a_plan(run, tmp_path):
         draw_samples(run, tmp_path / "w.npz", 80, device="cpu", seed=2)
     with pytest.raises(ValueError, match="weights"):
         draw_samples(run, tmp_path / "w.npz", 80, device="cpu", seed=1, which="teacher", solver="euler")
+
+
+@pytest.mark.parametrize("n", [5, 70])
+def test_whatever_else_is_in_the_folder_of_parts_stays(run, tmp_path, n):
+    "A person's folder may have its name: nothing there is deleted that was not written there."
+    (mine := tmp_path / "w.npz.parts").mkdir()
+    (mine / "engine.txt").write_text("precious")
+    for seed in (0, 1): draw_samples(run, tmp_path / "w.npz", n, device="cpu", seed=seed, overwrite=True)
+    assert [f.name for f in mine.iterdir()] == ["engine.txt"] and len(np.load(tmp_path / "w.npz")["arr_0"]) == n
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.zip", "x.png", "x"])
+def test_a_file_of_one_s_own_is_replaced_only_when_asked(run, tmp_path, name):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(FileExistsError, match=f"{name} exists; choose another name or pass --overwrite"):
+        draw_samples(run, tmp_path / name, 3, device="cpu")
+    assert (tmp_path / name).read_text() == "precious" and len(list(tmp_path.iterdir())) == 1
+    made = draw_samples(run, tmp_path / name, 3, device="cpu", overwrite=True)
+    assert draw_samples(run, tmp_path / name, 3, device="cpu") == made and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("words", [
+    ["--solver", "heun"], ["--which", "teacher"], ["--guide", "{run}", "--guidance", "2"],
+    ["--solver", "edm", "--steps", "3"], ["--solver", "heun", "--times", "80,1"]])
+def test_gamma_without_jumps_is_refused_and_its_default_is_not(run, tmp_path, capsys, words):
+    words = [str(run), "--out", str(tmp_path / "x.npz"), "-n", "2", *(w.format(run=run) for w in words)]
+    with pytest.raises(SystemExit) as e: ctm_nb_sample([*words, "--gamma", ".3"])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and "gamma=0.3 has no meaning to solver '" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    ctm_nb_sample(words)
+    ctm_nb_sample([*words, "--gamma", "0"])  # the same samples
+    assert json.loads(str(np.load(tmp_path / "x.npz")["sampler"]))["gamma"] == 0.
 
 
 def test_batches_back_off_when_memory_is_full():
