@@ -126,7 +126,7 @@ def write_edm_zip(f, blobs, labels, classes):
 # %% ../../nbs/3_data/06_convert.ipynb #1acd381d
 def folder_names(classes:list)->list: # of str
     "Names for the folders of classes that every file system takes: whatever the classes are called, no two are alike."
-    taken = lambda k: k if k.isprintable() and k not in '<>:"/\\|?*' else "_"
+    taken = lambda k: k if k.isprintable() and k not in '<>:"/\\|?*[];`$' else "_"
     plain = ["".join(map(taken, c)).strip("._- ")[:60].strip(". ") or "class" for c in classes]
     keys = [re.sub(r"( \(\d+\))+$", "", unicodedata.normalize("NFC", n).casefold()) for n in plain]  # what is alike
     count = Counter(keys)

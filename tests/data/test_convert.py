@@ -84,13 +84,14 @@ def test_class_names_that_are_no_folder_names(tmp_path):
     assert back.classes == s.classes and survey(back)["sha256"] == survey(s)["sha256"]
 
 
-@pytest.mark.parametrize("name", ["Linien & co", "it's 50%, (really)!", "#1 @home = {a; b}", "हिन्दी", "☀ 😀",
-                                  "rote Äpfel", "a'b~c^d`e$f[g]"])
+@pytest.mark.parametrize("name", ["Linien & co", "it's 50%, (really)!", "#1 @home = {a, b}", "हिन्दी", "☀ 😀",
+                                  "rote Äpfel", "a'b~c^d"])
 def test_names_that_a_folder_can_have_are_kept(tmp_path, name):
     "By samples in folders too, which are then data of the same classes."
     _save_samples(tmp_path / "drawn", COLOURS[:2], np.array([0, 1]), {"class_names": [name, "x"]})
     assert sorted(open_source(tmp_path / "drawn").classes) == sorted([name, "x"])
     assert folder_names(["a/b", "x:y", "a|b?*", '<"q">']) == ["a_b (0)", "x_y", "a_b (2)", "q"]
+    assert folder_names(["a;b$c", "d`e[f]"]) == ["a_b_c", "d_e_f"]  # what a shell would take for its own
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path):
