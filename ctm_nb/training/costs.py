@@ -162,8 +162,8 @@ def step_needs(
             held.append(meter)
             if c.run.recompute: recompute(now.parts[k] for k in now.evaluates)
             peaks, parts = [_peak_of(now, n, cpu and config.distill.N) for n in now.kinds()], now.parts
+            if c.run.recompute: gc.collect()  # what is computed again refers to itself
             fixed, grows, sets = max(peaks, key=lambda p: p[0] + p[1])
-            gc.collect()  # optimizers refer to themselves
             kept = sum((1 if g.get("matrices") else 2) * p.nbytes for o in now.optimizers.values()
                        for g in o.param_groups for p in g["params"])
             weights = sum(p.nbytes for p in parts["model"].parameters())
