@@ -99,6 +99,8 @@ def ctm_nb_evaluate(argv: list | None = None):  # words of the command line; Non
         files = [f for f in (a.out, a.save_ref, r.nearest) if f]
         for f in files:
             if f.parent.name != "samples": check_output(f, *[".npz"] * (f is a.save_ref))  # a run makes that folder
+        if a.save_ref and a.save_ref.exists():
+            raise FileExistsError(f"{a.save_ref} exists: give it as --ref, or choose another name")
         if a.out: work.read_scores(a.out)  # raises if it holds something else
         subject = work.open_subject(r)
         if a.dry_run: return print(work.plan(r, subject, files)) if first else None

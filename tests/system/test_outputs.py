@@ -39,6 +39,7 @@ EARLY = [
     ((*EVALUATE, "--out", "text.json"), "text.json must be a list of score records, got .*value"),
     ((*EVALUATE, "--save-ref", "no/r.npz"), "there is no folder .*/no for r.npz"),
     ((*EVALUATE, "--save-ref", "r.txt"), "r.txt must end in .npz, got .txt"),
+    ((*EVALUATE, "--save-ref", "good.npz"), "good.npz exists: give it as --ref, or choose another name"),
     ((*EVALUATE, "--nearest", "--out", "no/e.json"), "there is no folder"),
     ((ctm_nb_data, "inspect", "good.npz", "--sheet", "s.xyz"), "s.xyz must end in .png or .jpg or .webp, got .xyz"),
     ((ctm_nb_data, "inspect", "good.npz", "--sheet", "no/s.png"), "there is no folder"),
