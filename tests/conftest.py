@@ -7,8 +7,10 @@ import pytest
 
 os.environ["CTM_NB_HEARTBEAT"] = "0"  # what a command says must not depend on how fast a machine is
 
-LONG = """test_gpu_script test_resume test_hostile test_fidelity test_processes test_profiles test_batches
-    test_two_at_once test_evaluate test_budget test_export test_train test_sample""".split()
+LONG = """test_gpu_script test_resume test_hostile test_processes test_budget test_matchings test_export test_forced
+    test_features test_adversary test_profiles test_likelihood test_trainer test_models test_other_systems test_finetune
+    test_sample test_evaluate test_adversarial_runs test_batches test_published test_two_at_once test_archives
+    test_docker test_foreign""".split()
 
 
 def pytest_collection_modifyitems(items):
