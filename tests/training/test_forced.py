@@ -181,7 +181,7 @@ def test_its_preset_says_where_each_value_comes_from_and_what_it_takes(tmp_path,
     assert "edm2, 279.4" in out and "given: edm2-img64-s-1073741-0.075" in out
     assert re.search(r"memory    student \d+\.\d\d GiB", out)
     config = make_config("imagenet64-edm2", ["data.source=x"])
-    data = SimpleNamespace(channels=3, image_size=64, n_classes=1000)
+    data = SimpleNamespace(channels=3, image_size=64, n_classes=2)
     assert "(20 s a step)" in estimate(config, data, 100.)[1]  # 2048 images
     assert not (tmp_path / "runs").exists()
 
