@@ -29,6 +29,7 @@ NEW = {
         _tangent_numbers _tangent_example _tangent_losses Objective OBJECTIVES""",
     "kept trajectories": "training.stages: TrajectoryFolder commands.train: _paths",
     "a student without a teacher": "training.config: teacherless training.stages: _noise_example _noise_losses",
+    "few at a time": "evaluation.features: at_once",
     "budget": """training.budget training.trainer: _goes_on commands.train: _minutes _own _budgeted
         evaluation.evaluate: _kept_reference""",
     "published adversary, recipe": """method.adversary: _frozen _seeded CrossMixing TokenMaps SpectralConv head_widths
@@ -71,7 +72,7 @@ NEW = {
         commands.train: _finished""",
     "known hashes": "checkpoints.catalogue: SHA256",
     "a processor's order": """networks.blocks: channels_last_pays normalise joined silu_ method.flow: _Philox
-        method.teacher: _of_number training.runtime: told_precision evaluation.draw: keep_memory""",
+        method.teacher: _of_number training.runtime: told_precision evaluation.features: keep_memory""",
     "two at once, memory, a pulse": """data.files: claimed training.trainer: Trainer.claim Trainer.whereabouts
         checkpoints.models: of_newest commands.flags: Pulse training.costs: fit_memory training.runtime: Here.least""",
     "sharded": """training.shard training.config: _shards training.stages: Stage.cut Stage.load_numbers Stage.step

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'WRITERS', 'OTHER_FILES', 'UNSAID', 'timesteps_of', 'guided_model', 'make_recipe', 'out_of_memory',
-           'free_memory', 'keep_memory', 'Drawer', 'weights_hash', 'draw_samples']
+           'free_memory', 'Drawer', 'weights_hash', 'draw_samples']
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #df8c91dc
-import ctypes, difflib, gc, hashlib, json, logging, math, os, re, warnings, zipfile
+import difflib, gc, hashlib, json, logging, math, os, re, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -28,6 +28,7 @@ from ..method.solvers import solver_name
 from ..method.teacher import Model
 from ..method.trajectory import is_ctm
 from ..checkpoints.models import find_checkpoint, is_run, load, of_newest
+from .features import at_once, keep_memory
 from .reference import NO_HALF, Ranks, launched, pick_device, process_group, unpacks
 from .search import stored_times
 
@@ -226,13 +227,6 @@ def _or_smaller(work, smaller, may=lambda: True):  # functions of nothing; may()
             if not out_of_memory(e) or not may(): raise
         smaller()  # outside of the handler, which holds on to the tensors
 
-def keep_memory():
-    "Have glibc keep what is freed, unless the environment decides: what is handed back is zeroed when it is next used."
-    if any(k.startswith(("MALLOC_", "GLIBC_TUNABLES")) for k in os.environ): return
-    try: set_limit = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError): return  # another C library
-    for limit, size in ((-3, 2 ** 25), (-1, 2 ** 30)): set_limit(limit, size)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-
 # %% ../../nbs/5_evaluation/05_draw.ipynb #1c5a6815
 class Drawer:
     "A function of sample numbers, called with as many at a time as memory allows."
@@ -264,7 +258,7 @@ def _drawer_of(m: Model, recipe: dict, batch_size: int | None = None) -> Drawer:
     def pictures(ids):
         with context(): x = sample(guided, ids=ids, y=_labels_of(recipe, ids), **settings)
         return to_uint8(x, recipe["bytes"]).permute(0, 2, 3, 1)
-    return Drawer(pictures, 256 if batch_size is None else batch_size)
+    return Drawer(pictures, min(256, at_once(m.data_shape[-1], _place(m)[0])) if batch_size is None else batch_size)
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #8554f657
 def weights_hash(

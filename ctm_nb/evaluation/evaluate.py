@@ -23,7 +23,7 @@ from ..data.batches import load_splits
 from ..data.files import atomic_write, cache_folder, readable
 from ..data.images import named_grid, to_uint8
 from ..method.flow import finest, rho_grid
-from ..method.sampling import check_request, evaluations, sample
+from ..method.sampling import _place, check_request, evaluations, sample
 from ..method.solvers import SOLVERS, solver_name
 from ..method.teacher import Model
 from ..method.trajectory import is_ctm
@@ -32,7 +32,7 @@ from ..checkpoints.catalogue import CATALOGUE, fetch
 from ..checkpoints.models import is_run, load, of_newest
 from .metrics import (class_accuracy, frechet_gaussians, inception_score, kernel_distance,
                       nearer_share, nearest_points, precision_recall, train_classifier, warn_rank)
-from .features import ClassifierExtractor, Extractor, InceptionExtractor, load_extractor
+from .features import ClassifierExtractor, Extractor, InceptionExtractor, at_once, load_extractor
 from .reference import (Collected, Ranks, Reference, SampleSet, build_reference, collect, data_samples,
                         is_reference_file, open_samples, process_group, read_reference)
 from .search import SEARCH_SEED, aligned, confirm, search_table, search_times, store_times
@@ -224,7 +224,8 @@ def drawn_samples(
         counts = torch.tensor(label_counts if label_counts and len(label_counts) == m.n_classes else [1] * m.n_classes)
         y = torch.searchsorted(counts.cumsum(0), torch.arange(n) * counts.sum() // n, right=True)  # sorted
     def read(rows):
-        x = sample(m, ids=torch.arange(n)[rows], y=None if y is None else y[rows], seed=seed, **how)
+        parts = torch.arange(n)[rows].split(at_once(m.data_shape[-1], _place(m)[0]))
+        x = torch.cat([sample(m, ids=i, y=None if y is None else y[i], seed=seed, **how) for i in parts])
         return to_uint8(x, sampler.get("bytes", "round")).cpu()
     return SampleSet("samples", n, read, y)
 

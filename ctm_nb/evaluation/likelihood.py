@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..method.flow import noise
 from ..method.sampling import _place, check_labels
 from ..method.teacher import Model
+from .features import at_once
 
 # %% ../../nbs/5_evaluation/06_likelihood.ipynb #00090ef4
 def _fresh_noise(shape, seed, ids, draw=0):  # (B, *shape) float32, standard normal, on the CPU
@@ -135,7 +136,7 @@ def likelihood_record(
     if m.n_classes and m.n_classes != data.n_classes:
         raise ValueError(f"{data.name} must have labels of the model's {m.n_classes} classes, got "
                          f"{data.n_classes or 'no'} classes")
-    n = min(n or len(data), len(data))
+    n, batch = min(n or len(data), len(data)), min(batch, at_once(data.image_size, _place(m)[0]))
     parts = tqdm((torch.arange(n) * len(data) // n).split(batch), desc="bpd", unit=" batches", disable=None)
     y = lambda i: data.labels[i] if m.n_classes else None
     b = torch.cat([ode_bits(m, data.x0(i), y(i), tol, 1, seed, i.tolist()) for i in parts])

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ..data.files import atomic_write, file_hash, readable
 from ..data.images import to_uint8
 from ..data.read import BrokenImage, open_source, reading
-from .features import ClassifierExtractor, Extractor
+from .features import ClassifierExtractor, Extractor, keep_memory
 from .metrics import FeatureClassifier, FeatureStats
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #ac23bd62
@@ -214,6 +214,7 @@ def collect(
     ranks: Ranks = Ranks(),  # the processes that share the work
 ) -> Collected | None:  # in the first process; None in the others
     "Everything that scores need of a set of pictures, in one pass."
+    keep_memory()
     part = ranks.part_of(samples.n)
     total = None if ranks.rank else len(part)
     mask = keep if isinstance(keep, bool) else keep[part.start:part.stop]

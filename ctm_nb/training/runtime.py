@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..evaluation.draw import keep_memory
+from ..evaluation.features import keep_memory
 from ..evaluation.reference import NO_HALF, Ranks, launched, pick_device, unpacks
 
 log = logging.getLogger(__name__)

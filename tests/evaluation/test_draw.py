@@ -12,7 +12,7 @@ from ctm_nb.checkpoints.models import describe, load
 from ctm_nb.checkpoints.store import save_checkpoint
 from ctm_nb.commands.sample import ctm_nb_sample
 from ctm_nb.data.images import to_uint8
-from ctm_nb.evaluation import draw
+from ctm_nb.evaluation import draw, features
 from ctm_nb.evaluation.draw import draw_samples, make_recipe, _warn_unsuited
 from ctm_nb.method.guidance import autoguide
 from ctm_nb.method.sampling import sample
@@ -38,8 +38,8 @@ def test_who_says_how_memory_is_kept_is_obeyed(monkeypatch, name):
     for k in [k for k in os.environ if k.startswith(("MALLOC_", "GLIBC"))]: monkeypatch.delenv(k)
     if name: monkeypatch.setenv(name, "262144")
     called = []
-    monkeypatch.setattr(draw.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *a: called.append(a)))
-    draw.keep_memory()
+    monkeypatch.setattr(features.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *a: called.append(a)))
+    features.keep_memory()
     assert len(called) == (0 if name else 2)
 
 
