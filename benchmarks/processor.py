@@ -3,14 +3,17 @@ both are loaded into one process and called in turn.
 
     git worktree add ../before bb4ba02
     python benchmarks/processor.py --before ../before
+    python benchmarks/processor.py --before ../before --released ../ctm --only released
 
 Processor seconds of one thread; of every pair of calls the ratio is taken, and of the ratios the median and the tenth
 and the ninetieth percentile, of fewer than ten the least and the largest. Networks: DDPM++ at 32 x 32 with 2.4 million
 weights, batch 16, and those of the presets digits and mnist, batch 64, all with a student's s-branch. Steps: of
 distillation, on random pictures of the preset's size; cifar10 with 32 channels and batch 16. The limit: a pass by its
-convolutions alone, and beside them a bare matrix product's operations a second. Sampling: 64 samples in one evaluation,
-against the network alone; and 256 of the 32 x 32 network in parts, written to files meanwhile, by one process and by
-two at once. Each section is written to nbs/results/speed/processor.json.
+convolutions alone, and beside them a bare matrix product's operations a second. Released: the authors' class, from a
+checkout of their repository (sony/ctm), with our weights, by ours, without gradient and with. Sampling: 64 samples in
+one evaluation, against the network alone; and 256 of the 32 x 32 network in parts, written to files meanwhile, by one
+process and by two at once. Each section is a process of its own, in which glibc keeps what is freed, as training and
+sampling have it today; it is written to nbs/results/speed/processor.json.
 """
 import argparse
 import importlib
@@ -24,6 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -153,8 +157,7 @@ class Convolutions(TorchDispatchMode):
 def limit_section(sides, repeats, side=1024):
     """A pass by its own convolutions: the same calls on the same tensors in the same order, with nothing between them.
 
-    Each job is a process of its own, in which glibc keeps what is freed as in training and sampling today; and the
-    earlier pass once more as it was, on glibc's own heap."""
+    Each job is a process of its own, and the earlier pass is there once more as it was, on glibc's own heap."""
     rows, keep = {}, sides["after"]("evaluation.draw").keep_memory
     for name, B in BATCH.items():
         nets, jobs, ops = {s: model(get, name) for s, get in sides.items()}, {}, {}
@@ -187,6 +190,52 @@ def limit_section(sides, repeats, side=1024):
             rows[name][f] = row | {"calls": len(seen.calls)}
             print(name, f, rows[name][f], flush=True)
     return rows
+
+
+def released_class(folder):
+    "The authors' U-Net; what else its file imports concerns pickles and MPI, and may be missing."
+    pickles = SimpleNamespace(persistent_class=lambda c: c)
+    sys.modules |= {"torch_utils_cm": SimpleNamespace(persistence=pickles), "cm.dist_util": ModuleType("cm.dist_util")}
+    sys.path.insert(0, str(Path(folder).resolve() / "code"))
+    return importlib.import_module("cm.networks").SongUNet
+
+
+def released_section(sides, repeats, folder, name="32 x 32, 2.4 M"):
+    """The network of the released code beside ours, with the same weights: a pass, and one with its backward pass.
+
+    Each job is a process of its own; theirs is there once more as it would run, on glibc's own heap."""
+    ours, size, keep = model(sides["after"], name).net, NETWORKS[name], sides["after"]("evaluation.draw").keep_memory
+    side, channels = size["image_size"], size["channels"]
+    theirs = released_class(folder)(side, channels, channels, model_channels=size["model_channels"],
+                                    num_blocks=size["n_blocks"], dropout=0., embedding_type="positional",
+                                    channel_mult_noise=1, encoder_type="standard", resample_filter=[1, 1],
+                                    training_mode="ctm")
+    theirs.load_state_dict(ours.state_dict())  # strictly: not one more, not one less
+    B, nets, jobs = BATCH[name], {"ours": ours, "theirs": theirs, "as it runs": theirs}, {}
+    args = torch.randn(B, channels, side, side), *torch.linspace(-2.5, 1, 2 * B).chunk(2), None
+    def call(net, half, train):
+        net.train(train).requires_grad_(train)
+        with torch.set_grad_enabled(train), torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
+            out = net(*args)
+        if not train: return out.float()
+        net.zero_grad()
+        out.square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in net.parameters()])
+    whats = {"pass, fp32": (False, False), "pass, bf16": (True, False), "pass and backward, fp32": (False, True)}
+    for what, how in whats.items():
+        for who, net in nets.items():
+            own = who == "as it runs"
+            jobs[what, who] = Apart(lambda net=net, how=how: call(net, *how), (lambda: None) if own else keep)
+    t, rows = in_turn(jobs, repeats), {}
+    for job in jobs.values(): job(False)
+    for what, how in whats.items():
+        a, b = (call(net, *how) for net in (ours, theirs))
+        row = {f"{who} ms": round(1e3 * median(t[what, who]), 1) for who in nets}
+        row |= {f"{who} by ours": ratio(t[what, who], t[what, "ours"]) for who in nets if who != "ours"}
+        rows[what] = row | {"apart": float((a - b).norm() / b.norm())}
+        print(what, rows[what], flush=True)
+    count = {k: sum(p.numel() for p in net.parameters()) for k, net in (("ours", ours), ("theirs", theirs))}
+    return {"batch": B, "weights": count, "rows": rows}
 
 
 def sampling_section(sides, repeats):
@@ -234,7 +283,8 @@ def step_section(sides, repeats):
             def step(t):
                 t.ahead.forget()
                 t.train_step()
-            t = in_turn({k: lambda run=run: step(run) for k, run in runs.items()}, repeats, warm=1)
+            many = 5 * repeats if preset == "digits" else repeats  # its steps are short
+            t = in_turn({k: lambda run=run: step(run) for k, run in runs.items()}, many, warm=1)
         base = t["before", False]
         rows[preset] = {"before ms": round(1e3 * median(base), 1), "fp32": ratio(base, t["after", False]),
                         "bf16": ratio(base, t["after", True]), "bf16 before": ratio(base, t["before", True]),
@@ -315,25 +365,39 @@ def processes_section(sides, repeats, world=2):
     return max(rows, key=lambda r: r["fp32 over the network"])
 
 
-SECTIONS = {"forward": forward_section, "limit": limit_section, "sampling": sampling_section,
-            "parts": parts_section, "processes": processes_section, "step": step_section, "profile": profile_section,
-            "compile": compile_section}
+SECTIONS = {"forward": forward_section, "limit": limit_section, "released": released_section,
+            "sampling": sampling_section, "parts": parts_section, "processes": processes_section, "step": step_section,
+            "profile": profile_section, "compile": compile_section}
+OWN_HEAP = ("limit", "released")  # sections whose jobs say for themselves what they keep
+
+
+def measure(what, a):
+    "One section, written to the results."
+    sides = {"before": package(str(Path(a.before).resolve())), "after": package(HERE)}
+    if what not in OWN_HEAP: sides["after"]("evaluation.draw").keep_memory()
+    more = {"folder": a.released} if what == "released" else {}
+    rows = SECTIONS[what](sides, a.repeats, **more)
+    found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    found[what] = rows
+    found.setdefault("made", {})[what] = made(a.before)
+    RESULT.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--before", required=True, help="an earlier checkout")
     p.add_argument("--repeats", type=int, default=20)
-    p.add_argument("--only", nargs="+", default=list(SECTIONS), choices=SECTIONS)
+    p.add_argument("--released", metavar="FOLDER", help="a checkout of the authors' repository, sony/ctm")
+    p.add_argument("--only", nargs="+", choices=SECTIONS)
     a = p.parse_args()
+    if a.released is None and "released" in (a.only or ()): p.error("the section released needs --released FOLDER")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    sides = {"before": package(str(Path(a.before).resolve())), "after": package(HERE)}
-    for what in a.only:
-        found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-        found[what] = SECTIONS[what](sides, a.repeats)
-        found.setdefault("made", {})[what] = made(a.before)
-        RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    for what in a.only or [k for k in SECTIONS if k != "released" or a.released]:
+        one = torch.multiprocessing.get_context("fork").Process(target=measure, args=(what, a))
+        one.start()
+        one.join()
+        if one.exitcode: sys.exit(f"{what}: failed")
 
 
 if __name__ == "__main__": main()

@@ -118,7 +118,8 @@ def pixel_attention(
     q, k, v = qkv.reshape(B, *shape, H * W).permute(order).contiguous()  # each (B, heads, HW, d)
     if qkv.dtype == torch.bfloat16 and channels_last_pays(qkv): a = (q @ (k.mT / math.sqrt(d))).softmax(-1) @ v
     else: a = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, d)
-    return a.transpose(2, 3).reshape(B, C3 // 3, H, W)
+    a = a.transpose(2, 3).reshape(B, C3 // 3, H, W)  # as they lie, a pixel's channels side by side
+    return a.contiguous() if qkv.is_contiguous() and not qkv.is_cuda else a  # the order of the numbers stays
 
 # %% ../../nbs/2_networks/01_blocks.ipynb #a530cb61
 @dataclass(frozen=True)

@@ -91,6 +91,15 @@ def test_channels_last_changes_no_gradient(family):
         torch.testing.assert_close(g, plain[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("channels, gradient", [(16, False), (32, True)])
+def test_blocks_keep_the_order_of_the_numbers(channels, gradient):
+    net, orders = DDPMpp(8, 3, model_channels=channels, channel_mult=(1, 2), n_blocks=1, attention=(4,)), []
+    for block in (m for m in net.modules() if isinstance(m, net.block)):
+        block.register_forward_hook(lambda _, args, out: orders.append(out.is_contiguous()))
+    with torch.set_grad_enabled(gradient): net(torch.randn(2, 3, 8, 8), torch.zeros(2))
+    assert len(orders) == 10 and all(orders)
+
+
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)
 def test_dropout_only_in_training(family):
     net = lively(family(8, 3, dropout=.5, **WIDE))
