@@ -7,12 +7,7 @@ __all__ = ['log', 'IMAGES', 'SCRATCH', 'Meter', 'Need', 'step_needs', 'memory', 
            'student_cost', 'costs', 'seconds', 'measure', 'estimate']
 
 # %% ../../nbs/6_training/09_costs.ipynb #5f28a8bf
-import gc
-import json
-import logging
-import time
-import warnings
-import weakref
+import gc, json, logging, time, warnings, weakref
 from bisect import bisect_right
 from contextlib import nullcontext
 from copy import deepcopy
