@@ -12,7 +12,7 @@ from ctm_nb.checkpoints.models import describe, load
 from ctm_nb.checkpoints.store import save_checkpoint
 from ctm_nb.commands.sample import ctm_nb_sample
 from ctm_nb.data.images import to_uint8
-from ctm_nb.evaluation import draw, features
+from ctm_nb.evaluation import features
 from ctm_nb.evaluation.draw import draw_samples, make_recipe, _warn_unsuited
 from ctm_nb.method.guidance import autoguide
 from ctm_nb.method.sampling import sample
