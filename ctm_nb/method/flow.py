@@ -65,7 +65,8 @@ def noise(
     "Standard normal noise whose entry `i` depends on `(seed, ids[i], draw)` and on nothing else."
     ids = [int(i) for i in ids]
     for name, value in dict(seed=seed, draw=draw, ids=min(ids, default=0)).items():
-        if value < 0: raise ValueError(f"{name} must be >= 0, got {name}={value}")
+        if not isinstance(value, (int, np.integer)) or not 0 <= value < 2 ** 64:
+            raise ValueError(f"{name} must be a whole number in [0, 2**64), got {name}={value}")
     out, (key, counter) = np.empty((len(ids), *shape_of_one), dtype=np.float32), _PHILOX.words
     key[0], counter[2] = seed, draw
     for row, i in enumerate(ids):

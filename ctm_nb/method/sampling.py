@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
+from os import PathLike
 
 import torch
 from torch import Tensor, nn
@@ -169,7 +170,7 @@ def _check_finite(m: Model, x: Tensor, ids: Tensor) -> Tensor:  # the model, its
 @torch.no_grad()
 def sample(
     m: Model,  # a model: D(x, t, y) or G(x, t, s, y), data_shape, n_classes, sigma_min, sigma_max
-    n: int = 16,  # number of samples
+    n: int | None = None,  # number of samples; None: 16, or as many as `ids`
     steps: int = 1,  # evaluations of G, or solver steps; ignored when `times` are given
     gamma: float = 0.,  # share of fresh noise in [0, 1]; only for "ctm"
     solver: str = "ctm",  # "ctm" (jumps); "euler", "heun", "dpmpp_2m", "dpmpp_3m" (ODE with D); "edm" (Heun with noise)
@@ -179,14 +180,14 @@ def sample(
     noise_fn=None,  # noise_fn(i, shape) -> unit noise, i = 0 for the start; replaces `seed` and needs a single batch
     callback=None,  # called as callback(i, x) after step i of each batch
     batch_size: int | None = None,  # samples at a time; None: all at once
-    ids=None,  # numbers of the samples to draw, each >= 0; None: 0..n-1. Given, they count instead of n
+    ids=None,  # numbers of the samples to draw, each >= 0; None: 0..n-1
 ) -> Tensor:  # (n, *data_shape), data in [-1, 1] (not clipped)
-    """Draw samples.
-
-    Raises ValueError for arguments out of range and FloatingPointError if the model's output is not finite."""
+    "Draw samples; ValueError for arguments out of range, FloatingPointError if the model's output is not finite."
+    if isinstance(m, (str, PathLike)): raise TypeError(f"m must be a model, got {m!r}: load({str(m)!r}) opens it")
     _check_counts(n=n, steps=steps, batch_size=batch_size)
     solver = solver_name(solver, tuple(SAMPLERS))
-    ids = torch.arange(n) if ids is None else torch.as_tensor(ids, dtype=torch.int64)
+    ids = torch.arange(n or 16) if ids is None else torch.as_tensor(ids, dtype=torch.int64)
+    if n not in (None, len(ids)): raise ValueError(f"n must be the {len(ids)} of ids, or be left out, got n={n}")
     times = default_times(m, steps, solver) if times is None else torch.as_tensor(times, dtype=torch.float64).cpu()
     check_request(m, len(ids), steps, gamma, solver, times)
     y = ids % m.n_classes if y is None and m.n_classes else check_labels(y, len(ids), m.n_classes)

@@ -43,8 +43,9 @@ def test_noise_edges():
     assert noise((1,), 2**64 - 1, [2**63]).isfinite().all()
     streams = torch.cat([noise((50,), s, [i], d) for s in (0, 1) for i in (0, 1) for d in (0, 1)])
     assert len(streams.unique()) == streams.numel()
-    for bad in (dict(seed=-1, ids=[0]), dict(seed=0, ids=[-3]), dict(seed=0, ids=[0], draw=-1)):
-        with pytest.raises(ValueError, match="must be >= 0"):
+    for bad in (dict(seed=-1, ids=[0]), dict(seed=0, ids=[-3]), dict(seed=0, ids=[0], draw=-1),
+                *(dict(seed=s, ids=[0]) for s in (2**64, None, 1.5))):
+        with pytest.raises(ValueError, match=r"must be a whole number in \[0, 2\*\*64\), got"):
             noise((1,), **bad)
 
 

@@ -1,4 +1,6 @@
 "Sampling and guidance: what must hold whatever the notebooks show."
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -70,9 +72,21 @@ def test_edm_sampler_against_its_definition():
     (dict(y="cat"), "class indices, got 'cat'"), (dict(solver="rk"), "rk"), (dict(steps=0), "steps=0"),
     (dict(steps=1.5), "steps=1.5"), (dict(n=-1), "n=-1"), (dict(batch_size=0), "batch_size=0"),
     (dict(batch_size=-3), "batch_size=-3"),
+    (dict(seed=None), "seed must be a whole number .*, got seed=None"), (dict(seed=10 ** 25), "2..64., got seed=1000"),
+    (dict(ids=[3, 1]), "n must be the 2 of ids, or be left out, got n=4"),
     (dict(noise_fn=lambda i, shape: torch.zeros(5, 2)), r"noise_fn.0, .* noise of shape .4, 2., got .5, 2.")])
 def test_bad_requests(kw, word):
     with pytest.raises(ValueError, match=word): sample(Linear(), **{"n": 4, **kw})
+
+
+def test_a_path_is_no_model():
+    for path in ("runs/a", Path("runs/a")):
+        with pytest.raises(TypeError, match=r"m must be a model, got .*: load.'runs/a'. opens it"): sample(path, 4)
+
+
+def test_numbers_count_themselves():
+    m = Linear()
+    assert (len(sample(m)), len(sample(m, ids=[3, 1])), len(sample(m, 2, ids=[3, 1]))) == (16, 2, 2)
 
 
 def test_not_finite_is_named():
