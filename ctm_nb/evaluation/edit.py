@@ -76,6 +76,14 @@ def _sheet(made, x, files, classes):
     if made.ndim == 4: return named_grid(x, math.ceil(len(x) ** .5), classes)
     return named_grid(x, made.shape[1], rows=[f"{a.stem} to {b.stem}" for a, b in zip(files, files[1:])])
 
+# %% ../../nbs/5_evaluation/08_edit.ipynb #ce799e8a
+def _edit(files, mask, *request, **how) -> Edited:
+    "`edit`, whose errors name the file; pictures are of one size, and the first stands for all."
+    try: return edit(*request, **how)
+    except ValueError as e:
+        what, path = str(e).partition(" ")[0], {"pictures": files[0], "mask": mask}
+        raise ValueError(f"{path[what]}: {e}" if what in path else str(e)) from None
+
 # %% ../../nbs/5_evaluation/08_edit.ipynb #ce799e8b
 def edit_files(
     checkpoint: str,  # see `load`
@@ -105,7 +113,7 @@ def edit_files(
     y = None if classes == "all" else _class_list(classes, m.n_classes, m.classes)
     request = {k: v for k, v in request.items() if v is not None}
     _warn_unsuited(m, None, None, checkpoint, y)
-    done = edit(m, task, x, known, y and (y * len(x))[:len(x)], **request)
+    done = _edit(files, mask, m, task, x, known, y and (y * len(x))[:len(x)], **request)
     names = [*map(str, m.classes or range(m.n_classes)), "none"]  # the last is class -1
     named = [] if done.y is None else [names[k] for k in done.y.tolist()]
     _write(out, files, done, named, {"checkpoint": str(checkpoint), "edit": task, **request})

@@ -7,7 +7,7 @@ __all__ = ['LUMA', 'TASKS', 'encode', 'sphere', 'interpolate', 'put_pixels', 'pu
            'complete', 'likeliest_class', 'noise_level', 'Edited', 'edit']
 
 # %% ../../nbs/1_method/13_editing.ipynb #d5f67c3b
-import math
+import difflib, math
 from typing import NamedTuple
 
 import torch
@@ -174,7 +174,9 @@ TASKS: dict[str, dict] = {  # what each can be told, and what it does untold
 
 def _settings(m, task, given):
     "What was given, and defaults for the rest; ValueError for what has no meaning here."
-    if task not in TASKS: raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    if task not in TASKS:
+        near = "".join(f": did you mean {k}?" for k in difflib.get_close_matches(str(task), TASKS, 1))
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}{near}")
     how = {**TASKS[task]}
     if task == "denoise" and not is_ctm(m): raise ValueError("denoise needs a CTM, this model is a teacher")
     if "solver" in how and not is_ctm(m): how |= dict(solver="heun", steps=18)
@@ -194,8 +196,10 @@ def _check(m, task, x, mask, n=2):
     c, k = 1 if task == "colour" else C, H // x.shape[2] if task == "upscale" else 1
     if x.shape[1] != c or (k * x.shape[2], k * x.shape[3]) != (H, W) or (k > 1) != (task == "upscale"):
         size = f"{H} x {W}{' divided by k' * (task == 'upscale')}, {c} channel{'s' * (c > 1)}"
-        raise ValueError(f"pictures to {task} must be {size}, got shape {tuple(x.shape[1:])}: make them so with "
-                         f"ctm_nb_data convert SRC DST --size {H // 2 if task == 'upscale' else H}")
+        side = H // 2 if task == "upscale" else H
+        fits = x.shape[2:] == (side, side)
+        way = "" if fits else f": ctm_nb_data convert FOLDER DST --size {side} makes a folder of them so"
+        raise ValueError(f"pictures to {task} must be {size}, got shape {tuple(x.shape[1:])}{way}")
     low, high = x.min().item(), x.max().item()
     if not math.isfinite(low - high) or (max(-low, high) > 1.001 and task != "denoise"):
         raise ValueError(f"pictures must have finite values in [-1, 1], got {low:.3g} to {high:.3g}")
@@ -208,12 +212,15 @@ def _known(m, task, x, mask):
     if task == "colour": return x.expand(-1, 3, -1, -1), put_brightness(x)
     if task == "upscale": return F.interpolate(x, m.data_shape[1]), put_means(x, m.data_shape[1] // x.shape[2])
     if task != "inpaint": return x, None
-    if mask.shape[1:] != (1, *x.shape[2:]) or len(mask) not in (1, len(x)):
-        size = " x ".join(map(str, mask.shape[-2:]))
-        raise ValueError(f"mask must be {x.shape[2]} x {x.shape[3]}, as the pictures, got {size}")
+    known, (H, W) = torch.as_tensor(mask).to(x), x.shape[2:]
+    mask = known[(None,) * (4 - known.ndim)]  # (1, 1, H, W) for (H, W) and (1, H, W)
+    if mask.shape[1:] != (1, H, W) or len(mask) not in (1, len(x)):
+        raise ValueError(f"mask must have shape ({H}, {W}) or ({len(x)}, 1, {H}, {W}) for pictures of {H} x {W}, got "
+                         f"{tuple(known.shape)}")
     if not ((mask == 0) | (mask == 1)).all():
         raise ValueError(f"mask must be 0 or 1 everywhere, got {mask.min():.3g} to {mask.max():.3g}")
     if not mask.flatten(1).any(1).all(): raise ValueError("mask hides the whole picture: there are no known pixels")
+    if mask.all(): raise ValueError("mask hides no pixel: there is nothing to paint (of a --mask PNG white is painted)")
     return x * mask, put_pixels(x, mask)
 
 # %% ../../nbs/1_method/13_editing.ipynb #fe524d97
@@ -230,7 +237,7 @@ def edit(
     m,  # a model of pictures; denoise needs a CTM
     task: str,  # a key of TASKS
     x: Tensor,  # (B, C, H, W) in [-1, 1]; colour: (B, 1, H, W); upscale: smaller; denoise: any values
-    mask: Tensor | None = None,  # (1 or B, 1, H, W) 1 known, 0 hidden; for inpaint
+    mask: Tensor | None = None,  # (H, W), or (1 or B, 1, H, W): 1 known, 0 hidden; for inpaint
     y=None,  # class, or (B,) of them; None: found, where the model has classes
     seed: int = 0,  # of the noise; row i depends on it and on i alone
     callback=None,  # called as callback(i, x) after step i

@@ -4,11 +4,14 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from ctm_nb.checkpoints.models import load
 from ctm_nb.commands.sample import ctm_nb_sample, sample_parser
 from ctm_nb.explore.explorer import canvas_pixels, explore_strokes
-from ctm_nb.method.editing import TASKS
+from ctm_nb.method.editing import TASKS, edit
+from ctm_nb.method.sampling import sample
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,7 @@ def test_latents(run, here):
     (["inpaint", "in", "--mask", "in/no.png"], "there is no file"),
     (["stroke", "in", "--mask", "mask.png"], "only inpaint"),
     (["paint", "in"], "task must be one of"),
+    (["color", "in"], "got 'color': did you mean colour?\n"),
     (["upscale", "in"], "divided by k"),
     (["encode", "in", "--gamma", ".3"], "gamma has no meaning to encode"),
     (["interpolate", "in", "-n", "1"], "n >= 2"),
@@ -69,9 +73,10 @@ def test_latents(run, here):
     (["denoise", "in", "-n", "3"], ": -n has no meaning to denoise, which knows --level\n"),
     (["stroke", "in", "--batch-size", "3"], ": --batch-size has no meaning to stroke, which knows --level, --steps"),
     (["inpaint", "small"], "needs a mask (--mask PNG)"),
-    (["inpaint", "small", "--mask", "mask.png"], "got shape (3, 4, 6): make them so with ctm_nb_data convert SRC DST "
-                                                 "--size 8\n"),
-    (["upscale", "in"], "ctm_nb_data convert SRC DST --size 4\n"),
+    (["inpaint", "small", "--mask", "mask.png"],
+     "small/a.png: pictures to inpaint must be 8 x 8, 3 channels, got shape (3, 4, 6): ctm_nb_data convert FOLDER "
+     "DST --size 8 makes a folder of them so\n"),
+    (["upscale", "in"], "ctm_nb_data convert FOLDER DST --size 4 makes"),
     (["stroke", "in", "--times", "3,1"], "times has no meaning"),
     (["stroke", "in", "-n", "5"], "n has no meaning"),
     (["encode", "in"], "must end in .npz"),
@@ -194,12 +199,36 @@ def test_the_help_says_the_defaults_of_every_task():
     assert "8 jumps with gamma 1, a stroke 1; encode and interpolate 16 steps; a teacher 18" in words
 
 
-def test_a_mask_that_hides_all_or_has_another_size(run, here, capsys):
-    for size, said in ((8, "no known pixels"), (4, "mask must be 8 x 8")):
-        Image.new("L", (size, size), "white").save(here / "mask.png")
-        words = ["--mask", "mask.png", "--classes", "cat", "--out", str(here / "out.png")]
-        with pytest.raises(SystemExit): edited(run, here, "inpaint", "in", *words)
-        assert said in capsys.readouterr().err
+@pytest.mark.parametrize("size, colour, said", [
+    (8, "white", "no known pixels"), (8, "black", "nothing to paint (of a --mask PNG white is painted)"),
+    (4, "white", "mask must have shape (8, 8) or (5, 1, 8, 8) for pictures of 8 x 8, got (1, 1, 4, 4)")])
+def test_a_mask_of_no_use_is_refused_by_its_file(run, here, capsys, size, colour, said):
+    Image.new("L", (size, size), colour).save(here / "mask.png")
+    words = ["--mask", "mask.png", "--classes", "cat", "--out", str(here / "out.png")]
+    with pytest.raises(SystemExit): edited(run, here, "inpaint", "in", *words)
+    err = capsys.readouterr().err
+    assert f"{here / 'mask.png'}: mask " in err and said in err and not (here / "out.png").exists()
+
+
+def test_the_advice_for_pictures_of_another_size_works(run, here):
+    from ctm_nb.commands.data import ctm_nb_data
+    ctm_nb_data(["convert", str(here / "small"), str(here / "right"), "--size", "8"])
+    edited(run, here, "stroke", "right", "--classes", "cat", "--out", str(here / "out.png"))
+    assert Image.open(here / "out.png").size == (8, 8)
+
+
+def test_masks_of_every_shape_that_can_be_meant(run):
+    m = load(run)
+    x, mask = sample(m, 4).clamp(-1, 1), torch.ones(8, 8)
+    mask[4:] = 0
+    made = edit(m, "inpaint", x, mask[None, None], y=0, steps=2).x
+    for one in (mask, mask[None], mask.expand(4, 1, 8, 8), mask > 0, mask.numpy()):
+        assert torch.equal(edit(m, "inpaint", x, one, y=0, steps=2).x, made)
+    for bad in (mask.expand(4, 8, 8), mask.expand(4, 3, 8, 8), mask[:, :4], mask.expand(2, 1, 8, 8)):
+        with pytest.raises(ValueError) as e: edit(m, "inpaint", x, bad, y=0)
+        assert str(e.value).endswith(f"got {tuple(bad.shape)}") and "(8, 8) or (4, 1, 8, 8)" in str(e.value)
+    with pytest.raises(ValueError, match="nothing to paint"): edit(m, "inpaint", x, mask * 0 + 1, y=0)
+    with pytest.raises(ValueError, match="got shape .3, 8, 8.$"): edit(m, "colour", x)  # no advice about the size
 
 
 def test_a_stroke_is_answered(run):
