@@ -71,6 +71,7 @@ NEW = {
     "fine-tuning, more steps": """checkpoints.models: relabel training.stages: initial_model
         commands.train: _finished""",
     "known hashes": "checkpoints.catalogue: SHA256",
+    "class accuracy of folders, what OUT can't be": "evaluation.reference: _own_labels evaluation.draw: _is_other_file",
     "a processor's order": """networks.blocks: channels_last_pays normalise joined silu_ method.flow: _Philox
         method.teacher: _of_number training.runtime: told_precision evaluation.features: keep_memory""",
     "two at once, memory, a pulse": """data.files: claimed training.trainer: Trainer.claim Trainer.whereabouts

@@ -34,7 +34,8 @@ def sample_parser() -> Parser:
         help="NAME.zip (EDM's form), NAME.npz (ADM's), NAME.png (one grid), or a folder; never overwritten unasked")
     draw_flags(add)
     add("--classes", default="all", metavar="CLASSES",
-        help="names or indices, e.g. cat,dog or 0,1; all: every class in turn; none: without label (default: all)")
+        help="names, or indices where no name is a number, e.g. cat,dog or 0,1; all: every class in turn; none: "
+             "without label (default: all)")
     add("--batch-size", type=ranged(1), metavar="B", help="samples at a time (default: as many as memory allows)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: sooner, on a GPU or a processor that "
         "multiplies 16 bits, and not the same to the byte (default: fp32)")

@@ -7,7 +7,7 @@ __all__ = ['log', 'WRITERS', 'OTHER_FILES', 'UNSAID', 'timesteps_of', 'guided_mo
            'free_memory', 'Drawer', 'weights_hash', 'draw_samples']
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #df8c91dc
-import difflib, gc, hashlib, json, logging, math, re, warnings, zipfile
+import difflib, gc, hashlib, json, logging, math, mimetypes, re, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -22,6 +22,7 @@ from ..data.convert import folder_names, png, write_edm_zip
 from ..data.files import atomic_write, claimed, discard, publish, temp_name
 from ..data.images import BYTES, named_grid, to_uint8
 from ..data.read import few, reading
+from ..method.flow import noise
 from ..method.guidance import autoguide, guide_free
 from ..method.sampling import _place, check_request, default_times, evaluations, sample
 from ..method.solvers import solver_name
@@ -67,12 +68,17 @@ def _write_grid(path: Path, images: np.ndarray, labels: np.ndarray | None, recip
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #bca4cefb
 WRITERS = {".npz": _write_npz, ".zip": _write_zip, ".png": _write_grid}
-OTHER_FILES = (".tar", ".gz", ".tgz", ".jpg", ".jpeg", ".pt", ".npy", ".h5", ".tfrecord")
+OTHER_FILES = ".npy .pt .pth .pkl .ckpt .safetensors .onnx .parquet .arrow .tfrecord .jsonl .7z .zst .mkv".split()
+
+def _is_other_file(end):  # an ending
+    "Is it of a kind of files that are not written here? As PIL and `mimetypes` know them, and OTHER_FILES the rest."
+    known = any(mimetypes.MimeTypes().guess_type(f"x{end}", strict=False))  # not from this machine's own table
+    return end not in WRITERS and (known or end in OTHER_FILES or end in Image.registered_extensions())
 
 def _writer_of(out: Path):  # write(path, images, labels, recipe)
     "The form that a name asks for; ValueError for an ending that means something else."
     end = out.suffix.lower()
-    if end in OTHER_FILES: raise ValueError(f"OUT must end in .zip, .npz or .png, or be a folder, got {out}")
+    if _is_other_file(end): raise ValueError(f"OUT must end in .zip, .npz or .png, or be a folder, got {out}")
     return WRITERS.get(end, _write_tree)
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #9f6ca947
@@ -118,8 +124,11 @@ def _class_list(spec: str, n_classes: int, names: list | tuple = ()) -> list | N
 # %% ../../nbs/5_evaluation/05_draw.ipynb #d01d66fd
 def _class_index(word, names, n_classes):
     if word in names: return names.index(word)
-    if word.isdecimal() and int(word) < n_classes: return int(word)
-    if word.lstrip("-").isdecimal(): raise ValueError(f"class {word} is out of range: expected 0..{n_classes - 1}")
+    numbers = any(k.isdecimal() for k in names) and names != [*map(str, range(n_classes))]  # an index looks like a name
+    if word.isdecimal() and int(word) < n_classes and not numbers: return int(word)
+    known = few(names) if numbers else f"0..{n_classes - 1}"
+    if word.lstrip("-").isdecimal(): raise ValueError(f"class {word} is out of range: expected {known}")
+    if not word: raise ValueError("classes must be names or indices with one comma between two, got nothing beside one")
     near = difflib.get_close_matches(word, [k for k in names if not k.isdecimal()], 1, cutoff=0.)
     hint = f"the nearest is {near[0]!r}" if near else f"this model's classes have no names, expected 0..{n_classes - 1}"
     raise ValueError(f"unknown class {word!r}: {hint}")
@@ -185,7 +194,7 @@ def make_recipe(
 ) -> dict:
     "Everything that the samples depend on; ValueError for the first thing that makes no sense."
     if len(m.data_shape) != 3: raise ValueError(f"only pictures can be written, this model draws shape {m.data_shape}")
-    if seed < 0: raise ValueError(f"seed must be >= 0, got seed={seed}")
+    noise((), seed, ())  # raises what a seed can't be
     drawn = guided_model(m, guidance, guide)
     solver = solver_name(solver, ("ctm", "edm")) if solver else "ctm" if is_ctm(drawn) else "heun"
     t, gamma = timesteps_of(m, checkpoint, solver, steps, gamma, times)
@@ -290,8 +299,7 @@ def _open_parts(out: Path, recipe: dict, overwrite: bool = False) -> Path:  # th
     "The folder in which a recipe is worked off; ValueError if another recipe's parts are there and must stay."
     folder, now = _parts_of(out), json.loads(json.dumps(recipe))
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "recipe.json"
-    if not file.exists(): atomic_write(file, json.dumps(recipe, indent=1).encode())
+    if not (file := folder / "recipe.json").exists(): atomic_write(file, json.dumps(recipe, indent=1).encode())
     then = {**UNSAID, **json.loads(file.read_text())}
     differing = [k for k in now if then.get(k) != now[k] and k != "checkpoint"]
     if not differing: return folder

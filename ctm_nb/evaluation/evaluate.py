@@ -44,8 +44,7 @@ log = logging.getLogger(__name__)
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #34169342
 def _accuracy(r, g):
     if g.labels is None or g.probs is None:
-        raise ValueError("acc needs labels of the samples (arr_1, dataset.json, or a checkpoint with classes) and a "
-                         "classifier")
+        raise ValueError("acc needs a classifier and labels: arr_1, dataset.json, sampler.json or a model with classes")
     return class_accuracy(g.probs, g.labels)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #559dfac1
@@ -132,8 +131,7 @@ def records(self: Evaluator,
     sheet: Path | None = None,  # picture of samples beside their nearest training pictures, see `remember`
 ) -> list:  # in the first of several processes
     "Score a set."
-    got = self.collect(samples)
-    if got is None: return []
+    if (got := self.collect(samples)) is None: return []
     rows = self._records(self.score(got), got.n, *about)
     return [*rows, self.nearest(samples, got, rows[0], sheet)] if self.training else rows
 
@@ -312,8 +310,7 @@ def _finished(r: Request) -> Subject:
     for no, given in {"search": r.search, "guidance": r.guidance, "ema-lengths": r.ema_lengths}.items():
         if given: raise ValueError(f"--{no} needs a checkpoint, got samples: {r.what}")
     s = open_samples(r.what)
-    if s.n < (r.n or 6):
-        raise ValueError(f"{r.what} has too few samples: {r.n or 'at least 6'} are needed, got {s.n}")
+    if s.n < (r.n or 6): raise ValueError(f"{r.what} has too few samples: {r.n or 'at least 6'} are needed, got {s.n}")
     shape = tuple(s.read(slice(0, 1)).shape[1:])
     read = {"image_size": shape[2], "skip_broken": r.skip_broken}
     return Subject(r.what, shape, replace(s, n=r.n or s.n), reading=read)

@@ -21,6 +21,7 @@ import numpy as np, torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from tqdm import tqdm
+from ..data.convert import folder_names
 from ..data.files import atomic_write, file_hash, readable
 from ..data.images import to_uint8
 from ..data.read import BrokenImage, open_source, reading
@@ -66,6 +67,15 @@ def data_samples(
     ids = np.arange(n) * len(data) // n
     return SampleSet(data.name, n, lambda s: data.take(ids[s]), None if data.labels is None else data.labels[ids])
 
+# %% ../../nbs/5_evaluation/03_reference.ipynb #7d169cd9
+def _own_labels(path, names):  # (N,) int64
+    "The classes by the folders in a folder that `ctm_nb_sample` wrote; None for any other, and for unlabelled samples."
+    try: classes = list(map(str, json.loads((path / "sampler.json").read_text())["class_names"]))
+    except (OSError, ValueError, LookupError, TypeError): return None
+    known = dict(zip(folder_names([*classes, "unlabelled"]), range(len(classes))))
+    found = [known.get(Path(name).parent.name) for name in names]
+    return None if None in found else torch.tensor(found)
+
 # %% ../../nbs/5_evaluation/03_reference.ipynb #7d169cda
 def open_samples(
     path,  # npz with arr_0, a folder or a zip of images
@@ -90,7 +100,7 @@ def open_samples(
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)                # (b, 3, H, W)
     y = source.labels if source.numbers is None else source.numbers  # as the sampler numbers its classes
     labelled = y is not None and source.kind.startswith(("npz", "EDM"))
-    return SampleSet(path.name, len(source), read, torch.from_numpy(y) if labelled else None)
+    return SampleSet(path.name, len(source), read, torch.from_numpy(y) if labelled else _own_labels(path, source.names))
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #dde36f63
 def launched() -> tuple[int, int, int]:  # rank, world, local_rank
@@ -195,8 +205,7 @@ def _extract(extractor: Extractor, batches, total: int | None = None, keep=True)
 def _joined(parts: list, features_id: str = "these features") -> Collected:
     "Shares of a set as one, in their order; `ValueError` for too few images or constant features."
     parts = [p for p in parts if p.n]
-    n = sum(p.n for p in parts)
-    if n < 2: raise ValueError(f"too few images: at least 2 are needed, got {n}")
+    if (n := sum(p.n for p in parts)) < 2: raise ValueError(f"too few images: at least 2 are needed, got {n}")
     stats = reduce(FeatureStats.merge, (p.stats for p in parts), FeatureStats(len(parts[0].stats.mean)))
     if not stats.scatter.trace() > 0:
         raise ValueError(f"features are constant: all {n} images give equal features in {features_id}; "

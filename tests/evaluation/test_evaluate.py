@@ -14,6 +14,7 @@ from torch import nn
 from ctm_nb.checkpoints.models import load
 from ctm_nb.commands.evaluate import ctm_nb_evaluate
 from ctm_nb.data.images import ImageData, digits
+from ctm_nb.evaluation.draw import draw_samples
 from ctm_nb.evaluation.evaluate import (METRICS, Evaluator, Request, drawn_samples, extend_scores, _is_checkpoint,
                                         _sampler_settings, text_table)
 from ctm_nb.evaluation.features import (ClassifierExtractor, InceptionExtractor, load_extractor, _resize_clean,
@@ -237,6 +238,27 @@ def test_sample_sets_agree(tmp_path):
     with pytest.raises(ValueError, match="one size.*img00001"): list(open_samples(tmp_path / "t").batches())
     (tmp_path / "t/00000/img00001.png").write_bytes(b"no")
     with pytest.raises(ValueError, match="img00001.png can't be read"): list(open_samples(tmp_path / "t").batches())
+
+
+@pytest.mark.parametrize("classes", ["all", "3", "none"])
+def test_a_folder_of_the_sampler_has_the_labels_of_its_npz(tmp_path, untrained_run, ref_file, capsys, classes):
+    "By the names of its folders, in the order of the model and not of the alphabet."
+    names, scores = ["10", "9", *"12345678"], []
+    run = untrained_run(tmp_path / "run", 1, names)
+    for out in ("x.npz", "x.zip", "x"):
+        draw_samples(str(run), tmp_path / out, 30, device="cpu", classes=classes)
+        if classes == "none" and out != "x": continue
+        s = open_samples(tmp_path / out)
+        if classes == "none":
+            assert s.labels is None
+            continue
+        assert s.labels.bincount().tolist() == ([3] * 10 if classes == "all" else [0] * 4 + [30])
+        rows = tmp_path / f"{out}.json"
+        ctm_nb_evaluate([str(tmp_path / out), "--ref", str(ref_file), "--metrics", "acc", "--out", str(rows)])
+        scores += [row["value"] for row in json.loads(rows.read_text())]
+    if scores: assert len(scores) == 3 and scores[0] == scores[1] == pytest.approx(scores[2])
+    (tmp_path / "x" / "sampler.json").unlink()
+    assert open_samples(tmp_path / "x").labels is None  # anybody's folders: in whatever order
 
 
 def test_reference_survives_and_damage_is_seen(net, ref_file, tmp_path):

@@ -134,7 +134,10 @@ def test_ranks_of_torchrun_share_the_work(run, tmp_path):
         (["--classes", "dgo"], "nearest is 'dog'"),
         (["--classes", "3"], "0..2"),
         (["--times", "auto", "--steps", "7"], "no times are stored"),
-        (["--out", "x.tar"], "x.tar"),
+        *((["--out", f"x.{end}"], f"or be a folder, got x.{end}\n")
+          for end in ("tar", "gif", "JPG", "webp", "tif", "qoi", "mp4", "csv", "pt")),
+        (["--seed", "9" * 20], f"seed must be a whole number in [0, 2**64), got seed={'9' * 20}\n"),
+        (["--classes", "cat,"], "with one comma between two, got nothing beside one\n"),
         (["--device", "cuda:77"], "cuda:77"),
         (["-n", "0"], "-n must be >= 1, got 0"),
         (["--batch-size", "none"], "--batch-size must be a whole number, got 'none'"),
@@ -148,6 +151,21 @@ def test_mistakes_are_one_line_and_write_nothing(run, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit) as e: ctm_nb_sample([str(run), "--out", "o.npz", *words])
     err = capsys.readouterr().err
     assert e.value.code == 2 and message in err and err.strip().count("\n") == 0 and not list(tmp_path.iterdir())
+
+
+def test_a_folder_may_have_a_dot_in_its_name(run, tmp_path):
+    for name in ("v1.2", "of.tuesday"):
+        ctm_nb_sample([str(run), "-n", "3", "--device", "cpu", "--out", str(tmp_path / name)])
+        assert len(list((tmp_path / name).rglob("*.png"))) == 3
+
+
+def test_where_names_are_numbers_an_index_is_refused(untrained_run, tmp_path, capsys):
+    run = untrained_run(tmp_path / "run", 1, ["1", "10", "2"])
+    words = [str(run), "-n", "2", "--device", "cpu", "--out", str(tmp_path / "x.npz"), "--classes"]
+    with pytest.raises(SystemExit): ctm_nb_sample([*words, "0"])
+    assert "class 0 is out of range: expected 1, 10, 2\n" in capsys.readouterr().err
+    ctm_nb_sample([*words, "2,1"])
+    assert np.load(tmp_path / "x.npz")["arr_1"].tolist() == [2, 0]
 
 
 def test_times_auto_takes_what_is_stored(run, tmp_path):
