@@ -32,7 +32,8 @@ MAGICS = {
     b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"\x93NUMPY": "a numpy array (.npy)",
     b"\x1f\x8b": "gzip-compressed data", b"<!doctype html": "an HTML page: the download went wrong",
     b"<html": "an HTML page: the download went wrong", b"\0" * 64: "a file of zeros: the download went wrong",
-    b"version https://git-lfs": "a Git LFS pointer: the file itself was not fetched"}
+    b"version https://git-lfs": "a Git LFS pointer: the file itself was not fetched",
+    **{bytes((8, version, 18)): "an ONNX file, which is written here but not read" for version in range(3, 32)}}
 
 # %% ../../nbs/4_checkpoints/03_foreign.ipynb #3797faa0
 def _looks_like(head):

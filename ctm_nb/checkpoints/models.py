@@ -392,6 +392,7 @@ def _read_model(path, which, architecture):
         return f"state dict{where}", _from_state(state, which, **architecture)
     state, header = read_safetensors(path) if kind == "safetensors" else ({}, {})
     if kind == "safetensors" and "ctm_nb" not in header:
+        if is_run(whole := Path(path).parent): raise ValueError(f"a part of a checkpoint: give the folder {whole}")
         return "state dict in safetensors", _from_state(state, which, **architecture)
     if architecture: raise ValueError(f"such files know their network; {', '.join(architecture)} can't be given")
     if kind == "diffusers": return _from_diffusers(path, which)
@@ -404,8 +405,7 @@ def _read_model(path, which, architecture):
 # %% ../../nbs/4_checkpoints/05_models.ipynb #dbbdb466
 def _fetched(name, which):
     "A public file in the cache, and its entry; raises ValueError before fetching what can't be what is expected."
-    entry = CATALOGUE.get(name)
-    if entry is None: return hub_file(name) if name.startswith("hf:") else fetch(name), None
+    if (entry := CATALOGUE.get(name)) is None: return hub_file(name) if name.startswith("hf:") else fetch(name), None
     if entry.kind not in ("teacher", "ctm", "cm"):
         raise ValueError(f"{name} can't be loaded: {entry.loads_as}; `ctm_nb_convert --list` shows all public files")
     if which not in (None, entry.kind):
@@ -442,6 +442,8 @@ def load(
     Raises FileNotFoundError, CheckpointError (missing or damaged part of a run) or ValueError (anything else)."""
     if which is not None and which.partition("-")[0] not in (*KINDS, "cm"):
         raise ValueError(f"which must be one of cm, ctm, teacher, another EMA (ctm-0.9999) or None, got {which!r}")
+    try: torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e: raise ValueError(f"device {device}: {str(e).splitlines()[0]}") from None
     entry, name = None, str(path)
     if not Path(path).exists() and (name in CATALOGUE or "://" in name or name.startswith((LATENTS, "hf:"))):
         path, entry = _fetched(name, which)

@@ -106,7 +106,8 @@ def serve(
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         def draw(*form):
             out = Path(folder) / f"{next(numbers)}.png"
-            return str(out), draw_page(m, checkpoint, out, *form, which=which)
+            try: return str(out), draw_page(m, checkpoint, out, *form, which=which)
+            except ValueError as e: raise gr.Error(str(e), print_exception=False) from None
         page = _page(gr, m, draw, name, **first)
         try:
             _, url, _ = page.launch(
@@ -115,4 +116,7 @@ def serve(
             print(f"{name} draws at {url}, Ctrl-C ends it", flush=True)
             while True: time.sleep(1)
         except KeyboardInterrupt: print("closed")
+        except OSError:
+            if not port: raise
+            raise ValueError(f"--serve {port}: port {port} is taken; give another, or --serve alone") from None
         finally: page.close(verbose=False)

@@ -120,6 +120,11 @@ def test_refused_in_one_line(hub):
     assert code == 3 and "hf:me/nothing: no model.safetensors could be had" in err and "Traceback" not in err
 
 
+def test_without_a_network_it_is_one_line(hub):
+    code, out, err = hub(SHARE, HF_ENDPOINT="http://127.0.0.1:9")
+    assert code == 2 and "hf:me/digits: not shared (" in err and "Traceback" not in err and err.count("\n") == 1
+
+
 def test_folders_of_this_machine_stay_here(hub, tmp_path):
     config = {"data": {"source": "/srv/anna/cats.zip", "crops": ["/srv/anna/a.json", 3]}, "run": {"name": "cats"}}
     own = save_model(load(str(EMOJI)), tmp_path / "own.safetensors", config)

@@ -574,3 +574,17 @@ def test_networks_of_the_catalogue_are_not_assumed(tmp_path, monkeypatch):
     for name, which in (("edm-imagenet64-openai", "teacher"), ("cd-imagenet64-l2", "cm")):
         about = load(name, which=which).about
         assert "assumed" not in about and about.endswith("no classes, 3 x 64 x 64")
+
+
+def test_parts_of_our_own_that_are_no_model_say_what_to_do(tmp_path, untrained_run):
+    run = untrained_run(tmp_path / "run", 1, [])
+    part, = (run / "checkpoints").rglob("ctm.safetensors")
+    with pytest.raises(ValueError, match=f"{part}: a part of a checkpoint: give the folder {part.parent}$"): load(part)
+    (tmp_path / "m.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch\x1a\x0c2.15.0" + bytes(range(128, 256)))
+    with pytest.raises(ValueError, match="m.onnx: an ONNX file, which is written here but not read"):
+        load(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "nowhere"])
+def test_a_device_that_is_not_here_is_named(tmp_path, untrained_run, device):
+    with pytest.raises(ValueError, match=f"device {device}: "): load(untrained_run(tmp_path, 1, []), device=device)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import MagicMock
 from urllib.request import Request, urlopen
 
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 
 from ctm_nb.commands.sample import ctm_nb_sample
 from ctm_nb.evaluation.draw import draw_samples
-from ctm_nb.evaluation.serve import draw_page
+from ctm_nb.evaluation.serve import QUIET, draw_page
 from ctm_nb.checkpoints.models import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,6 +99,32 @@ def test_refused_in_one_line(words, said, monkeypatch, capsys):
     with pytest.raises(SystemExit) as e: ctm_nb_sample([EMOJI, *words])
     err = capsys.readouterr().err
     assert e.value.code == 2 and said in err and err.count("\n") == 1
+
+
+@pytest.fixture
+def gradio(monkeypatch):
+    "A stand-in of its package."
+    gr = MagicMock()
+    gr.Error = type("Error", (Exception,), {"__init__": lambda e, text, **_: Exception.__init__(e, text)})
+    gr.Interface.return_value.launch.side_effect = OSError("Cannot find empty port in range: 7891-7891")
+    monkeypatch.setitem(sys.modules, "gradio", gr)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    for k in (*QUIET, "GRADIO_TEMP_DIR"): monkeypatch.setenv(k, "")  # put back at the end
+    return gr
+
+
+def test_a_port_that_is_taken_is_a_sentence(gradio, capsys):
+    with pytest.raises(SystemExit) as e: ctm_nb_sample([EMOJI, "--serve", "7891"])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.endswith(": --serve 7891: port 7891 is taken; give another, or --serve alone\n")
+
+
+def test_what_a_form_can_not_mean_is_said_on_the_page(gradio, capsys):
+    with pytest.raises(SystemExit): ctm_nb_sample([EMOJI, "--serve", "7891"])
+    draw = gradio.Interface.call_args[0][0]
+    for seed in (None, -1, 10 ** 22):
+        with pytest.raises(gradio.Error, match=f"seed must be a whole number .*got seed={seed}"):
+            draw("all", seed, 1, 0., 4, None)
 
 
 def test_a_teacher_without_classes(untrained_run, tmp_path):
