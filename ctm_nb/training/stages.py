@@ -161,9 +161,10 @@ def step(self: Stage, name: str):  # of the network that has a gradient
 def _of_this_size(m, what, data):
     "The model; ValueError if its pictures have another shape."
     if m.data_shape == (shape := (data.channels, data.image_size, data.image_size)): return m
+    size = f"; data.image_size={m.image_size} would resize them" * (m.image_size != data.image_size)
     grey = "; data.channels=3 keeps grey images as the teacher takes them" * (m.channels == 3 > data.channels)
-    raise ValueError(f"{what} draws pictures of shape {m.data_shape}, the data have {shape}; "
-                     f"data.image_size={m.image_size} would resize them{grey}")
+    if m.channels < data.channels: grey = "; its network is of grey pictures, and no setting makes those of colour grey"
+    raise ValueError(f"{what} draws pictures of shape {m.data_shape}, the data have {shape}{size}{grey}")
 
 def given_model(
     config: Config,  # of the run

@@ -200,8 +200,7 @@ class Trainer(ShortNames):
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         self.writer: Any = None  # made when first needed, as is the evaluator
         self.evaluator: Any = None
-        if self.precision == "bf16" and unpacks(self.device):
-            log.warning("run.precision=bf16: %s", NO_HALF)
+        if self.precision == "bf16" and unpacks(self.device): log.warning("run.precision=bf16: %s", NO_HALF)
         with self.claim(): self.restore()
 
 # %% ../../nbs/6_training/08_trainer.ipynb #90269288
@@ -256,7 +255,8 @@ def resume(self: Trainer, c: Checkpoint):
     with reading(c.path, self.folder):
         changed = check_changes(c.meta, self.config, self.precision, c.step, str(self.folder))
         if c.meta["data_sha256"] != self.data_sha256:
-            raise ValueError(f"{c.path} was trained on other images than {self.config.data.source!r} holds now")
+            raise ValueError(f"{c.path} was trained on other images than {self.config.data.source!r} holds now: give "
+                             f"another --name to begin anew, with --finetune {self.folder} from these networks")
         then, now = c.versions, versions()
         changed += [f"{k}: {then[k] or 'none'} -> {now[k] or 'none'}" for k in now if k in then and then[k] != now[k]]
         self.changes = c.meta.get("changes", []) + ([{"step": c.step, "what": changed}] if changed else [])
@@ -353,8 +353,7 @@ def together(self: Trainer) -> Any:  # with parts, optimizers and EMAs as the ne
 def gather(self: Trainer):
     "Before the first process draws: plain copies of what it draws with."
     for k in (n for n in self.now.sharded if n in ("teacher", "ctm")):  # in the same order in all processes
-        m = self.whole_model(k, self.here.main)
-        if m: self.plain[k] = m.to(self.device).eval().requires_grad_(False)
+        if m := self.whole_model(k, self.here.main): self.plain[k] = m.to(self.device).eval().requires_grad_(False)
 
 # %% ../../nbs/6_training/08_trainer.ipynb #489e208f
 @patch
@@ -694,8 +693,7 @@ def advance(self: Trainer, last: int, signals: Signals):
             with signals.hold():
                 self.train_step()
                 stop = signals.stop_now()  # the same answer in all processes
-                words = self.keep_up(end, stop)
-                if words: bar.set_postfix_str(words, refresh=False)
+                if words := self.keep_up(end, stop): bar.set_postfix_str(words, refresh=False)
                 bar.update(span.batch)
             if not stop: continue
             if self.here.main: write_report(self.folder)

@@ -206,7 +206,8 @@ def test_pictures_that_moved_are_the_same_pictures(tmp_path):
     (tmp_path / "p").rename(tmp_path / "q")
     assert start(tmp_path / "r", f"data.source={tmp_path / 'q'}").step == 3
     next((tmp_path / "q").rglob("*.png")).unlink()
-    with pytest.raises(ValueError, match="other images"): start(tmp_path / "r", f"data.source={tmp_path / 'q'}")
+    ways = "other images .* give another --name to begin anew, with --finetune .*r from these"
+    with pytest.raises(ValueError, match=ways): start(tmp_path / "r", f"data.source={tmp_path / 'q'}")
 
 
 def test_the_precision_stays_and_its_word_may_change(tmp_path):

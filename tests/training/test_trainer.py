@@ -264,7 +264,9 @@ def test_a_teacher_of_other_pictures_is_refused(undisturbed, tmp_path):
     words = [*TINY, f"data.source={pictures(tmp_path / 'c', 20, 'ab')}", f"teacher.source={undisturbed}"]
     start = lambda *more: Trainer(make_config("tiny", [*words, *more]), tmp_path / "x")
     with pytest.raises(ValueError, match="knows 10 classes, the data have 2"): start()
-    with pytest.raises(ValueError, match="data.image_size=8 would resize them"): start("data.image_size=16")
+    with pytest.raises(ValueError, match="data.image_size=8 would resize them$"): start("data.image_size=16")
+    with pytest.raises(ValueError) as e: start("data.channels=3")
+    assert "image_size" not in str(e.value) and "no setting makes those of colour grey" in str(e.value)
     assert not (tmp_path / "x").exists()
 
 
