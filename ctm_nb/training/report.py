@@ -106,8 +106,7 @@ def duration(
 ) -> str:
     "A time as people say it."
     if seconds is None: return "?"
-    s = int(round(seconds))
-    if s < 100: return f"{s} s"
+    if (s := int(round(seconds))) < 100: return f"{s} s"
     if s < 3600: return f"{s // 60} min {s % 60:02d} s"
     if s < 48 * 3600: return f"{s // 3600} h {s % 3600 // 60:02d} min"
     return f"{s // 86400} d {s % 86400 // 3600:02d} h"

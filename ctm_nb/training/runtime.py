@@ -61,8 +61,7 @@ def join(device: str = "auto") -> Here:  # see `pick_device`
     "Find out where this process is, and meet the others if there are any."
     rank, world, local_rank = launched()
     if dist.is_available() and dist.is_initialized(): rank, world = dist.get_rank(), dist.get_world_size()
-    where = pick_device(device)
-    if where.type == "cuda": torch.cuda.set_device(where)
+    if (where := pick_device(device)).type == "cuda": torch.cuda.set_device(where)
     if world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(hours=2))
