@@ -138,6 +138,14 @@ def test_a_plan_that_does_not_fit_is_warned_of(tmp_path, caplog, monkeypatch, de
     assert config.run.micro_batch == wanted  # a GPU finds out itself
 
 
+def test_all_stages_without_an_adversary_are_said(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    for words, said in (((), False), (("--stage", "all"), True), (("--stage", "all", "--set", "gan.steps=2"), False)):
+        caplog.clear()
+        ctm_nb_train(["--preset", "tiny", "--dry-run", "--runs", str(tmp_path), *words])
+        assert ("no adversary: gan.steps is 0" in caplog.text) == said
+
+
 def test_silence_ends_within_ten_seconds_and_a_minute(caplog, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
     caplog.set_level(logging.INFO)
