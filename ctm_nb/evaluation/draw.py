@@ -7,7 +7,7 @@ __all__ = ['log', 'WRITERS', 'OTHER_FILES', 'UNSAID', 'timesteps_of', 'guided_mo
            'free_memory', 'Drawer', 'weights_hash', 'draw_samples']
 
 # %% ../../nbs/5_evaluation/05_draw.ipynb #df8c91dc
-import difflib, gc, hashlib, json, logging, math, os, re, warnings, zipfile
+import difflib, gc, hashlib, json, logging, math, re, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from functools import partial
