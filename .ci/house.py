@@ -55,11 +55,11 @@ NEW = {
     "diffusers": """checkpoints.diffusers checkpoints.export: diffusers_folder diffusers_difference
         checkpoints.models: is_run _filtered _from_diffusers method.teacher: ddpm_levels
         method.trajectory: ConsistencyModel networks.unet: _StridedConv UNet._resized""",
-    "safety of readers, labels": """data.read: ENCODINGS existing unpacked_limit LABEL_KEYS _label_in _is_picture
-        _as_bytes _stamp _prefix _hint LMDB _lmdb_page lmdb_entries data.convert: folder_names data.images: _letters
-        evaluation.draw: _remove_parts
+    "safety of readers, labels": """data.read: ENCODINGS existing unpacked_limit LABEL_KEYS NAME_KEYS _columns _label_in
+        _is_picture _as_bytes _stamp _prefix _of_prefixes _hint LMDB _lmdb_page lmdb_entries
+        data.convert: folder_names _refuse_own _depth _remarks data.images: _letters evaluation.draw: _remove_parts
         checkpoints.models: _is_consistency_model""",
-    "other forms, others' weights": """data.read: _bytes_at _inflate _mat_arrays PACKED _plain_tar open_table
+    "other forms, others' weights": """data.read: _bytes_at _inflate _mat_arrays PACKED _plain_tar _tables_in open_table
         checkpoints.foreign: _of_diffusers _states _rank _weights read_weights
         data.pickles: ANY Opaque _latin _odd checkpoints.unpickle: TORCH_NAMES""",
     "machines without double, without fork": "method.flow: NO_DOUBLE finest training.runtime: peak_memory",

@@ -16,7 +16,7 @@ def data_parser() -> Parser:
     "The flags of `ctm_nb_data`."
     p = Parser(
         "ctm_nb_data", description="Inspect and convert image data sets: folders, zips, npz, EDM, MNIST idx, CIFAR "
-        "tar.gz, LMDB, WebDataset shards, torchvision:NAME, digits. What SRC is, is found out from its content.")
+        "tar.gz, LMDB, WebDataset shards, Parquet, hf:NAME, torchvision:NAME, digits. What SRC is, its content tells.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (("inspect", "look at every image and report"),
                        ("convert", "write SRC as DST: NAME.zip (EDM), or a folder of PNGs")):

@@ -28,7 +28,7 @@ class Pulse(logging.Handler):
         "Look every second until it is over."
         while not self.done.wait(1):
             if (now := time.monotonic()) < self.due: continue
-            logging.info("%s: %s, %.0f s", self.command, self.say(), now - self.began)
+            logging.warning("%s: %s, %.0f s", self.command, self.say(), now - self.began)
 
     def __enter__(self):
         silent = os.environ.get("RANK", "0") != "0" or os.environ.get("CTM_NB_HEARTBEAT") == "0"

@@ -30,8 +30,8 @@ def _stage(a, config):
     "Where to stop: as asked for; else after the student, if that has steps, with --student after the adversary."
     from ctm_nb.training.config import schedule
     usual = "ctm_dsm_gan" if a.student else "ctm_dsm" if "ctm_dsm" in schedule(config) else "all"
-    stage = a.stage or usual
-    _until(config, stage)
+    _until(config, stage := a.stage or usual)
+    if a.stage == "all" and not config.gan.steps: logging.info("no adversary: gan.steps is 0 (--set gan.steps=N)")
     return stage
 
 # %% ../../nbs/7_commands/01_train.ipynb #a65d5f56

@@ -7,7 +7,7 @@ __all__ = ['fingerprint', 'survey', 'report', 'contact_sheet', 'png', 'edm_name'
            'write_edm_zip', 'folder_names', 'write_folder', 'check_destination', 'convert']
 
 # %% ../../nbs/3_data/06_convert.ipynb #7ebf7a19
-import hashlib, io, json, re, shutil, textwrap, unicodedata, zipfile
+import hashlib, io, json, re, shutil, textwrap, unicodedata, warnings, zipfile
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -27,19 +27,37 @@ def fingerprint(a:np.ndarray, label:str="")->bytes: # 32
     a = one_mode(a, is_grey(a))
     return hashlib.sha256(repr((a.shape, label)).encode() + a.tobytes()).digest()
 
+# %% ../../nbs/3_data/06_convert.ipynb #9a3eb59f
+def _depth(im:Image.Image)->tuple: # whether it has several frames, largest of 65536 grey levels
+    "What is used of an image only in part; one without such levels has them all. Its pixels may be lost by this."
+    top = int(np.max(np.asarray(im))) if im.mode.startswith("I") else 65535
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try: return im.format != "MPO" and getattr(im, "n_frames", 1) > 1, top  # a camera's has previews
+        except Exception: return False, top  # decoders raise anything
+
+def _remarks(source, clear, frames, tops)->list: # of str
+    "Notes on counted images that are used in part, or not as they may be meant."
+    dark, notes = {top: n for top, n in tops.items() if top < 2**14}, []
+    if clear[True]: notes.append(f"{clear[True]} images have transparent pixels, put on {source.background}")
+    if frames[True]: notes.append(f"{frames[True]} images have several frames or pages, the first of which is used")
+    if dark: notes.append(f"{sum(dark.values())} images of 16 bits have grey levels 0..{max(dark)} of 65535, nearly "
+                          "black: multiply those of 12 bits by 16 first")
+    return notes
+
 # %% ../../nbs/3_data/06_convert.ipynb #9a3eb5a0
 def survey(source:Source, size:int|None=None, crop:str="center", workers:int|None=None)->dict: # as for `decode_all`
     "Look at every image once, and tell what was found."
     def look(i):
-        im = open_image(source.get(i))
-        mode, clear, im = im.mode, im.has_transparency_data, standardise(im, source.background)
+        raw = open_image(source.get(i))
+        clear, im = raw.has_transparency_data, standardise(raw, source.background)
         a, label = decode(im, size, crop), "" if source.labels is None else source.classes[source.labels[i]]
         levels = np.reshape(as_image(a).histogram(), (-1, 256)).sum(0) * (3 // a.shape[2])  # grey is three channels
-        counted = f"{im.width} x {im.height}", mode, label, is_grey(a), clear
+        counted = f"{im.width} x {im.height}", raw.mode, label, is_grey(a), clear, *_depth(raw)
         return counted, levels, fingerprint(a, label), fingerprint(a)
     broken, copies, first, levels = {}, {}, {}, np.zeros(256, np.int64)
     marks: list = []
-    counts = sizes, modes, labels, grey, clear = [Counter() for _ in range(5)]
+    counts = sizes, modes, labels, grey, *odd = [Counter() for _ in range(7)]
     for i, (seen, why) in enumerate(each(source, tried(look), workers, "looking at")):
         if why: broken[readable(source.names[i])] = readable(why)
         else:
@@ -50,9 +68,8 @@ def survey(source:Source, size:int|None=None, crop:str="center", workers:int|Non
             if k == i: continue
             same = f"pixel by pixel {readable(source.names[k])}"
             copies[readable(source.names[i])] = same if m == seen[2] else f"{same}, of another class"
-    notes, x, p = list(source.notes), np.arange(256) / 127.5 - 1, levels / max(levels.sum(), 1)
+    notes, x, p = source.notes + _remarks(source, *odd), np.arange(256) / 127.5 - 1, levels / max(levels.sum(), 1)
     mean = float(x @ p)
-    if clear[True]: notes.append(f"{clear[True]} images have transparent pixels, put on {source.background}")
     return {"name": source.name, "kind": source.kind, "images": len(source),
             "held out by the data": None if source.held_out is None else int(source.held_out.sum()),
             "sizes": dict(sizes.most_common()), "modes": dict(modes.most_common()), "channels": 3 if grey[False] else 1,
@@ -144,6 +161,15 @@ def write_folder(path:Path, blobs, labels, classes):
         publish(temp, path)
     finally: shutil.rmtree(temp, ignore_errors=True)
 
+# %% ../../nbs/3_data/06_convert.ipynb #db7b75ad
+def _refuse_own(source:Source, dst:Path):
+    "Raise if the images are read from the file that would be replaced, or from around the folder that would be made."
+    here, root = dst.resolve(), getattr(getattr(source, "box", None), "root", None)
+    if root and dst.suffix: return  # a zip among pictures is none
+    read = {root, *(p.parent for p in source.paths())} if root else source.paths()
+    if any(Path(p).resolve() in (here.parents if root else [here]) for p in read):
+        raise ValueError(f"{dst} is where {source.name} is read from: choose another DST")
+
 # %% ../../nbs/3_data/06_convert.ipynb #db7b75ae
 def check_destination(dst:Path, overwrite:bool):
     "Raise if the destination can't or must not be written; a file may be replaced if asked to."
@@ -171,6 +197,7 @@ def convert(
     dst, split = Path(dst).expanduser(), split or ("all" if source.held_out is None else "train")
     chosen = split_mask(held_out_of(source), split)
     check_destination(dst, overwrite)
+    _refuse_own(source, dst)
     _, bad, c = decode_all(source, size, crop, workers, keep=False)
     broken = {i: why for i, why in bad.items() if chosen[i]}
     complain(broken, source, skip_broken)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_ENTRY', 'ENCODINGS', 'LANCZOS', 'CROPS', 'SUFFIXES', 'LABEL_FILES', 'HELPERS', 'EXPECTED',
-           'SPLITS', 'LABEL_KEYS', 'PLAIN', 'PACKED', 'CIFAR', 'LMDB', 'BrokenImage', 'read_file', 'open_image',
-           'as_image', 'standardise', 'crop_center', 'crop_square', 'is_grey', 'one_mode', 'decode', 'in_order',
-           'cores', 'Source', 'held_out_of', 'check_square', 'side_of', 'complain', 'is_image_name', 'is_hidden',
-           'reading', 'few', 'existing', 'walk', 'distinct', 'class_fields', 'folder_classes', 'FileSource', 'Folder',
-           'open_folder', 'unpacked_limit', 'zip_entries', 'tar_entries', 'read_entry', 'Pack', 'open_archive',
-           'ArraySource', 'LibrarySource', 'numbered', 'open_npz', 'read_idx', 'open_idx', 'is_cifar', 'open_cifar',
-           'lmdb_entries', 'open_lmdb', 'optional', 'open_torchvision', 'open_table', 'folder_kind', 'file_kind',
-           'open_digits', 'open_source']
+           'SPLITS', 'LABEL_KEYS', 'NAME_KEYS', 'COLUMNS', 'PLAIN', 'PACKED', 'CIFAR', 'LMDB', 'BrokenImage',
+           'read_file', 'open_image', 'as_image', 'standardise', 'crop_center', 'crop_square', 'is_grey', 'one_mode',
+           'decode', 'in_order', 'cores', 'Source', 'held_out_of', 'check_square', 'side_of', 'complain',
+           'is_image_name', 'is_hidden', 'reading', 'few', 'existing', 'walk', 'distinct', 'class_fields',
+           'folder_classes', 'FileSource', 'Folder', 'open_folder', 'unpacked_limit', 'zip_entries', 'tar_entries',
+           'read_entry', 'Pack', 'open_archive', 'ArraySource', 'LibrarySource', 'numbered', 'open_npz', 'read_idx',
+           'open_idx', 'is_cifar', 'open_cifar', 'lmdb_entries', 'open_lmdb', 'optional', 'open_torchvision',
+           'open_table', 'folder_kind', 'file_kind', 'open_digits', 'open_source']
 
 # %% ../../nbs/3_data/03_read.ipynb #18fbe850
 import atexit, bz2, csv, gzip, importlib, inspect, io, json, lzma, math, os, pickle, re, stat, struct, tarfile, tempfile
@@ -290,21 +290,24 @@ def distinct(names)->list:
         seen[again] = k
     return list(seen)
 
-def class_fields(numbers, where, given=None)->dict: # labels, classes, ..., fields of a `Source`
-    """Classes of integers >= 0: `given` are their names, else their numbers are, and those that occur become 0, 1, ...
+def class_fields(said, where, given=None)->dict: # labels, classes, ..., fields of a `Source`
+    """Classes of words, in order, or of integers >= 0, also as text: `given` are their names, else their numbers, and
+    those that occur become 0, 1, ...
 
     `ValueError` for names that are no strings, or fewer than classes."""
-    if given:
+    if all(isinstance(w, str) and w.isascii() and w.isdigit() and len(w) < 19 for w in said): said = [*map(int, said)]
+    words = isinstance(said[0], str)
+    if given and not words:
         if not isinstance(given, list) or not all(isinstance(c, str) for c in given):
             raise ValueError(f"{where}: expected a list of the names of the classes, as strings")
-        if (top := max(numbers)) >= len(given):
+        if (top := max(said)) >= len(given):
             raise ValueError(f"{where} gives an image the label {top}, but names {len(given)} classes only")
-        return dict(labels=np.array(numbers, np.int64), classes=distinct(given))
-    found, y = np.unique(numbers, return_inverse=True)
-    fields = dict(labels=y.astype(np.int64), classes=list(map(str, found)))
-    if found[-1] == len(found) - 1: return fields
+        return dict(labels=np.array(said, np.int64), classes=distinct(given))
+    found, y = np.unique(said, return_inverse=True)
+    fields = dict(labels=y.astype(np.int64), classes=distinct(map(str, found)))
+    if words or found[-1] == len(found) - 1: return fields
     note = f"the labels {few(fields['classes'])} are the classes 0 to {len(found) - 1}, called by their numbers"
-    return dict(**fields, numbers=np.array(numbers), notes=[note])
+    return dict(**fields, numbers=np.array(said), notes=[note])
 
 # %% ../../nbs/3_data/03_read.ipynb #a5bf1010
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "held_out"}
@@ -318,7 +321,8 @@ def _hint(names):
     "A remark, if names look like CLASS_NUMBER."
     heads = {_prefix(n) for n in names} if all(re.search(r"_[0-9]+[.][a-zA-Z]+$", n) for n in names) else ()
     if not 1 < len(heads) <= len(names) / 2: return []
-    return [f"names like CLASS_NUMBER ({few(sorted(heads))}): --labels prefix makes classes of them"]
+    flag = "--labels prefix (in training --set data.labels=prefix)"
+    return [f"names like CLASS_NUMBER ({few(sorted(heads))}): {flag} makes classes of them"]
 
 # %% ../../nbs/3_data/03_read.ipynb #a5bf1011
 def folder_classes(names:list, where)->dict: # fields of a `Source`, and "keep", (N,) bool
@@ -348,7 +352,7 @@ def folder_classes(names:list, where)->dict: # fields of a `Source`, and "keep",
 
 # %% ../../nbs/3_data/03_read.ipynb #323ac9e3
 def _labels_of(pairs, names:list, where, given=None)->dict: # fields of a `Source`
-    "Numbers stay, words become classes in order; `ValueError` unless pairs and images match one to one."
+    "`class_fields`; `ValueError` unless pairs and images match one to one."
     labels: dict = {}
     for n, y in pairs:
         if n in labels: raise ValueError(f"{where} names {readable(n)} twice")
@@ -357,14 +361,21 @@ def _labels_of(pairs, names:list, where, given=None)->dict: # fields of a `Sourc
     gone, missing = [n for n in labels if n not in present], [n for n in names if not labels.get(n)]
     if gone: raise ValueError(f"{where} names {len(gone)} files that are not there: {few(gone)}")
     if missing: raise ValueError(f"{where} has no label for {len(missing)} images: {few(missing)}")
-    words = [labels[n] for n in names]
-    if all(w.isascii() and w.isdigit() and len(w) < 19 for w in words):
-        return class_fields([*map(int, words)], where, given)
-    found, y = np.unique(words, return_inverse=True)
-    return dict(labels=y.astype(np.int64), classes=distinct(found.tolist()))
+    return class_fields([labels[n] for n in names], where, given)
+
+def _of_prefixes(images:list, where)->dict: # fields of a `Source`
+    "Classes in names like CLASS_NUMBER; `ValueError` where names have none, or each its own."
+    found = _labels_of([(n, _prefix(n)) for n in images], images, where)
+    folders, bare = {n.rpartition("/")[0] for n in images}, [n for n in images if "_" not in n.rpartition("/")[2]]
+    if bare or 1 < len(images) == len(found["classes"]):
+        raise ValueError(f"{where}: prefix as labels is for names like cat_17.png, cat_18.png, dog_1.png, "
+                         f"got {few(bare or images)}")
+    if len(folders) > 1: found["notes"] = [f"classes are those of the names, not of the {len(folders)} folders"]
+    return found
 
 # %% ../../nbs/3_data/03_read.ipynb #8ec7eab0
 LABEL_KEYS = ("label", "class", "cls", "class_id", "category", "target")
+NAME_KEYS, COLUMNS = ("file_name", "filename", "file", "image", "path"), (*LABEL_KEYS, "labels")
 
 def _label_in(said):  # None: it gives none
     "The label in what a line or a JSON file says of an image."
@@ -387,12 +398,20 @@ def _edm_pairs(text:bytes, where, names)->tuple: # pairs or None, names of the c
             raise ValueError(f"{where} gives {readable(p[0])} the label {got}, expected an integer >= 0")
     return pairs, said.get("classes")
 
+# %% ../../nbs/3_data/03_read.ipynb #831ddef1
+def _columns(head:list)->tuple: # of the name, of the label; None: there are captions only
+    "Which columns of a table are meant: those called so, else the first two."
+    def named(keys): return next((head.index(k) for k in keys if k in head), None)
+    name, label = named(NAME_KEYS), named(LABEL_KEYS)
+    if label is None and "file_name" not in head: label = int(not name)
+    return int(label == 0) if name is None else name, label
+
 # %% ../../nbs/3_data/03_read.ipynb #831ddef2
 def _table_pairs(text:bytes, where, names)->tuple: # pairs or None, None
     "Name and label of each line: the columns file_name and label, else the first two; names may lack their endings."
     known = {os.path.splitext(n)[0]: n for n in names} | {n: n for n in names}
     with reading(where):
-        try: words = text.decode("utf-8-sig")
+        try: words = text.decode("utf-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         except UnicodeDecodeError: words = text.decode("latin-1")
         if str(where).endswith(".jsonl"):
             said = [json.loads(line) for line in words.splitlines() if line.strip()]
@@ -400,9 +419,8 @@ def _table_pairs(text:bytes, where, names)->tuple: # pairs or None, None
             return pairs if any(y is not None for _, y in pairs) else None, None
         mark = max(",;\t", key=words.partition("\n")[0].count)
         rows = [r for r in csv.reader(io.StringIO(words, newline=""), delimiter=mark) if r]
-    head = [] if not rows or rows[0][0] in known or is_image_name(rows[0][0]) else [w.strip() for w in rows.pop(0)]
-    name = head.index("file_name") if "file_name" in head else 0
-    label = next((head.index(k) for k in LABEL_KEYS if k in head), None if "file_name" in head else 1)
+    headless = not rows or rows[0][0] in known or is_image_name(rows[0][0])
+    name, label = _columns([] if headless else [w.strip().lower() for w in rows.pop(0)])
     if label is None: return None, None  # captions
     for r in rows:
         if len(r) <= max(name, label):
@@ -429,6 +447,8 @@ def _file_labels(text:bytes, said, base, images, where)->dict: # fields of a `So
     edm = str(said).endswith(".json")
     pairs, given = (_edm_pairs if edm else _table_pairs)(text, said, [n.removeprefix(base) for n in images])
     if pairs: return _labels_of([(base + n, y) for n, y in pairs], images, said, given)
+    if not where and (pairs is not None or not edm):  # somebody has given it
+        raise ValueError(f"{said} gives no image a label: expected lines of name,class, or a dataset.json")
     return {} if edm else folder_classes(images, where)
 
 # %% ../../nbs/3_data/03_read.ipynb #5a6e4fc4
@@ -444,8 +464,8 @@ def _arrange(box, where, name, kind, labels=None, is_image=is_image_name):
         raise ValueError(f"no images in {where}: {endings}" + f"; found {few(other)}" * bool(other))
     top = os.path.commonprefix(images).rpartition("/")[0] + "/"  # one folder may wrap everything
     base, helper = next(((p, p + n) for n in LABEL_FILES for p in ("", top) if p + n in rest), ("", ""))
-    if labels == "prefix": found = _labels_of([(n, _prefix(n)) for n in images], images, where)
-    elif labels: found = _file_labels(labels[0], labels[1], "", images, where)
+    if labels == "prefix": found = _of_prefixes(images, where)
+    elif labels: found = _file_labels(labels[0], labels[1], "", images, "")
     elif helper:
         with reading(f"{where}/{helper}"): text = box.read(rest[helper])
         found = _file_labels(text, f"{where}/{helper}", base, images, where)
@@ -656,9 +676,10 @@ def _of_parts(source, where, parts, labels, classes=None, is_test=None):
     if held.any(): source.held_out = held
     if not labels: return source
     for a, y in zip(n, map(np.asarray, labels)):
-        if y.dtype.kind not in "iu" or y.shape != (a,) or y.astype(np.int64).min() < 0:
-            got = f"{y.dtype} {y.shape}" if y.dtype.kind not in "iu" or y.shape != (a,) else y.min()
-            raise ValueError(f"{where}: expected {a} labels, integers >= 0, got {got}")
+        fits, words = y.dtype.kind in "iuU" and y.shape == (a,), y.dtype.kind == "U"
+        if not fits or (not all(y.tolist()) if words else y.astype(np.int64).min() < 0):
+            got = repr(min(y.tolist())) if fits else f"{y.dtype} {y.shape}"
+            raise ValueError(f"{where}: expected {a} labels, words or integers >= 0, got {got}")
     fields = class_fields(np.concatenate(labels), where, classes)
     source.notes += fields.pop("notes", [])
     vars(source).update(fields)
@@ -719,6 +740,7 @@ def open_npz(*paths:Path)->ArraySource:
         a, y = only("arr_0", lambda v: v.ndim in (3, 4)), only("arr_1", lambda v: v.ndim == 1 and v.dtype.kind in "iu")
         if a is None: raise ValueError(f"{path}: expected arr_0 uint8 (N, H, W, 1 or 3), got no arr_0 but {few(z)}")
         parts.append(_as_bytes(a, path, source.notes))
+        if y is None: y = next((z[k] for k in COLUMNS if k in z and z[k].dtype.kind == "U"), None)
         if y is not None: labels.append(y)
         if "classes" in z: names = z["classes"].tolist()
         if labels and len(labels) < len(parts): raise ValueError(f"{path} has no labels, {first.name} has some")
@@ -873,21 +895,32 @@ def open_torchvision(name:str, root:str="data")->LibrarySource:
     classes = list(map(str, getattr(parts[0], "classes", [])))
     return _of_parts(LibrarySource(name, "torchvision", []), name, parts, labels, classes)
 
-# %% ../../nbs/3_data/03_read.ipynb #17b5c00d
-def open_table(name:str, builder:str="")->LibrarySource:
-    """A data set that `datasets` reads: the first column of images, and the first of classes if there is one.
+# %% ../../nbs/3_data/03_read.ipynb #17b5c00c
+def _tables_in(path:Path)->list: # of paths
+    "A file, or the Parquet files of a folder as the Hub has them: there or in its only sub-folder, beside no picture."
+    if not path.is_dir(): return [path] * path.is_file()
+    seen = [e for e in os.scandir(path) if not is_hidden(e.name)]
+    folders = [e.path for e in seen if e.is_dir(follow_symlinks=False)]  # a link may lead back
+    if len(folders) > 1 or any(is_image_name(e.name) for e in seen): return []
+    return _tables_in(Path(*folders)) if folders else sorted(path.glob("*.parquet"))
 
-    `name` is a file of the `builder` "parquet" or "arrow", a folder that `save_to_disk` has written ("disk"), or a name
-    on the Hub, streamed and kept as long as this process ("hf")."""
+# %% ../../nbs/3_data/03_read.ipynb #17b5c00d
+def open_table(name:str|Path, builder:str="")->LibrarySource:
+    """A data set that `datasets` reads: the first column of images; the first of classes, else numbers or words of a
+    column called as in `COLUMNS`, unless most words differ, as captions do.
+
+    `name` is a file of the `builder` "parquet" or "arrow", a folder of them, one that `save_to_disk` has written
+    ("disk"), or a name on the Hub, streamed and kept as long as this process ("hf")."""
     sets = optional("datasets", "Parquet, Arrow or hf:NAME")
     if builder == "disk": found = sets.load_from_disk(name)
     elif builder == "hf": found = sets.load_dataset(name, streaming=True)
-    else: found = sets.load_dataset(builder, data_files=name)
+    else: found = sets.load_dataset(builder, **{"data_dir" if os.path.isdir(name) else "data_files": name})
     if not isinstance(found, dict): found = {"train": found}
     tables = [found[k] for k in sorted(found, key=lambda k: not k.startswith("train"))]
     columns = tables[0].features
     pictures = [k for k, v in columns.items() if isinstance(v, sets.Image) or isinstance(v, dict) and "bytes" in v]
-    label = next((k for k, v in columns.items() if isinstance(v, sets.ClassLabel)), "")
+    def plain(k): return re.fullmatch(r"u?int\d+|(large_)?string", str(getattr(columns.get(k), "dtype", "")))
+    label = next((k for k, v in columns.items() if isinstance(v, sets.ClassLabel)), next(filter(plain, COLUMNS), ""))
     if not pictures: raise ValueError(f"{name} has no column of images, but {few(list(columns))}")
     def content(rows): return {0: [v["bytes"] or v["path"] or b"" for v in rows[pictures[0]]]}
     tables = [t.cast_column(pictures[0], sets.Image(decode=False)) for t in tables]
@@ -895,9 +928,12 @@ def open_table(name:str, builder:str="")->LibrarySource:
         kept = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         atexit.register(kept.cleanup)
         tables = [sets.Dataset.from_generator(partial(iter, t), t.features, kept.name, split=t.split) for t in tables]
-    parts, labels = [t.with_transform(content) for t in tables], [t[label] for t in tables if label]
-    source = LibrarySource(Path(name).stem, "datasets", [])
-    return _of_parts(source, name, parts, labels, columns[label].names if label else None)
+    parts, labels = [t.with_transform(content) for t in tables], [t[label][:] for t in tables if label]
+    source = LibrarySource(Path(name).stem, "datasets", [], files=_tables_in(Path(name)))
+    different = {y for some in labels for y in some if isinstance(y, str)}
+    if len(different) > sum(map(len, labels)) / 2:
+        labels, source.notes = [], [f"column {label} has {len(different)} different words: no classes"]
+    return _of_parts(source, name, parts, labels, getattr(columns.get(label), "names", None))
 
 # %% ../../nbs/3_data/03_read.ipynb #b2ea563d
 def folder_kind(path:Path)->tuple: # the function that opens it, what to give it
@@ -907,9 +943,9 @@ def folder_kind(path:Path)->tuple: # the function that opens it, what to give it
     if "data.mdb" in names: return open_lmdb, path
     idx = {n.removesuffix(".gz") for n in names if "images" in n and re.search(r"idx3-ubyte(\.gz)?$", n)}
     if idx: return open_idx, [path/n if n in names else path/f"{n}.gz" for n in sorted(idx)]  # one of both forms
-    saved = "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names
-    if saved: return open_table, str(path), "disk"
+    if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names: return open_table, path, "disk"
     if is_cifar(names) and not (path/"train").is_dir(): return open_cifar, path
+    if _tables_in(path): return open_table, str(path), "parquet"
     shards = [] if any(map(is_image_name, names)) else sorted(path/n for n in names if n.endswith(".tar"))
     if shards: return open_archive, shards
     npzs = [path/n for n in names if re.fullmatch(r"sample_\d+\.npz", n)]
@@ -930,12 +966,12 @@ def file_kind(path:Path)->tuple: # the function that opens it, what to give it
     if head[:6] == b"\x93NUMPY" or head[:10] == b"MATLAB 5.0": return open_npz, path
     if unpacked[:3] == b"\0\0\x08": return open_idx, [path]
     if head[16:20] == b"\xde\xc0\xef\xbe": return open_lmdb, path
-    if head[:4] == b"PAR1": return open_table, str(path), "parquet"
-    if head[:6] == b"ARROW1": return open_table, str(path), "arrow"
+    if form := {b"PAR1": "parquet", b"ARRO": "arrow"}.get(head[:4]): return open_table, str(path), form
     if head[257:262] == b"ustar": return open_archive, [path]
     if unpacked[257:262] == b"ustar" or head[:6] == b"\xfd7zXZ\0" or head[:3] == b"BZh":
         names = {n.rpartition("/")[2] for n, _ in _archive_entries(path)[1]}
         return (open_cifar, path) if is_cifar(names) else (open_archive, [path])
+    if is_image_name(path.name): raise ValueError(f"{path} is a single picture: give the folder that it is in")
     raise ValueError(f"can't read {path}, begins with {head[:8]!r}: expected {EXPECTED}")
 
 # %% ../../nbs/3_data/03_read.ipynb #b1ff5d24
@@ -969,7 +1005,7 @@ def open_source(
     if labels is not None:
         if opener is not open_folder and not (opener is open_archive and here.is_file()):
             raise ValueError(f"a labels file goes with a folder, a zip or a tar of images, not with {path}")
-        what.append(labels if labels == "prefix" else (Path(labels).read_bytes(), labels))
+        with reading(f"labels {labels}"): what.append(labels if labels == "prefix" else (read_file(labels), labels))
     try: ImageColor.getrgb(background)
     except ValueError: raise ValueError(f"background must be a colour, grey or #ff8000, got {background!r}") from None
     with reading(here, labels or here): source = opener(*what)

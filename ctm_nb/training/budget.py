@@ -235,6 +235,7 @@ def _halve_batches(config: Config, speed: Speed, seconds: float, shares: dict, g
 def _plan(config: Config, seconds: float, stages: list, splits: Splits, words: list, began: float, ours=False,
           wider=False) -> str:
     "Measure and choose, but not what was typed; what it comes to, or ValueError if it can't be done in the time."
+    log.info("measuring what steps take here, for a minute or so")
     only, data, scored = deepcopy(config), splits["train"], not no_scores_because(config, splits)
     for s in STAGES.keys() - set(stages): getattr(only, STAGES[s]).steps = 0
     most = min(3., seconds / 120)

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,6 +142,27 @@ def test_nothing_is_overwritten_unasked(tmp_path):
         and leftovers(tmp_path) == ["a.zip", "d", "e.zip"]
         and leftovers(tmp_path / "d") == ["thesis.tex"]
     )
+
+
+def test_no_source_is_replaced_by_its_copy(tmp_path, capsys):
+    convert(source(), tmp_path / "a.zip", workers=0)
+    convert(source(), tmp_path / "d", workers=0)
+    (tmp_path / "l.zip").symlink_to(tmp_path / "a.zip")
+    (tmp_path / "l").symlink_to(tmp_path / "d")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "cats").symlink_to(tmp_path / "d" / "cat")  # pictures elsewhere
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for src, dst in (("a.zip", "a.zip"), ("l.zip", "a.zip"), ("a.zip", "l.zip"), ("d", "d/sub"), ("d", "d/cat/sub"),
+                     ("l", "d/sub"), ("d", "l/sub"), ("m", "d/cat/sub")):
+        with pytest.raises(SystemExit):
+            ctm_nb_data(["convert", str(tmp_path / src), str(tmp_path / dst), "--overwrite", "--size", "4"])
+        name = "d" if src == "l" else Path(src).stem
+        assert capsys.readouterr().err == (
+            f"ctm_nb_data: {tmp_path}/{dst} is where {name} is read from: choose another DST\n")
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    convert(open_source(tmp_path / "d"), tmp_path / "d" / "d.zip", workers=0)  # a zip is no picture
+    convert(open_source(tmp_path / "a.zip"), tmp_path / "b", workers=0)
+    assert len(open_source(tmp_path / "d")) == len(open_source(tmp_path / "b")) == len(COLOURS)
 
 
 def test_broken_images_are_listed_repaired_or_left_out(tmp_path, capsys):

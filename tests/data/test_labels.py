@@ -59,6 +59,13 @@ RIGHT = {  # names of the pictures, helper, its text, class of each picture, cla
     "a table with semicolons": (AB, {"labels_csv": "name;class\na.png;dog\nb.png;cat\n"}, ["dog", "cat"], "cat dog"),
     "a table with tabs": (AB, {"labels_csv": "a.png\tdog\nb.png\tcat"}, ["dog", "cat"], "cat dog"),
     "a byte order mark": (AB, {"labels_csv": "\ufeffa.png,dog\nb.png,cat"}, ["dog", "cat"], "cat dog"),
+    "UTF-16, as spreadsheets write it": (
+        AB, {"labels_csv": "name\tclass\na.png\tKäfer\nb.png\tcat\n".encode("utf-16")}, ["Käfer", "cat"], "Käfer cat"),
+    "a heading the other way round": (AB, {"labels_csv": "Label,Filename\ndog,a.png\ncat,b.png\n"}, ["dog", "cat"],
+                                      "cat dog"),
+    "the name last": (AB, {"labels_csv": "breed;file\ndog;a\ncat;b\n"}, ["dog", "cat"], "cat dog"),
+    "a name in the last of three": (AB, {"labels_csv": "id,class,image\n7,dog,a.png\n8,cat,b.png\n"}, ["dog", "cat"],
+                                    "cat dog"),
     "Latin-1": (AB, {"labels_csv": b"a.png,K\xe4fer\nb.png,x\n"}, ["Käfer", "x"], "Käfer x"),
     "a third column": (AB, {"labels_csv": "id,label,score\na.png,dog,.5\nb.png,cat,.4\n"}, ["dog", "cat"], "cat dog"),
     "ids without endings": (AB, {"labels_csv": "id,breed\na,dog\nb,cat\n"}, ["dog", "cat"], "cat dog"),
@@ -126,11 +133,44 @@ def test_classes_in_names_on_request(tmp_path):
     names = ["cat_1.png", "cat_22.png", "dog_1.png", "dog_2.png"]
     path = made(tmp_path, names)
     s = open_source(path)
-    assert s.labels is None and any("names like CLASS_NUMBER (cat, dog): --labels prefix" in n for n in s.notes)
+    hint = "names like CLASS_NUMBER (cat, dog): --labels prefix (in training --set data.labels=prefix) makes classes"
+    assert s.labels is None and any(hint in n for n in s.notes)
     s = open_source(path, labels="prefix")
     assert (s.classes, s.labels.tolist()) == (["cat", "dog"], [0, 0, 1, 1])
     assert open_source(made(tmp_path / "y", ["IMG_1.png", "IMG_2.png"])).notes == []  # one class is none
     assert open_source(made(tmp_path / "z", [f"{k}_1.png" for k in "abcd"])).notes == []  # nor is each its own
+
+
+@pytest.mark.parametrize("text", ["", "filename,label\n", "file_name,text\na.png,hello\nb.png,x\n", '{"labels": []}',
+                                  '{"file_name": "a.png", "text": "x"}'])
+def test_a_file_of_labels_that_labels_nothing_is_refused(tmp_path, text):
+    path = made(tmp_path, ["a/1.png", "b/2.png"])
+    end = ".csv" if not text.startswith("{") else ".json" if "labels" in text else ".jsonl"
+    given = tmp_path / f"l{end}"
+    given.write_text(text)
+    with pytest.raises(ValueError, match=f"{given} gives no image a label: expected lines of name,class"):
+        open_source(path, given)
+    given.write_text('{"labels": null}')
+    if end == ".json": assert open_source(path, given).labels is None  # which is said
+
+
+def test_a_file_of_labels_that_is_not_there(tmp_path):
+    path = made(tmp_path, AB)
+    for given, why in ((tmp_path / "no.csv", "No such file or directory"), (tmp_path, "Is a directory")):
+        with pytest.raises(ValueError) as e: open_source(path, given)
+        assert str(e.value) == f"labels {given} can't be read: can't be opened ({why})"
+
+
+@pytest.mark.parametrize("names", [["0.png", "1.png"], ["a/000.png", "b/001.png"], ["a_1.png", "b_1.png"],
+                                   ["a_1.png", "a_2.png", "b.png"]])
+def test_no_classes_in_names(tmp_path, names):
+    with pytest.raises(ValueError, match="x: prefix as labels is for names like cat_17.png, .* dog_1.png, got"):
+        open_source(made(tmp_path, names), "prefix")
+
+
+def test_classes_in_names_rather_than_in_folders_are_told(tmp_path):
+    s = open_source(made(tmp_path, ["x/cat_1.png", "y/cat_2.png", "y/dog_1.png"]), "prefix")
+    assert s.classes == ["cat", "dog"] and s.notes == ["classes are those of the names, not of the 2 folders"]
 
 
 def shard(path, files):
@@ -180,6 +220,22 @@ def test_arrays_that_people_save(tmp_path, kind):
     assert (s.labels is not None) == ("labels" in arrays) and bool(s.notes) == ("in [" in kind)
     np.save(tmp_path / "b.npy", next(iter(arrays.values())))
     assert np.array_equal(open_source(tmp_path / "b.npy").images, want)
+
+
+def test_labels_of_arrays_that_are_words(tmp_path):
+    words = np.array(["square", "round", "line", "round", "line"])
+    np.savez(tmp_path / "a.npz", X, words)
+    np.savez(tmp_path / "b.npz", images=X, labels=words)
+    for name in ("a.npz", "b.npz"):
+        s = open_source(tmp_path / name)
+        assert s.classes == ["line", "round", "square"] and s.labels.tolist() == [2, 1, 0, 1, 0]
+    np.savez(tmp_path / "c.npz", X, np.array(["10", "9", "9", "10", "9"]))
+    assert open_source(tmp_path / "c.npz").classes == ["9", "10"]
+    np.savez(tmp_path / "d.npz", X, np.array(["a", "", "a", "a", "a"]))
+    with pytest.raises(ValueError, match="d.npz: expected 5 labels, words or integers >= 0, got ''"):
+        open_source(tmp_path / "d.npz")
+    np.savez(tmp_path / "e.npz", images=X, names=words)  # nobody says that these are classes
+    assert open_source(tmp_path / "e.npz").labels is None
 
 
 @pytest.mark.parametrize("a", [X / 100, X * np.nan, X.astype(np.int32) + 1, X[:0], X[:, :0], X[0, 0], X[..., :2]],

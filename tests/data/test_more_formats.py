@@ -102,6 +102,56 @@ def test_folders_of_save_to_disk(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}/one"): open_source(tmp_path / "one")
 
 
+def written(path, label, part=slice(None)):
+    "A Parquet file as pyarrow and pandas write it: nothing in it says what is a class."
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures = [{"bytes": png(a), "path": "a.png"} for a in X[part]]
+    pq.write_table(pa.table({"image": pictures, **{k: v[part] for k, v in label.items()}}), path)
+    return path
+
+
+@pytest.mark.parametrize("label, classes", [
+    ({"label": Y.tolist()}, ["0", "1"]), ({"label": (Y + 8).astype(np.uint8)}, ["8", "9"]),
+    ({"note": ["x"] * 6, "class": ["ab"[k] for k in Y]}, ["a", "b"]),
+    ({"labels": ["10" if k else "9" for k in Y]}, ["9", "10"]),
+])
+def test_parquet_of_other_programs_has_its_classes(tmp_path, label, classes):
+    pytest.importorskip("datasets")
+    s = open_source(written(tmp_path / "a.parquet", label))
+    assert s.labels.tolist() == Y.tolist() and s.classes == classes and [*s.paths()] == [tmp_path / "a.parquet"]
+    assert all((s.pixels(k) == X[k]).all() for k in range(6))
+
+
+def test_words_that_are_captions_are_no_classes(tmp_path):
+    pytest.importorskip("datasets")
+    s = open_source(written(tmp_path / "a.parquet", {"label": ["a b", "c d", "e", "f", "f", "g"]}))
+    assert s.labels is None and s.notes == ["column label has 5 different words: no classes"]
+    s = open_source(written(tmp_path / "b.parquet", {"label": [.5] * 6, "note": ["b", "a"] * 3}))
+    assert s.labels is None and s.notes == []
+    with pytest.raises(ValueError, match="c.parquet: expected 6 labels, words or integers >= 0, got"):
+        open_source(written(tmp_path / "c.parquet", {"label": [*Y[:5].tolist(), None]}))
+
+
+def test_a_folder_of_parquet_as_the_hub_has_it(tmp_path):
+    pytest.importorskip("datasets")
+    y = {"label": ["ab"[k] for k in Y]}
+    for name, part in (("train-00000-of-00002", slice(0, 3)), ("train-00001-of-00002", slice(3, 4)),
+                       ("test-00000-of-00001", slice(4, 6))):
+        written(tmp_path / "pets" / "data" / f"{name}.parquet", y, part)
+    (tmp_path / "pets" / "README.md").write_text("---\nlicense: mit\n---\n")
+    for path in (tmp_path / "pets", tmp_path / "pets" / "data"):
+        s = open_source(path)
+        assert right(s) and s.held_out.tolist() == [False] * 4 + [True] * 2 and s.name == path.name
+        assert sorted(p.name[:5] for p in s.paths()) == ["test-", "train", "train"]
+    for name, part in (("a", slice(0, 3)), ("b", slice(3, 6))): written(tmp_path / "plain" / f"{name}.parquet", y, part)
+    s = open_source(tmp_path / "plain")
+    assert right(s) and s.held_out is None
+    written(tmp_path / "both" / "images" / "metadata.parquet", y)  # beside pictures it speaks of them
+    (tmp_path / "both" / "images" / "a.png").write_bytes(png(X[0]))
+    assert open_source(tmp_path / "both").kind == "folder of images"
+
+
 def test_names_on_the_hub(tmp_path, monkeypatch):
     "`datasets` takes a folder for a name of the Hub; hf: keeps nothing in its cache."
     datasets = pytest.importorskip("datasets")

@@ -346,7 +346,7 @@ def test_idx_files(tmp_path):
     with gzip.open(tmp_path / "train-labels-idx1-ubyte.gz", "wb") as f:
         f.write(idx(np.zeros(4, np.uint8)))
     refuse(
-        f"{tmp_path}/train-images-idx3-ubyte.gz: expected 5 labels, integers >= 0, got uint8 (4,)", tmp_path)
+        f"{tmp_path}/train-images-idx3-ubyte.gz: expected 5 labels, words or integers >= 0, got uint8 (4,)", tmp_path)
     whole = (tmp_path / "train-images-idx3-ubyte.gz").read_bytes()
     (tmp_path / "cut.gz").write_bytes(whole[:-12])
     refuse(
@@ -363,7 +363,9 @@ def test_nothing_and_nonsense(tmp_path):
     )
     refuse(f"no data at {tmp_path}/x: {expected}", tmp_path / "x", FileNotFoundError)
     (tmp_path / "a.png").write_bytes(png())
-    refuse(f"can't read {tmp_path}/a.png, begins with {png()[:8]!r}: {expected}", tmp_path / "a.png")
+    refuse(f"{tmp_path}/a.png is a single picture: give the folder that it is in", tmp_path / "a.png")
+    (tmp_path / "a").write_bytes(png())
+    refuse(f"can't read {tmp_path}/a, begins with {png()[:8]!r}: {expected}", tmp_path / "a")
     np.savez(tmp_path / "a.npz", PIXELS[None])
     (tmp_path / "l.csv").write_text("a,b\n")
     refuse(
@@ -471,6 +473,24 @@ def test_a_survey_counts_everything(tmp_path):
     )
     assert "1 files are no images and are left alone: b/notes.txt" in report(facts)
     assert contact_sheet(open_source(tmp_path / "d")).size[1] == 2 * (2 * 16 + 2) + 2  # the smaller side, 16 times
+
+
+def test_a_survey_tells_what_is_used_only_in_part(tmp_path, recwarn):
+    grey = np.arange(16, dtype=np.uint16).reshape(4, 4)
+    frames = [Image.fromarray(a) for a in np.stack([PIXELS, 255 - PIXELS])]
+    write(tmp_path / "d", {"12.png": png(grey * 273), "12.tif": png(grey * 240, "tiff"), "16.png": png(grey * 4369)})
+    assert survey(open_source(tmp_path / "d"))["notes"] == [
+        "2 images of 16 bits have grey levels 0..4095 of 65535, nearly black: multiply those of 12 bits by 16 first"]
+    for end in ("gif", "png", "webp", "tif"):
+        frames[0].save(tmp_path / f"d/two.{end}", save_all=True, append_images=frames[1:])
+        frames[0].save(tmp_path / f"d/one.{end}")
+    (tmp_path / "d" / "12.png").unlink()
+    (tmp_path / "d" / "12.tif").unlink()
+    (tmp_path / "d" / "cut.tif").write_bytes((tmp_path / "d" / "two.tif").read_bytes()[:-100])  # in its second page
+    facts = survey(open_source(tmp_path / "d"))
+    assert facts["images"] == 10 and not facts["broken"]
+    assert facts["notes"] == ["4 images have several frames or pages, the first of which is used"]
+    assert facts["copies"]["two.tif"] == facts["copies"]["one.png"] == "pixel by pixel cut.tif" and not recwarn.list
 
 
 def test_the_fingerprint_is_of_the_content(tmp_path):

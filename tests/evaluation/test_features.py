@@ -323,3 +323,34 @@ def test_missing_lpips_is_reported_at_once(tmp_path, monkeypatch):
     def absent(name): raise ImportError(f"No module named {name!r}")
     monkeypatch.setattr(features.importlib, "import_module", absent)
     with pytest.raises(ValueError, match="needs the package lpips"): LPIPSDistance(random=True)
+
+
+def test_a_cpu_reads_and_draws_few_pictures_at_a_time(monkeypatch):
+    from ctm_nb.evaluation import evaluate
+    from ctm_nb.evaluation.features import Extractor, Features
+    from ctm_nb.networks.unet import DDPMpp
+    from ctm_nb.method.teacher import Denoiser
+    sizes = []
+
+    class Means(Extractor):
+        has_probs = False
+        def extract(self, x):
+            sizes.append(len(x))
+            return Features(x.float().mean((2, 3)))
+
+    x, means = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8), Means(torch.nn.Identity(), "means")
+    assert torch.equal(means(x).pooled, x.float().mean((2, 3))) and means(x).probs is None and sizes == [2, 2, 1] * 2
+    sizes.clear()
+    means.image_size = 8
+    assert len(means(x).pooled) == 5 and sizes == [5]
+    sizes.clear()
+    real = evaluate.sample
+    def counted(m, **how):
+        sizes.append(len(how["ids"]))
+        return real(m, **how)
+    monkeypatch.setattr(evaluate, "sample", counted)
+    m = Denoiser(DDPMpp(32, 3, 10, model_channels=8, channel_mult=(1,), n_blocks=1, attention=())).eval()
+    drawn = evaluate.drawn_samples(m, 70, dict(solver="euler", steps=1))
+    assert drawn.read(slice(0, 70)).shape == (70, 3, 32, 32) and sizes == [64, 6]
+    two, same = drawn.read(slice(64, 66)).int(), drawn.read(slice(0, 70))[64:66].int()
+    assert (two - same).abs().max() <= 1  # rounding

@@ -138,19 +138,28 @@ def test_a_plan_that_does_not_fit_is_warned_of(tmp_path, caplog, monkeypatch, de
     assert config.run.micro_batch == wanted  # a GPU finds out itself
 
 
+def test_all_stages_without_an_adversary_are_said(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    for words, said in (((), False), (("--stage", "all"), True), (("--stage", "all", "--set", "gan.steps=2"), False)):
+        caplog.clear()
+        ctm_nb_train(["--preset", "tiny", "--dry-run", "--runs", str(tmp_path), *words])
+        assert ("no adversary: gan.steps is 0" in caplog.text) == said
+
+
 def test_silence_ends_within_ten_seconds_and_a_minute(caplog, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
     caplog.set_level(logging.INFO)
     with Pulse("ctm_nb_train"): assert not any(isinstance(h, Pulse) for h in logging.getLogger().handlers)  # told so
     monkeypatch.delenv("CTM_NB_HEARTBEAT")
+    caplog.set_level(logging.WARNING)  # as of ctm_nb_evaluate, which tells nothing else on the way
     with Pulse("ctm_nb_train") as p:
         assert p.due - p.began < 9
         p.due, p.say = 0, lambda: "teacher: step 3 of 9"
         time.sleep(1.5)
         assert 40 < p.due - time.monotonic() < 50  # it has said something itself
-        logging.info("another line")
+        logging.warning("another line")
         assert p.due - time.monotonic() > 49.9
         time.sleep(1.1)
     assert [r.getMessage()[:36] for r in caplog.records] == ["ctm_nb_train: teacher: step 3 of 9, ", "another line"]
-    logging.info("after it")
+    logging.warning("after it")
     assert p.due < time.monotonic() + 49.9
