@@ -470,8 +470,7 @@ def text_table(
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #c59370a2
 def _row_name(r):
-    s = r["sampler"]
-    if s is None: return r["checkpoint"] or "samples"
+    if (s := r["sampler"]) is None: return r["checkpoint"] or "samples"
     times, nfe = s.get("times"), evaluations(s["solver"], torch.arange(s["steps"], -1, -1))
     about = [f"{s['solver']}, NFE {nfe * (2 if 'guidance' in s else 1)}"]
     if s["solver"] == "ctm": about.append(f"gamma {s['gamma']:.3g}")

@@ -166,8 +166,7 @@ class Ranks:
 @contextmanager
 def process_group(): # yields `Ranks`
     "The processes of `torchrun` as a group, for the length of a block; OSError if one is lost on the way."
-    ranks = Ranks(*launched()[:2])
-    if ranks.world == 1 or dist.is_initialized():
+    if (ranks := Ranks(*launched()[:2])).world == 1 or dist.is_initialized():
         yield ranks
         return
     dist.init_process_group("gloo", timeout=timedelta(days=2))

@@ -172,7 +172,7 @@ MICRO = (lambda v: v == "auto" or v.isdecimal() and int(v) > 0, "auto or a numbe
 @dataclass
 class RunConfig:
     "How the run is carried out; all but the seed may change from one start of a run to the next (see resume)."
-    seed: int = need(0, NOT_NEGATIVE)  # of everything
+    seed: int = need(0, (lambda v: 0 <= v < 2 ** 62, "at least 0, below 2**62"))  # of everything
     device: str = "auto"  # "auto": a CUDA device if there is one
     precision: str = need("auto", one_of("auto", "fp32", "bf16"))  # "auto": bf16 on a GPU; --minutes tries it
     compile: bool = False  # compile the networks, if that works

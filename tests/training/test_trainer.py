@@ -165,7 +165,7 @@ def test_bad_assignments(assignment, message):
 @pytest.mark.parametrize("assignment", [
     "teacher.steps=0", "teacher.batch=0", "teacher.lr=nan", "distill.ema=1", "distill.K=0", "distill.N=1",
     "distill.init=zero", "distill.max_evals=0", "network.dropout=1", "network.channel_mult=", "network.sigma_data=0",
-    "evaluate.batch=0", "evaluate.steps=0", "run.device=tpux", "run.seed=-1", "teacher.beta2=2",
+    "evaluate.batch=0", "evaluate.steps=0", "run.device=tpux", "run.seed=-1", f"run.seed={2 ** 62}", "teacher.beta2=2",
     "network.sigma_min=0", "network.model_channels=7", "run.keep=0", "evaluate.n=-1", "distill.optimizer=sgd"])
 def test_impossible_values_name_their_key(assignment):
     with pytest.raises(ValueError, match=re.escape(assignment.split("=")[0])): make_config("digits", [assignment])
