@@ -47,7 +47,7 @@ def evaluate_parser() -> Parser:
 def _score_flags(add):
     add("--metrics", metavar="M,M", help="of fid, is, pr, kid, acc (default: fid, pr where possible, and with "
         "a classifier of the data acc and is); of a checkpoint also bpd")
-    add("-n", type=ranged(6), metavar="N", help="samples to score (default: all there are; of a checkpoint 50000)")
+    add("-n", type=ranged(6), metavar="N", help="samples to score, by chance (default: all; of a checkpoint 50000)")
     add("--batch", type=ranged(1), default=500, metavar="B", help="images at a time (default: 500)")
     add("--tol", type=ranged(1e-15, kind=float), default=1e-4, metavar="X",
         help="of bpd: largest error of a step of the solver (default: 1e-4)")

@@ -215,7 +215,7 @@ def check_square(a:np.ndarray, side:int|None, name:str):
     if h == w and side in (None, h): return
     others = f" and others are {side} x {side}" if side else ""
     raise ValueError(f"images must be squares of one size, but {readable(name)} is {w} x {h}{others}; give a size "
-                     "(--image-size, of ctm_nb_data --size) to crop and resize them")
+                     "(--image-size, or ctm_nb_data --size) to crop and resize them")
 
 def side_of(source:Source)->int:
     "The side that all images must have: that of the first that can be read."

@@ -309,11 +309,11 @@ def _finished(r: Request) -> Subject:
     if r.bpd: raise ValueError(f"--metrics bpd needs a model: a run, a checkpoint or a public name, got {r.what}")
     for no, given in {"search": r.search, "guidance": r.guidance, "ema-lengths": r.ema_lengths}.items():
         if given: raise ValueError(f"--{no} needs a checkpoint, got samples: {r.what}")
-    s = open_samples(r.what)
+    s = open_samples(r.what, r.n)
     if s.n < (r.n or 6): raise ValueError(f"{r.what} has too few samples: {r.n or 'at least 6'} are needed, got {s.n}")
     shape = tuple(s.read(slice(0, 1)).shape[1:])
     read = {"image_size": shape[2], "skip_broken": r.skip_broken}
-    return Subject(r.what, shape, replace(s, n=r.n or s.n), reading=read)
+    return Subject(r.what, shape, s, reading=read)
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #4de58ad9
 def _model(r: Request) -> Subject:

@@ -79,28 +79,29 @@ def _own_labels(path, names):  # (N,) int64
 # %% ../../nbs/5_evaluation/03_reference.ipynb #7d169cda
 def open_samples(
     path,  # npz with arr_0, a folder or a zip of images
+    n: int | None = None,  # so many of them, by chance but the same each time: folders lie in the order of classes
 ) -> SampleSet:  # in colour
     "A sample set from a path; `FileNotFoundError` or `ValueError` if it can't be had."
-    path = Path(path).expanduser()
-    if not path.exists():
+    if not (path := Path(path).expanduser()).exists():
         raise FileNotFoundError(f"no samples at {path}: expected an npz with arr_0, a folder or a zip of images")
     source, size = open_source(path), None
+    chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:n].sort().values
     def read(rows):
         nonlocal size
         arrays: list = []
-        for i in range(len(source))[rows]:
+        for i in chosen[rows].tolist():
             try: a = source.pixels(i)
             except BrokenImage as e:
                 raise ValueError(f"{path.name}: {readable(source.names[i])} can't be read as an image: {e}") from None
-            size = size or a.shape[:2]
-            if a.shape[:2] != size:
+            if (size := size or a.shape[:2]) != a.shape[:2]:
                 raise ValueError(f"{path.name} must hold images of one size, got {size} and {a.shape[:2]} "
                                  f"({readable(source.names[i])})")
             arrays.append(np.broadcast_to(a, (*size, 3)))
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)                # (b, 3, H, W)
-    y = source.labels if source.numbers is None else source.numbers  # as the sampler numbers its classes
-    labelled = y is not None and source.kind.startswith(("npz", "EDM"))
-    return SampleSet(path.name, len(source), read, torch.from_numpy(y) if labelled else _own_labels(path, source.names))
+    said = source.labels if source.numbers is None else source.numbers  # as the sampler numbers its classes
+    own = said is None or not source.kind.startswith(("npz", "EDM"))
+    y = _own_labels(path, source.names) if own else torch.from_numpy(said)
+    return SampleSet(path.name, len(chosen), read, None if y is None else y[chosen])
 
 # %% ../../nbs/5_evaluation/03_reference.ipynb #dde36f63
 def launched() -> tuple[int, int, int]:  # rank, world, local_rank

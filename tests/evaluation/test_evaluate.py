@@ -330,12 +330,14 @@ def test_scores_grow_and_replace(tmp_path):
 
 def test_samples_are_scored_and_recorded(npz, ref_file, tmp_path, capsys):
     d, out = digits("train"), tmp_path / "scores.json"
-    ctm_nb_evaluate([str(npz(n=300, y=d.labels[:300].numpy())), "--ref", str(ref_file), "--metrics",
-                     "fid,is,pr,kid,acc", "--out", str(out), "-n", "250"])
+    samples = npz(n=300, y=d.labels[:300].numpy())
+    ctm_nb_evaluate([str(samples), "--ref", str(ref_file), "--metrics", "fid,is,pr,kid,acc", "--out", str(out),
+                     "-n", "250"])
     rows = {r["metric"]: r for r in json.loads(out.read_text())}
     r = read_reference(ref_file)
     net = ClassifierExtractor(r.net)
-    f, real = net(d.images[:250]).pooled, net(digits("held_out").images).pooled
+    f = torch.cat([net(x[:, :1]).pooled for x, _ in open_samples(samples, 250).batches()])
+    real = net(digits("held_out").images).pooled
     assert rows["frechet_distance"]["value"] == pytest.approx(frechet_distance(real, f), rel=1e-3)
     assert (rows["precision"]["value"], rows["recall"]["value"]) == pytest.approx(precision_recall(r.points, f),
                                                                                   abs=.01)
@@ -405,6 +407,18 @@ def test_gamma_without_jumps_is_refused(tmp_path, capsys, untrained_run, words):
     ctm_nb_evaluate([str(w) for w in (run, *ref, *words, "--gamma", "0")])
     found = _sampler_settings(Request(str(run), "digits", solver="ctm,heun", steps=[2], gammas=[0., .3]), load(run))
     assert [(s["solver"], s["gamma"]) for s in found] == [("ctm", 0.), ("ctm", .3), ("heun", 0.)]
+
+
+def test_fewer_samples_are_of_all_classes_whatever_their_order(tmp_path):
+    "By class, as folders lie, or in turn, as the sampler writes them."
+    for name, labels in {"sorted": np.arange(200) // 20, "in turn": np.arange(200) % 10}.items():
+        images = np.zeros((200, 8, 8, 3), np.uint8) + labels[:, None, None, None].astype(np.uint8)
+        np.savez(tmp_path / f"{name}.npz", images, labels)
+        few, again = (open_samples(tmp_path / f"{name}.npz", 60) for _ in range(2))
+        x = torch.cat([x for x, _ in few.batches(batch_size=25)])
+        assert few.n == len(x) == 60 and torch.equal(x[:, 0, 0, 0].long(), few.labels)
+        assert torch.equal(few.labels, again.labels) and min(few.labels.bincount(minlength=10)) >= 2
+        assert open_samples(tmp_path / f"{name}.npz").labels.tolist() == labels.tolist()
 
 
 def test_a_folder_of_sony_s_samples_is_scored_as_one_file(tmp_path, capsys):
