@@ -30,7 +30,7 @@ def command(*words, cwd):
 def test_the_command_misses_weights_before_any_work(tmp_path, words, message):
     "One line and exit code 2, before the first step of the first stage."
     pytest.importorskip("timm")
-    r = command(*words, "run.micro_batch=1", cwd=tmp_path)
+    r = command(*words, "run.micro_batch=1", "gan.steps=2", cwd=tmp_path)
     lines = r.stderr.splitlines()
     assert r.returncode == 2 and message in lines[0] and len(lines) == 1 and not r.stdout, r.stderr
     assert not (tmp_path / "runs").exists()
