@@ -3,7 +3,7 @@
     python benchmarks/extraction.py
 
 EfficientNet-lite0 and the classifier of `--features train` with random weights, and one jump of the emoji's student;
-500 pictures, one thread, each row a process of its own. Writes nbs/results/metrics/extraction.json.
+500 pictures, one thread, each row a process of its own. Writes nbs/results/speed/extraction.json.
 """
 import argparse
 import json
@@ -22,7 +22,7 @@ from ctm_nb.evaluation.metrics import FeatureClassifier
 from ctm_nb.method.sampling import sample
 
 ROOT = Path(__file__).resolve().parents[1]
-OUT, N = ROOT / "nbs" / "results" / "metrics" / "extraction.json", 500
+OUT, N = ROOT / "nbs" / "results" / "speed" / "extraction.json", 500
 SIDES = {"lite0": 224, "classifier": 64, "emoji student": 32}
 
 
