@@ -35,9 +35,9 @@ check: $(VENV)/.dev ## would export change a file? style, types, the order of th
 nbtest: $(VENV)/.dev ## run the notebooks, two at a time with one thread each
 	$(BIN)/python .ci/nbtest.py
 
-# Processes with one thread each are faster than one with two; a third works while others wait. A file's tests stay together: they share fixtures. Long files come first.
+# Two processes with one thread each are faster than one with two, and three no faster. A file's tests stay together: they share fixtures. Long files come first.
 pytest: $(VENV)/.dev ## run tests/
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 export: $(VENV)/.dev ## write ctm_nb/ from the notebooks, clean them, make README.md
 	$(BIN)/python .ci/export.py

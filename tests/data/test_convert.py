@@ -223,7 +223,7 @@ def test_sizes_must_agree_unless_told(tmp_path):
     assert (
         str(e.value)
         == "images must be squares of one size, but 1.png is 9 x 8 and others are 8 x 8; "
-        "give a size (--image-size, of ctm_nb_data --size) to crop and resize them"
+        "give a size (--image-size, or ctm_nb_data --size) to crop and resize them"
     )
     assert convert(open_source(tmp_path / "d"), tmp_path / "a.zip", size=5, workers=0)["size"] == 5
 

@@ -68,7 +68,7 @@ def test_pictures_that_are_made_smaller_say_how_they_stay(pictures, capsys):
     assert "data.image_size=48" in choose(pictures, gpu=False, image_size=48)[1]
     Image.new("RGB", (48, 40)).save(pictures / "a" / "other.png")
     code, _, err = said(ctm_nb_train, capsys, "--data", pictures, "--preset", "tiny", "--dry-run")
-    assert code == 2 and "(--image-size, of ctm_nb_data --size)" in err
+    assert code == 2 and "(--image-size, or ctm_nb_data --size)" in err
 
 
 def test_skip_broken_where_it_is_advised(pictures, tmp_path, capsys):
