@@ -80,8 +80,8 @@ NEW = {
         training.trainer: Trainer.whole_model Trainer.together Trainer.gather
         method.balance: BalancedGradients.differentiate BalancedGradients.at_last BalancedGradients.leave""",
     "blocks computed again": "training.runtime: recompute",
-    "memory, counted": """training.costs: _like _norm _norm_backward _of_two _ATEN _AT_ONCE Meter IMAGES SCRATCH _prime _rows
-        _no_numbers _peak_of Need _blank _KNOWN step_needs""",
+    "memory, counted": """training.costs: _like _norm _norm_backward _of_two _ATEN _AT_ONCE Meter IMAGES SCRATCH
+        _prime _rows _no_numbers _peak_of Need _blank _KNOWN step_needs""",
 }
 
 
