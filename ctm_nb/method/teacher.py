@@ -191,7 +191,7 @@ class Denoiser(Preconditioned):
 def features(self: Preconditioned, x: Tensor, t: float | Tensor, y: Tensor | None = None) -> list[Tensor]:
     "The encoder's activations at each resolution, finest first, of a student with s = t; arguments of `precondition`."
     c_in, c_noise = preconditioning(expand(t, x), self.sigma_data, self.kind)[2], self.c_noise(t, x)
-    return self.net.features(c_in * x, c_noise, c_noise if self.net.config["s_branch"] else None, y)
+    return self.net.features(c_in * x, c_noise, c_noise if self.net.config["s_branch"] else None, self.check(x, t, y))
 
 # %% ../../nbs/1_method/03_teacher.ipynb #62318ff0
 def edm_loss(

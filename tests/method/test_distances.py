@@ -67,7 +67,7 @@ def test_half_precision_does_not_overflow(dtype):
     with torch.autocast("cpu", dtype=dtype): assert torch.isfinite(features(a.float(), b.float())).all()
 
 
-BAD = [("l3", "l2, pseudo_huber, features, got 'l3'"), ("features", "needs a teacher of pictures, got None")]
+BAD = [("l3", f"{', '.join(DISTANCES)}, got 'l3'"), ("features", "needs a teacher of pictures, got None")]
 
 
 @pytest.mark.parametrize("name, message", BAD)

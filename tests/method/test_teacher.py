@@ -28,8 +28,10 @@ def lively(net):
 def test_what_is_given_to_a_model_is_checked(args, message):
     m = Denoiser(lively(DDPMpp(8, 3, 10, **SMALL)))
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([1., 2.])
-    with pytest.raises(ValueError, match=message): m.D(*args(x, t))
+    for f in (m.D, m.features):
+        with pytest.raises(ValueError, match=message): f(*args(x, t))
     assert torch.equal(m.D(x, t, 3), m.D(x, t, torch.tensor([3, 3])))
+    for a, b in zip(m.features(x, t, 3), m.features(x, t, [3, 3])): assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kind", ["edm", "vp", "ve"])
