@@ -74,6 +74,7 @@ NEW = {
     "class accuracy of folders, what OUT can't be": "evaluation.reference: _own_labels evaluation.draw: _is_other_file",
     "a processor's order": """networks.blocks: channels_last_pays normalise joined silu_ method.flow: _Philox
         method.teacher: _of_number training.runtime: told_precision evaluation.features: keep_memory""",
+    "a rule a solver, one graph": "method.solvers: hold RULES method.teacher: _is_number",
     "two at once, memory, a pulse": """data.files: claimed training.trainer: Trainer.claim Trainer.whereabouts
         checkpoints.models: of_newest commands.flags: Pulse training.costs: fit_memory training.runtime: Here.least""",
     "sharded": """training.shard training.config: _shards training.stages: Stage.cut Stage.load_numbers Stage.step
