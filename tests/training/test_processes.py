@@ -132,7 +132,7 @@ def test_a_sharded_run_goes_on_alone_and_the_other_way_round(tmp_path, capsys):
     done = ranks(SHARDED, tmp_path / "r")
     assert not any(d.returncode for d in done), "\n".join(f"{d.returncode}: {d.stderr[-2000:]}" for d in done)
     assert {p.name for p in (tmp_path / "r" / "samples").iterdir()} == {"step_00000006.png", "final.png"}
-    teacher = load_checkpoint(tmp_path / "r-new" / "checkpoints" / "step_00000003").models["teacher"]  # shared from the start
+    teacher = load_checkpoint(tmp_path / "r-new" / "checkpoints" / "step_00000003").models["teacher"]
     for k, v in straight[1]["teacher"]["teacher"].items(): assert float((v - teacher[k]).abs().max()) <= 1e-6, k
     assert load(tmp_path / "r").D(torch.zeros(1, 1, 8, 8), 1., 0).isfinite().all()
     ctm_nb_sample([str(tmp_path / "r"), "-n", "2", "--out", str(tmp_path / "out")])
