@@ -74,14 +74,15 @@ NEW = {
     "class accuracy of folders, what OUT can't be": "evaluation.reference: _own_labels evaluation.draw: _is_other_file",
     "a processor's order": """networks.blocks: channels_last_pays normalise joined silu_ method.flow: _Philox
         method.teacher: _of_number training.runtime: told_precision evaluation.features: keep_memory""",
+    "a rule a solver, one graph": "method.solvers: hold RULES method.teacher: _is_number",
     "two at once, memory, a pulse": """data.files: claimed training.trainer: Trainer.claim Trainer.whereabouts
         checkpoints.models: of_newest commands.flags: Pulse training.costs: fit_memory training.runtime: Here.least""",
     "sharded": """training.shard training.config: _shards training.stages: Stage.cut Stage.load_numbers Stage.step
         training.trainer: Trainer.whole_model Trainer.together Trainer.gather
         method.balance: BalancedGradients.differentiate BalancedGradients.at_last BalancedGradients.leave""",
     "blocks computed again": "training.runtime: recompute",
-    "memory, counted": """training.costs: _norm _norm_backward _AT_ONCE Meter IMAGES SCRATCH _prime _rows _no_numbers
-        _peak_of Need _blank _KNOWN step_needs""",
+    "memory, counted": """training.costs: _like _norm _norm_backward _of_two _ATEN _AT_ONCE Meter IMAGES SCRATCH
+        _prime _rows _no_numbers _peak_of Need _blank _KNOWN step_needs""",
 }
 
 

@@ -30,7 +30,7 @@ from ..method.trajectory import CTM, ConsistencyModel
 from ..networks.blocks import Resample
 from ..networks.edm2 import EDM2
 from ..networks.families import FAMILIES, build_network, network_config
-from ..networks.unet import OpenAIUNet, UNet, openai_names
+from ..networks.unet import OpenAIUNet, openai_names
 
 log = logging.getLogger(__name__)
 
@@ -344,15 +344,13 @@ def _from_diffusers(path, which):
 # %% ../../nbs/4_checkpoints/05_models.ipynb #8ca129d1
 def _foreign_state(m):
     "The weights under the names that other programs use; raises ValueError for a model that they don't have."
-    if not isinstance(m.net, UNet | EDM2):
-        family = network_config(m.net)["family"]
-        raise ValueError(f"no other program has the network {family!r}; write a .safetensors file")
-    numbers, theirs = (m.kind, m.sigma_data, m.sigma_min, m.sigma_max), ("edm", .5, .002, 80.)
-    if numbers != theirs:
+    family = network_config(m.net)["family"]
+    if m.net.config.get("conventions") or family not in ("ddpmpp", "ncsnpp", "adm", "openai", "edm2"):
+        raise ValueError(f"no other program has this network ({family}); write a .safetensors file")
+    if (numbers := (m.kind, m.sigma_data, m.sigma_min, m.sigma_max)) != (theirs := ("edm", .5, .002, 80.)):
         raise ValueError(f"other programs take preconditioning, sigma_data, sigma_min, sigma_max to be {theirs}, and a "
                          f"state dict can't say otherwise; this model has {numbers}: write a .safetensors file")
     own = {k: v for k, v in m.net.state_dict().items() if not (isinstance(m, CTM) and "map_augment" in k)}
-    if m.net.config.get("conventions"): raise ValueError("no other program has this network; write a .safetensors file")
     if isinstance(m.net, EDM2): return {k if k.startswith("logvar_") else f"unet.{k}": v for k, v in own.items()}
     if not isinstance(m.net, OpenAIUNet): return {f"model.{k}": v for k, v in own.items()}
     out = {theirs: own[k] for k, theirs in openai_names(m.net).items()}

@@ -299,7 +299,7 @@ def kernel_distance(
     subsets:int=100, # number of random subsets, >= 2
     subset_size:int=1000, # images of each side in a subset; at most N and M are used
     seed:int=0, # of the subsets
-)->tuple: # mean over subsets, standard error of that mean
+)->tuple: # mean over subsets; its standard error over other subsets of the same images, 0 where a subset is all of them
     "Unbiased cubic-kernel MMD, squared, averaged over subsets. See Bińkowski et al., 2018."
     if subsets < 2 or subset_size < 2:
         raise ValueError(f"subsets and subset_size must be >= 2, got {subsets=}, {subset_size=}")

@@ -159,7 +159,7 @@ def scene(self: Plane, t=80., s=.002, gamma=0., steps=1, seed=0) -> Scene:  # t,
     high, low = self.toy.sigma_max, self.toy.sigma_min
     t, s = (min(max(v, low), high) for v in (t, s))
     if s > t: raise ValueError(f"s must be <= t, got s={s:g} > t={t:g}")
-    fig, one, chain = Figure((8, 3.9)), f"one jump, t = {t:.3g} to s = {s:.3g}", f"{steps} jumps, gamma = {gamma:g}"
+    fig, one, chain = Figure((8, 3.9)), f"one jump, t = {t:.3g} to s = {s:.3g}", f"chain of {steps}, gamma = {gamma:g}"
     axs = fig.subplots(1, 2, gridspec_kw=dict(left=.05, right=.99, bottom=.11, top=.93, wspace=.14))
     look = dict(xlim=(-WINDOW, WINDOW), ylim=(-WINDOW, WINDOW), xlabel="first coordinate", ylabel="second coordinate")
     for ax, title in zip(axs, (one, chain)): ax.set(title=title, xticks=[], yticks=[], **look)
@@ -168,7 +168,7 @@ def scene(self: Plane, t=80., s=.002, gamma=0., steps=1, seed=0) -> Scene:  # t,
     axs[1].set(xlim=np.log([high, low]), xlabel="ln t, from noise to data", ylabel="first coordinate")
     for level in (t, s): axs[1].axvline(math.log(level), color=GOOD, lw=.8, ls="--")
     return _scene(fig, f"The jump from t = {t:.3g} to s = {s:.3g} ends {gap:.3f} from the exact place (median); "
-                       f"beside it {steps} jumps with gamma = {gamma:g}.")
+                       f"beside it a {chain}.")
 
 # %% ../../nbs/8_explore/01_explorer.ipynb #4b0624e7
 class Row(NamedTuple):
@@ -238,7 +238,7 @@ class Explorer:
         for c in controls.values():
             c.observe(self.changed, "value")
             c.style.description_width, c.layout.width, c.layout.min_width = "6em", "24em", "0"
-        flow = w.Layout(display="flex", flex_flow="row wrap", gap="2px 12px")
+        flow = w.Layout(display="flex", flex_flow="row wrap", grid_gap="2px 12px")
         self.widget = spoken(w.Box(list(controls.values()), layout=flow), self.note, self.picture)
         self.changed()
 

@@ -28,7 +28,7 @@ def l2(
 def pseudo_huber(
     a: Tensor,  # (B, ...)
     b: Tensor,  # (B, ...)
-    c: float = .03,  # per pixel: below it the distance is squared, above it linear
+    c: float = .03,  # > 0, per pixel: below it the distance is squared, above it linear
 ) -> Tensor:  # (B,), divided by the root of the number of pixels
     "Smoothed Euclidean distance, root mean square beyond c (Song & Dhariwal 2023)."
     return (l2(a, b) + c ** 2).sqrt() - c
@@ -81,7 +81,7 @@ DISTANCES: dict = {"l2": l2, "pseudo_huber": pseudo_huber, "features": FeatureDi
 # %% ../../nbs/1_method/05_distances.ipynb #a73f530c
 def make_distance(
     name,  # a key of DISTANCES, or a distance
-    teacher=None,  # the frozen teacher, for "features"
+    teacher=None,  # the frozen teacher, for a distance that is a class: "features"
 ):  # distance(a, b) -> (B,)
     """The distance of a configuration, ready to be called; a callable is handed on.
 
@@ -89,5 +89,4 @@ def make_distance(
     if callable(name): return name
     if name not in DISTANCES:
         raise ValueError(f"distance must be a callable or one of {', '.join(DISTANCES)}, got {name!r}")
-    make = DISTANCES[name]
-    return make(teacher) if make is FeatureDistance else make
+    return make(teacher) if isinstance(make := DISTANCES[name], type) else make

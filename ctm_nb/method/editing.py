@@ -8,6 +8,7 @@ __all__ = ['LUMA', 'TASKS', 'encode', 'sphere', 'interpolate', 'put_pixels', 'pu
 
 # %% ../../nbs/1_method/13_editing.ipynb #d5f67c3b
 import difflib, math
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .flow import noise, rho_grid
-from .sampling import SAMPLERS, check_labels, check_request
+from .sampling import SAMPLERS, _check_counts, check_labels, check_request
 from .solvers import jump, solve
 from .trajectory import is_ctm
 
@@ -186,11 +187,22 @@ def _settings(m, task, given):
         raise ValueError(f"{flags[0]} has no meaning to {task}, which knows {', '.join(flags[1:])}")
     return how | given
 
+# %% ../../nbs/1_method/13_editing.ipynb #af427918
+def _check_numbers(m, steps=1, n=2, level=None, **_):
+    "Raise ValueError naming what is out of range; a level of None is the default."
+    _check_counts(steps=steps, n=n)
+    if level is not None and not (isinstance(level, Real) and m.sigma_min < level <= m.sigma_max):
+        raise ValueError(f"level must be above {m.sigma_min:g} and at most {m.sigma_max:g}, got level={level!r}")
+
 # %% ../../nbs/1_method/13_editing.ipynb #44882113
-def _check(m, task, x, mask, n=2):
-    "Raise ValueError naming the first thing about the pictures that does not fit the task."
+def _check(m, task, x, mask, n=2, **numbers):
+    "Raise ValueError naming the first thing about the pictures, or number, that does not fit the task."
+    _check_numbers(m, n=n, **numbers)
     if mask is not None and task != "inpaint": raise ValueError(f"only inpaint has a mask, not {task}")
     if mask is None and task == "inpaint": raise ValueError("inpaint needs a mask (--mask PNG), got none")
+    if not torch.is_tensor(x) or x.ndim != 4 or not len(x):
+        got = f"{type(x).__name__} of shape {tuple(getattr(x, 'shape', ()))}"
+        raise ValueError(f"pictures to {task} must be a tensor (B, C, H, W) with B >= 1, got {got}")
     C, H, W = m.data_shape
     if task == "colour" and C != 3: raise ValueError(f"colour needs a model of 3 channels, this one has {C}")
     c, k = 1 if task == "colour" else C, H // x.shape[2] if task == "upscale" else 1
@@ -245,7 +257,7 @@ def edit(
 ) -> Edited:
     "Edit pictures; ValueError for what does not fit."
     how = _settings(m, task, given)
-    _check(m, task, x, mask, how.get("n"))
+    _check(m, task, x, mask, **how)
     first, put = _known(m, task, x, mask)
     times = rho_grid(how.get("steps", 1) + 1, m.sigma_min, how.get("level") or m.sigma_max)
     check_request(m, len(x), how.get("steps", 1), how.get("gamma", 0.), how.get("solver", "heun"), times)

@@ -28,8 +28,8 @@ def expand(
     """`t` with the trailing axes that broadcasting against `x` needs.
 
     Raises `ValueError` unless `t` holds one level, or one for each row of `x`."""
-    if torch.is_tensor(t) or np.ndim(t): t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
-    else: t = x.new_full((), t)  # made where it is needed: no copy to wait for
+    if isinstance(t, (int, float)): t = x.new_full((), t)  # made where it is needed: no copy to wait for
+    else: t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     if t.ndim > 1 or t.numel() not in (1, x.shape[0]):
         each = f"one level for each of the {len(x)} rows of x"
         raise ValueError(f"t must be a number or {each}, got shape {tuple(t.shape)}")

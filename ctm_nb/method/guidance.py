@@ -26,6 +26,7 @@ class Guided(nn.Module):
         super().__init__()
         self.m, self.rule, self.n_classes, self.data_shape = m, rule, n_classes, m.data_shape
         self.sigma_min, self.sigma_max, self.sigma_data = m.sigma_min, m.sigma_max, m.sigma_data
+        self.classes = m.classes if n_classes == m.n_classes else []
 
     def changed(self, predict, x, t, y):
         "What the rule makes of a prediction; without labels of a sample without label."
@@ -103,9 +104,9 @@ def candidates(
     ratio: float,  # draws for each kept sample, >= 1
 ) -> tuple[Tensor, Tensor]:  # ids (M,) of the samples to draw, and their classes (M,)
     "For each class ceil(ratio * count) draws, numbered so that the first n are the samples without rejection."
+    if not 1 <= ratio < math.inf: raise ValueError(f"ratio must be >= 1 and finite, got ratio={ratio}")
     rounds, n = math.ceil(ratio), len(y)
-    ids = torch.arange(rounds * n)
-    labels = y.repeat(rounds)
+    ids, labels = torch.arange(rounds * n), y.repeat(rounds)
     keep = torch.cat([(labels == c).nonzero()[:math.ceil(ratio * int((y == c).sum())), 0] for c in y.unique()])
     return ids[keep.sort().values], labels[keep.sort().values]
 

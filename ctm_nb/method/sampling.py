@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from os import PathLike
 
 import torch
@@ -67,8 +67,7 @@ def edm_sample(m: Model, x, times, y, draw, callback=None, churn=Churn()) -> Ten
         if kappa > 0 and churn.S_min <= t <= churn.S_max:
             x = x + churn.S_noise * t * math.sqrt((1 + kappa) ** 2 - 1) * draw(i + 1)
             t = (1 + kappa) * t
-        start, end = torch.tensor([t, u], dtype=torch.float64).to(x)
-        x = heun_step(m.D, x, start, end, y)
+        x = heun_step(m.D, x, x.new_tensor(t), x.new_tensor(u), y)
         if callback: callback(i, x)
     return x
 
@@ -119,7 +118,7 @@ def check_request(
     "Raise ValueError naming the first argument of `sample` that is out of range."
     _check_counts(n=n, steps=steps)
     jumps = solver_name(solver, tuple(SAMPLERS)) == "ctm"
-    if not (isinstance(gamma, (int, float)) and 0 <= gamma <= 1):
+    if not (isinstance(gamma, Real) and 0 <= gamma <= 1):
         raise ValueError(f"gamma must be in [0, 1], got gamma={gamma!r}")
     if gamma and not jumps: raise ValueError(f"gamma={gamma} has no meaning to solver {solver!r}, only to jumps (ctm)")
     if jumps and not is_ctm(m):
@@ -153,18 +152,24 @@ def check_labels(
 # %% ../../nbs/1_method/09_sampling.ipynb #a5be1e0e
 def _place(m):
     "Device and dtype of a model's weights."
-    p = next(m.parameters(), None) if isinstance(m, nn.Module) else None
-    return ("cpu", None) if p is None else (p.device, p.dtype)
+    return next(((p.device, p.dtype) for p in (m.parameters() if isinstance(m, nn.Module) else ())), ("cpu", None))
+
+def _sample_numbers(ids, n):
+    "Numbers of the samples, (n,); ValueError for what is none, and for another n."
+    ids = torch.arange(n or 16) if ids is None else torch.as_tensor(ids)
+    if ids.ndim != 1 or ids.is_floating_point():
+        raise ValueError(f"ids must be (n,) whole numbers, got {str(ids.dtype)[6:]} of shape {tuple(ids.shape)}")
+    if n not in (None, len(ids)): raise ValueError(f"n must be the {len(ids)} of ids, or be left out, got n={n}")
+    return ids
 
 # %% ../../nbs/1_method/09_sampling.ipynb #0248f98f
 def _check_finite(m: Model, x: Tensor, ids: Tensor) -> Tensor:  # the model, its samples and their numbers (B,) -> x
     "The same samples; raises FloatingPointError naming the first that is not finite."
     if math.isfinite(torch.linalg.vector_norm(x.detach(), math.inf)): return x  # of the largest, in one pass
     bad = ~torch.isfinite(x).flatten(1).all(1).cpu()
-    row = int(bad.nonzero()[0])
-    value = x[row][~torch.isfinite(x[row])][0].item()
-    raise FloatingPointError(f"{type(m).__name__} gave {value} in sample {int(ids[row])} ({int(bad.sum())} of {len(x)} "
-                             "samples have such values); expected finite numbers")
+    value, number = x[bad.to(x.device)][0], int(ids[bad][0])
+    raise FloatingPointError(f"{type(m).__name__} gave {value[~torch.isfinite(value)][0].item()} in sample {number} "
+                             f"({int(bad.sum())} of {len(x)} samples have such values); expected finite numbers")
 
 # %% ../../nbs/1_method/09_sampling.ipynb #da3b80f4
 @torch.no_grad()
@@ -174,7 +179,7 @@ def sample(
     steps: int = 1,  # evaluations of G, or solver steps; ignored when `times` are given
     gamma: float = 0.,  # share of fresh noise in [0, 1]; only for "ctm"
     solver: str = "ctm",  # "ctm" (jumps); "euler", "heun", "dpmpp_2m", "dpmpp_3m" (ODE with D); "edm" (Heun with noise)
-    y=None,  # class index or (n,) of them, -1 for no label; None: every class in turn
+    y=None,  # class index (m.classes.index(name)) or (n,) of them, -1 for no label; None: every class in turn
     times=None,  # explicit decreasing timesteps, the last sigma_min ("ctm") or 0 (solvers)
     seed: int = 0,  # of the noise; sample i is the same in any batch
     noise_fn=None,  # noise_fn(i, shape) -> unit noise, i = 0 for the start; replaces `seed` and needs a single batch
@@ -186,9 +191,9 @@ def sample(
     if isinstance(m, (str, PathLike)): raise TypeError(f"m must be a model, got {m!r}: load({str(m)!r}) opens it")
     _check_counts(n=n, steps=steps, batch_size=batch_size)
     solver = solver_name(solver, tuple(SAMPLERS))
-    ids = torch.arange(n or 16) if ids is None else torch.as_tensor(ids, dtype=torch.int64)
-    if n not in (None, len(ids)): raise ValueError(f"n must be the {len(ids)} of ids, or be left out, got n={n}")
-    times = default_times(m, steps, solver) if times is None else torch.as_tensor(times, dtype=torch.float64).cpu()
+    ids = _sample_numbers(ids, n)
+    try: times = torch.as_tensor(default_times(m, steps, solver) if times is None else times, dtype=torch.float64).cpu()
+    except (TypeError, ValueError): raise ValueError(f"times must be decreasing numbers, got {times!r}") from None
     check_request(m, len(ids), steps, gamma, solver, times)
     y = ids % m.n_classes if y is None and m.n_classes else check_labels(y, len(ids), m.n_classes)
     place, out, size = _place(m), [], len(ids) if noise_fn or not batch_size else batch_size

@@ -123,10 +123,11 @@ def check(self: Preconditioned, x: Tensor, t, y=None) -> Tensor | None:  # y as 
 @patch
 def check_classes(self: Preconditioned, x: Tensor, y, readable: bool = True) -> Tensor:  # (B,) int64
     "One class index for each row of x; ValueError for another number of them or, if readable, one out of range."
-    k = torch.as_tensor(y, device=x.device)
-    if k.is_floating_point() or k.ndim > 1 or (k.ndim == 1 and k.shape[0] not in (1, x.shape[0])):
+    try: k = torch.as_tensor(y, device=x.device)
+    except (TypeError, ValueError): raise ValueError(f"y must hold class indices, got {y!r}") from None
+    if (k.is_floating_point() and len(x)) or k.ndim > 1 or (k.ndim == 1 and k.shape[0] not in (1, x.shape[0])):
         raise ValueError(f"y must be {len(x)} class indices or one for all, got {k.dtype} of shape {tuple(k.shape)}")
-    if readable and bool((bad := (k < -1) | (k >= self.n_classes)).any()):
+    if readable and bool((bad := ((k := k.long()) < -1) | (k >= self.n_classes)).any()):  # an unsigned type has no -1
         raise ValueError(f"y must be in 0..{self.n_classes - 1}, or -1 for no label, got {int(k[bad].flatten()[0])}")
     return k.long().expand(x.shape[0])
 
@@ -136,6 +137,8 @@ def _of_number(f, t, dtype, *how):
     "f of a number, computed once, in numbers: a sampler comes back to few times, and each operation waits its turn."
     found = f(torch.tensor(t, dtype=dtype, device="cpu"), *how)
     return [v.item() for v in (found if isinstance(found, tuple) else (found,))]
+
+def _is_number(t): return isinstance(t, float) and not torch.compiler.is_compiling()  # which can't follow `_of_number`
 
 # %% ../../nbs/1_method/03_teacher.ipynb #fd08d712
 @patch
@@ -149,7 +152,7 @@ def precondition(self: Preconditioned,
     "c_skip x + c_out F(c_in x, c_noise(t), c_noise(s), y)  # EDM Table 1"
     y = self.check(x, t, y)
     wide = x if x.element_size() >= 4 else x.float()  # times and scalings do not fit half precision
-    how, number = (self.sigma_data, self.kind, self.sigma_min), isinstance(t, float)
+    how, number = (self.sigma_data, self.kind, self.sigma_min), _is_number(t)
     scalings = _of_number(preconditioning, t, wide.dtype, *how) if number else preconditioning(expand(t, wide), *how)
     c_skip, c_out, c_in = scalings
     c_noise_s = None if s is None else self.c_noise(s, wide, self.sigma_min)
@@ -164,7 +167,7 @@ def c_noise(self: Preconditioned,
     least: float = 0.,  # smaller times are read as this
 ) -> Tensor:  # (B,)
     "The network's input for a noise level."
-    if isinstance(t, float):
+    if _is_number(t):
         return x.new_full((1,), *_of_number(noise_condition, max(t, least), x.dtype, self.kind)).expand(x.shape[0])
     return noise_condition(expand(t, x).clamp(min=least), self.kind).flatten().expand(x.shape[0])
 
@@ -188,7 +191,7 @@ class Denoiser(Preconditioned):
 def features(self: Preconditioned, x: Tensor, t: float | Tensor, y: Tensor | None = None) -> list[Tensor]:
     "The encoder's activations at each resolution, finest first, of a student with s = t; arguments of `precondition`."
     c_in, c_noise = preconditioning(expand(t, x), self.sigma_data, self.kind)[2], self.c_noise(t, x)
-    return self.net.features(c_in * x, c_noise, c_noise if self.net.config["s_branch"] else None, y)
+    return self.net.features(c_in * x, c_noise, c_noise if self.net.config["s_branch"] else None, self.check(x, t, y))
 
 # %% ../../nbs/1_method/03_teacher.ipynb #62318ff0
 def edm_loss(

@@ -102,7 +102,7 @@ def channels_last_pays(
 ) -> bool:
     "Is this the CPU, without gradient and compiler, and are there channels enough?"
     plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    few = 16 if h.dtype != torch.bfloat16 and h[0, 0].numel() > 64 else 32
+    few = 16 if h.dtype != torch.bfloat16 and h.shape[2] * h.shape[3] > 64 else 32
     return plain and h.device.type == "cpu" and h.shape[1] >= few
 
 # %% ../../nbs/2_networks/01_blocks.ipynb #f99960ee

@@ -28,7 +28,7 @@ def unit(
     axes = list(range(1, x.ndim)) if dim is None else [dim] if isinstance(dim, int) else dim
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=wide)
-    size = norm * math.sqrt(1 / math.prod(x.shape[a] for a in axes))  # root mean square
+    size = norm * math.sqrt(1 / math.prod([x.shape[a] for a in axes]))  # root mean square
     return x / (size + EPS).to(x.dtype)
 
 # %% ../../nbs/2_networks/03_edm2.ipynb #1de4994b

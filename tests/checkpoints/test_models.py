@@ -1,6 +1,7 @@
 """Every checkpoint people have: there and back bit for bit, the wrong ones refused, the full-size networks for real."""
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from ctm_nb.checkpoints.models import (
 from ctm_nb.networks.families import FAMILIES, build_network, network_config
 from ctm_nb.checkpoints.store import save_checkpoint
 from ctm_nb.method.trajectory import CTM, student_from
+from ctm_nb.networks.unet import DDPMpp
 from ctm_nb.training.stages import make_network
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -219,6 +221,15 @@ def test_what_a_state_dict_cannot_hold_is_refused(tmp_path):
     assert not (tmp_path / "x.pt").exists()
     with pytest.raises(ValueError, match="sigma_data, nonsense can't be given"):
         load(tmp_path / "kind.safetensors", sigma_data=0.7, nonsense=3)
+
+
+def test_a_family_of_one_s_own_has_no_state_dict_of_others(tmp_path, monkeypatch):
+    "It would be read again as the family whose names it has, and compute something else."
+    class Plain(DDPMpp): conventions = replace(DDPMpp.conventions, embedding="cos")
+    monkeypatch.setitem(FAMILIES, "plain", Plain)
+    m = CTM(Plain(8, 1, s_branch=True, model_channels=8, channel_mult=(1,), n_blocks=1, attention=()))
+    with pytest.raises(ValueError, match=".plain.; write a .safetensors file"): save_model(m, tmp_path / "x.pt")
+    assert type(load(save_model(m, tmp_path / "x.safetensors")).net) is Plain
 
 
 @pytest.mark.parametrize("heads, per_head", [(lambda c: c // 16, 16), (lambda c: 2, 16), (lambda c: 1, None)])

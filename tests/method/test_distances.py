@@ -67,7 +67,7 @@ def test_half_precision_does_not_overflow(dtype):
     with torch.autocast("cpu", dtype=dtype): assert torch.isfinite(features(a.float(), b.float())).all()
 
 
-BAD = [("l3", "l2, pseudo_huber, features, got 'l3'"), ("features", "needs a teacher of pictures, got None")]
+BAD = [("l3", f"{', '.join(DISTANCES)}, got 'l3'"), ("features", "needs a teacher of pictures, got None")]
 
 
 @pytest.mark.parametrize("name, message", BAD)
@@ -90,3 +90,12 @@ def test_a_pixel_of_zeros_has_a_finite_gradient():
     f = torch.zeros(1, 4, 2, 2, requires_grad=True)
     gap = feature_gap([f], [torch.ones(1, 4, 2, 2)]).sum()
     assert torch.isfinite(torch.autograd.grad(gap, f)[0]).all()
+
+
+def test_a_distance_of_one_s_own_is_an_entry_of_the_table(monkeypatch):
+    "CONTRIBUTING.md: a function, or a class that is made with the teacher."
+    class Mine:
+        def __init__(self, teacher): self.teacher = teacher
+    monkeypatch.setitem(DISTANCES, "mine", Mine)
+    monkeypatch.setitem(DISTANCES, "plain", pseudo_huber)
+    assert make_distance("mine", "the teacher").teacher == "the teacher" and make_distance("plain") is pseudo_huber

@@ -1,10 +1,11 @@
 "Sampling and guidance: what must hold whatever the notebooks show."
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from ctm_nb.method.teacher import Denoiser
+from ctm_nb.method.teacher import Denoiser, Model
 from ctm_nb.method.flow import GaussianMixture, noise, rho_grid, toy_mixture
 from ctm_nb.method.guidance import autoguide, candidates, guide_free, guided, keep_best
 from ctm_nb.networks.unet import MLP, init_
@@ -73,10 +74,17 @@ def test_edm_sampler_against_its_definition():
     (dict(steps=1.5), "steps=1.5"), (dict(n=-1), "n=-1"), (dict(batch_size=0), "batch_size=0"),
     (dict(batch_size=-3), "batch_size=-3"),
     (dict(seed=None), "seed must be a whole number .*, got seed=None"), (dict(seed=10 ** 25), "2..64., got seed=1000"),
+    (dict(times="auto"), "decreasing numbers, got 'auto'"), (dict(times=[80., None]), "decreasing numbers"),
+    (dict(ids=[0, 1, 2, 3.5]), "ids must be .n,. whole numbers, got float32"), (dict(ids=3), "got int64 of shape"),
     (dict(ids=[3, 1]), "n must be the 2 of ids, or be left out, got n=4"),
     (dict(noise_fn=lambda i, shape: torch.zeros(5, 2)), r"noise_fn.0, .* noise of shape .4, 2., got .5, 2.")])
 def test_bad_requests(kw, word):
     with pytest.raises(ValueError, match=word): sample(Linear(), **{"n": 4, **kw})
+
+
+def test_gamma_may_be_numpys():
+    expected = sample(TOY, 4, steps=2, gamma=1.)
+    for kind in (np.float32, np.float64, np.int64): assert torch.equal(sample(TOY, 4, steps=2, gamma=kind(1)), expected)
 
 
 def test_a_path_is_no_model():
@@ -156,6 +164,20 @@ def test_a_guide_of_something_else_is_a_sentence(worse, message):
     with pytest.raises(ValueError, match=message): autoguide(m, worse(), 2.)
     autoguide(m, Denoiser(MLP(2, n_classes=2)), 2.)  # without names: nothing to compare
     with pytest.raises(ValueError, match="scale=-1"): autoguide(m, m, -1.)
+
+
+def test_a_guided_model_has_what_the_protocol_names():
+    teacher = Denoiser(MLP(2, n_classes=2), classes=("cat", "dog"))
+    for m in (guide_free(teacher), guide_free(student_from(teacher)), autoguide(teacher, TOY)):
+        assert all(hasattr(m, name) for name in Model.__annotations__) and m.classes == ["cat", "dog"]
+    assert autoguide(guide_free(teacher), teacher).classes == ["cat", "dog"]  # and it can be guided again
+    assert guided(TOY, lambda predict, x, t, y: predict(None), 8).classes == []  # other classes than the model's
+
+
+@pytest.mark.parametrize("ratio", [.5, 0, -1., float("nan"), float("inf")])
+def test_fewer_candidates_than_samples_are_refused(ratio):
+    with pytest.raises(ValueError, match="ratio must be >= 1 and finite, got ratio="):
+        candidates(torch.tensor([0, 1, 0]), ratio)
 
 
 def test_rejection_keeps_the_best_of_each_class():

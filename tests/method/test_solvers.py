@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ctm_nb.method.flow import GaussianMixture
-from ctm_nb.method.solvers import OLD_NAMES, SOLVERS, extrapolate, jump, nfe, solve, solver_name
+from ctm_nb.method.solvers import OLD_NAMES, RULES, SOLVERS, extrapolate, jump, nfe, solve, solver_name
 
 ROOT = Path(__file__).resolve().parents[2]
 GAUSS = GaussianMixture(torch.zeros(1, 2), torch.tensor([.5]), torch.ones(1))
@@ -42,6 +42,24 @@ def test_3m_is_exact_for_parabolas():
     assert torch.allclose(x, fine(8), atol=1e-5)
 
 
+def test_a_solver_follows_the_rules_of_its_own_name(monkeypatch):
+    "CONTRIBUTING.md: a name in SOLVERS, its rules in RULES, and nothing else."
+    asked = []
+
+    def middle(past, times):
+        asked.append(len(times))
+        return (past[0] + past[1]) / 2
+    monkeypatch.setitem(SOLVERS, "mine", 1)
+    monkeypatch.setitem(RULES, "mine", (RULES["euler"][0], middle))
+    x, times = torch.randn(3, 2, dtype=f64), torch.tensor([5., 2., 1., .3], dtype=f64)
+    got, expected, past = solve(GAUSS.D, x, times, method="mine"), x, []
+    for i in range(3):
+        past = [GAUSS.D(expected, times[i]), *past][:2]
+        expected = jump(expected, times[i], times[i + 1], sum(past) / len(past))
+    assert torch.equal(got, expected) and asked == [3, 3]
+    assert not torch.equal(got, solve(GAUSS.D, x, times, method="dpmpp_2m"))
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("end", [0., .002])
 def test_nfe_counts_the_evaluations(solver, end):
@@ -70,7 +88,7 @@ def test_names_of_0_1_are_accepted_and_unknown_ones_refused():
         assert solver_name(old) == new
         assert torch.equal(solve(GAUSS.D, x, times, method=old), solve(GAUSS.D, x, times, method=new))
     for bad in ("unipc2", "rk4", None):
-        with pytest.raises(ValueError, match=f"must be one of ctm, euler, heun, dpmpp_2m, dpmpp_3m, got {bad!r}"):
+        with pytest.raises(ValueError, match=f"must be one of ctm, {', '.join(SOLVERS)}, got {bad!r}"):
             solver_name(bad, also=("ctm",))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import compute_alike
+from runs import ONE_LEVEL, compute_alike
 from warm import ranks
 
 from ctm_nb.checkpoints.models import load
@@ -33,10 +33,11 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 SHORT = ["teacher.steps=3", "teacher.batch=12", "teacher.label_dropout=.3", "teacher.optimizer=radam", "teacher.lr=.05",
          "distill.steps=3", "distill.batch=12", "distill.label_dropout=.3", "distill.optimizer=radam", "distill.lr=.02",
          "gan.steps=6", "gan.batch=12", "gan.optimizer=radam", "gan.lr=.02", "evaluate.n=0",
-         "network.augment_dim=9", "teacher.augment=.12"]
+         "network.augment_dim=9", "teacher.augment=.12", ONE_LEVEL,
+         "run.seed=4"]  # with which the weight of no loss is clamped
 FEW = ["teacher.steps=1", "distill.steps=1", "gan.steps=2", "network.augment_dim=0", "teacher.augment=0"]
 SHARED = {"whole": [], "micro-batches": ["run.micro_batch=4"], "sharded": ["run.shard=true"],
-          "adm": [*FEW, "network.family=adm", "run.shard=true"],
+          "adm": [*FEW, "network.family=adm", "network.channel_mult=1,1", "run.shard=true"],
           "edm2": [*FEW, "network.family=edm2", "teacher.weighting=uncertainty", "teacher.lr=2", "distill.lr=1",
                    "gan.lr=1", "run.shard=true"]}
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import TRAIN, assert_same, command, compute_alike, newest
+from runs import ONE_LEVEL, TRAIN, assert_same, command, compute_alike, newest
 from warm import Python
 
 import ctm_nb.training.trainer as training
@@ -23,7 +23,7 @@ from ctm_nb.training.runtime import Signals
 from ctm_nb.training.trainer import Trainer, _changes
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ["teacher.steps=8", "distill.steps=6", "teacher.batch=8", "distill.batch=8", "run.save_every=4",
+TINY = [ONE_LEVEL, "teacher.steps=8", "distill.steps=6", "teacher.batch=8", "distill.batch=8", "run.save_every=4",
         "run.log_every=3", "run.sample_every=100", "evaluate.n=0"]
 
 
@@ -51,7 +51,8 @@ def whole(tmp_path_factory):
 # ---- killed
 
 def test_killed_at_random_moments_not_a_bit_differs():
-    words = [sys.executable, ROOT / "benchmarks" / "crash.py", "--kills", "5", "--seed", "1", "--out", "-"]
+    words = [sys.executable, ROOT / "benchmarks" / "crash.py", "--kills", "5", "--seed", "1", "--out", "-", "--set",
+             ONE_LEVEL]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     record = json.loads(done.stdout)
