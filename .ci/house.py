@@ -65,8 +65,8 @@ NEW = {
     "machines without double, without fork": "method.flow: NO_DOUBLE finest training.runtime: peak_memory",
     "editing": """method.editing evaluation.edit commands.sample: _edit_flags
         explore.explorer: canvas_pixels stroke_story explore_strokes explore""",
-    "told before hours are spent": "commands.flags: check_output commands.train: _check_given "
-        "evaluation.evaluate: is_record _keep _splits",
+    "told before hours are spent": "commands.flags: check_output commands.train: _check_given _heeded "
+        "evaluation.evaluate: is_record _keep _splits evaluation.features: _known",
     "services that follow a run": "training.config: SERVICES training.trainer: Service",
     "fine-tuning, more steps": """checkpoints.models: relabel training.stages: initial_model
         commands.train: _finished""",
@@ -81,8 +81,8 @@ NEW = {
         training.trainer: Trainer.whole_model Trainer.together Trainer.gather
         method.balance: BalancedGradients.differentiate BalancedGradients.at_last BalancedGradients.leave""",
     "blocks computed again": "training.runtime: recompute",
-    "memory, counted": """training.costs: _norm _norm_backward _AT_ONCE Meter IMAGES SCRATCH _prime _rows _no_numbers
-        _peak_of Need _blank _KNOWN step_needs""",
+    "memory, counted": """training.costs: _like _norm _norm_backward _of_two _ATEN _AT_ONCE Meter IMAGES SCRATCH
+        _prime _rows _no_numbers _peak_of Need _blank _KNOWN step_needs""",
 }
 
 

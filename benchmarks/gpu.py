@@ -18,6 +18,7 @@ stopped or found no time is in these files by name, and the exit code is then no
 """
 
 import argparse
+import atexit
 import gc
 import json
 import os
@@ -248,6 +249,7 @@ def some_pictures(folder, n=20, side=16):
 
 ADVERSARY = "gan.steps=8 gan.batch=16 gan.optimizer=adamw gan.features=teacher gan.width=8 gan.ema=.9"
 SMALL = f"network.attention=8 data.flip=true evaluate.n=0 run.log_every=1000 {ADVERSARY}"
+if DRY: SMALL += " network.channel_mult=1"  # whoever tries the script need not wait for another level
 KINDS = {"teacher": ("teacher", 0, "soft"), "discriminator": ("ctm_dsm_gan", 0, "soft"),
          "ctm_dsm_gan": ("ctm_dsm_gan", 1, "soft"),
          **{f"ctm_dsm, {m} matching": ("ctm_dsm", 0, m) for m in ("soft", "local", "global", "trajectories")},
@@ -324,7 +326,7 @@ def at_stage(t, stage):
 def gradients(pictures, folder, kind, where, precision):
     "Numbers and gradients of one step."
     stage, n, matching = KINDS[kind]
-    words = f"run.precision={precision}", f"distill.matching={matching}"
+    words = f"run.precision={precision}", f"distill.matching={matching}", "network.channel_mult=1,1"
     t = at_stage(trainer(pictures, folder, *words, where=where), stage)
     step = t.begun_at + n
     numbers = t.gradient_of(step, [t.example_of(step)], [t.share])
@@ -512,6 +514,7 @@ def same_pictures(pictures, folder):
 
 def correct_part(results, a, folder):
     "(a)"
+    import_all()
     tf32(False)
     pictures = some_pictures(folder / "pictures")
     results.attempt("golden networks", golden_networks)
@@ -535,8 +538,8 @@ SETTINGS = (f"data.source=digits network.model_channels={CHANNELS} network.dropo
             f"teacher.augment=0 distill.distance=l2 distill.dropout=0 distill.batch={BATCH} distill.lr=1e-30 "
             f"gan.batch={BATCH} "
             "gan.start=0 gan.head_start=0")  # so small that the weights stay: gradients can be compared
-SMALLER = ("gan.features=tf_efficientnet_lite0 network.n_blocks=1 distill.balance_rows=1 gan.balance_rows=1".split()
-           if DRY else [])  # a CPU would take minutes
+SMALLER = ("gan.features=tf_efficientnet_lite0 network.n_blocks=1 network.channel_mult=2,2 distill.balance_rows=1 "
+           "gan.balance_rows=1".split() if DRY else [])  # a CPU would take minutes
 
 
 def seconds(f, repeats, warm=0 if DRY else 1):
@@ -738,6 +741,14 @@ def flops_of(f):
     return counter.total
 
 
+def import_all():
+    "Now, and from now on it is no garbage that need be looked through again and again."
+    import ctm_nb.training.trainer  # noqa: F401
+    from torch import _dynamo  # noqa: F401
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or libraries would report leaks
+
+
 def clear():
     "Free what nobody holds, and measure memory from here."
     gc.collect()
@@ -797,6 +808,7 @@ def sampler_overhead(m):
 def first_rows(results):
     "What both parts that measure speed begin with: the ceiling, a step and how many operations it takes."
     torch.backends.cudnn.benchmark = True
+    import_all()
     results.attempt("ceiling", ceiling)
     step, flops = Step(), {}
     step.precision = "bf16"

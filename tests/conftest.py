@@ -26,6 +26,13 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def what_others_imported_is_no_garbage():
+    "Nor what the tests of other files have made."
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure(): gc.unfreeze()  # or libraries would report leaks at the end
 
 

@@ -21,7 +21,6 @@ from unittest.mock import patch as replaced
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from . import stages
 from .config import STAGES, Config, _uses_trajectories, phases, schedule, stage_at
@@ -39,13 +38,24 @@ from .trainer import Trainer
 log = logging.getLogger(__name__)
 
 # %% ../../nbs/6_training/09_costs.ipynb #3a421de9
-def _norm(x, w, b, B, C, HW, G, eps): return torch.empty_like(x), x.new_empty(B, G), x.new_empty(B, G)
+def _like(x, *shape): return x.new_empty(shape or x.shape)  # `empty_like` takes ten times as long on meta
+def _norm(x, w, b, B, C, HW, G, eps): return _like(x), _like(x, B, G), _like(x, B, G)
 def _norm_backward(g, x, m, r, w, B, C, HW, G, mask):
-    return tuple(torch.empty_like(v) if wanted else None for v, wanted in zip((x, x[0, :, 0, 0], x[0, :, 0, 0]), mask))
+    return tuple(_like(v) if wanted else None for v, wanted in zip((x, x[0, :, 0, 0], x[0, :, 0, 0]), mask))
 
-_AT_ONCE = {torch.ops.aten.native_group_norm.default: _norm,
-            torch.ops.aten.native_group_norm_backward.default: _norm_backward,
-            torch.ops.aten.silu_backward.default: lambda g, x: torch.empty_like(x)}
+def _of_two(f):
+    def made(a, b, **how):
+        if a.dtype != torch.float32 or getattr(b, "dtype", a.dtype) != a.dtype: return f(a, b, **how)
+        shape = getattr(b, "shape", a.shape)
+        return _like(a) if a.shape == shape else _like(a, *torch.broadcast_shapes(a.shape, shape))
+    return made
+
+_ATEN = torch.ops.aten
+_AT_ONCE = {**{f: _of_two(f) for f in (_ATEN.add.Tensor, _ATEN.mul.Tensor, _ATEN.div.Tensor)},
+            _ATEN.native_group_norm.default: _norm, _ATEN.native_group_norm_backward.default: _norm_backward,
+            _ATEN.addmm.default: lambda b, x, w: _like(x, x.shape[0], w.shape[1]),
+            _ATEN.linalg_vector_norm.default: lambda x, _=2, *dims, **how: x.sum(*dims, **how),
+            **dict.fromkeys((_ATEN.clamp.default, _ATEN.silu_backward.default), lambda x, *_: _like(x))}
 
 # %% ../../nbs/6_training/09_costs.ipynb #8db0c1b5
 class Meter(TorchDispatchMode):
@@ -65,13 +75,14 @@ class Meter(TorchDispatchMode):
         if f is torch.ops.aten._local_scalar_dense.default and args[0].is_meta: return args[0].dtype == torch.bool or 1
         if f is torch.ops.aten.nonzero.default and args[0].is_meta:
             return args[0].new_empty(next(self.rows), args[0].ndim, dtype=torch.int64)
-        for v in tree_leaves((args, kwargs)): self.note(v, 0)  # made before: what comes out may be a view of it
+        self.note((*args, *(kwargs or {}).values()), 0)  # made before: what comes out may be a view of it
         out = _AT_ONCE.get(f, f)(*args, **(kwargs or {}))
-        for v in tree_leaves(out): self.note(v, 1)
+        self.note(out, 1)
         if sum(self.now) > sum(self.peak): self.peak = [*self.now]
         return out
 
     def note(self, v, made: int):
+        for part in v if isinstance(v, (tuple, list)) else (): self.note(part, made)
         if not torch.is_tensor(v) or (s := v.untyped_storage())._cdata in self.known: return
         n, grows = made * s.nbytes(), any(v.numel() % p == 0 for p in self.primes)
         self.known.add(s._cdata)
@@ -145,6 +156,7 @@ def step_needs(
     with (torch.device("meta"), warnings.catch_warnings(),
           replaced("torch.compiler.is_compiling", lambda: True),
           replaced("torch.autocast", lambda *_, **__: nullcontext()),
+          replaced("torch.nn.utils.parametrizations._SpectralNorm._power_method", lambda *_: None),
           replaced("torch.nn.functional.scaled_dot_product_attention", lambda q, k, v, **_:
                    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]),  # or meta made the matrix
           replaced.multiple(stages, LPIPSDistance=lambda *_, pooling: lpips(random=True, pooling=pooling),

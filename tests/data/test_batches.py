@@ -221,7 +221,8 @@ def test_a_training_on_a_stream_decodes_ahead_and_is_the_same(zipped, tmp_path, 
     from ctm_nb.training.config import make_config
     from ctm_nb.training.trainer import Trainer
 
-    words = [f"data.source={zipped}", "data.flip=true", "evaluate.n=0", "run.save_every=7", "teacher.steps=6"]
+    words = [f"data.source={zipped}", "data.flip=true", "evaluate.n=0", "run.save_every=7", "teacher.steps=6",
+             "network.channel_mult=1"]
 
     def train(folder, steps):
         t = Trainer(make_config("tiny", words), folder)

@@ -14,6 +14,8 @@ from ctm_nb.commands.sample import ctm_nb_sample
 from ctm_nb.data.images import digits, named_grid
 from ctm_nb.checkpoints.models import load
 
+WORDS = ["network.channel_mult=1", "teacher.steps=2", "distill.steps=2", "evaluate.n=0", "run.sample_every=1000"]
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -22,19 +24,7 @@ def run(tmp_path_factory):
     for i in range(60):
         (tmp / "pets" / ("cat", "кот")[i % 2]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(digits().images[i, 0].numpy()).save(tmp / "pets" / ("cat", "кот")[i % 2] / f"{i}.png")
-    ctm_nb_train(
-        [
-            "--preset",
-            "tiny",
-            "--data",
-            str(tmp / "pets"),
-            "--runs",
-            str(tmp / "runs"),
-            "--set",
-            "evaluate.n=0",
-            "run.sample_every=1000",
-        ]
-    )
+    ctm_nb_train(["--preset", "tiny", "--data", str(tmp / "pets"), "--runs", str(tmp / "runs"), "--set", *WORDS])
     return tmp / "runs" / "pets"
 
 
@@ -55,9 +45,7 @@ def test_the_grids_of_a_run_name_its_classes(run, written):
     from ctm_nb.training.trainer import Trainer
 
     config = json.loads((run / "config.json").read_text())
-    t = Trainer(
-        make_config("tiny", [f"data.source={config['data']['source']}", "evaluate.n=0", "run.sample_every=1000"]), run
-    )
+    t = Trainer(make_config("tiny", [f"data.source={config['data']['source']}", *WORDS]), run)
     t.save_grid()
     t.save_grid(final=True)
     assert written == [["cat", "кот"] * 10] * 2

@@ -181,7 +181,7 @@ def seeds():
     return {k: (*v, "inspect") for k, v in found.items()} | {f"samples: {k}": (*found[k], "samples") for k in both}
 
 
-WORDS_OF_RUN = ["teacher.steps=2", "distill.steps=2", "evaluate.n=0", "run.sample_every=1000",
+WORDS_OF_RUN = ["network.channel_mult=1", "teacher.steps=2", "distill.steps=2", "evaluate.n=0", "run.sample_every=1000",
                 "teacher.profiles=.05,.1", "run.micro_batch=32"]
 STEP = "checkpoints/step_00000004"
 PARTS = {  # of a run: who reads it, and what of it is damaged

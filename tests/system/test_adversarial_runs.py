@@ -90,7 +90,8 @@ def test_the_published_adversary_trains_and_resumes(tmp_path):
 
 def test_an_adversary_of_before_goes_on(tmp_path):
     "A run whose configuration lacks the settings that came later has the small discriminator, and keeps it."
-    words = ["teacher.steps=2", "distill.steps=1", "gan.steps=6", "gan.batch=4", "evaluate.n=0"]
+    words = ["network.channel_mult=1", "teacher.steps=2", "distill.steps=1", "gan.steps=6", "gan.batch=4",
+             "evaluate.n=0"]
     straight = Trainer(make_config("tiny", words), tmp_path / "straight")
     while straight.step < 9: straight.train_step()
     t = Trainer(make_config("tiny", words), tmp_path / "old")
@@ -134,7 +135,8 @@ def test_published_presets_have_the_published_adversary_and_distance(preset, mon
 
 def test_the_adversarial_stage_starts_from_the_ema_in_a_runs_folder(tmp_path):
     "`--student RUN`: the run's newest checkpoint, its EMA and not the raw weights."
-    words = ["teacher.steps=3", "distill.steps=4", "distill.lr=.02", "gan.steps=2", "gan.batch=8", "evaluate.n=0"]
+    words = ["network.channel_mult=1", "teacher.steps=3", "distill.steps=4", "distill.lr=.02", "gan.steps=2",
+             "gan.batch=8", "evaluate.n=0"]
     first = Trainer(make_config("tiny", words), tmp_path / "first")
     first.run("ctm_dsm")
     ema, raw = first.parts["ctm"].state_dict(), first.parts["model"].state_dict()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from warm import python
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
@@ -261,5 +262,6 @@ def test_what_travels(tmp_path):
 ])
 def test_what_is_missing_is_named(words, said, tmp_path):
     if torch.cuda.is_available() and "--pack" not in words: pytest.skip("there is a GPU")
-    done = subprocess.run([sys.executable, SCRIPT, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    code = "import runpy, sys; sys.argv[0] = sys.argv.pop(1); runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = python(code, SCRIPT, *words, cwd=tmp_path)
     assert done.returncode and said in done.stderr and "Traceback" not in done.stderr and not list(tmp_path.iterdir())

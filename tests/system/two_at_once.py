@@ -38,8 +38,8 @@ from ctm_nb.training import budget, trainer  # noqa: F401  # imported here, once
 from ctm_nb.training.config import make_config
 from ctm_nb.training.costs import memory
 
-TINY = ["teacher.steps=6", "distill.steps=4", "teacher.batch=8", "distill.batch=8", "run.save_every=2", "run.keep=1",
-        "run.log_every=1", "run.sample_every=100", "evaluate.n=0"]
+TINY = ["network.channel_mult=1", "teacher.steps=6", "distill.steps=4", "teacher.batch=8", "distill.batch=8",
+        "run.save_every=2", "run.keep=1", "run.log_every=1", "run.sample_every=100", "evaluate.n=0"]
 HELD = r"is being written by process (\d+) on \S+, since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d; wait for it"
 
 

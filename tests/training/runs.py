@@ -6,6 +6,7 @@ from warm import python
 
 from ctm_nb.checkpoints.store import load_checkpoint
 
+ONE_LEVEL = "network.channel_mult=1"  # half a network, where nothing depends on what else is in it
 TRAIN = "from ctm_nb.commands.train import ctm_nb_train; ctm_nb_train()", "--preset", "tiny"
 command = partial(python, *TRAIN)
 

@@ -4,6 +4,8 @@ import json
 import pytest
 import torch
 
+from runs import ONE_LEVEL
+
 from ctm_nb import load
 from ctm_nb.checkpoints.models import relabel
 from ctm_nb.commands.train import ctm_nb_train
@@ -11,7 +13,8 @@ from ctm_nb.training.config import make_config
 from ctm_nb.training.stages import given_model
 from ctm_nb.training.trainer import Trainer
 
-FAST = ["evaluate.n=0", "run.log_every=10", "run.track=none"]
+FAST = [ONE_LEVEL, "teacher.batch=8", "distill.batch=8", "evaluate.n=0", "run.log_every=10", "run.sample_every=100",
+        "run.track=none"]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import assert_same, newest
+from runs import ONE_LEVEL, assert_same, newest
 
 from ctm_nb.checkpoints.models import load, save_model
 from ctm_nb.commands.train import ctm_nb_train
@@ -19,7 +19,7 @@ from ctm_nb.training.optimizers import lr_at, make_optimizer
 from ctm_nb.training.stages import TeacherStage, step_generator
 from ctm_nb.training.trainer import Trainer, _changes
 
-WORDS = ["network.family=edm2", "teacher.steps=5", "distill.steps=5", "gan.steps=4", "teacher.batch=12",
+WORDS = [ONE_LEVEL, "network.family=edm2", "teacher.steps=5", "distill.steps=5", "gan.steps=4", "teacher.batch=12",
          "distill.batch=12", "gan.batch=12", "gan.optimizer=adamw", "gan.width=8", "gan.features=teacher",
          "teacher.lr=.02", "distill.lr=.02", "evaluate.n=0", "run.save_every=1000", "run.sample_every=1000"]
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from runs import assert_same, command, compute_alike, newest
+from runs import ONE_LEVEL, assert_same, command, compute_alike, newest
 
 from ctm_nb.checkpoints.averages import average, snapshots_of
 from ctm_nb.checkpoints.models import load
@@ -21,7 +21,7 @@ from ctm_nb.training.stages import STAGE_CLASSES, DistillStage, TrajectoryFolder
 from ctm_nb.training.trainer import Trainer
 from ctm_nb.data.images import digits
 
-TINY = ["teacher.steps=12", "distill.steps=9", "teacher.batch=8", "distill.batch=8", "run.save_every=5",
+TINY = [ONE_LEVEL, "teacher.steps=12", "distill.steps=9", "teacher.batch=8", "distill.batch=8", "run.save_every=5",
         "run.log_every=3", "run.sample_every=1000", "evaluate.n=0", "run.snapshots=4", "teacher.lr=.02",
         "distill.lr=.02"]
 PROFILES = ["teacher.profiles=.05,.1", "distill.profiles=.05,.10"]

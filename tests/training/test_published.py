@@ -1,7 +1,7 @@
 """The published recipe, row by row: each of these fails when its line is removed."""
 import pytest
 import torch
-from runs import newest
+from runs import ONE_LEVEL, newest
 
 from ctm_nb.checkpoints.models import load
 from ctm_nb.data.batches import Batches
@@ -15,7 +15,7 @@ from ctm_nb.training.config import make_config
 from ctm_nb.training.stages import take
 from ctm_nb.training.trainer import Trainer
 
-SHORT = ["teacher.steps=1", "distill.steps=4", "distill.optimizer=radam", "distill.lr=.01", "gan.steps=4",
+SHORT = [ONE_LEVEL, "teacher.steps=1", "distill.steps=4", "distill.optimizer=radam", "distill.lr=.01", "gan.steps=4",
          "gan.batch=8", "gan.optimizer=radam", "evaluate.n=0", "run.save_every=1000"]
 PUBLISHED = ("cifar10", "cifar10-cond", "imagenet64")
 
@@ -156,7 +156,8 @@ def test_half_of_the_stretches_run_along_the_axes():
     assert abs((stretched[:, 4] == 0).mean() - .5) < .02
 
 
-ALONE = ["teacher.source=none", "distill.phases=dsm:.5,soft:.5", "distill.steps=8", "evaluate.n=0", "gan.steps=0"]
+ALONE = [ONE_LEVEL, "teacher.source=none", "distill.phases=dsm:.5,soft:.5", "distill.steps=8", "evaluate.n=0",
+         "gan.steps=0"]
 
 
 def test_a_student_without_a_teacher_resumes_exactly(tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import TRAIN, assert_same, command, compute_alike, newest
+from runs import ONE_LEVEL, TRAIN, assert_same, command, compute_alike, newest
 from warm import Python
 
 import ctm_nb.training.trainer as training
@@ -23,7 +23,7 @@ from ctm_nb.training.runtime import Signals
 from ctm_nb.training.trainer import Trainer, _changes
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ["teacher.steps=8", "distill.steps=6", "teacher.batch=8", "distill.batch=8", "run.save_every=4",
+TINY = [ONE_LEVEL, "teacher.steps=8", "distill.steps=6", "teacher.batch=8", "distill.batch=8", "run.save_every=4",
         "run.log_every=3", "run.sample_every=100", "evaluate.n=0"]
 
 
@@ -51,7 +51,8 @@ def whole(tmp_path_factory):
 # ---- killed
 
 def test_killed_at_random_moments_not_a_bit_differs():
-    words = [sys.executable, ROOT / "benchmarks" / "crash.py", "--kills", "5", "--seed", "1", "--out", "-"]
+    words = [sys.executable, ROOT / "benchmarks" / "crash.py", "--kills", "5", "--seed", "1", "--out", "-", "--set",
+             ONE_LEVEL]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     record = json.loads(done.stdout)
@@ -214,9 +215,10 @@ def test_the_precision_stays_and_its_word_may_change(tmp_path):
     walk(start(tmp_path / "a"), 3)
     message = "was trained in fp32, and run.precision=bf16 means bf16 here; --set run.precision=fp32 continues it"
     with pytest.raises(ValueError, match=message): start(tmp_path / "a", "run.precision=bf16")
-    assert start(tmp_path / "a", "run.precision=fp32").step == 3
+    assert (t := start(tmp_path / "a", "run.precision=fp32")).step == 3
     from ctm_nb.commands.train import _place
-    said = [_place(make_config("tiny", [*TINY, f"run.precision={p}"]), tmp_path / "a") for p in ("bf16", "fp32")]
+    how = [make_config("tiny", [*TINY, f"run.precision={p}"]) for p in ("bf16", "fp32")]
+    said = [_place(c, tmp_path / "a", t.data) for c in how]
     assert said[0].startswith("refused") and "trained in fp32" in said[0]
     assert said[1].startswith("continues the run there from step 3")
 

@@ -5,6 +5,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
+from runs import ONE_LEVEL
 from warm import python
 
 from ctm_nb.training.config import make_config
@@ -12,7 +13,9 @@ from ctm_nb.training.trainer import Trainer
 
 
 def followed(package, folder, *words):
-    return Trainer(make_config("tiny", [f"run.track={package}", "run.sample_every=20", "evaluate.n=0", *words]), folder)
+    few = [ONE_LEVEL, "teacher.batch=8", "distill.batch=8", "run.sample_every=20", "evaluate.n=0"]
+    words = [*few, f"run.track={package}", *words]
+    return Trainer(make_config("tiny", words), folder)
 
 
 def stand_in(monkeypatch, name):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import assert_same, command, newest
+from runs import ONE_LEVEL, assert_same, command, newest
 
 from ctm_nb.checkpoints.models import load
 from ctm_nb.checkpoints.store import load_checkpoint
@@ -22,8 +22,8 @@ from ctm_nb.training.runtime import Guard
 from ctm_nb.training.report import markdown_table, score_table
 from ctm_nb.training.trainer import Trainer, _changes
 
-TINY = ["teacher.steps=12", "distill.steps=9", "gan.steps=9", "gan.batch=16", "run.save_every=4", "run.log_every=3",
-        "run.sample_every=100", "evaluate.n=0"]
+TINY = [ONE_LEVEL, "teacher.steps=12", "distill.steps=9", "gan.steps=9", "teacher.batch=8", "distill.batch=8",
+        "gan.batch=8", "run.save_every=4", "run.log_every=3", "run.sample_every=100", "evaluate.n=0"]
 CLOCKS = ("seconds", "images_per_sec", "peak_memory_mb")
 
 
@@ -116,7 +116,7 @@ def test_nan_stops_before_the_update(tmp_path):
     trainer.train_step()
     before = {k: v.clone() for k, v in trainer.parts["model"].state_dict().items()}
     good = trainer.material_of
-    trainer.material_of = lambda step: {**good(step), "x0": torch.full((32, 1, 8, 8), float("nan"))}
+    trainer.material_of = lambda step: {**good(step), "x0": torch.full((8, 1, 8, 8), float("nan"))}
     trainer.ahead.forget()
     with pytest.raises(FloatingPointError, match="loss_edm.*step 1"): trainer.train_step()
     for k, v in trainer.parts["model"].state_dict().items(): assert torch.equal(v, before[k])
@@ -216,7 +216,8 @@ def test_further_averages_are_kept_resumed_and_loaded(tmp_path):
     with pytest.raises(ValueError, match="holds no 'ctm-0.3' model: it describes .*'ctm-0.2'"):
         load(tmp_path / "a", which="ctm-0.3")
     with pytest.raises(ValueError, match="which must be one of"): load(tmp_path / "a", which="cmt")
-    needs = lambda *words: memory(make_config("tiny", ["distill.steps=15", *words]), straight.data)["ctm_dsm"]
+    few = [ONE_LEVEL, "distill.steps=15"]
+    needs = lambda *words: memory(make_config("tiny", [*few, *words]), straight.data)["ctm_dsm"]
     two_more = 2 * sum(v.nbytes for v in straight.parts["ctm"].state_dict().values())
     assert needs("distill.emas=.2,.9999") - needs() == two_more
 
