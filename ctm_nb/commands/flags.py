@@ -70,8 +70,9 @@ def one_line_errors(
     except BAD as e: code, why = 2, str(e)
     except FAILED as e: code, why = 3, str(e) or "out of memory" * isinstance(e, MemoryError) or type(e).__name__
     except RuntimeError as e:
-        if type(e).__name__ != "CheckpointError": raise  # known by name: importing it would import torch
-        code, why = 3, str(e)
+        lost = "another process of this run is gone; the same command continues: " * ("gloo/transport" in str(e))
+        if not lost and type(e).__name__ != "CheckpointError": raise  # known by name: importing it would import torch
+        code, why = 3, f"{lost}{e}"
     except KeyboardInterrupt as e:
         code, why = 130, str(e) or "interrupted; the same command continues from the last checkpoint"
     finally: kept.__exit__(None, None, None)
@@ -103,7 +104,7 @@ def ranged(
         try: values = [kind(word) for word in (text.split(",") if many else [text])]
         except ValueError: raise argparse.ArgumentTypeError(f"{what}, got {text!r}") from None
         for v in values:
-            if not low <= v <= high:
+            if not low <= v <= high or v == float("inf"):
                 most = f" and <= {high:g}" if high < float("inf") else ""
                 raise argparse.ArgumentTypeError(f"must be >= {low:g}{most}, got {v:g}")
         return list(dict.fromkeys(values)) if many else values[0]

@@ -56,7 +56,7 @@ def _device(name):
     from ctm_nb.evaluation.reference import pick_device
     return pick_device(name)
 
-def _place(config, folder: Path) -> str:  # where the run will live
+def _place(config, folder: Path, data) -> str:  # where the run will live; the images to train on
     "What is there already: nothing, a run that this configuration continues, or another."
     from ctm_nb.data.read import reading
     from ctm_nb.training.budget import as_saved
@@ -68,7 +68,7 @@ def _place(config, folder: Path) -> str:  # where the run will live
     try:
         with reading(folder):
             step, meta = h.manifest.get("step", -1), {"config": h.config, **(h.manifest.get("meta") or {})}
-            allowed = check_changes(meta, as_saved(config, step), precision, step, str(folder))
+            allowed = check_changes(meta, as_saved(config, step), precision, step, str(folder), data.sha256())
     except ValueError as e: return f"refused: {e}"
     return f"continues the run there from step {max(step, 0)}" + (f", with {'; '.join(allowed)}" if allowed else "")
 
@@ -144,7 +144,7 @@ def plan(
         *_averages(only, weights), *_paths(config, train),
         f"disk      about {weights * 4 * copies / 2**20:.0f} MiB a checkpoint, {config.run.keep} are kept",
         f"scores    {f'none: {why}' if why else _scores(config.evaluate, stage)}",
-        f"writes    {folder}/ ({_place(config, folder)})"])
+        f"writes    {folder}/ ({_place(config, folder, train)})"])
 
 # %% ../../nbs/7_commands/01_train.ipynb #2d2be2f7
 def _data_flags(add):
@@ -217,9 +217,8 @@ def _config(a):
     "The configuration that the flags ask for; without a preset the data choose, see `presets.choose`."
     from ctm_nb.training.config import PRESETS, make_config
     from ctm_nb.training.presets import choose
-    preset, known = _preset(a), (*PRESETS, "auto")
+    preset, known, words = _preset(a), (*PRESETS, "auto"), _words(a)
     if preset not in known: raise ValueError(f"--preset must be one of {', '.join(known)}, got {preset!r}")
-    words = _words(a)
     if preset != "auto": return make_config(preset, words)
     given = dict(word.partition("=")[::2] for word in words)
     if not given.get("data.source"): raise ValueError("--preset auto needs --data PATH")
@@ -275,9 +274,8 @@ def _budgeted(a, config, folder, minutes, stage, began):
 
 def _show(config, what):
     "Every value of the configuration, and the plan."
-    for section, values in asdict(config).items():
-        for k, v in values.items():
-            print(f"{section}.{k}={','.join(map(str, v)) if isinstance(v, (tuple, list)) else v}")
+    for key, v in ((f"{section}.{k}", v) for section, values in asdict(config).items() for k, v in values.items()):
+        print(f"{key}={','.join(map(str, v)) if isinstance(v, (tuple, list)) else v}")
     print("", what, sep="\n")
 
 # %% ../../nbs/7_commands/01_train.ipynb #56a85061
@@ -317,7 +315,12 @@ def _train(a: argparse.Namespace, began: float, pulse):  # when the command was 
           f"ctm_nb_sample {shlex.quote(str(folder))} -n 64 --steps 1 --out grid.png")
 
 # %% ../../nbs/7_commands/01_train.ipynb #c6e440eb
+def _heeded(a):
+    "A context in which signals stop a run with its exit code from the start on: opening and measuring may take long."
+    from ctm_nb.training.runtime import Signals
+    return nullcontext() if a.watch or a.report else Signals()
+
 def ctm_nb_train(argv: list | None = None):  # words of the command line; None: those of the process
     "Train a teacher, distil it, draw samples and score them (the console command)."
     began, a = time.perf_counter(), train_parser().parse_args(argv)
-    with one_line_errors("ctm_nb_train") as p: _train(a, began, p)
+    with one_line_errors("ctm_nb_train") as p, _heeded(a): _train(a, began, p)

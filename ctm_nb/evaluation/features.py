@@ -173,14 +173,18 @@ def _inception(name: str, folder=None, trust=False) -> InceptionExtractor:  # na
     raise ValueError(f"{path} must be Inception as TorchScript with layers and output, got something else")
 
 # %% ../../nbs/5_evaluation/02_features.ipynb #cf71f9e0
+def _known(name: str) -> str:  # of a timm network, handed back
+    "Raise `ValueError` for a network that timm hasn't got."
+    if _optional("timm").is_model(name): return name
+    raise ValueError(f"timm knows no network {name!r}; timm.list_models() lists them")
+
 def find_weights(
     name: str,  # of a timm network, or "lite0": see `lite0_file`
     where=None,  # a file, a folder with NAME*.safetensors, .pth, .pt or .bin; None: the caches on this machine
 ) -> Path:
     "Where weights are, without downloading; `ValueError` that says what to put where."
     if name == "lite0": return lite0_file(where)
-    if not _optional("timm").is_model(name):
-        raise ValueError(f"timm knows no network {name!r}; timm.list_models() lists them")
+    _known(name)
     if where is None:  # where timm leaves what it has downloaded: the Hugging Face cache, or torch's
         hub, cfg = _optional("huggingface_hub"), _optional("timm").get_pretrained_cfg(name)
         files = ("model.safetensors", "pytorch_model.bin") if cfg and cfg.hf_hub_id else ()
@@ -259,7 +263,7 @@ class TimmFeatures(FeatureNetwork):
         pretrained:bool=True, # False: random weights, to try things out
     ):
         path = find_weights(name, weights) if pretrained else None
-        net = _optional("timm").create_model(LITE0 if name == "lite0" else name, pretrained=False)
+        net = _optional("timm").create_model(_known(LITE0 if name == "lite0" else name), pretrained=False)
         super().__init__(_load_weights(net, path, by_order=name == "lite0") if path else net)
         n, cfg = len(net.feature_info), net.pretrained_cfg
         self.depths, self.fixed = [n - 1 - n * k // 4 for k in (3, 2, 1, 0)], cfg.get("fixed_input_size", False)

@@ -193,6 +193,7 @@ def _fit_steps(config: Config, shares: dict, speed: Speed, seconds: float, pixel
         o.steps, o.warmup, rate = steps, min(o.warmup, steps // 10), round(1 - 10 / max(steps, 20), 5)
         o.ema = min(.9999, rate)
         if s != "teacher": o.target_ema = min(.99, rate)
+        if s == "ctm_dsm_gan": o.start, o.head_start = min(o.start, steps // 6), min(o.head_start, steps // 3)
     r.save_every = r.sample_every = max(1, round(every * len(shares) / sum(speed.step[s] for s in shares)))
 
 # %% ../../nbs/6_training/10_budget.ipynb #5a61b0c3

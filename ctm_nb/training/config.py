@@ -26,7 +26,7 @@ from ..method.adversary import DISCRIMINATORS, GAN_LOSSES
 from ..networks.families import FAMILIES
 
 # %% ../../nbs/6_training/02_config.ipynb #c0f190aa
-AT_LEAST_1 = (lambda v: v >= 1, "at least 1")  # is a value possible?, and what was expected
+AT_LEAST_1 = (lambda v: isinstance(v, int) and v >= 1, "at least 1")  # is a value possible?, and what was expected
 NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "at least 0")
 POSITIVE = (lambda v: 0 < v < math.inf, "a positive number")
 FRACTION = (lambda v: 0 <= v < 1, "in [0, 1)")
@@ -59,7 +59,7 @@ class NetworkConfig:
     "The network of teacher and student, and the scale of the problem."
     family: str = need("ddpmpp", one_of(*FAMILIES))  # a key of families.FAMILIES
     model_channels: int = need(128, (lambda v: v >= 8 and v % 8 == 0, "a multiple of 8"))  # at full resolution
-    channel_mult: tuple = need((2, 2, 2), AT_LEAST_1)  # factor at each resolution
+    channel_mult: tuple = need((2, 2, 2), (AT_LEAST_1[0], "whole and at least 1"))  # factor at each resolution
     n_blocks: int = need(4, AT_LEAST_1)  # residual blocks a resolution
     attention: tuple = (16,)  # resolutions with self-attention
     channels_per_head: int | None = need(None, AT_LEAST_1)  # of the attention; None: the family's
@@ -67,7 +67,7 @@ class NetworkConfig:
     augment_dim: int = need(0, NOT_NEGATIVE)  # width of EDM's augmentation label; 0: none
     sigma_data: float = need(.5, POSITIVE)  # standard deviation of the data
     sigma_min: float = need(.002, POSITIVE)  # smallest noise level
-    sigma_max: float = 80.  # largest noise level
+    sigma_max: float = need(80., POSITIVE)  # largest noise level
 
 # %% ../../nbs/6_training/02_config.ipynb #72b7a538
 @dataclass
@@ -93,8 +93,8 @@ class TeacherConfig(OptimConfig):
     "Training of the denoiser, or where to get one."
     source: str = ""  # an existing teacher: whatever `load` reads; empty: train one; "none": do without
     initial: str = ""  # a model with whose weights training begins, for any classes; empty: random ones
-    P_mean: float = -1.2  # of ln sigma
-    P_std: float = 1.2  # of ln sigma
+    P_mean: float = need(-1.2, (math.isfinite, "a number"))  # of ln sigma
+    P_std: float = need(1.2, POSITIVE)  # of ln sigma
     weighting: str = need("edm", one_of("edm", "uncertainty"))  # of noise levels; or learned
     augment: float = need(0., FRACTION)  # probability of each of EDM's transformations; network.augment_dim must be 9
     label_dropout: float = need(0., FRACTION)  # share of the batch without label, for classifier-free guidance
@@ -107,7 +107,7 @@ class DistillConfig(OptimConfig):
     initial: str = ""  # a CTM with whose weights distillation begins; a mere teacher or empty: the teacher's
     N: int = need(18, (lambda v: v >= 2, "at least 2"))  # points of the time grid
     K: int = need(17, AT_LEAST_1)  # longest solver interval of the teacher, in grid steps
-    k_power: float = 1.  # the interval has length k with probability proportional to k**k_power
+    k_power: float = need(1., (lambda v: abs(v) <= 100, "in [-100, 100]"))  # length k has probability ~ k**k_power
     solver: str = need("heun", one_of(*SOLVERS))  # that takes the teacher from t to u
     max_evals: int | None = need(None, AT_LEAST_1)  # most teacher evaluations an interval; None: the full grid
     label_dropout: float = need(0., FRACTION)  # share of the batch without label, for guidance of the student
@@ -143,7 +143,7 @@ class GanConfig(OptimConfig):
     width: int = need(64, AT_LEAST_1)  # features of the discriminator's heads; "published": the least
     strength: float = need(1., NOT_NEGATIVE)  # of the augmentation
     loss: str = need("hinge", one_of(*GAN_LOSSES))
-    high: float = need(10., (lambda v: v >= .01, "at least .01"))  # largest weight of the adversary, .01 the smallest
+    high: float = need(10., (lambda v: .01 <= v < math.inf, "at least .01"))  # largest weight, .01 the smallest
     start: int = need(0, NOT_NEGATIVE)  # steps before there is an adversary
     head_start: int = need(0, NOT_NEGATIVE)  # steps that the discriminator then has to itself
     first: str = need("discriminator", one_of("student", "discriminator"))  # who moves then; "student" as published
@@ -157,7 +157,7 @@ FEATURES = (bool, "train (a classifier of the images), inception, cleanfid, dino
 class EvaluateConfig:
     "Scores at the end of a run."
     n: int = need(5000, (lambda v: v == 0 or v >= 10, "0 (no scores) or at least 10"))  # samples a sampler
-    steps: tuple = need((1, 2, 4), AT_LEAST_1)  # evaluations of G
+    steps: tuple = need((1, 2, 4), (AT_LEAST_1[0], "whole and at least 1"))  # evaluations of G
     teacher_solver: str = need("heun", one_of(*SOLVERS))
     teacher_steps: int = need(18, AT_LEAST_1)  # of that solver
     batch: int = need(500, AT_LEAST_1)  # samples at a time
@@ -355,6 +355,8 @@ TOGETHER += [
 # %% ../../nbs/6_training/02_config.ipynb #a1c2986d
 TOGETHER += [
     ("gan.steps", schedule, "at least 1 where nothing else is to be trained"),
+    ("gan.steps", lambda c: not c.gan.steps or c.gan.steps > c.gan.start + c.gan.head_start,
+     "more than gan.start + gan.head_start, or the student meets no adversary"),
     ("gan.init", lambda c: c.gan.init == "ema" or c.gan.optimizer == c.distill.optimizer,
      "ema where gan.optimizer is not distill.optimizer"),
     ("gan.K", lambda c: (c.gan.K or 1) < c.distill.N, "below distill.N"),
@@ -388,11 +390,10 @@ TOGETHER += [
 # %% ../../nbs/6_training/02_config.ipynb #c0f19003
 def check_config(c: Config):  # the configuration
     "Raise ValueError naming the first impossible value."
-    def refuse(key, expected): raise ValueError(f"{key} must be {expected}, got {getattr(*at[key])!r}")
-    known = _settings(c)
-    at = {key: (section, f.name) for key, (section, f) in known.items()}
-    for key, (_, f) in known.items():
-        value, (possible, expected) = getattr(*at[key]), f.metadata.get("rule", (None, ""))
+    def refuse(key, expected): raise ValueError(f"{key} must be {expected}, got {values[key]!r}")
+    values = {key: getattr(section, f.name) for key, (section, f) in _settings(c).items()}
+    for key, (_, f) in _settings(c).items():
+        value, (possible, expected) = values[key], f.metadata.get("rule", (None, ""))
         if possible is None or value is None or value == () == f.default: continue
         if not isinstance(value, tuple): fine = possible(value)
         else: fine, expected = value and all(map(possible, value)), f"one or more numbers, each {expected}"

@@ -79,7 +79,7 @@ def leave():
 @patch
 def check_equal(self: Here, modules: dict):  # name -> network
     "Raise RuntimeError if the processes no longer hold the same weights."
-    if self.world == 1: return
+    if self.world == 1 or not modules: return
     sums = torch.stack([sum(p.detach().double().abs().sum() for p in m.parameters()) for m in modules.values()])
     ends = torch.stack([sums, -sums])
     dist.all_reduce(ends, op=dist.ReduceOp.MAX)
@@ -118,7 +118,7 @@ class Signals:
         try: yield
         finally: self.holding = False
 
-    def leave(self, saved: str = "the last checkpoint is whole"):
+    def leave(self, saved: str = "what had been saved is whole"):
         "Stop: KeyboardInterrupt for SIGINT, else SystemExit with the code of the table."
         message = f"{self.asked}: {saved}; the same command continues"
         if self.asked == "SIGINT": raise KeyboardInterrupt(message)

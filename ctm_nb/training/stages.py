@@ -587,6 +587,7 @@ def check_weights(config: Config):  # of the run
         raise ValueError(f"run.track={track} needs a package that is not installed: pip install {track}")
     stages, d, g = schedule(config), config.distill, config.gan
     if d.distance == "lpips" and stages.keys() & {"ctm_dsm", "ctm_dsm_gan"}: backbone_file(folder=d.weights or None)
+    if d.trajectories and "ctm_dsm" in stages: Path(d.trajectories).mkdir(parents=True, exist_ok=True)
     for f in g.features.split(",") if "ctm_dsm_gan" in stages else ():
         if (name := f.strip()) != "teacher": find_weights(name, g.weights or None)
 

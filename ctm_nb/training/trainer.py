@@ -92,6 +92,7 @@ def check_changes(
     precision: str,  # what its run.precision means here
     step: int = -1,  # where the checkpoint stands; -1: there is none
     what: str = "the run",  # for the message
+    data_sha256: str = "",  # of the images, where they are known
 ) -> list:  # allowed changes, "key: old -> new"
     "Raise ValueError if the new configuration can't continue the old one."
     for k, v in meta["config"].items():
@@ -108,6 +109,9 @@ def check_changes(
         how = "nothing trains in fp16 any more" if then == "fp16" else f"--set run.precision={then} continues it"
         raise ValueError(f"{what} was trained in {then}, and run.precision={config.run.precision} means {precision} "
                          f"here; {how}")
+    if data_sha256 and meta.get("data_sha256", data_sha256) != data_sha256:
+        raise ValueError(f"{what} was trained on other images than {config.data.source!r} holds now: give another "
+                         f"--name to begin anew, with --finetune {what} from these networks")
     return allowed
 
 # %% ../../nbs/6_training/08_trainer.ipynb #b061f279
@@ -183,9 +187,8 @@ class Trainer(ShortNames):
         folder: str | Path,  # runs/<name>; made if needed, continued if it holds a run
         splits: Splits | None = None,  # its images, if they are open already
     ):
-        e = config.evaluate
-        check_weights(config)
-        if e.n and e.features != "train": load_extractor(e.features, e.weights or None)  # raises what it lacks
+        check_weights(config)  # raises what is lacking, as the next line does
+        if (e := config.evaluate).n and e.features != "train": load_extractor(e.features, e.weights or None)
         self.config, self.folder, self.here = config, Path(folder), join(config.run.device)
         self.device, self.plan = self.here.device, schedule(config)
         self.precision, self.threads = choose_precision(config.run.precision, self.device), torch.get_num_threads()
@@ -253,10 +256,7 @@ def load(self: RunState, c: Checkpoint):  # of the stage in memory
 def resume(self: Trainer, c: Checkpoint):
     "Continue from a checkpoint; raises ValueError if this configuration or these images may not."
     with reading(c.path, self.folder):
-        changed = check_changes(c.meta, self.config, self.precision, c.step, str(self.folder))
-        if c.meta["data_sha256"] != self.data_sha256:
-            raise ValueError(f"{c.path} was trained on other images than {self.config.data.source!r} holds now: give "
-                             f"another --name to begin anew, with --finetune {self.folder} from these networks")
+        changed = check_changes(c.meta, self.config, self.precision, c.step, str(self.folder), self.data_sha256)
         then, now = c.versions, versions()
         changed += [f"{k}: {then[k] or 'none'} -> {now[k] or 'none'}" for k in now if k in then and then[k] != now[k]]
         self.changes = c.meta.get("changes", []) + ([{"step": c.step, "what": changed}] if changed else [])
@@ -709,7 +709,7 @@ def run(self: Trainer,
         raise ValueError(f"stage {stage} has no steps in this configuration, only {', '.join(self.plan)} (or all)")
     goal = lambda: self.total if stage == "all" else self.plan[stage].end  # a budget moves it
     why, begun = no_scores_because(self.config, self.splits), self.step
-    if why: log.warning("no scores: %s", why)
+    if why and self.here.main: log.warning("no scores: %s", why)
     with self.claim(), Signals() as signals:
         while self.step < goal(): self.advance(goal(), signals)
         self.gather()

@@ -13,6 +13,7 @@ from ctm_nb.checkpoints.models import load
 from ctm_nb.checkpoints.store import CheckpointError, _seal, load_checkpoint
 from ctm_nb.commands.flags import one_line_errors
 from ctm_nb.commands.train import _place
+from ctm_nb.data.images import digits
 from ctm_nb.evaluation.draw import _warn_unsuited
 from ctm_nb.evaluation.reference import FORMAT, is_reference_file, pick_device, read_reference
 from ctm_nb.evaluation.search import stored_times
@@ -82,7 +83,7 @@ def test_a_plan_beside_a_damaged_manifest(tmp_path, untrained_run):
     (run / "config.json").write_text('{"run": {"seed": 0}}')
     file = next(run.glob("checkpoints/*/checkpoint.json"))
     file.write_text(json.dumps({**json.loads(file.read_bytes()), "step": "x"}))
-    assert "refused: " in (said := _place(make_config("tiny"), run)) and str(run) in said
+    assert "refused: " in (said := _place(make_config("tiny"), run, digits("train"))) and str(run) in said
 
 
 @pytest.mark.parametrize("text", ["[", '{"label_dropout": 0}', '{"ctm": 3, "teacher": 3, "distill": 3}', "3", "\xff"])
@@ -96,6 +97,15 @@ def test_a_configuration_beside_guidance(tmp_path, untrained_run, text):
 def test_devices_that_are_not_here():
     with pytest.raises(ValueError, match="device mps: none is here"): pick_device("mps")
     with pytest.raises(ValueError, match="device must be cpu, cuda or mps, got 'xpu'"): pick_device("xpu")
+
+
+def test_a_process_that_is_left_alone_says_so(capsys):
+    with pytest.raises(SystemExit) as e, one_line_errors("ctm_nb_train"):
+        raise RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer")
+    err = capsys.readouterr().err
+    assert e.value.code == 3 and "another process of this run is gone; the same command continues" in err
+    assert "reset by peer" in err and err.count("\n") == 1
+    with pytest.raises(RuntimeError, match="other"), one_line_errors("ctm_nb_train"): raise RuntimeError("other")
 
 
 def test_memory_has_words(capsys):

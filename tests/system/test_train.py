@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from warm import python
 
 
@@ -30,6 +31,12 @@ def test_help_imports_nothing_heavy():
         (["--set", "evaluate.n=5"], "evaluate.n"),
         (["--set", "gan.steps=0", "--stage", "ctm_dsm_gan"], "ctm_dsm_gan has no steps"),
         (["--set", "distill.steps=0", "--stage", "ctm_dsm"], "ctm_dsm has no steps"),
+        (["--minutes", "inf", "--dry-run"], "--minutes must be >= 0.01, got inf"),
+        (["--steps", "5,5,5"], "gan.steps must be more than gan.start + gan.head_start"),
+        (["--dry-run", "--stage", "all", "--set", "gan.features=foo"], "timm knows no network 'foo'"),
+        *[(["--set", word], f"{word.partition('=')[0]} must be") for word in (
+            "network.sigma_max=inf", "teacher.P_mean=nan", "teacher.P_std=0", "distill.k_power=nan",
+            "distill.k_power=1000", "gan.high=inf", "network.channel_mult=1.5,2", "evaluate.steps=1.5")],
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(tmp_path, words, message):
@@ -50,6 +57,37 @@ def test_ctrl_c_while_watching_does_not_speak_of_the_run_as_stopped(tmp_path):
             "follow\nfrom ctm_nb.commands.train import ctm_nb_train; ctm_nb_train(['--watch', 'runs/x'])")
     r = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     assert (r.returncode, r.stderr) == (130, "ctm_nb_train: stopped watching; the run itself goes on\n")
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
+def test_a_signal_while_the_images_are_opened_has_the_exit_code_of_one_in_training(tmp_path, name, code):
+    told = ("import os, signal, ctm_nb.training.trainer as t\nfrom ctm_nb.commands.train import ctm_nb_train\n"
+            f"t.open_images = lambda *_: os.kill(os.getpid(), signal.{name})\n"
+            "ctm_nb_train(['--preset', 'tiny'])")
+    r = python(told, cwd=tmp_path)
+    assert (r.returncode, r.stderr.count("\n")) == (code, 1), r
+    assert f"{name}: what had been saved is whole; the same command continues" in r.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_says_that_the_images_are_others(tmp_path):
+    words = ["--preset", "tiny", "--data", "d", "--set", "teacher.steps=2", "distill.steps=2", "evaluate.n=0"]
+    for k in range(8):
+        (tmp_path / "d").mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 30 * k).save(tmp_path / "d" / f"{k}.png")
+    assert call(*words, "--stage", "teacher", cwd=tmp_path).returncode == 0
+    assert "continues the run there from step 2" in call(*words, "--dry-run", cwd=tmp_path).stdout
+    Image.new("L", (8, 8), 99).save(tmp_path / "d" / "3.png")
+    plan, run = call(*words, "--dry-run", cwd=tmp_path), call(*words, cwd=tmp_path)
+    told = "runs/d was trained on other images than 'd' holds now"
+    assert f"(refused: {told}" in plan.stdout and run.returncode == 2 and told in run.stderr
+
+
+def test_a_folder_of_trajectories_that_is_a_file_is_refused_before_the_teacher_trains(tmp_path):
+    (tmp_path / "t").write_text("")
+    r = call("--preset", "tiny", "--trajectories", "t", "--set", "distill.matching=trajectories", cwd=tmp_path)
+    assert r.returncode == 2 and "'t'" in r.stderr and r.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_empty_folder_of_images(tmp_path):

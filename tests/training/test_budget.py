@@ -22,7 +22,7 @@ from ctm_nb.training.trainer import Trainer, open_images
 STAGES = ["teacher", "ctm_dsm"]
 WORDS = [ONE_LEVEL, "teacher.batch=4", "distill.batch=4", "distill.max_evals=1", "evaluate.n=0", "run.log_every=1000",
          "run.save_every=1000", "run.sample_every=1000"]
-SPEED = Speed({"teacher": 1., "ctm_dsm": 1.2}, .1, 1., .001, .001, .005)
+SPEED = Speed({"teacher": 1., "ctm_dsm": 1.2, "ctm_dsm_gan": 1.5}, .1, 1., .001, .001, .005)
 
 
 class Clock:
@@ -153,6 +153,17 @@ def test_short_runs_have_small_batches(tmp_path):
         return c.teacher.batch, c.distill.batch
     assert batches(2.) == (16, 16) and batches(5.) == (64, 16) and batches(30.) == (64, 32)  # tiny's student has 32
     assert batches(2., "teacher.batch=64") == (64, 16) and batches(2., ours=False) == (32, 32)
+
+
+def test_an_adversary_of_few_steps_has_a_head_start_that_leaves_some_to_the_student(tmp_path):
+    words = [*WORDS, "gan.batch=4"]
+    def planned(*more):
+        stages = [*STAGES, "ctm_dsm_gan"]
+        c = make_config("digits", [*words, *more])
+        return budget(c, [*words, *more], 5., tmp_path / "r", stages, time.perf_counter())[0].gan
+    g = planned()
+    assert 0 < g.head_start == g.steps // 3 < 200 and g.start == 0
+    assert planned("gan.head_start=5").head_start == 5
 
 
 def test_scores_take_a_tenth_at_most(tmp_path, monkeypatch):

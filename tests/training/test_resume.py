@@ -215,9 +215,10 @@ def test_the_precision_stays_and_its_word_may_change(tmp_path):
     walk(start(tmp_path / "a"), 3)
     message = "was trained in fp32, and run.precision=bf16 means bf16 here; --set run.precision=fp32 continues it"
     with pytest.raises(ValueError, match=message): start(tmp_path / "a", "run.precision=bf16")
-    assert start(tmp_path / "a", "run.precision=fp32").step == 3
+    assert (t := start(tmp_path / "a", "run.precision=fp32")).step == 3
     from ctm_nb.commands.train import _place
-    said = [_place(make_config("tiny", [*TINY, f"run.precision={p}"]), tmp_path / "a") for p in ("bf16", "fp32")]
+    how = [make_config("tiny", [*TINY, f"run.precision={p}"]) for p in ("bf16", "fp32")]
+    said = [_place(c, tmp_path / "a", t.data) for c in how]
     assert said[0].startswith("refused") and "trained in fp32" in said[0]
     assert said[1].startswith("continues the run there from step 3")
 
