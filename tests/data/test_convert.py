@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from warm import python
 
 from ctm_nb.commands.data import ctm_nb_data
 from ctm_nb.data.convert import convert, folder_names, survey
@@ -103,11 +104,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
         "from ctm_nb.commands.data import ctm_nb_data; import sys; ctm_nb_data(sys.argv[1:])"
     )
     convert(source(), tmp_path / "src.zip", workers=0)
-    done = subprocess.run(
-        [sys.executable, "-c", code, "convert", tmp_path / "src.zip", tmp_path / "a.zip", "--workers", "0"],
-        capture_output=True,
-        text=True,
-    )
+    done = python(code, "convert", tmp_path / "src.zip", tmp_path / "a.zip", "--workers", "0")
     assert (
         done.returncode == 3
         and done.stderr.strip()

@@ -55,7 +55,7 @@ def test_a_reader_who_has_seen_enough(tmp_path):
 def test_ctrl_c_while_watching_does_not_speak_of_the_run_as_stopped(tmp_path):
     code = ("import ctm_nb.training.report\ndef follow(run): raise KeyboardInterrupt\nctm_nb.training.report.follow = "
             "follow\nfrom ctm_nb.commands.train import ctm_nb_train; ctm_nb_train(['--watch', 'runs/x'])")
-    r = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    r = python(code, cwd=tmp_path)
     assert (r.returncode, r.stderr) == (130, "ctm_nb_train: stopped watching; the run itself goes on\n")
 
 
