@@ -7,10 +7,10 @@ import pytest
 
 os.environ["CTM_NB_HEARTBEAT"] = "0"  # what a command says must not depend on how fast a machine is
 
-LONG = """test_gpu_script test_resume test_hostile test_processes test_budget test_matchings test_export test_forced
-    test_features test_adversary test_profiles test_likelihood test_trainer test_models test_other_systems test_finetune
-    test_sample test_evaluate test_adversarial_runs test_batches test_published test_two_at_once test_archives
-    test_docker test_foreign""".split()
+LONG = """test_gpu_script test_processes test_hostile test_resume test_trainer test_budget test_export test_matchings
+    test_adversarial_runs test_profiles test_sample test_models test_features test_other_systems test_finetune
+    test_adversary test_evaluate test_forced test_likelihood test_batches test_foreign test_sync test_two_at_once
+    test_docker test_published test_trackers test_outputs test_cases""".split()
 
 
 def pytest_collection_modifyitems(items):

@@ -227,11 +227,13 @@ def fit_memory(
     if room is None: room = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     room, asked = here.least(room), None if wanted == "auto" else int(wanted)
     half = choose_precision(config.run.precision, device) != "fp32"
-    need = lambda n: max(memory(config, data, n, half, here.world).values())
+    each = lambda n: memory(config, data, n, half, here.world)  # of every stage, for the run may go on to it
+    need = lambda n: max(each(n).values())
     if (most := need(asked)) <= .8 * room: return
     n = bisect_right(range(1, 1 + max(getattr(config, s).batch for s in STAGES.values())), .8 * room, key=need)
     tell = log.warning if here.main else log.debug
-    tell("a step of %s would take %.1f GiB, and %.1f GiB are free%s: %s",
+    tell("%s: a step of %s would take %.1f GiB, and %.1f GiB are free%s: %s",
+         next(NAMES[k] for k, v in each(asked).items() if v == most),
          "whole batches" if wanted == "auto" else f"{wanted} images at a time", most / 2 ** 30, room / 2 ** 30,
          " for each process" * (here.world > 1), f"{n} images at a time{' fit' * (wanted != 'auto')}" if n > 0 else
          "one image at a time, which may be too much as well: take smaller ones (--image-size) or a smaller network "

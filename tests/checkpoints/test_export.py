@@ -32,6 +32,12 @@ def written(path, *args, **more):
     return path
 
 
+def cache_of_one(f):
+    "What a function has returned when it was first called."
+    found = []
+    return lambda *args, **words: found[0] if found else found.append(f(*args, **words)) or found[0]
+
+
 @pytest.mark.parametrize("family, jumps", [("ddpmpp", 2), ("ncsnpp", 1), ("adm", 1), ("openai", 1), ("edm2", 1)])
 def test_every_family_draws_the_same(family, jumps, tmp_path):
     m = student(family, channel_mult=(1, 2)[:3 - jumps])  # two jumps are two networks in a graph: smaller ones
@@ -54,11 +60,13 @@ def test_the_jump_itself_bytes_and_no_classes(tmp_path):
     assert onnxruntime.InferenceSession(str(file)).get_outputs()[0].type == "tensor(uint8)"
 
 
-@pytest.mark.parametrize("weights, most, share", [("float16", .02, .6), ("int8", .2, .4)])
-def test_narrow_weights(weights, most, share, tmp_path):
+def test_narrow_weights(tmp_path, monkeypatch):
     m = student("ddpmpp", model_channels=48, channel_mult=(1,))
-    file, plain = written(tmp_path / "n.onnx", m, weights=weights), 4 * sum(p.numel() for p in m.parameters())
-    assert 0 < export.onnx_difference(m, file) < most and file.stat().st_size < share * plain
+    for module in (torch.export, torch.onnx):  # both are made of one graph
+        monkeypatch.setattr(module, "export", cache_of_one(module.export))
+    for weights, most, share in (("float16", .02, .6), ("int8", .2, .4)):
+        file, plain = written(tmp_path / "n.onnx", m, weights=weights), 4 * sum(p.numel() for p in m.parameters())
+        assert 0 < export.onnx_difference(m, file) < most and file.stat().st_size < share * plain, weights
 
 
 def test_a_teacher_is_refused():

@@ -243,7 +243,16 @@ def test_dinov2_in_the_records(tmp_path, capsys):
 
 # ---- LPIPS
 
+@pytest.fixture
+def bare_vgg(monkeypatch):
+    "Torchvision's network without the layers after the maps: drawing their 124 million weights takes a second."
+    models = pytest.importorskip("torchvision.models")
+    bare = lambda **_: SimpleNamespace(features=models.vgg.make_layers(models.vgg.cfgs["D"]))
+    monkeypatch.setattr(models, "vgg16", bare)
+
+
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("bare_vgg")
 @pytest.mark.parametrize("channels, size, B", [(1, 8, 3), (3, 16, 1)])
 def test_lpips_is_a_distance(channels, size, B):
     pytest.importorskip("lpips")
@@ -252,6 +261,7 @@ def test_lpips_is_a_distance(channels, size, B):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("bare_vgg")
 def test_lpips_reads_torchvisions_file_and_is_the_packages_number(tmp_path, monkeypatch):
     models = pytest.importorskip("torchvision.models")
     torch.manual_seed(1)
@@ -275,6 +285,7 @@ def test_lpips_reads_torchvisions_file_and_is_the_packages_number(tmp_path, monk
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("bare_vgg")
 def test_published_lpips_from_a_folder_is_the_packages_number(tmp_path):
     "VGG-16 at 224 pixels: the package's network with random weights, written as torchvision does, found by its name."
     lpips = pytest.importorskip("lpips")
@@ -292,6 +303,7 @@ def test_published_lpips_from_a_folder_is_the_packages_number(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("bare_vgg")
 def test_lpips_with_average_pooling_is_the_packages_network_with_another_pooling(tmp_path, monkeypatch):
     lpips = pytest.importorskip("lpips")
     torch.manual_seed(2)

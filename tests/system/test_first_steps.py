@@ -19,6 +19,7 @@ from ctm_nb.training import costs
 from ctm_nb.training.config import make_config
 from ctm_nb.training.costs import fit_memory, memory
 from ctm_nb.training.presets import choose
+from ctm_nb.training.report import NAMES
 
 
 @pytest.fixture
@@ -120,6 +121,8 @@ def test_processes_share_a_batch_and_take_what_the_one_with_least_room_can(tmp_p
         assert most(config, n) <= .8 * room < most(config, n + 1)
         told = f"would take {most(config, None, world) / gib:.1f} GiB, and {room / gib:.1f} GiB are free"
         assert told + f"{' for each process' * (world > 1)}: {n} images" in caplog.text
+        worst = max(need := memory(config, data, None, False, world), key=need.__getitem__)
+        assert f"{NAMES[worst]}: a step of " in caplog.text  # whose plan may not be the one that is printed
     assert most(config, None, 4) < most(config, None) / 2
     config.run.micro_batch = "auto"
     fit_memory(config, data, tmp_path, room=int(most(config, None, 4) / .79), here=SimpleNamespace(world=4, least=int))
@@ -127,7 +130,8 @@ def test_processes_share_a_batch_and_take_what_the_one_with_least_room_can(tmp_p
 
 
 @pytest.mark.parametrize("device, wanted, said", [
-    ("cpu", "64", "a step of 64 images at a time would take .* GiB, and 8.0 GiB are free: \\d+ images at a time fit"),
+    ("cpu", "64", "student and adversary: a step of 64 images at a time would take .* GiB, and 8.0 GiB are free: \\d+ "
+     "images at a time fit"),
     ("cuda", "auto", "a step of whole batches would take .* GiB, and 8.0 GiB are free: \\d+ images at a time"),
     ("cuda", "64", "a step of 64 images at a time would take"), ("cuda", "1", ""), ("mps", "auto", "")])
 def test_a_plan_that_does_not_fit_is_warned_of(tmp_path, caplog, monkeypatch, device, wanted, said):
