@@ -110,7 +110,8 @@ def crop_center(im:Image.Image, size:int)->Image.Image: # size x size
     while min(im.size) >= 2 * size: im = im.resize((im.width // 2, im.height // 2), Image.Resampling.BOX)
     scale = size / min(im.size)
     if max(im.size) * scale * size > MAX_PIXELS:
-        raise BrokenImage(f"{im.width} x {im.height} is too long and thin to become {size} x {size}")
+        why = "too small" if size * size > MAX_PIXELS else "too long and thin"
+        raise BrokenImage(f"{im.width} x {im.height} is {why} to become {size} x {size}")
     return _centre(im.resize((round(im.width * scale), round(im.height * scale)), Image.Resampling.BICUBIC), size)
 
 # %% ../../nbs/3_data/03_read.ipynb #d86d9be4

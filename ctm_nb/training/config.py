@@ -355,7 +355,7 @@ TOGETHER += [
 # %% ../../nbs/6_training/02_config.ipynb #a1c2986d
 TOGETHER += [
     ("gan.steps", schedule, "at least 1 where nothing else is to be trained"),
-    ("gan.steps", lambda c: not c.gan.steps or c.gan.steps > c.gan.start + c.gan.head_start,
+    ("gan.steps", lambda c: not c.gan.steps * c.gan.head_start or c.gan.steps > c.gan.start + c.gan.head_start,
      "more than gan.start + gan.head_start, or the student meets no adversary"),
     ("gan.init", lambda c: c.gan.init == "ema" or c.gan.optimizer == c.distill.optimizer,
      "ema where gan.optimizer is not distill.optimizer"),

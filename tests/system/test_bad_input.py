@@ -341,6 +341,8 @@ def test_a_picture_that_is_long_and_thin(here, capsys):
     (here / "d" / "a" / "hair.png").write_bytes(png(np.zeros((1, 60_000), np.uint8)))
     code, out, err = run(capsys, ctm_nb_data, "convert", "d", "out.zip", "--size", 64, "--workers", 0)
     assert code == 2 and "a/hair.png: 60000 x 1 is too long and thin to become 64 x 64" in err
+    code, out, err = run(capsys, ctm_nb_data, "convert", "d", "out.zip", "--size", 10_000, "--workers", 0)
+    assert code == 2 and "12 x 12 is too small to become 10000 x 10000" in err
 
 
 def test_no_images_says_what_there_is(here, capsys):
