@@ -41,10 +41,11 @@ class Pulse(logging.Handler):
         self.done.set()
         logging.getLogger().removeHandler(self)
 
-# %% ../../nbs/7_commands/00_flags.ipynb #deb62513
+# %% ../../nbs/7_commands/00_flags.ipynb #26f38d5e
 BAD = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)  # input
 FAILED = FloatingPointError, MemoryError, OSError  # the work
 
+# %% ../../nbs/7_commands/00_flags.ipynb #deb62513
 @contextmanager
 def one_line_errors(
     command: str,  # its name, to begin the line with
