@@ -67,7 +67,7 @@ def edm_sample(m: Model, x, times, y, draw, callback=None, churn=Churn()) -> Ten
         if kappa > 0 and churn.S_min <= t <= churn.S_max:
             x = x + churn.S_noise * t * math.sqrt((1 + kappa) ** 2 - 1) * draw(i + 1)
             t = (1 + kappa) * t
-        x = heun_step(m.D, x, x.new_tensor(t), x.new_tensor(u), y)
+        x = heun_step(m.D, x, x.new_full((), t), x.new_full((), u), y)
         if callback: callback(i, x)
     return x
 
