@@ -77,6 +77,8 @@ NEW = {
     "a rule a solver, one graph": "method.solvers: hold RULES method.teacher: _is_number",
     "two at once, memory, a pulse": """data.files: claimed training.trainer: Trainer.claim Trainer.whereabouts
         checkpoints.models: of_newest commands.flags: Pulse training.costs: fit_memory training.runtime: Here.least""",
+    "what the network is told": """method.trajectory: told_share CTM.__init__ CTM.told find_sigma_init
+        training.config: LEVEL _is_positive _can_tell training.stages: DistillStage.sigma_init""",
     "sharded": """training.shard training.config: _shards training.stages: Stage.cut Stage.load_numbers Stage.step
         training.trainer: Trainer.whole_model Trainer.together Trainer.gather
         method.balance: BalancedGradients.differentiate BalancedGradients.at_last BalancedGradients.leave""",

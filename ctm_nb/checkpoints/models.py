@@ -45,6 +45,7 @@ def describe(
     "All that is needed to rebuild a model, but its weights."
     kind = next(k for k, cls in KINDS.items() if type(m) is cls)
     numbers = dict(sigma_data=m.sigma_data, sigma_min=m.sigma_min, sigma_max=m.sigma_max)
+    if level := getattr(m, "sigma_init", None): numbers["sigma_init"] = level
     classes = list(m.classes if classes is None else classes)
     return dict(kind=kind, network=network_config(m.net), **numbers, preconditioning=m.kind, classes=classes)
 
@@ -347,9 +348,10 @@ def _foreign_state(m):
     family = network_config(m.net)["family"]
     if m.net.config.get("conventions") or family not in ("ddpmpp", "ncsnpp", "adm", "openai", "edm2"):
         raise ValueError(f"no other program has this network ({family}); write a .safetensors file")
-    if (numbers := (m.kind, m.sigma_data, m.sigma_min, m.sigma_max)) != (theirs := ("edm", .5, .002, 80.)):
-        raise ValueError(f"other programs take preconditioning, sigma_data, sigma_min, sigma_max to be {theirs}, and a "
-                         f"state dict can't say otherwise; this model has {numbers}: write a .safetensors file")
+    numbers = (m.kind, m.sigma_data, m.sigma_min, m.sigma_max, getattr(m, "sigma_init", None))
+    if numbers != (theirs := ("edm", .5, .002, 80., None)):
+        raise ValueError("a state dict can't say preconditioning, sigma_data, sigma_min, sigma_max, sigma_init: other "
+                         f"programs take {theirs}, and this model has {numbers}; write a .safetensors file")
     own = {k: v for k, v in m.net.state_dict().items() if not (isinstance(m, CTM) and "map_augment" in k)}
     if isinstance(m.net, EDM2): return {k if k.startswith("logvar_") else f"unet.{k}": v for k, v in own.items()}
     if not isinstance(m.net, OpenAIUNet): return {f"model.{k}": v for k, v in own.items()}

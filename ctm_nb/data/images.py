@@ -195,8 +195,7 @@ def _words(names, size, limit):
     for text in names:
         font, text = _font(size, text)
         shown = text
-        while text and font.getlength(shown) > limit:
-            shown = (text := text[:-1]) + "…"
+        while text and font.getlength(shown) > limit: shown = (text := text[:-1]) + "…"
         words.append(Image.new("RGB", (max(1, math.ceil(font.getlength(shown))), size + 4), "white"))
         ImageDraw.Draw(words[-1]).text((0, size // 2 + 2), shown, "black", font, anchor="lm")
     return words

@@ -112,8 +112,7 @@ def ctm_pair(
     "Both sides of the loss."
     if compare_at not in ("end", "s"): raise ValueError(f"compare_at must be end or s, got {compare_at!r}")
     end = partial(to_end, target, s=s, y=y) if compare_at == "end" else lambda x_s: x_s
-    with torch.no_grad():
-        goal = end(student.G(x_u, u, s, y))  # G_ema(G_sg(x_u, u, s), s, sigma_min)
+    with torch.no_grad(): goal = end(student.G(x_u, u, s, y))  # G_ema(G_sg(x_u, u, s), s, sigma_min)
     return end(student.G(x_t, t, s, y)), goal  # G_ema(G_theta(x_t, t, s), s, sigma_min)
 
 

@@ -115,8 +115,7 @@ def _build_mapping(self: UNet, c_emb: int):
     c, k = self.config, self.conventions
     width = c["model_channels"] * (2 if k.embedding == "fourier" else 1)
     if k.embedding == "fourier": self.map_noise = FourierEmbedding(width)
-    if c["n_classes"] and k.label == "before":
-        self.map_label = k.init(nn.Linear(c["n_classes"], width))
+    if c["n_classes"] and k.label == "before": self.map_label = k.init(nn.Linear(c["n_classes"], width))
     elif c["n_classes"]:
         self.map_label = nn.Linear(c["n_classes"], c_emb, bias=False)
         nn.init.normal_(self.map_label.weight)
@@ -189,8 +188,7 @@ def _build_encoder(self: UNet):
     for level, mult in enumerate(c["channel_mult"]):
         res = c["image_size"] >> level
         at = f"{res}x{res}"
-        if level == 0:
-            self.enc[f"{at}_conv"] = k.init(ResampleConv(c["channels"], width, 3))
+        if level == 0: self.enc[f"{at}_conv"] = k.init(ResampleConv(c["channels"], width, 3))
         else:
             self.enc[f"{at}_down"] = self._resized(width, "down")
             if k.picture_path:
@@ -231,8 +229,7 @@ def _encode(self: UNet, x: Tensor, emb: Tensor, emb_s: Tensor | None = None) -> 
     "The way down: every activation that the decoder takes up."
     picture, stack = x, []
     for name, module in self.enc.items():
-        if name.endswith("_aux_residual"):
-            stack[-1] = x = picture = (x + module(picture)) * math.sqrt(.5)
+        if name.endswith("_aux_residual"): stack[-1] = x = picture = (x + module(picture)) * math.sqrt(.5)
         else:
             x = module(x) if name.endswith("_conv") else module(x, emb, emb_s)
             if not stack and channels_last_pays(x): x = x.contiguous(memory_format=torch.channels_last)

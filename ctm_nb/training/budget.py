@@ -51,7 +51,8 @@ MUON = """teacher.batch=64 teacher.optimizer=muon teacher.lr=.02 teacher.warmup=
 def recipe(teacher: bool = True) -> list:  # words
     "What serves a run of a few minutes, with a teacher or without."
     distance = "features" if teacher else "pseudo_huber"
-    return [*MUON.split(), "distill.phases=trajectories:.6,soft:.4", f"distill.distance={distance}"]
+    words = ["distill.phases=trajectories:.6,soft:.4", f"distill.distance={distance}"]
+    return [*MUON.split(), *words, *["distill.sigma_init=auto"] * teacher]
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e008
 def _seconds(work, *args, **kwargs) -> float:

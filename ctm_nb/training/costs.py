@@ -130,8 +130,8 @@ class Need(NamedTuple):
 def _blank(config, data):
     "The configuration without files, images without pixels, and networks in place of given ones."
     c, labels = deepcopy(config), list(map(str, range(data.n_classes)))
-    c.distill.trajectories, c.teacher.initial, c.distill.initial, c.distill.solver = "", "", "", "euler"
-    c.distill.N, c.distill.K, c.distill.max_evals, c.gan.K = 3, 1, 1, 1  # the teacher's evaluations are all alike
+    c.distill.trajectories, c.teacher.initial, c.distill.initial, c.distill.sigma_init = "", "", "", "published"
+    c.distill.solver, c.distill.N, c.distill.K, c.distill.max_evals, c.gan.K = "euler", 3, 1, 1, 1  # all alike
     images: Any = SimpleNamespace(channels=data.channels, image_size=data.image_size, n_classes=len(labels),
                                   labels=None, classes=labels)
     names = [*schedule(c), *["teacher"] * (c.teacher.source == "none")]
@@ -306,8 +306,7 @@ def estimate(
     if config.run.shard: what += ("; run.shard=true needs several processes (torchrun --nproc_per_node N)" if world == 1
                                   else "; run.shard=true: all networks but the teacher are divided among them")
     out = [f"memory    {each} {what}"]
-    if images_per_sec is None:
-        return [*out, "time      unknown; --measure times two steps here"]
+    if images_per_sec is None: return [*out, "time      unknown; --measure times two steps here"]
     def line(s, v): return f"{NAMES[s]} {duration(v)} ({v / (todo[s].end - todo[s].first):.2g} s a step)"
     times = "; ".join(line(s, v) for s, v in seconds(config, images_per_sec).items())
     return [*out, f"time      {times} on one device that trains the {NAMES[first]} on {images_per_sec:.3g} images/s"]

@@ -124,7 +124,7 @@ RECIPES = {
         network.channel_mult=1,2,2 network.attention=7 gan.steps=0
         teacher.steps=2100 teacher.batch=64 teacher.optimizer=muon teacher.lr=.02 teacher.ema=.995
         distill.phases=trajectories:.6,soft:.4 distill.steps=700 distill.optimizer=muon distill.lr=.02
-        distill.distance=features distill.stored=3008 distill.ema=.985 distill.target_ema=.985
+        distill.distance=features distill.stored=3008 distill.ema=.985 distill.target_ema=.985 distill.sigma_init=auto
         evaluate.teacher_solver=dpmpp_2m evaluate.teacher_steps=12""")],
     "emoji": EMOJI,
     "cifar10": [YOURS, *CIFAR10, ("CTM [R] default", "distill.target_ema=.999"),

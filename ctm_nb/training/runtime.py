@@ -51,6 +51,7 @@ class Here(Ranks):
         "Give the weights of the first process's networks to all."
         for m in modules if self.world > 1 else ():
             for v in (*m.parameters(), *m.buffers()): dist.broadcast(v.data, 0)
+            if hasattr(m, "sigma_init"): m.sigma_init = self.send(m.sigma_init)
 
 ALONE = Here()
 

@@ -41,12 +41,12 @@ from ..method.distances import make_distance
 from ..method.distill import (MATCHING, draw_interval, dsm_loss, dsm_sigma, interval_times, solve_interval,
                                     step_losses)
 from ..method.eulerian import draw_times, eulerian_loss, ramp
-from ..method.flow import grid_time, perturb, rho_grid
+from ..method.flow import grid_time, noise, perturb, rho_grid
 from ..method.guidance import autoguide, guide_free
 from ..method.solvers import SOLVERS, solver_name
 from ..method.teacher import Denoiser, Model, edm_loss, lognormal_sigma, uncertainty_loss
 from ..method.trajectories import anchor_loss, draw_pair, stored_batch, trajectories_loss, trajectory
-from ..method.trajectory import CTM, student_from
+from ..method.trajectory import CTM, find_sigma_init, student_from
 from ..networks.families import build_network
 from .config import SERVICES, STAGES, Config, DistillConfig, Span, phases, schedule, teacherless
 from .optimizers import load_optimizer, lr_at, make_optimizer
@@ -262,7 +262,7 @@ class DistillStage(Stage):
             self.folder = TrajectoryFolder(d, self.teacher, self.times, data.labels)
             self.folder.make(*launched()[:2])
         known = copy.deepcopy(parts.get("ctm")) or initial_model(c, "ctm", data)
-        self.start(known if isinstance(known, CTM) else student_from(self.parts["teacher"], self.optim.init))
+        self.start(known if isinstance(known, CTM) else student_from(self.parts["teacher"], d.init, self.sigma_init()))
 
     def phase(self, n: int) -> Span:
         "The phase of distillation that a step belongs to."
@@ -290,6 +290,18 @@ def freeze(self: DistillStage, teacher: Denoiser, parts: dict):
     self.times = rho_grid(d.N, **self.grid).float().to(self.device)  # (N,) of stored trajectories
     lpips = LPIPSDistance(d.weights or None, pooling=d.pooling) if d.distance == "lpips" else None
     self.distance = make_distance(lpips or d.distance, teacher)
+
+# %% ../../nbs/6_training/05_stages.ipynb #e8c6d2b6
+@patch
+def sigma_init(self: DistillStage) -> float | None:
+    "The level that a new student's network is told on the longest jump: as configured, or the teacher's best."
+    if (level := self.config.distill.sigma_init) != "auto": return None if level == "published" else float(level)
+    n, D = self.parts["teacher"].n_classes, self.teacher.D
+    x = self.grid["sigma_max"] * noise(self.shape, self.config.run.seed, range(16)).to(self.device)
+    y = torch.arange(16, device=self.device) % n if n else None
+    found = min(find_sigma_init(D, trajectory(D, x, self.times, y), self.times, y), self.grid["sigma_max"])
+    log.info("sigma_init %.3g: what the student's network is told on the longest jump", found)
+    return found
 
 # %% ../../nbs/6_training/05_stages.ipynb #e8c6d2b7
 @patch

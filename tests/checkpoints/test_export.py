@@ -23,6 +23,7 @@ def student(family, **more):
     m = student_from(Denoiser(build_network(family, **SMALL | more))).eval().requires_grad_(False)
     for p in m.parameters():
         if not p.any(): torch.nn.init.normal_(p, std=.2)
+    if family == "ddpmpp": m.sigma_init = 5.
     m.classes, m.about = list("abcd")[:m.n_classes], "a trial"
     return m
 

@@ -183,9 +183,10 @@ def test_attention_weights_of_one_dimensional_convolutions():
 
 def test_our_file_carries_everything(tmp_path):
     m = small()
-    m.classes, m.sigma_max = ["a", "b", "c"], 40.
+    m.classes, m.sigma_max, m.sigma_init = ["a", "b", "c"], 40., 5.
     again = load(save_model(m, tmp_path / "m.safetensors", config={"run": {"seed": 5}}))
-    assert describe(again) == describe(m) and again.classes == ["a", "b", "c"] and again.sigma_max == 40.
+    assert describe(again) == describe(m) and again.classes == ["a", "b", "c"]
+    assert (again.sigma_max, again.sigma_init) == (40., 5.)
     from safetensors import safe_open
 
     with safe_open(tmp_path / "m.safetensors", "pt") as f:
@@ -212,7 +213,7 @@ def test_a_safetensors_file_of_someone_else(tmp_path):
 
 
 def test_what_a_state_dict_cannot_hold_is_refused(tmp_path):
-    for key, value in (("kind", "vp"), ("sigma_data", .7), ("sigma_min", .01), ("sigma_max", 40.)):
+    for key, value in (("kind", "vp"), ("sigma_data", .7), ("sigma_min", .01), ("sigma_max", 40.), ("sigma_init", 5.)):
         m = small()
         setattr(m, key, value)
         with pytest.raises(ValueError, match="write a .safetensors file"): save_model(m, tmp_path / "x.pt")
@@ -277,6 +278,8 @@ def test_an_edm_pickle_whose_blocks_compute_something_else_is_refused(tmp_path):
         '{"description": 3}',
         '{"description": {"kind": "ctm"}}',
         '{"description": {"kind": "ctm", "classes": [], "network": {"family": "ddpmpp", "image_size": "big"}}}',
+        '{"description": {"kind": "teacher", "classes": [], "network": {"family": "mlp", "dim": 2}, "sigma_init": 5}}',
+        '{"description": {"kind": "ctm", "classes": [], "network": {"family": "mlp", "dim": 2}, "sigma_init": -5}}',
     ],
 )
 def test_a_header_that_describes_nothing_is_one_line(tmp_path, header):

@@ -5,10 +5,10 @@ import sys
 import pytest
 import torch
 
-from ctm_nb.method.flow import toy_mixture
+from ctm_nb.method.flow import rho_grid, toy_mixture
 from ctm_nb.method.guidance import guide_free
 from ctm_nb.method.teacher import Denoiser
-from ctm_nb.method.trajectory import is_ctm, student_from
+from ctm_nb.method.trajectory import CTM, find_sigma_init, is_ctm, student_from, told_share
 from ctm_nb.networks.families import network_config
 from ctm_nb.networks.unet import ADM, MLP, DDPMpp, NCSNpp, OpenAIUNet
 
@@ -69,6 +69,48 @@ def test_half_precision_weights_stay_near_float32(family, dtype, least):
         exact = m.g(x.to(dtype).float(), t, s, y)
         half = m.to(dtype).g(x.to(dtype), t, s, y)
     assert half.dtype == dtype and (half.float() - exact).norm() < least * exact.norm()
+
+
+@pytest.mark.parametrize("dtype, least", [(torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("kind", ["edm", "vp", "ddpm v_prediction linear 1000 .0001 .02"])
+def test_a_network_that_is_told_less_on_long_jumps_is_the_same_network(kind, dtype, least):
+    plain = student_from(Denoiser(lively(DDPMpp(8, 3, **SMALL)), kind=kind), "random").eval()
+    low = CTM(plain.net, kind=kind, sigma_init=5.).eval()
+    t, s = torch.tensor([80., 20., 80., 3., .002]), torch.tensor([0., 0., 40., 1., .002])
+    x = torch.randn(5, 3, 8, 8) * (1 + t[:, None, None, None])
+    told = t * told_share(t, s, 5.)
+    assert told[0].item() == pytest.approx(5) and t[2] > told[2] > s[2] and (told <= t).all()
+    with torch.no_grad():
+        wanted = plain.g((told / t)[:, None, None, None] * x, told, s)
+        assert torch.equal(low.D(x, t), plain.D(x, t)) and torch.equal(low.D(x, 80.), plain.D(x, 80.))
+        assert torch.equal(CTM(plain.net, kind=kind, sigma_init=80.).g(x, t, s), plain.g(x, t, s))
+        for jump in ((80., 0.), (80., torch.tensor(0.)), (torch.tensor(80.), 0.)):
+            torch.testing.assert_close(low.g(x[:1], *jump), wanted[:1], rtol=1e-4, atol=1e-4)
+        found = low.to(dtype).g(x.to(dtype), t, s)
+    assert found.dtype == dtype and (found.float() - wanted).norm() < least * wanted.norm()
+    with pytest.raises(ValueError, match="t must be > 0, got t=-1"): low.g(x[:2], -1., 0.)
+    with pytest.raises(ValueError, match="t must be a number or one level"): low.g(x, t[:2], s)
+
+
+@pytest.mark.parametrize("level", [0, -1, 81, float("nan")])
+def test_a_level_to_be_told_is_one_of_the_model(level):
+    with pytest.raises(ValueError, match=r"sigma_init must be in \(0, sigma_max = 80\], got"):
+        CTM(MLP(2), sigma_init=level)
+
+
+@pytest.mark.parametrize("std", [.5, 2., 6.])
+def test_the_level_found_is_the_best_one_for_gaussian_data(std):
+    times, D = rho_grid(12), lambda x, t, y: std ** 2 / (std ** 2 + t ** 2) * x  # as if it were a number
+    at = lambda t: ((std ** 2 + t ** 2) / (std ** 2 + 80 ** 2)) ** .5  # the way of a trajectory from 1
+    x = 80 * torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    path = torch.stack([at(t) * x for t in times], 1)
+    def miss(level):
+        "Of the upper half of the grid, in closed form."
+        told = [t * (min(t, 80 * (level / 80) ** (4 / 3)) / t) ** .75 for t in times[:6].tolist()]
+        missed = [std ** 2 / (std ** 2 + u ** 2) * u / t * at(t) - at(.002) for u, t in zip(told, times.tolist())]
+        return sum(m ** 2 for m in missed)
+    levels = [80 * 10 ** (-k / 5) for k in range(9)]
+    assert find_sigma_init(D, path, times) == pytest.approx(min(levels, key=miss))
 
 
 def test_a_student_is_no_teacher():

@@ -33,7 +33,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 SHORT = ["teacher.steps=3", "teacher.batch=12", "teacher.label_dropout=.3", "teacher.optimizer=radam", "teacher.lr=.05",
          "distill.steps=3", "distill.batch=12", "distill.label_dropout=.3", "distill.optimizer=radam", "distill.lr=.02",
          "gan.steps=6", "gan.batch=12", "gan.optimizer=radam", "gan.lr=.02", "evaluate.n=0",
-         "network.augment_dim=9", "teacher.augment=.12", ONE_LEVEL,
+         "network.augment_dim=9", "teacher.augment=.12", ONE_LEVEL, "distill.sigma_init=auto",
          "run.seed=4"]  # with which the weight of no loss is clamped
 FEW = ["teacher.steps=1", "distill.steps=1", "gan.steps=2", "network.augment_dim=0", "teacher.augment=0"]
 SHARED = {"whole": [], "micro-batches": ["run.micro_batch=4"], "sharded": ["run.shard=true"],

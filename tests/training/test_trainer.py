@@ -23,7 +23,8 @@ from ctm_nb.training.report import markdown_table, score_table
 from ctm_nb.training.trainer import Trainer, _changes
 
 TINY = [ONE_LEVEL, "teacher.steps=12", "distill.steps=9", "gan.steps=9", "teacher.batch=8", "distill.batch=8",
-        "gan.batch=8", "run.save_every=4", "run.log_every=3", "run.sample_every=100", "evaluate.n=0"]
+        "gan.batch=8", "run.save_every=4", "run.log_every=3", "run.sample_every=100", "evaluate.n=0",
+        "distill.sigma_init=auto"]
 CLOCKS = ("seconds", "images_per_sec", "peak_memory_mb")
 
 
@@ -63,6 +64,7 @@ def test_the_log_says_what_was_promised(undisturbed):
     assert {"loss_ctm", "loss_dsm", "lambda_dsm", "teacher_evals", "lr", "grad_norm"} <= lines[6].keys()
     losses, weights = {f"loss_{k}" for k in ("ctm", "dsm", "gan", "d")}, {"lambda_dsm", "lambda_gan"}
     assert losses | weights | {"grad_norm", "grad_norm_d"} <= lines[-1].keys()
+    assert 0 < load(undisturbed, which="ctm").sigma_init <= 80
     full = json.loads((undisturbed / "metrics.jsonl").read_text().splitlines()[0])
     assert all(full[k] > 0 for k in CLOCKS)
 
@@ -166,7 +168,8 @@ def test_bad_assignments(assignment, message):
     "teacher.steps=0", "teacher.batch=0", "teacher.lr=nan", "distill.ema=1", "distill.K=0", "distill.N=1",
     "distill.init=zero", "distill.max_evals=0", "network.dropout=1", "network.channel_mult=", "network.sigma_data=0",
     "evaluate.batch=0", "evaluate.steps=0", "run.device=tpux", "run.seed=-1", f"run.seed={2 ** 62}", "teacher.beta2=2",
-    "network.sigma_min=0", "network.model_channels=7", "run.keep=0", "evaluate.n=-1", "distill.optimizer=sgd"])
+    "network.sigma_min=0", "network.model_channels=7", "run.keep=0", "evaluate.n=-1", "distill.optimizer=sgd",
+    "distill.sigma_init=low", "distill.sigma_init=-1", "distill.sigma_init=90", "distill.sigma_init=nan"])
 def test_impossible_values_name_their_key(assignment):
     with pytest.raises(ValueError, match=re.escape(assignment.split("=")[0])): make_config("digits", [assignment])
 
@@ -241,7 +244,8 @@ def test_compiled_networks_learn_the_same(tmp_path, monkeypatch, caplog):
 def test_a_given_teacher_is_distilled_and_a_given_student_sharpened(undisturbed, tmp_path):
     from ctm_nb.checkpoints.models import save_model
     models = {which: load(undisturbed, which=which) for which in ("teacher", "ctm")}
-    files = {which: save_model(m, tmp_path / f"{which}.pt") for which, m in models.items()}
+    suffixes = {"teacher": ".pt", "ctm": ".safetensors"}
+    files = {which: save_model(m, tmp_path / (which + suffixes[which])) for which, m in models.items()}
     given = [*TINY, "run.save_every=1", f"teacher.source={files['teacher']}"]
     t = Trainer(make_config("tiny", given), tmp_path / "t")
     assert (t.stage, t.total) == ("ctm_dsm", 18)
