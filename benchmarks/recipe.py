@@ -6,9 +6,15 @@
     ctm_nb_train --preset mnist --data CIFAR10 --image-size 16 --name cifar --set network.attention=4 \
         network.model_channels=24 data.flip=true teacher.steps=1200 distill.steps=0 evaluate.n=0
     python benchmarks/recipe.py --preset mnist --data CIFAR10 --set data.image_size=16 network.attention=4 \
-        network.model_channels=24 data.flip=true --teacher runs/cifar -n 1000 --seconds 600
+        network.model_channels=24 data.flip=true --teacher runs/cifar -n 1000 --seconds 600 --told auto
 
-A recipe gets as many steps as fit into the seconds, by the time of thirty; its schedule ends where they do. One thread;
+    ctm_nb_train --preset emoji --image-size 16 --stage teacher --name emoji16 --set teacher.steps=4000 \
+        network.channel_mult=1,2,2 evaluate.n=0  # its checkpoint of step 1,606 was used
+    python benchmarks/recipe.py --preset mnist --data emoji --set data.image_size=16 --teacher runs/emoji16 -n 1000 \
+        --seconds 120 --told auto
+
+A recipe gets as many steps as fit into the seconds, by the time of thirty; its schedule ends where they do. `--told`
+is distill.sigma_init: what the network hears of long jumps (5.03 lets its line bend at a level of 2). One thread;
 samples are scored in the features of the classifier in --ref (benchmarks/mnist.py keeps such a file in its --work
 folder), else of the run's own; pictures of 16 x 16 in lite0's. Rows are added to nbs/results/budget/tried.json.
 """
@@ -30,7 +36,7 @@ from ctm_nb.training.trainer import Trainer
 RESULT = Path(__file__).resolve().parents[1] / "nbs" / "results" / "budget" / "tried.json"
 MIXED = "distill.phases=trajectories:.6,soft:.4"
 RELEASED = ("distill.phases= distill.matching=soft distill.solver=heun distill.max_evals=none distill.N=18 "
-            "distill.K=17 distill.k_power=1 distill.distance=features")
+            "distill.K=17 distill.k_power=1 distill.distance=features distill.anchor_rows=none")
 RECIPES = {
     "trajectories, then soft; pseudo_huber": f"{MIXED} distill.distance=pseudo_huber",
     "trajectories, then soft; features": f"{MIXED} distill.distance=features",
@@ -49,6 +55,10 @@ RECIPES = {
         f"{MIXED} distill.distance=features distill.anchor_rows=4 distill.max_evals=3 distill.reuse=12",
     "trajectories:.75, then soft; features; one denoising row in four, three evaluations":
         "distill.phases=trajectories:.75,soft:.25 distill.distance=features distill.anchor_rows=4 distill.max_evals=3",
+    "trajectories:.8, then soft; features; one denoising row in four":
+        "distill.phases=trajectories:.8,soft:.2 distill.distance=features distill.anchor_rows=4",
+    "trajectories:.8, then soft; features; one denoising row in four; batch 16":
+        "distill.phases=trajectories:.8,soft:.2 distill.distance=features distill.anchor_rows=4 distill.batch=16",
     "released loss; features": RELEASED,
     "released loss; features; batch 16": f"{RELEASED} distill.batch=16",
     "trajectories; features": "distill.phases= distill.matching=trajectories distill.distance=features",
@@ -69,6 +79,7 @@ def main():
     p.add_argument("--data", help="images of a preset that has none")
     p.add_argument("--set", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="more settings of the runs")
     p.add_argument("--teacher", required=True, help="a run")
+    p.add_argument("--told", default="published", metavar="SIGMA_INIT", help="distill.sigma_init")
     p.add_argument("--ref", type=Path, help="a reference with its classifier")
     p.add_argument("--seconds", type=float, default=45)
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -79,8 +90,8 @@ def main():
     torch.set_flush_denormal(True)
     meter = None
     rows = json.loads(RESULT.read_text()) if RESULT.exists() else []
-    given = [*QUIET, *MUON.split(), f"teacher.source={a.teacher}", *([f"data.source={a.data}"] if a.data else []),
-             *a.set]
+    given = [*QUIET, *MUON.split(), f"distill.sigma_init={a.told}", f"teacher.source={a.teacher}",
+             *([f"data.source={a.data}"] if a.data else []), *a.set]
     for seed in a.seeds:
         for what in a.only:
             with tempfile.TemporaryDirectory() as d:
@@ -94,8 +105,8 @@ def main():
                 meter, student = meter or Meter(t.config, a.n, a.ref), t.parts["ctm"].eval()
                 with torch.no_grad():
                     found = [round(meter(student, dict(solver="ctm", steps=k), seed), 3) for k in (1, 2, 4)]
-            rows.append({"images": Path(a.data or a.preset).name, "seconds": round(each * steps), "steps": steps,
-                         "what": what, "seed": seed, "distance": found,
+            rows.append({"images": Path(a.data or a.preset).name, "asked": a.seconds, "seconds": round(each * steps),
+                         "steps": steps, "what": what, "told": a.told, "seed": seed, "distance": found,
                          "teacher": weights_hash(t.parts["teacher"])[:6]})
             print(rows[-1], flush=True)
             RESULT.write_text(json.dumps(rows, indent=1) + "\n")

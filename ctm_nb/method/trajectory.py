@@ -147,7 +147,7 @@ def find_sigma_init(
     y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
 ) -> float:  # sigma_max, or less
     "The level told with which a student that starts as its teacher jumps nearest to the ends of trajectories."
-    ts = times[:len(times) // 2:max(1, len(times) // 12)].tolist()
+    ts = times[:len(times) // 2:max(1, len(times) // 6)].tolist()
     def miss(level):
         "The mean squared distance from the ends."
         shares = [told_share(t, 0., level, ts[0]) for t in ts]

@@ -105,9 +105,9 @@ def test_the_level_found_is_the_best_one_for_gaussian_data(std):
     x = 80 * torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     path = torch.stack([at(t) * x for t in times], 1)
     def miss(level):
-        "Of the upper half of the grid, in closed form."
-        told = [t * (min(t, 80 * (level / 80) ** (4 / 3)) / t) ** .75 for t in times[:6].tolist()]
-        missed = [std ** 2 / (std ** 2 + u ** 2) * u / t * at(t) - at(.002) for u, t in zip(told, times.tolist())]
+        "Of three times in the upper half of the grid, in closed form."
+        told = [(t, t * (min(t, 80 * (level / 80) ** (4 / 3)) / t) ** .75) for t in times[[0, 2, 4]].tolist()]
+        missed = [std ** 2 / (std ** 2 + u ** 2) * u / t * at(t) - at(.002) for t, u in told]
         return sum(m ** 2 for m in missed)
     levels = [80 * 10 ** (-k / 5) for k in range(9)]
     assert find_sigma_init(D, path, times) == pytest.approx(min(levels, key=miss))
