@@ -6,7 +6,7 @@
 __all__ = ['told_share', 'CTM', 'ConsistencyModel', 'Jumps', 'is_ctm', 'student_from', 'find_sigma_init']
 
 # %% ../../nbs/1_method/04_trajectory.ipynb #2bd9acf6
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from fastcore.basics import patch
@@ -48,8 +48,7 @@ class CTM(Preconditioned):
         s: float | Tensor,  # landing time, 0 <= s <= t, (B,) or scalar; below sigma_min it is read as sigma_min
         y: Tensor | None = None,  # (B,) class indices, -1 or None for no label
     ) -> Tensor:  # (B, ...)
-        x, t = self.told(x, t, s)
-        return self.precondition(x, t, s, y)  # g
+        return self.precondition(*self.told(x, t, s), s, y)  # g
 
     def g(self,
         x: Tensor,  # (B, ...) data at noise level t
@@ -62,12 +61,13 @@ class CTM(Preconditioned):
 
 # %% ../../nbs/1_method/04_trajectory.ipynb #490630bc
 @patch
-def told(self: CTM, x: Tensor, t: float | Tensor, s: float | Tensor) -> tuple:  # (B, ...); like t
+def told(self: CTM, x: Tensor, t: float | Tensor, s: float | Tensor) -> tuple[Tensor, Any]:  # like x, t
     "What the network is shown and told of data at noise level t, for a jump to s."
     if self.sigma_init is None: return x, t
     self.check(x, t)
     wide = x if x.element_size() >= 4 else x.float()
     if not (isinstance(t, float) and isinstance(s, float)): t, s = (expand(v, wide).flatten() for v in (t, s))
+    s = max(s, self.sigma_min) if isinstance(s, float) else s.clamp(min=self.sigma_min)
     share = told_share(t, s, self.sigma_init, self.sigma_max)
     return (expand(share, wide) * wide).to(x.dtype), share * t
 

@@ -128,7 +128,7 @@ class DistillConfig(OptimConfig):
     pooling: str = need("max", one_of("max", "average"))  # in the network of "lpips"; "average" as published
     target_ema: float = need(.999, FRACTION)  # rate of the EMA inside the loss
     init: str = need("teacher", one_of("teacher", "random"))  # how the s-branch starts
-    sigma_init: str = need("published", LEVEL)  # that its network is told on the longest jump; "auto": its teacher's
+    sigma_init: str = need("published", LEVEL)  # told to a new student on the longest jump; "auto": its teacher's best
     dsm: bool = True  # add the denoising loss
     dropout: float = need(0., FRACTION)  # of student and target, in this stage and the adversary's
     guidance: float | None = need(None, NOT_NEGATIVE)  # scale w of the teacher's guidance; None: as it is

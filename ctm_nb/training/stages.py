@@ -299,9 +299,9 @@ def sigma_init(self: DistillStage) -> float | None:
     n, D = self.parts["teacher"].n_classes, self.teacher.D
     x = self.grid["sigma_max"] * noise(self.shape, self.config.run.seed, range(16)).to(self.device)
     y = torch.arange(16, device=self.device) % n if n else None
-    found = min(find_sigma_init(D, trajectory(D, x, self.times, y), self.times, y), self.grid["sigma_max"])
+    found = find_sigma_init(D, trajectory(D, x, self.times, y), self.times, y)
     log.info("sigma_init %.3g: what the student's network is told on the longest jump", found)
-    return found
+    return None if found == self.times[0].item() else found  # sigma_max: the published model
 
 # %% ../../nbs/6_training/05_stages.ipynb #e8c6d2b7
 @patch

@@ -98,9 +98,19 @@ def test_a_level_to_be_told_is_one_of_the_model(level):
         CTM(MLP(2), sigma_init=level)
 
 
+@pytest.mark.parametrize("level", [1e-300, .01])
+def test_below_sigma_min_all_landing_times_are_one_however_low_the_level(level):
+    m, x = CTM(lively(MLP(2).with_s_branch("random")), sigma_init=level), torch.randn(3, 2)
+    for t in (80., .5, .002):
+        at = lambda s: m.g(x, torch.full((3,), t), torch.full((3,), s))
+        assert at(0.).isfinite().all() and torch.equal(at(0.), at(.002))
+        assert m.g(x, t, 0.).isfinite().all() and torch.equal(m.g(x, t, 0.), m.g(x, t, .002))
+
+
 @pytest.mark.parametrize("std", [.5, 2., 6.])
 def test_the_level_found_is_the_best_one_for_gaussian_data(std):
-    times, D = rho_grid(12), lambda x, t, y: std ** 2 / (std ** 2 + t ** 2) * x  # as if it were a number
+    times, y = rho_grid(12), torch.ones(8)
+    D = lambda x, t, y: std ** 2 / (std ** 2 + t ** 2) * x * y[:, None]  # as if it were a number
     at = lambda t: ((std ** 2 + t ** 2) / (std ** 2 + 80 ** 2)) ** .5  # the way of a trajectory from 1
     x = 80 * torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     path = torch.stack([at(t) * x for t in times], 1)
@@ -110,7 +120,7 @@ def test_the_level_found_is_the_best_one_for_gaussian_data(std):
         missed = [std ** 2 / (std ** 2 + u ** 2) * u / t * at(t) - at(.002) for t, u in told]
         return sum(m ** 2 for m in missed)
     levels = [80 * 10 ** (-k / 5) for k in range(9)]
-    assert find_sigma_init(D, path, times) == pytest.approx(min(levels, key=miss))
+    assert find_sigma_init(D, path, times, y) == pytest.approx(min(levels, key=miss))
 
 
 def test_a_student_is_no_teacher():

@@ -241,6 +241,23 @@ def test_compiled_networks_learn_the_same(tmp_path, monkeypatch, caplog):
     assert "not compiled" not in caplog.text and compiled.parts["model"].net._compiled_call_impl is not None
 
 
+def test_a_new_student_is_told_what_is_configured_and_an_old_one_what_it_was(undisturbed, tmp_path, monkeypatch):
+    from ctm_nb.training import stages
+    asked = []
+    def find(D, path, times, y):
+        asked.append(D(path[:, 0], times[0], y))
+        return times[0].item()
+    monkeypatch.setattr(stages, "find_sigma_init", find)
+    def told(*more):
+        config = make_config("tiny", [*TINY, f"teacher.source={undisturbed}", *more])
+        return Trainer(config, tmp_path / str(len([*tmp_path.iterdir()]))).parts["ctm"].sigma_init
+    assert told("distill.sigma_init=5") == 5 and told("distill.sigma_init=published") is None and not asked
+    assert told() is None and told("distill.guidance=3") is None  # none is better than the truth
+    assert len(asked) == 2 and not torch.equal(*asked)  # of the guided teacher, where it is guided
+    known = load(undisturbed, which="ctm").sigma_init
+    assert known and told("distill.sigma_init=5", f"distill.initial={undisturbed}") == known
+
+
 def test_a_given_teacher_is_distilled_and_a_given_student_sharpened(undisturbed, tmp_path):
     from ctm_nb.checkpoints.models import save_model
     models = {which: load(undisturbed, which=which) for which in ("teacher", "ctm")}
