@@ -14,9 +14,9 @@
         --seconds 120 --told auto
 
 A recipe gets as many steps as fit into the seconds, by the time of thirty; its schedule ends where they do. `--told`
-is distill.sigma_init: what the network hears of long jumps (5.03 lets its line bend at a level of 2). One thread;
-samples are scored in the features of the classifier in --ref (benchmarks/mnist.py keeps such a file in its --work
-folder), else of the run's own; pictures of 16 x 16 in lite0's. Rows are added to nbs/results/budget/tried.json.
+is distill.sigma_init, what the network hears of long jumps. One thread; samples are scored in the features of the
+classifier in --ref (benchmarks/mnist.py keeps such a file in its --work folder), else of the run's own; pictures of
+16 x 16 in lite0's. Rows are added to nbs/results/budget/tried.json.
 """
 import argparse
 import json
@@ -55,10 +55,6 @@ RECIPES = {
         f"{MIXED} distill.distance=features distill.anchor_rows=4 distill.max_evals=3 distill.reuse=12",
     "trajectories:.75, then soft; features; one denoising row in four, three evaluations":
         "distill.phases=trajectories:.75,soft:.25 distill.distance=features distill.anchor_rows=4 distill.max_evals=3",
-    "trajectories:.8, then soft; features; one denoising row in four":
-        "distill.phases=trajectories:.8,soft:.2 distill.distance=features distill.anchor_rows=4",
-    "trajectories:.8, then soft; features; one denoising row in four; batch 16":
-        "distill.phases=trajectories:.8,soft:.2 distill.distance=features distill.anchor_rows=4 distill.batch=16",
     "released loss; features": RELEASED,
     "released loss; features; batch 16": f"{RELEASED} distill.batch=16",
     "trajectories; features": "distill.phases= distill.matching=trajectories distill.distance=features",

@@ -24,9 +24,9 @@ def told_share(
     sigma_max: float = SIGMA_MAX,  # largest noise level
 ) -> float | Tensor:  # in (0, 1], like t
     "The share of its noise level that the network of a student is told: less than 1 on long jumps."
-    bend = sigma_max * (sigma_init / sigma_max) ** (4 / 3)
-    if isinstance(t, float): return min(1, max(float(s), bend) / t) ** .75
-    return (torch.as_tensor(s).clamp(min=bend) / t).clamp(max=1) ** .75
+    bend = sigma_max * sigma_init / (2 * sigma_max - sigma_init)
+    if isinstance(t, float): return min(1, 2 / (1 + t / max(float(s), bend)))
+    return (2 / (1 + t / torch.as_tensor(s).clamp(min=bend))).clamp(max=1)
 
 # %% ../../nbs/1_method/04_trajectory.ipynb #490630bb
 class CTM(Preconditioned):

@@ -298,7 +298,7 @@ def sigma_init(self: DistillStage) -> float | None:
     if (level := self.config.distill.sigma_init) != "auto": return None if level == "published" else float(level)
     n, D = self.parts["teacher"].n_classes, self.teacher.D
     x = self.grid["sigma_max"] * noise(self.shape, self.config.run.seed, range(16)).to(self.device)
-    y = torch.arange(16, device=self.device) % n if n else None
+    y = torch.arange(16, device=self.device) * max(n, 16) // 16 % n if n else None
     found = find_sigma_init(D, trajectory(D, x, self.times, y), self.times, y)
     log.info("sigma_init %.3g: what the student's network is told on the longest jump", found)
     return None if found == self.times[0].item() else found  # sigma_max: the published model

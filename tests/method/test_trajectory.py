@@ -116,7 +116,8 @@ def test_the_level_found_is_the_best_one_for_gaussian_data(std):
     path = torch.stack([at(t) * x for t in times], 1)
     def miss(level):
         "Of three times in the upper half of the grid, in closed form."
-        told = [(t, t * (min(t, 80 * (level / 80) ** (4 / 3)) / t) ** .75) for t in times[[0, 2, 4]].tolist()]
+        bend = 1 / (2 / level - 1 / 80)  # whose harmonic mean with 80 is the level
+        told = [(t, min(t, 2 / (1 / t + 1 / bend))) for t in times[[0, 2, 4]].tolist()]
         missed = [std ** 2 / (std ** 2 + u ** 2) * u / t * at(t) - at(.002) for t, u in told]
         return sum(m ** 2 for m in missed)
     levels = [80 * 10 ** (-k / 5) for k in range(9)]
