@@ -127,6 +127,7 @@ def _small(config: Config, folder: str, splits: Splits) -> Trainer:
     "A run of twenty steps of every kind."
     small = deepcopy(config)
     small.gan.start, small.gan.head_start, small.run.before, small.distill.trajectories = 0, 0, 0, ""
+    small.distill.sigma_init = "published"  # as dear, and not looked for
     kinds = list(dict.fromkeys(p.name for p in phases(config.distill, 10 ** 6)))
     small.distill.phases, small.distill.reuse = ",".join(f"{k}:{1 / len(kinds)!r}" for k in kinds), 20
     for s in schedule(config): getattr(small, STAGES[s]).steps = 20 * (len(kinds) if s == "ctm_dsm" else 1)
