@@ -258,6 +258,17 @@ def test_a_new_student_is_told_what_is_configured_and_an_old_one_what_it_was(und
     assert known and told("distill.sigma_init=5", f"distill.initial={undisturbed}") == known
 
 
+def test_all_processes_tell_what_the_first_one_found(monkeypatch):
+    from ctm_nb.method.trajectory import CTM
+    from ctm_nb.networks.unet import MLP
+    from ctm_nb.training import runtime
+    monkeypatch.setattr(runtime.dist, "broadcast", lambda v, source: None)
+    monkeypatch.setattr(runtime.Here, "send", lambda self, value: 5.)
+    m = CTM(MLP(2).with_s_branch(), sigma_init=8.)
+    runtime.Here(1, 2).same_weights([m])
+    assert m.sigma_init == 5
+
+
 def test_a_given_teacher_is_distilled_and_a_given_student_sharpened(undisturbed, tmp_path):
     from ctm_nb.checkpoints.models import save_model
     models = {which: load(undisturbed, which=which) for which in ("teacher", "ctm")}
