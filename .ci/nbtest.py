@@ -16,7 +16,10 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CTM_NB_HEARTBEAT"] = "0"  # what a command says must not depend on how fast a machine is
+os.fsync = os.fstat  # nobody waits for the disk
 AT_ONCE = 2
+LONG = """01_toy 08_adversary 02_digits 13_editing 06_likelihood 10_budget 08_trainer 04_editing 03_teacher 01_metrics
+    07_export 02_sample""".split()  # these come first, so that processes that share them end together
 
 import IPython.core.interactiveshell  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
@@ -54,12 +57,16 @@ if __name__ == "__main__":
     started = time.time()
     root = Path(__file__).resolve().parents[1]
     os.chdir(root)
+    turn = lambda path: (LONG.index(stem) if (stem := Path(path).stem) in LONG else len(LONG), path)
     main(
         sys.argv[1:]
         or sorted(
-            str(p.relative_to(root))
-            for p in (root / "nbs").rglob("*.ipynb")
-            if p.name[0] not in "_." and ".ipynb_checkpoints" not in p.parts
+            (
+                str(p.relative_to(root))
+                for p in (root / "nbs").rglob("*.ipynb")
+                if p.name[0] not in "_." and ".ipynb_checkpoints" not in p.parts
+            ),
+            key=turn,
         )
     )
     print(f"all notebooks passed, {time.time() - started:.0f} s")

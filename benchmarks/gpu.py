@@ -249,7 +249,7 @@ def some_pictures(folder, n=20, side=16):
 
 ADVERSARY = "gan.steps=8 gan.batch=16 gan.optimizer=adamw gan.features=teacher gan.width=8 gan.ema=.9"
 SMALL = f"network.attention=8 data.flip=true evaluate.n=0 run.log_every=1000 {ADVERSARY}"
-if DRY: SMALL += " network.channel_mult=1"  # whoever tries the script need not wait for another level
+if DRY: SMALL += " network.channel_mult=1 teacher.batch=8 distill.batch=8 gan.batch=8"  # who tries it need not wait
 KINDS = {"teacher": ("teacher", 0, "soft"), "discriminator": ("ctm_dsm_gan", 0, "soft"),
          "ctm_dsm_gan": ("ctm_dsm_gan", 1, "soft"),
          **{f"ctm_dsm, {m} matching": ("ctm_dsm", 0, m) for m in ("soft", "local", "global", "trajectories")},

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 os.environ["CTM_NB_HEARTBEAT"] = "0"  # what a command says must not depend on how fast a machine is
+os.fsync = os.fstat  # tests kill processes and no machines; so nobody waits for the disk (benchmarks/crash.py does)
 
 LONG = """test_gpu_script test_processes test_hostile test_resume test_trainer test_budget test_export test_matchings
     test_adversarial_runs test_profiles test_sample test_models test_features test_other_systems test_finetune

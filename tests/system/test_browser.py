@@ -4,7 +4,6 @@ import os
 import re
 from pathlib import Path
 
-import nbformat
 import pytest
 from browser_lab import TimeoutError, expect, jupyter_lab, missing, page
 
@@ -17,6 +16,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     "The explorer's notebook, run in JupyterLab."
+    import nbformat  # takes seconds
     folder, home = tmp_path_factory.mktemp("nbs"), tmp_path_factory.mktemp("home")
     (folder/"8_explore").mkdir()
     nb = nbformat.read(ROOT/"nbs"/"8_explore/01_explorer.ipynb", as_version=4)

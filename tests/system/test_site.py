@@ -6,13 +6,19 @@ import re
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT/"docs"))
 from builder import check, notebooks, pages, source, vendor  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def notebook_format():
+    "Imported where these tests run, and not wherever they are collected: it takes seconds."
+    global nbformat, new_code_cell, new_markdown_cell, new_output
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
 MODULE = '''"""Jumps that you will have."""
 
