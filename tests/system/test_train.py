@@ -91,7 +91,7 @@ def test_a_folder_of_trajectories_that_is_a_file_is_refused_before_the_teacher_t
 
 
 @pytest.mark.parametrize("words, said", [
-    ("--image-size 4 --set network.attention=8,4", "network.attention=8: the network has no such side, its sides are 4"),
+    ("--image-size 4 --set network.attention=8,4", "network.attention=8: the network has no such side, its sides"),
     ("--set data.use_labels=false teacher.label_dropout=.1", "teacher.label_dropout=0.1: there are no labels to drop"),
     ("--set teacher.label_dropout=.1", ""),
     ("", "")])
