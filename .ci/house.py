@@ -65,7 +65,7 @@ NEW = {
     "machines without double, without fork": "method.flow: NO_DOUBLE finest training.runtime: peak_memory",
     "editing": """method.editing evaluation.edit commands.sample: _edit_flags
         explore.explorer: canvas_pixels stroke_story explore_strokes explore""",
-    "told before hours are spent": "commands.flags: check_output commands.train: _check_given _heeded "
+    "told before hours are spent": "commands.flags: check_output commands.train: _check_given _say_unused _heeded "
         "evaluation.evaluate: is_record _keep _splits evaluation.features: _known",
     "services that follow a run": "training.config: SERVICES training.trainer: Service",
     "fine-tuning, more steps": """checkpoints.models: relabel training.stages: initial_model

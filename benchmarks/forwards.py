@@ -21,6 +21,7 @@ from ctm_nb.training.trainer import Trainer
 RESULT = Path(__file__).resolve().parents[1] / "nbs" / "results" / "speed" / "forwards.json"
 PUBLISHED = ("distill.phases= distill.matching=soft distill.solver=heun distill.max_evals=none distill.N=18 "
              "distill.K=17 distill.k_power=1 distill.distance=pseudo_huber").split()
+FEWER = ["distill.phases=trajectories:.8,soft:.2", "distill.anchor_rows=4"]  # for presets with phases
 QUIET = ["gan.steps=0", "run.save_every=1000000", "run.sample_every=1000000", "run.log_every=1000000"]
 
 
@@ -73,7 +74,9 @@ def main():
     found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     for preset in a.presets:
         words = [f"data.source={a.data}"] if preset == "mnist" else []
-        for name, more in ((preset, []), (f"{preset}, published objective", PUBLISHED)):
+        rows = {preset: [], f"{preset}, published objective": PUBLISHED}
+        if make_config(preset, words).distill.phases: rows[f"{preset}, a fifth of soft"] = FEWER
+        for name, more in rows.items():
             found[name] = {k: round(v, 2) for k, v in forwards(preset, [*words, *more], a.steps).items()}
             print(name, found[name], flush=True)
     RESULT.write_text(json.dumps(found, indent=1) + "\n")

@@ -613,6 +613,15 @@ def make_stage(name, recipe="published"):
     return stage
 
 
+def numbers_with(stage, k, n):
+    "What a step draws, for a solver interval of k grid steps; the same times and noise for every step of a stage."
+    import ctm_nb.training.stages as stages
+    from ctm_nb.method.distill import draw_indices
+    def interval(B, N, K, gen, *rest): return (ij := draw_indices(B, k, N, gen))[0], k, ij[1]
+    with mock.patch.object(stages, "draw_interval", interval):
+        return stages.carry_to(stage.draw(len(stage.data), stages.step_generator(0, 0), n), stage.device)
+
+
 class Step:
     "A step as the trainer makes it, with a solver interval of K grid steps; its gradient can be recorded."
 
@@ -628,9 +637,8 @@ class Step:
     def turn(self, learner):
         "From now on steps of this network."
         from ctm_nb.training.stages import take
-        from speed import numbers_with
         self.n = next(n for n in range(4) if self.stage.learner(n) == learner)
-        numbers = numbers_with(self.stage, K, 0, self.n)
+        numbers = numbers_with(self.stage, K, self.n)
         self.numbers = [take(numbers, r) for r in self.rows]
         self.learner = self.stage.parts[learner]
 

@@ -37,6 +37,7 @@ RESULT = Path(__file__).resolve().parents[1] / "nbs" / "results" / "budget" / "t
 MIXED = "distill.phases=trajectories:.6,soft:.4"
 RELEASED = ("distill.phases= distill.matching=soft distill.solver=heun distill.max_evals=none distill.N=18 "
             "distill.K=17 distill.k_power=1 distill.distance=features distill.anchor_rows=none")
+EIGHT = "distill.phases=trajectories:.8,soft:.2 distill.distance=features distill.anchor_rows=4"
 RECIPES = {
     "trajectories, then soft; pseudo_huber": f"{MIXED} distill.distance=pseudo_huber",
     "trajectories, then soft; features": f"{MIXED} distill.distance=features",
@@ -55,6 +56,8 @@ RECIPES = {
         f"{MIXED} distill.distance=features distill.anchor_rows=4 distill.max_evals=3 distill.reuse=12",
     "trajectories:.75, then soft; features; one denoising row in four, three evaluations":
         "distill.phases=trajectories:.75,soft:.25 distill.distance=features distill.anchor_rows=4 distill.max_evals=3",
+    "trajectories:.8, then soft; features; one denoising row in four": EIGHT,
+    "trajectories:.8, then soft; features; one denoising row in four; batch 16": f"{EIGHT} distill.batch=16",
     "released loss; features": RELEASED,
     "released loss; features; batch 16": f"{RELEASED} distill.batch=16",
     "trajectories; features": "distill.phases= distill.matching=trajectories distill.distance=features",

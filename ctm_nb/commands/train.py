@@ -21,8 +21,7 @@ def _until(config, stage):
     only, names = deepcopy(config), list(STAGES)
     if stage == "all": return only
     if stage not in schedule(config):
-        some = f"--set {STAGES[stage]}.steps=N gives it some"
-        raise ValueError(f"stage {stage} has no steps in this configuration; {some}")
+        raise ValueError(f"stage {stage} has no steps in this configuration; --set {STAGES[stage]}.steps=N gives some")
     for later in names[names.index(stage) + 1:]: getattr(only, STAGES[later]).steps = 0
     return only
 
@@ -109,6 +108,18 @@ def _check_given(config, data):
     for which, section in (("teacher", config.teacher), ("ctm", config.distill)):
         if here(section.source): given_model(config, which, data)
         if here(section.initial): initial_model(config, which, data)
+
+# %% ../../nbs/7_commands/01_train.ipynb #9e5593cc
+def _say_unused(config, data):
+    "Warn of settings that nothing answers to: presets may be made for another side, so they are no errors."
+    n, t = config.network, config.teacher
+    sides = [data.image_size >> k for k in range(len(n.channel_mult))]
+    if (lost := [a for a in n.attention if a not in sides]) and (t.source or t.initial) in ("", "none"):
+        logging.warning("network.attention=%s: the network has no such side, its sides are %s",
+                        ",".join(map(str, lost)), ", ".join(map(str, sides)))
+    for section in ("teacher", "distill"):
+        if (p := getattr(config, section).label_dropout) and not (data.n_classes and config.data.use_labels):
+            logging.warning("%s.label_dropout=%g: there are no labels to drop", section, p)
 
 # %% ../../nbs/7_commands/01_train.ipynb #95699eba
 def plan(
@@ -301,6 +312,7 @@ def _train(a: argparse.Namespace, began: float, pulse):  # when the command was 
     else:
         splits = open_images(config, here := join(config.run.device))
         fit_memory(config, splits["train"], folder, here=here)
+    _say_unused(config, splits["train"])
     if a.dry_run: return _show(config, plan(config, folder, a.measure, stage, spent, splits))
     torch.set_flush_denormal(True)
     if spent: logging.info("%g minutes: %s", minutes, spent)

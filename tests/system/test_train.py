@@ -90,6 +90,16 @@ def test_a_folder_of_trajectories_that_is_a_file_is_refused_before_the_teacher_t
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("words, said", [
+    ("--image-size 4 --set network.attention=8,4", "network.attention=8: the network has no such side, its sides"),
+    ("--set data.use_labels=false teacher.label_dropout=.1", "teacher.label_dropout=0.1: there are no labels to drop"),
+    ("--set teacher.label_dropout=.1", ""),
+    ("", "")])
+def test_settings_that_nothing_answers_to_are_named(tmp_path, words, said):
+    r = call("--dry-run", *words.split(), cwd=tmp_path)
+    assert r.returncode == 0 and (said in r.stderr if said else not r.stderr), r.stderr
+
+
 def test_empty_folder_of_images(tmp_path):
     (tmp_path / "empty").mkdir()
     r = call("--data", "empty", cwd=tmp_path)
