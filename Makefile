@@ -8,7 +8,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser check nbtest pytest export readme docs docker clean
+.PHONY: help demo test browser check types rules nbtest pytest export readme docs docker clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -25,10 +25,15 @@ browser: $(VENV)/.browser ## the explorer and the pages in a real browser, after
 	CTM_BROWSER=1 $(BIN)/python -m pytest tests/system/test_browser.py tests/system/test_page.py tests/system/test_serve.py
 
 check: $(VENV)/.dev ## would export change a file? style, types, the order of the rooms, figures
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync types rules
+
+types: $(VENV)/.dev
+	$(BIN)/python .ci/typecheck.py
+
+rules: $(VENV)/.dev
 	$(BIN)/python .ci/check.py
 	$(BIN)/ruff check ctm_nb tests benchmarks docs .ci setup.py
 	$(BIN)/ruff check --isolated --line-length 120 --select E501,E702 nbs
-	$(BIN)/python .ci/typecheck.py
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python .ci/house.py
 

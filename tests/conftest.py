@@ -8,10 +8,11 @@ import pytest
 os.environ["CTM_NB_HEARTBEAT"] = "0"  # what a command says must not depend on how fast a machine is
 os.fsync = os.fstat  # tests kill processes and no machines; so nobody waits for the disk (benchmarks/crash.py does)
 
-LONG = """test_gpu_script test_processes test_hostile test_resume test_trainer test_budget test_export test_matchings
-    test_adversarial_runs test_profiles test_sample test_models test_features test_other_systems test_finetune
-    test_adversary test_evaluate test_forced test_likelihood test_batches test_foreign test_sync test_two_at_once
-    test_docker test_published test_trackers test_outputs test_cases""".split()
+LONG = """test_gpu_script test_processes test_export test_hostile test_resume test_trainer test_budget test_matchings
+    test_profiles test_forced test_adversarial_runs test_finetune test_likelihood test_other_systems test_features
+    test_sample test_batches test_foreign test_first_steps test_docker test_two_at_once test_archives test_adversary
+    test_models test_published test_trackers test_train test_sync test_catalogue test_evaluate test_site test_ranks
+    test_outputs test_class_names test_cases""".split()
 
 
 def pytest_collection_modifyitems(items):
