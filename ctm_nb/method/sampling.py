@@ -42,7 +42,7 @@ def gamma_sample(
     gamma: float = 0.,  # share of fresh noise, in [0, 1]
 ) -> Tensor:  # (B, ...) data at times[-1]
     "Jump from timestep to timestep, with fresh noise at all but the last.  # CTM: gamma-sampling"
-    times = torch.as_tensor(times, dtype=torch.float64).tolist()  # one by one it takes longer
+    times = times.tolist() if torch.is_tensor(times) else [*map(float, times)]  # one by one a tensor takes longer
     for i, (t, tau) in enumerate(zip(times[:-1], times[1:])):
         s = landing_time(tau, gamma, m.sigma_min)
         x = m.G(x, t, s, y)
