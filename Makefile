@@ -25,7 +25,7 @@ browser: $(VENV)/.browser ## the explorer and the pages in a real browser, after
 	CTM_BROWSER=1 $(BIN)/python -m pytest tests/system/test_browser.py tests/system/test_page.py tests/system/test_serve.py
 
 check: $(VENV)/.dev ## would export change a file? style, types, the order of the rooms, figures
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync types rules
+	@$(MAKE) --no-print-directory --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) types rules
 
 types: $(VENV)/.dev
 	$(BIN)/python .ci/typecheck.py

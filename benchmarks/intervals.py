@@ -86,7 +86,8 @@ def cases(teachers, data, n):
     yield "mixture", toy.D, toy.sample(256, seed=1).float(), None, curvature(toy), None
     for run in map(Path, teachers):
         config = json.loads((run / "config.json").read_text())["data"]
-        images = load_data(data if config["source"] != "digits" else "digits", "train", config["image_size"])
+        source = config["source"] if config["source"] == "digits" or not data else data
+        images = load_data(source, "train", config["image_size"])
         ids = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n]
         teacher = load(run, which="teacher")
         y = images.labels[ids] if teacher.n_classes else None

@@ -312,7 +312,7 @@ def _train(a: argparse.Namespace, began: float, pulse):  # when the command was 
     else:
         splits = open_images(config, here := join(config.run.device))
         fit_memory(config, splits["train"], folder, here=here)
-    _say_unused(config, splits["train"])
+    if not launched()[0]: _say_unused(config, splits["train"])
     if a.dry_run: return _show(config, plan(config, folder, a.measure, stage, spent, splits))
     torch.set_flush_denormal(True)
     if spent: logging.info("%g minutes: %s", minutes, spent)

@@ -52,12 +52,12 @@ def interpolate(
     y: Tensor | None = None,  # (B,) class indices
     callback=None,  # called as callback(i, x) after picture i of all ways
 ) -> Tensor:  # (B-1, n, ...) one way a row
-    "From each picture to the next through their latents: k evaluations up, and k or, between classes, 2k a picture."
+    "From each picture to the next through their latents: k evaluations up, k a picture, 2k between two classes."
     z, ways, (a, b) = encode(m, x0, times, y), [], (None, None) if y is None else (y[:-1], y[1:])
     for i in range(n):
         w = i / (n - 1)
         def mixed(x, t, _):
-            if y is None or w == 0 or torch.equal(a, b): return m.D(x, t, a)
+            if y is None or w in (0, 1) or torch.equal(a, b): return m.D(x, t, b if w == 1 else a)
             return (1 - w) * m.D(x, t, a) + w * m.D(x, t, b)
         ways.append(solve(mixed, sphere(z[:-1], z[1:], w), times, None, "dpmpp_2m"))
         if callback: callback(i, ways[-1])
