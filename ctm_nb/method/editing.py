@@ -54,10 +54,11 @@ def interpolate(
 ) -> Tensor:  # (B-1, n, ...) one way a row
     "From each picture to the next through their latents: k evaluations up, k a picture, 2k between two classes."
     z, ways, (a, b) = encode(m, x0, times, y), [], (None, None) if y is None else (y[:-1], y[1:])
+    alike = y is None or torch.equal(a, b)
     for i in range(n):
         w = i / (n - 1)
         def mixed(x, t, _):
-            if y is None or w in (0, 1) or torch.equal(a, b): return m.D(x, t, b if w == 1 else a)
+            if alike or w in (0, 1): return m.D(x, t, b if w == 1 else a)
             return (1 - w) * m.D(x, t, a) + w * m.D(x, t, b)
         ways.append(solve(mixed, sphere(z[:-1], z[1:], w), times, None, "dpmpp_2m"))
         if callback: callback(i, ways[-1])

@@ -251,3 +251,25 @@ def test_a_stroke_on_digits_is_answered_in_less_than_150_ms_of_processor_time(tm
     cpu, wall = map(statistics.median, zip(*spent[1:]))
     print(f"a stroke is answered in {cpu:.0f} ms of processor time, {wall:.0f} ms by the clock")
     assert cpu < 150
+
+
+@pytest.mark.parametrize("classes, evaluations", [((0, 1), 8), ((1, 1), 6), (None, 6)])
+def test_a_way_mixes_the_denoisers_of_its_classes_and_no_more_than_needed(classes, evaluations):
+    "Of a constant denoiser c the flow is c + (s/t) (x - c), whatever solves it."
+    from ctm_nb.method.editing import encode, interpolate, sphere
+    from ctm_nb.method.flow import rho_grid
+    means, asked = torch.tensor([-1., 2.], dtype=torch.float64), []
+    class Constant:
+        def D(self, x, t, y=None):
+            asked.append(y)
+            return (means[:1] if y is None else means[y])[:, None].expand_as(x)
+    x0, times = torch.tensor([[.3, -2., 1.], [1.5, 0., -.7]], dtype=torch.float64), rho_grid(3)
+    y = None if classes is None else torch.tensor(classes)
+    z = encode(Constant(), x0, times, y)
+    up = len(asked)
+    way = interpolate(Constant(), x0, times, 3, y)[0]
+    assert len(asked) == 2 * up + evaluations
+    a, b = (means[:1].expand(2) if y is None else means[y])
+    for w, c, picture in zip((0, .5, 1), (a, (a + b) / 2, b), way):
+        expected = c + (times[-1] / times[0]) * (sphere(z[:1], z[1:], w)[0] - c)
+        assert torch.allclose(picture, expected, atol=1e-6), w

@@ -202,6 +202,13 @@ def test_an_image_drawn_takes_all_its_evaluations(how, nfe, monkeypatch):
     assert module._draw_speed(SimpleNamespace(sigma_min=.002, sigma_max=80.), **how) == 2 * nfe and seen == [(64, 1)]
 
 
+def test_no_level_is_looked_for_in_the_little_run(tmp_path):
+    "It would take sixteen trajectories of a teacher that has learned nothing, and change no step's time."
+    config = make_config("digits", [*WORDS, *recipe()])
+    assert config.distill.sigma_init == "auto"
+    assert module._small(config, tmp_path, open_images(config)).config.distill.sigma_init == "published"
+
+
 def test_killed_and_resumed_it_is_the_same_run(tmp_path, short):
     for stop in (3, 10, 11, 45, 60, 66, 67, 80):
         t = again(tmp_path / "parts", short, Clock(lambda step: 7.))  # what a clock says no longer counts

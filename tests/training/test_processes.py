@@ -159,7 +159,8 @@ from ctm_nb.evaluation.reference import launched
 from ctm_nb.training import costs
 costs.available_memory = lambda: int(sys.argv[2 + launched()[0]])
 ctm_nb_train(["--preset", "tiny", "--runs", sys.argv[1], "--name", "r", "--set", "teacher.steps=1", "distill.steps=1",
-              "teacher.batch=12", "distill.batch=12", "evaluate.n=0", "run.device=cpu", "run.precision=fp32"])
+              "teacher.batch=12", "distill.batch=12", "evaluate.n=0", "run.device=cpu", "run.precision=fp32",
+              "network.attention=4,2"])
 """
 
 
@@ -169,7 +170,8 @@ def test_two_processes_with_little_memory_take_as_many_images_as_the_poorer_one_
     rooms = [str(int((need(n) + need(n + 1)) / 2 / .8)) for n in (4, 3)]
     done = ranks(ROOMS, tmp_path, *rooms)
     assert all(d.returncode == 0 for d in done), done
-    assert sum(d.stderr.count(" are free for each process: 3 images at a time") for d in done) == 1, done
+    for line in (" are free for each process: 3 images at a time", "network.attention=2: the network has no such side"):
+        assert sum(d.stderr.count(line) for d in done) == 1, done
     assert json.loads((tmp_path / "r" / "config.json").read_text())["run"]["micro_batch"] == "3"
 
 
