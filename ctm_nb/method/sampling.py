@@ -197,13 +197,13 @@ def sample(
     check_request(m, len(ids), steps, gamma, solver, times)
     y = ids % m.n_classes if y is None and m.n_classes else check_labels(y, len(ids), m.n_classes)
     place, out, size = _place(m), [], len(ids) if noise_fn or not batch_size else batch_size
-    for k, numbers in enumerate(ids.split(size)):
+    for numbers, labels in zip(ids.split(size), [None] * len(ids) if y is None else y.to(place[0]).split(size)):
         shape, rows = (len(numbers), *m.data_shape), numbers.tolist()
         def draw(i):
             z = torch.as_tensor(noise_fn(i, shape)) if noise_fn else noise(m.data_shape, seed, rows, draw=i)
             if z.shape == shape: return z.to(*place)
             raise ValueError(f"noise_fn({i}, {shape}) must return noise of shape {shape}, got {tuple(z.shape)}")
-        x, labels = draw(0) * float(times[0]), None if y is None else y.split(size)[k].to(place[0])
-        x = SAMPLERS[solver](m, x, times, labels, draw, callback, **{"gamma": gamma} if solver == "ctm" else {})
+        more = {"gamma": gamma} if solver == "ctm" else {}
+        x = SAMPLERS[solver](m, draw(0) * times[0].item(), times, labels, draw, callback, **more)
         out.append(_check_finite(m, x, numbers))
     return torch.cat(out) if len(out) > 1 else out[0]

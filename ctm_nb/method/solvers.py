@@ -20,7 +20,7 @@ def jump(
     x0: Tensor,  # (B, ...) x_0-prediction
 ) -> Tensor:  # (B, ...) data at noise level u
     "(u/t) x + (1 - u/t) x0: exact where x0 is the mean of D on the way.  # CTM: decomposition of G, with x0 = g"
-    r = expand(u, x) / expand(t, x)
+    r = u / t if isinstance(t, float) and isinstance(u, float) else expand(u, x) / expand(t, x)
     return r * x + (1 - r) * x0
 
 # %% ../../nbs/1_method/02_solvers.ipynb #84c5ff55

@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .flow import SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, expand, finest
+from .flow import SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, expand, finest, perturb
 
 # %% ../../nbs/1_method/03_teacher.ipynb #4b6b6eeb
 def preconditioning(
@@ -127,9 +127,10 @@ def check_classes(self: Preconditioned, x: Tensor, y, readable: bool = True) -> 
     except (TypeError, ValueError): raise ValueError(f"y must hold class indices, got {y!r}") from None
     if (k.is_floating_point() and len(x)) or k.ndim > 1 or (k.ndim == 1 and k.shape[0] not in (1, x.shape[0])):
         raise ValueError(f"y must be {len(x)} class indices or one for all, got {k.dtype} of shape {tuple(k.shape)}")
-    if readable and bool((bad := ((k := k.long()) < -1) | (k >= self.n_classes)).any()):  # an unsigned type has no -1
-        raise ValueError(f"y must be in 0..{self.n_classes - 1}, or -1 for no label, got {int(k[bad].flatten()[0])}")
-    return k.long().expand(x.shape[0])
+    k = k.long()  # an unsigned type has no -1
+    bad = [v for v in map(int, k.aminmax() if readable and k.numel() else ()) if not -1 <= v < self.n_classes]
+    if bad: raise ValueError(f"y must be in 0..{self.n_classes - 1}, or -1 for no label, got {bad[0]}")
+    return k.expand(x.shape[0])
 
 # %% ../../nbs/1_method/03_teacher.ipynb #fd08d711
 @lru_cache(1024)
@@ -203,9 +204,8 @@ def edm_loss(
     sigma_data: float = SIGMA_DATA,  # standard deviation of the data
 ) -> Tensor:  # (B,) weighted squared error, mean over pixels
     "Weighted denoising loss.  # EDM Eq. 2, Table 1; CTM: DSM loss when D = g(., t, t)"
-    x_t = x0 + expand(sigma, x0) * eps
     w = (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2
-    return w * (D(x_t, sigma, y) - x0).square().flatten(1).mean(1)
+    return w * (D(perturb(x0, sigma, eps), sigma, y) - x0).square().flatten(1).mean(1)
 
 # %% ../../nbs/1_method/03_teacher.ipynb #6bf52b3e
 def lognormal_sigma(
