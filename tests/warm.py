@@ -1,5 +1,8 @@
 """`python -c CODE WORD ...` without the seconds of its imports: forked from a process that has them behind it."""
 import gc
+import logging
+import multiprocessing.forkserver as server
+import multiprocessing.util
 import os
 import resource
 import signal
@@ -7,13 +10,28 @@ import socket
 import subprocess
 import sys
 import tempfile
-from multiprocessing import get_context
+from contextlib import suppress
+from multiprocessing import get_context, resource_tracker
+from unittest import mock
 
 FORKED = get_context("forkserver")
 FORKED.set_forkserver_preload("""torch._dynamo torch.utils.tensorboard torchvision scipy.stats matplotlib.figure
     matplotlib.backends.backend_agg jinja2 safetensors.torch ctm_nb.training.budget ctm_nb.evaluation.evaluate
     ctm_nb.evaluation.edit ctm_nb.checkpoints.export ctm_nb.data.convert ctm_nb.commands.train ctm_nb.commands.sample
     ctm_nb.commands.evaluate ctm_nb.commands.data ctm_nb.commands.convert""".split())
+
+
+def begin():
+    "Starts the server now, as a fork of this process, which has imported most of it; on Linux, where forks are safe."
+    def fork(path, args, fds):
+        if pid := os.fork(): return pid
+        for fd in {*range(3, 1000)} - {*fds}:  # also what tells the server that this process has ended
+            with suppress(OSError): os.close(fd)
+        try: exec(args[-1], {})
+        finally: os._exit(0)
+    if sys.platform != "linux": return
+    resource_tracker.ensure_running()
+    with mock.patch.object(multiprocessing.util, "spawnv_passfds", fork): server.ensure_running()
 
 
 class Python:
@@ -34,6 +52,7 @@ class Python:
 def _become(code, words, cwd, env, largest_file, *files):
     gc.freeze()  # what was imported is no garbage, and need not be looked through
     os.fsync = os.fstat  # see conftest.py
+    logging.root.handlers.clear()  # pytest's
     if largest_file: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     for fd, name in enumerate((os.devnull, *files)): os.dup2(os.open(name, os.O_RDWR), fd)
     sys.stdin, sys.stdout, sys.stderr = (open(fd, mode, closefd=False) for fd, mode in enumerate("rww"))
