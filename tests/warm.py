@@ -30,7 +30,7 @@ def begin():
         try: exec(args[-1], {})
         finally: os._exit(0)
     if sys.platform != "linux": return
-    resource_tracker.ensure_running()
+    with mock.patch.dict(os.environ, PYTHONWARNINGS="ignore"): resource_tracker.ensure_running()  # some are killed
     with mock.patch.object(multiprocessing.util, "spawnv_passfds", fork): server.ensure_running()
 
 
