@@ -35,9 +35,10 @@ SHORT = ["teacher.steps=3", "teacher.batch=12", "teacher.label_dropout=.3", "tea
          "gan.steps=6", "gan.batch=12", "gan.optimizer=radam", "gan.lr=.02", "evaluate.n=0",
          "network.augment_dim=9", "teacher.augment=.12", ONE_LEVEL, "distill.sigma_init=auto",
          "run.seed=4"]  # with which the weight of no loss is clamped
-FEW = ["teacher.steps=1", "distill.steps=1", "gan.steps=2", "network.augment_dim=0", "teacher.augment=0"]
+FEW = ["teacher.steps=1", "distill.steps=1", "gan.steps=2", "network.augment_dim=0", "teacher.augment=0",
+       "distill.sigma_init=published"]
 SHARED = {"whole": [], "micro-batches": ["run.micro_batch=4"], "sharded": ["run.shard=true"],
-          "adm": [*FEW, "network.family=adm", "network.channel_mult=1,1", "run.shard=true"],
+          "adm": [*FEW, "network.family=adm", "run.shard=true"],
           "edm2": [*FEW, "network.family=edm2", "teacher.weighting=uncertainty", "teacher.lr=2", "distill.lr=1",
                    "gan.lr=1", "run.shard=true"]}
 
