@@ -533,12 +533,13 @@ ABOUT = {"published": "LPIPS and the adversary's timm networks with random weigh
          "both": "without dropout, so that gradients can be compared"}
 ORDER = ("bf16", "bf16, channels_last", "bf16, channels_last, CUDA graphs", "TF32", "fp32")
 FORMATS = {"fp32": ("fp32", False), "TF32": ("fp32", True), "bf16": ("bf16", True)}
-CHANNELS, BATCH, K, REPEATS, SQUARE, SIDE = (8, 2, 2, 1, 128, 32) if DRY else (128, 64, 12, 3, 8192, 224)
+CHANNELS, BATCH, K, REPEATS, SQUARE, PIXELS, SIDE = (8, 2, 2, 1, 128, 16, 32) if DRY else (
+    128, 64, 12, 3, 8192, 32, 224)
 SETTINGS = (f"data.source=digits network.model_channels={CHANNELS} network.dropout=0 network.augment_dim=0 "
             f"teacher.augment=0 distill.distance=l2 distill.dropout=0 distill.batch={BATCH} distill.lr=1e-30 "
             f"gan.batch={BATCH} "
             "gan.start=0 gan.head_start=0")  # so small that the weights stay: gradients can be compared
-SMALLER = ("gan.features=tf_efficientnet_lite0 network.n_blocks=1 network.channel_mult=2,2 distill.balance_rows=1 "
+SMALLER = ("gan.features=tf_efficientnet_lite0 network.n_blocks=1 network.channel_mult=2 distill.balance_rows=1 "
            "gan.balance_rows=1".split() if DRY else [])  # a CPU would take minutes
 
 
@@ -600,7 +601,7 @@ def make_stage(name, recipe="published"):
     from ctm_nb.method.trajectory import student_from
     from ctm_nb.training.config import make_config
     config = make_config("cifar10", [*SETTINGS.split(), *SMALLER, *RECIPES[recipe].split()])
-    pictures = torch.randint(0, 256, (BATCH, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    pictures = torch.randint(0, 256, (BATCH, 3, PIXELS, PIXELS), generator=torch.Generator().manual_seed(0)).byte()
     torch.manual_seed(0)
     data = ImageData(pictures, None, [], "noise")
     net = stages.make_network(config, data)
@@ -630,7 +631,7 @@ class Step:
         self.stage, self.guard = make_stage(name, recipe), Guard(device())
         parts = -(-BATCH // (self.stage.optim.balance_rows or BATCH))  # as the trainer divides a batch
         self.rows = [slice(BATCH * i // parts, BATCH * (i + 1) // parts) for i in range(parts)]
-        self.x0, self.precision = torch.rand(BATCH, 3, 32, 32, device=device()) * 2 - 1, "fp32"
+        self.x0, self.precision = torch.rand(BATCH, 3, PIXELS, PIXELS, device=device()) * 2 - 1, "fp32"
         self.recorded = None
         self.turn("model")
 
@@ -802,7 +803,7 @@ def sampler_overhead(m):
     from ctm_nb.method.sampling import sample
     tf32(True)
     found = {}
-    x, t = torch.randn(BATCH, 3, 32, 32, device=device()), torch.full((BATCH,), 1., device=device())
+    x, t = torch.randn(BATCH, 3, PIXELS, PIXELS, device=device()), torch.full((BATCH,), 1., device=device())
     def bare(n):
         with torch.no_grad():
             for _ in range(n): m(x, t, t / 2)
@@ -892,7 +893,7 @@ STUDENT = ("distill.batch=128 distill.optimizer=adamw distill.lr=4e-4 distill.wa
            "distill.distance=features distill.init=teacher distill.target_ema=.99 distill.k_power=.5 "
            "distill.balance_rows=none distill.dropout=0 distill.ema_warmup=true gan.steps=0 gan.init=ema")
 RUN = ("cifar10-cond", f"{NETWORK} {TEACHER} {STUDENT} evaluate.n=5000 run.log_every=50".split())
-DRY_RUN = ("tiny", "network.attention=8 data.flip=true evaluate.n=16 run.log_every=2".split())
+DRY_RUN = ("tiny", "network.attention=8 data.flip=true evaluate.n=10 run.log_every=2".split())
 RESERVE, TEACHER_SHARE = (15, .5) if DRY else (75, .62)  # seconds for grid and scores; of the rest, the teacher's
 
 
@@ -944,7 +945,7 @@ def run_part(results, a, folder):
     "(c)"
     tf32(True)
     started = time.perf_counter()
-    if DRY: pictures = some_pictures(folder / "pictures")
+    if DRY: pictures = some_pictures(folder / "pictures", 8)
     else:
         pictures = folder / "cifar10"
         with tarfile.open(a.packed / "cifar10.tar.xz") as archive: archive.extractall(pictures)

@@ -1,4 +1,5 @@
 """What tests of several rooms start from."""
+import atexit
 import gc
 import os
 import sys
@@ -20,6 +21,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
+def pytest_collection():
+    "Nothing that is imported meanwhile is garbage; then, with pytest's own handlers gone, others are forked from it."
+    gc.disable()
+    yield
+    gc.enable()
+    if "warm" in sys.modules: sys.modules["warm"].begin()
+
+
 def pytest_collection_finish():
     "A trainer looks for garbage at every stage; half of its time went into looking through what was imported."
     if "torch" not in sys.modules: return
@@ -35,7 +45,7 @@ def what_others_imported_is_no_garbage():
     gc.freeze()
 
 
-def pytest_unconfigure(): gc.unfreeze()  # or libraries would report leaks at the end
+atexit.register(gc.unfreeze)  # or libraries would report leaks at the end
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,9 @@
 """`python -c CODE WORD ...` without the seconds of its imports: forked from a process that has them behind it."""
+import faulthandler
 import gc
+import logging
+import multiprocessing.forkserver as server
+import multiprocessing.util
 import os
 import resource
 import signal
@@ -7,13 +11,32 @@ import socket
 import subprocess
 import sys
 import tempfile
-from multiprocessing import get_context
+from contextlib import suppress
+from multiprocessing import get_context, resource_tracker
+from unittest import mock
 
 FORKED = get_context("forkserver")
 FORKED.set_forkserver_preload("""torch._dynamo torch.utils.tensorboard torchvision scipy.stats matplotlib.figure
     matplotlib.backends.backend_agg jinja2 safetensors.torch ctm_nb.training.budget ctm_nb.evaluation.evaluate
     ctm_nb.evaluation.edit ctm_nb.checkpoints.export ctm_nb.data.convert ctm_nb.commands.train ctm_nb.commands.sample
     ctm_nb.commands.evaluate ctm_nb.commands.data ctm_nb.commands.convert""".split())
+
+STREAMS = 1, 2  # where what is imported found output and errors: pytest's files, at the time
+with suppress(OSError): STREAMS = sys.stdout.fileno(), sys.stderr.fileno()
+
+
+def begin():
+    "Starts the server now, as a fork of this process, which has imported most of it; on Linux, where forks are safe."
+    def fork(path, args, fds):
+        if pid := os.fork(): return pid
+        faulthandler.disable()  # pytest's
+        for fd in {*range(3, 1000)} - {*fds, *STREAMS}:  # also what tells the server that this process has ended
+            with suppress(OSError): os.close(fd)
+        try: exec(args[-1], {})
+        finally: os._exit(0)
+    if sys.platform != "linux": return
+    with mock.patch.dict(os.environ, PYTHONWARNINGS="ignore"): resource_tracker.ensure_running()  # some are killed
+    with mock.patch.object(multiprocessing.util, "spawnv_passfds", fork): server.ensure_running()
 
 
 class Python:
@@ -34,8 +57,10 @@ class Python:
 def _become(code, words, cwd, env, largest_file, *files):
     gc.freeze()  # what was imported is no garbage, and need not be looked through
     os.fsync = os.fstat  # see conftest.py
+    logging.root.handlers.clear()  # pytest's
     if largest_file: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     for fd, name in enumerate((os.devnull, *files)): os.dup2(os.open(name, os.O_RDWR), fd)
+    for fd, other in zip((1, 2), STREAMS): os.dup2(fd, other)
     sys.stdin, sys.stdout, sys.stderr = (open(fd, mode, closefd=False) for fd, mode in enumerate("rww"))
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may use nohup
     sys.argv = ["-c", *words]

@@ -79,10 +79,10 @@ def update(self: FeatureStats, features) -> FeatureStats:  # self; features are 
 
 # %% ../../nbs/5_evaluation/01_metrics.ipynb #932dda18
 def _sqrt_psd(cov: torch.Tensor) -> torch.Tensor:  # (d, d), symmetric
-    "Square root of a covariance matrix; directions below rounding error count as zero."
+    "A root F of a covariance matrix, F F^T, (d, rank); directions below rounding error are left out."
     w, V = torch.linalg.eigh((cov + cov.T) / 2)
-    w = w.where(w > len(w) * torch.finfo(w.dtype).eps * w[-1], w.new_zeros(()))
-    return V * w.sqrt() @ V.T
+    keep = w > len(w) * torch.finfo(w.dtype).eps * w[-1]
+    return V[:, keep] * w[keep].sqrt()
 
 # %% ../../nbs/5_evaluation/01_metrics.ipynb #2e3864b0
 def frechet_gaussians(
@@ -96,7 +96,7 @@ def frechet_gaussians(
                          f"{tuple(mb.shape)} and covariances {tuple(A.shape)}, {tuple(B.shape)}")
     if not all(v.isfinite().all() for v in (ma, A, mb, B)):
         raise ValueError("means and covariances must be finite, got NaN or infinity")
-    overlap = torch.linalg.svdvals(_sqrt_psd(B) @ _sqrt_psd(A)).sum()
+    overlap = torch.linalg.svdvals(_sqrt_psd(B).T @ _sqrt_psd(A)).sum()
     return max(0., float((ma - mb).square().sum() + A.trace() + B.trace() - 2 * overlap))
 
 # %% ../../nbs/5_evaluation/01_metrics.ipynb #27e9e046

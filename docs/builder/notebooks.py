@@ -6,8 +6,6 @@ import posixpath
 import re
 from pathlib import Path
 
-import nbformat
-
 from .source import PAPERS
 
 # The sidebar: a part of the site, the chapters of nbs/ that stand in it, and what a reader finds there. First what is
@@ -70,6 +68,7 @@ def promise(cells):
 
 def processed(path):
     "A notebook after nbdev's processors; exported cells stay, with a tag, and hidden ones go."
+    import nbformat  # takes seconds, as do the others
     from execnb.nbio import read_nb
     from nbdev.process import NBProcessor
     from nbdev.processors import clean_magics, filter_stream_, hide_line, populate_language, rm_header_dash, strip_ansi

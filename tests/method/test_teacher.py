@@ -84,7 +84,7 @@ def test_a_batch_of_nothing_is_answered_by_nothing(family):
 def test_a_jump_is_one_graph_for_a_compiler(family):
     "With numbers or tensors for times: nothing in it is read or computed beside the graph."
     m = CTM(lively(build_network(family, image_size=8, channels=1, n_classes=10, s_branch=True, model_channels=8,
-                                 channel_mult=(1,), n_blocks=1, attention=()))).requires_grad_(False)
+                                 channel_mult=(1, 1), n_blocks=1, attention=()))).requires_grad_(False)
     x = torch.randn(2, *m.data_shape)
     for jump in (lambda x: m.G(x, 80., .002, 3),
                  lambda x: m.G(x, torch.tensor([80., 2.]), torch.tensor([.5, .002]), torch.tensor([3, -1]))):

@@ -79,8 +79,8 @@ def ended(f, args):
 
 def fresh(seconds=SECONDS):
     "From now on so many seconds of the processor; more by the clock, for others may want the processor, too."
-    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + seconds, resource.RLIM_INFINITY))
-    signal.alarm(6 * seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + 1 + seconds), resource.RLIM_INFINITY))
+    signal.setitimer(signal.ITIMER_REAL, 6 * seconds)
 
 
 def limited(f, *args, seconds=SECONDS, memory=MEMORY):
@@ -400,7 +400,7 @@ def judged(items):
 def planted():
     "The failures that the script finds where they are: a crash, a hang, a traceback, too much memory."
     crash = lambda: (faulthandler.disable(), os.kill(os.getpid(), signal.SIGSEGV))  # without a dump
-    found = [limited(crash)[0], limited(time.sleep, 9, seconds=1)[0],
+    found = [limited(crash)[0], limited(time.sleep, 9, seconds=.2)[0],
              limited(lambda: 1 / 0)[0], limited(lambda: bytearray(3 * 2**30))[0]]
     if found != ["crash", "hang", "traceback", "traceback"]: raise SystemExit(f"a planted failure is not seen: {found}")
 
@@ -437,9 +437,10 @@ def fuzz(n, seed, folder, only="", size=40):
     (folder / "made").mkdir()
     plan(MADE["config"], folder / "made", splits=MADE["images"])  # counts what a step costs, and remembers it
     GOOD.update({k: v for k, v in {**seeds(), **others(folder / "made")}.items() if only in k})
-    for name, (files, target, how, *_) in GOOD.items():
-        put(root := folder / name.replace("/", "-"), files)
-        if trouble := judged([(root / target, how)]): raise SystemExit(f"a good {name} fails: {trouble}")
+    roots = {name: folder / name.replace("/", "-") for name in GOOD}
+    for name, root in roots.items(): put(root, GOOD[name][0])
+    if trouble := judged([(root / GOOD[name][1], GOOD[name][2]) for name, root in roots.items()]):
+        raise SystemExit(f"what is good fails: {trouble}")
     batches = [range(k, min(k + size, n)) for k in range(0, n, size)]
     with ProcessPoolExecutor(2, get_context("fork")) as pool:
         found = pool.map(trial, batches, repeat(seed), repeat(folder))

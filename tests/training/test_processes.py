@@ -2,15 +2,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from runs import ONE_LEVEL, compute_alike
-from warm import ranks
+from warm import Python, ranks
 
 from ctm_nb.checkpoints.models import load
 from ctm_nb.checkpoints.store import load_checkpoint
@@ -28,16 +26,17 @@ ROOT = Path(__file__).resolve().parents[2]
 PATHS = [str(ROOT), str(ROOT / "tests" / "training"), os.environ.get("PYTHONPATH")]
 PATH = os.pathsep.join(p for p in PATHS if p)
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": PATH}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TORCHRUN = "from torch.distributed.run import main; main()"
 # RAdam's first steps are plain momentum: differences of rounding stay what they are; Adam would make steps of them
 SHORT = ["teacher.steps=3", "teacher.batch=12", "teacher.label_dropout=.3", "teacher.optimizer=radam", "teacher.lr=.05",
          "distill.steps=3", "distill.batch=12", "distill.label_dropout=.3", "distill.optimizer=radam", "distill.lr=.02",
          "gan.steps=6", "gan.batch=12", "gan.optimizer=radam", "gan.lr=.02", "evaluate.n=0",
          "network.augment_dim=9", "teacher.augment=.12", ONE_LEVEL, "distill.sigma_init=auto",
          "run.seed=4"]  # with which the weight of no loss is clamped
-FEW = ["teacher.steps=1", "distill.steps=1", "gan.steps=2", "network.augment_dim=0", "teacher.augment=0"]
+FEW = ["teacher.steps=1", "distill.steps=1", "gan.steps=2", "network.augment_dim=0", "teacher.augment=0",
+       "distill.sigma_init=published"]
 SHARED = {"whole": [], "micro-batches": ["run.micro_batch=4"], "sharded": ["run.shard=true"],
-          "adm": [*FEW, "network.family=adm", "network.channel_mult=1,1", "run.shard=true"],
+          "adm": [*FEW, "network.family=adm", "run.shard=true"],
           "edm2": [*FEW, "network.family=edm2", "teacher.weighting=uncertainty", "teacher.lr=2", "distill.lr=1",
                    "gan.lr=1", "run.shard=true"]}
 
@@ -376,24 +375,26 @@ def test_a_batch_that_cannot_be_shared_is_refused_at_the_start(tmp_path, monkeyp
 
 # ---- the command
 
-TRAIN = [*TORCHRUN, "-m", "ctm_nb", "train", "--preset", "tiny", "--stage", "all", "--set", *SHORT,
-         "run.save_every=1", "run.log_every=1", "run.sample_every=100"]
+TRAIN = ["--standalone", "--nproc_per_node", "2", "-m", "ctm_nb", "train", "--preset", "tiny", "--stage", "all",
+         "--set", *SHORT, "run.save_every=1", "run.log_every=1", "run.sample_every=100"]
 
 
 def test_a_killed_process_ends_the_others_and_any_number_continues(alone, tmp_path):
     "SIGKILL to one of two processes; one process goes on for a step, then two with the same command: all agree."
     (tmp_path / "r").mkdir()
-    words, quiet = [*TRAIN, "--runs", tmp_path, "--name", "r"], dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    p = subprocess.Popen(words, env=ENV, cwd=tmp_path, text=True, **quiet)
+    words = [*TRAIN, "--runs", tmp_path, "--name", "r"]
+    p = Python(TORCHRUN, *words, env=ENV, cwd=tmp_path)
     (tmp_path / "r").rmdir()
     checkpoints, deadline = tmp_path / "r" / "checkpoints", time.monotonic() + 200
-    while not list(checkpoints.glob("step_*")) and time.monotonic() < deadline and p.poll() is None:
+    while not list(checkpoints.glob("step_*")) and time.monotonic() < deadline and p.process.is_alive():
         time.sleep(.02)
-    children = Path(f"/proc/{p.pid}/task/{p.pid}/children").read_text().split()
-    assert len(children) == 2, p.stderr.read()
+    pid = p.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert len(children) == 2, p.end()
     os.kill(int(children[1]), signal.SIGKILL)
-    assert p.wait(timeout=120) != 0
-    assert not any(Path(f"/proc/{c}").exists() for c in children) and "RuntimeError" not in p.stderr.read()
+    done = p.end()
+    assert done.returncode and not any(Path(f"/proc/{c}").exists() for c in children)
+    assert "RuntimeError" not in done.stderr and "closing signal SIGTERM" in done.stderr
     t = Trainer(make_config("tiny", [*SHORT, "run.save_every=1", "run.log_every=1"]), tmp_path / "r")
     assert 0 < t.step < t.total
     t.train_step(), t.log_window(), t.save()

@@ -3,8 +3,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from runs import ONE_LEVEL, TRAIN, assert_same, command, compute_alike, newest
-from warm import Python
+from warm import Python, python
 
 import ctm_nb.training.trainer as training
 from ctm_nb.checkpoints.store import CheckpointError, save_checkpoint
@@ -51,9 +49,9 @@ def whole(tmp_path_factory):
 # ---- killed
 
 def test_killed_at_random_moments_not_a_bit_differs():
-    words = [sys.executable, ROOT / "benchmarks" / "crash.py", "--kills", "5", "--seed", "1", "--out", "-", "--set",
-             ONE_LEVEL]
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT)
+    run = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    words = ROOT / "benchmarks" / "crash.py", "--kills", "5", "--seed", "1", "--out", "-", "--set", ONE_LEVEL
+    done = python(run, *words)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     record = json.loads(done.stdout)
     assert (record["mismatches"], record["kills"], set(record["by kind"])) == (0, 5, {"time", "disk", "write"})
