@@ -13,6 +13,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from multiprocessing import get_context, resource_tracker
+from types import ModuleType
 from unittest import mock
 
 FORKED = get_context("forkserver")
@@ -30,6 +31,7 @@ def begin():
     def fork(path, args, fds):
         if pid := os.fork(): return pid
         faulthandler.disable()  # pytest's
+        sys.modules["__main__"] = ModuleType("__main__")  # nor is pytest what a process that is spawned should import
         for fd in {*range(3, 1000)} - {*fds, *STREAMS}:  # also what tells the server that this process has ended
             with suppress(OSError): os.close(fd)
         try: exec(args[-1], {})

@@ -1,6 +1,4 @@
 """What Windows and macOS lack is not asked for: modules of Unix, forks, and numbers of 64 bits on Apple's GPUs."""
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
@@ -9,6 +7,7 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_map
+from warm import python
 
 from ctm_nb.data.images import digits
 from ctm_nb.evaluation.evaluate import Evaluator
@@ -29,7 +28,7 @@ import importlib, os, pathlib, signal, sys
 import torch, torchvision, scipy.stats, matplotlib.font_manager, PIL.Image, tqdm.auto, requests, pooch
 import filelock, jinja2, multiprocessing.util, subprocess, tempfile, torch.utils.tensorboard  # each knows its system
 hidden = {"fcntl", "resource", "pwd", "grp", "termios"}
-for name in hidden: sys.modules.pop(name, None)
+for name in hidden | {m for m in sys.modules if m.partition(".")[0] == "ctm_nb"}: sys.modules.pop(name, None)
 class Hidden:
     def find_spec(self, name, *_):
         if name in hidden: raise ImportError(f"no {name} on Windows")
@@ -53,7 +52,7 @@ def test_without_the_modules_of_unix(tmp_path):
         for k in range(3):
             Image.new("RGB", (4, 4), (k, 0, 0)).save(tmp_path / "x.png")
             z.write(tmp_path / "x.png", f"{k}.png")
-    done = subprocess.run([sys.executable, "-c", WINDOWS], cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    done = python(WINDOWS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len([*(tmp_path / "b").glob("*.png")]) == 3 and (tmp_path / "c.zip").exists()
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from warm import Python, python
 
 from ctm_nb.evaluation import draw
 from ctm_nb.commands.sample import ctm_nb_sample
@@ -44,10 +45,10 @@ def test_help_imports_nothing_heavy():
 
 def test_killed_command_continues(run, tmp_path, monkeypatch, capsys):
     out, parts = tmp_path / "x.zip", tmp_path / "x.zip.parts"
-    p = subprocess.Popen([sys.executable, "-c", CODE, str(run), *WORDS, "--out", str(out)], stderr=subprocess.DEVNULL)
-    while p.poll() is None and not list(parts.glob("part_*")): time.sleep(.005)
-    p.send_signal(signal.SIGKILL)
-    p.wait()
+    p = Python(CODE, run, *WORDS, "--out", out)
+    while p.process.is_alive() and not list(parts.glob("part_*")): time.sleep(.005)
+    p.process.kill()
+    p.end()
     kept = {f: f.stat().st_mtime_ns for f in parts.glob("part_*")}
     assert 0 < len(kept) < 10 and not out.exists()
     seen, publish = {}, draw.publish
@@ -95,16 +96,16 @@ def test_a_device_without_half_precision_is_named(run, tmp_path, monkeypatch, ca
 
 def test_torchrun_is_killed_and_continued(run, tmp_path):
     out, parts = tmp_path / "x.npz", tmp_path / "x.npz.parts"
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ctm_nb",
-             "sample", str(run), *WORDS, "--out", str(out)]
+    torchrun = "import os; os.setsid(); from torch.distributed.run import main; main()"
+    words = ["--standalone", "--nproc_per_node", "2", "-m", "ctm_nb", "sample", run, *WORDS, "--out", out]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    p = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, start_new_session=True)
-    while p.poll() is None and not list(parts.glob("part_*")): time.sleep(.005)
-    os.killpg(p.pid, signal.SIGKILL)
-    p.wait()
+    p = Python(torchrun, *words, env=env)
+    while p.process.is_alive() and not list(parts.glob("part_*")): time.sleep(.005)
+    os.killpg(p.process.pid, signal.SIGKILL)
+    p.end()
     left = len(list(parts.glob("part_*")))
     assert 0 < left < 10 and not out.exists()
-    p = subprocess.run(words, capture_output=True, text=True, env=env)
+    p = python(torchrun, *words, env=env)
     assert p.returncode == 0 and p.stdout.count("78 samples") == 1 and not parts.exists(), p.stderr
     ctm_nb_sample([str(run), *WORDS, "--out", str(tmp_path / "y.npz"), "--batch-size", "7"])
     with np.load(out) as a, np.load(tmp_path / "y.npz") as b:
