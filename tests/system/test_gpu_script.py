@@ -40,6 +40,7 @@ FORKS = """
 import os, subprocess, sys, time
 from multiprocessing import get_context
 sys.path[:0] = [{folder!r}, {root!r}]
+sys.modules.pop("gpu", None)  # what another test imported is not that of --dry
 import gpu
 
 class Forked:  # as subprocess.Popen; what all parts import is imported once
@@ -181,6 +182,7 @@ HANGS = """
 import sys, time
 sys.path[:0] = [{folder!r}, {root!r}]
 if sys.argv[0] == "-c": sys.argv[0] = sys.argv.pop(1)
+sys.modules.pop("gpu", None)
 import gpu
 
 def hangs(results, a, folder):
