@@ -18,8 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CTM_NB_HEARTBEAT"] = "0"  # what a command says must not depend on how fast a machine is
 os.fsync = os.fstat  # nobody waits for the disk
 AT_ONCE = 2
-LONG = """01_toy 08_adversary 02_digits 13_editing 06_likelihood 10_budget 08_trainer 04_editing 03_teacher 01_metrics
-    07_export 02_sample""".split()  # these come first, so that processes that share them end together
+LONG = """02_digits 08_adversary 06_likelihood 13_editing 01_toy 08_trainer 10_budget 04_editing 03_teacher 01_metrics
+    07_export 03_evaluate 01_train 01_explorer 05_stages 02_many_gpus 01_oracle 07_evaluate 02_sample""".split()  # these come first, so that processes that share them end together
 
 import IPython.core.interactiveshell  # noqa: F401
 import matplotlib.pyplot  # noqa: F401

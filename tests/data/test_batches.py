@@ -261,7 +261,8 @@ def test_workers_leave_when_their_parent_is_killed(zipped):
     import signal, subprocess, sys, time
 
     code = (
-        "import sys; from ctm_nb.data.batches import *; from ctm_nb.data.read import in_order\n"
+        "import sys; from ctm_nb.data.batches import *; from torch.utils.data._utils import worker\n"
+        "worker.MP_STATUS_CHECK_INTERVAL = 1  # not five seconds\n"
         "b = Batches(load_splits(sys.argv[1], in_memory=False)['train'], 12, workers=2); b.at(0)\n"
         "import multiprocessing as mp, time; print(*[p.pid for p in mp.active_children()], flush=True)\n"
         "time.sleep(60)"
