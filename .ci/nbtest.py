@@ -19,7 +19,8 @@ os.environ["CTM_NB_HEARTBEAT"] = "0"  # what a command says must not depend on h
 os.fsync = os.fstat  # nobody waits for the disk
 AT_ONCE = 2
 LONG = """02_digits 08_adversary 06_likelihood 13_editing 01_toy 08_trainer 10_budget 04_editing 03_teacher 01_metrics
-    07_export 03_evaluate 01_train 01_explorer 05_stages 02_many_gpus 01_oracle 07_evaluate 02_sample""".split()  # these come first, so that processes that share them end together
+    07_export 03_evaluate 01_train 01_explorer 05_stages 02_many_gpus 01_oracle 07_evaluate
+    02_sample""".split()  # these come first, so that processes that share them end together
 
 import IPython.core.interactiveshell  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
