@@ -27,6 +27,14 @@ def test_solver_orders(solver, order):
     assert order - .2 < slope < order + .5
 
 
+def test_a_jump_by_numbers_is_the_one_by_tensors():
+    x, x0 = torch.randn(2, 3, 4)
+    for t, u in ((3., 2.), (80., .002), (.5, .5), (1., 0.)):
+        by_rows = jump(x, torch.full((3,), t), torch.full((3,), u), x0)
+        torch.testing.assert_close(jump(x, t, u, x0), by_rows, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(jump(x, t, torch.full((3,), u), x0), by_rows, rtol=1e-6, atol=1e-6)
+
+
 def test_3m_is_exact_for_parabolas():
     D = lambda x, t, y=None: torch.full_like(x, 1.) * (2 - t.log() + .3 * t.log() ** 2)
     times = torch.tensor([3., 2.5, 1.4, 1.1, .8, .4, .3, .1, .04], dtype=f64)  # steps of different lengths

@@ -23,6 +23,7 @@ def lively(net):
     (lambda x, t: (x, 0.), "t must be > 0"),
     (lambda x, t: (x, t, 10), "y must be in 0..9"),
     (lambda x, t: (x, t, torch.tensor([0, -2])), "got -2"),
+    (lambda x, t: (x, t, torch.tensor([10, 0])), "got 10"),
     (lambda x, t: (x, t, torch.zeros(2, 10)), "2 class indices"),
     (lambda x, t: (x, t, torch.zeros(3, dtype=torch.int64)), "2 class indices")])
 def test_what_is_given_to_a_model_is_checked(args, message):
