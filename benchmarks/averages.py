@@ -2,9 +2,10 @@
 
     python benchmarks/averages.py --seeds 0 1 2
 
-Each seed trains teacher and student of the preset with two profiles beside them, then draws from averages of other
-lengths, guides the teacher by an early snapshot of its own, and distils students of guided teachers. Results are kept
-in nbs/results/digits/averages.json as they come, runs under --runs; what is there is not computed again.
+Each seed trains the preset's teacher and a student by soft matching alone with two profiles beside them, then draws
+from averages of other lengths, guides the teacher by an early snapshot of its own, and distils students of guided
+teachers. Results are kept in nbs/results/digits/averages.json as they come, runs under --runs; what is there is not
+computed again.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from digits import SOFT
 
 from ctm_nb.checkpoints.averages import average, snapshots_of
 from ctm_nb.checkpoints.models import load
@@ -24,7 +26,8 @@ from ctm_nb.training.config import make_config
 from ctm_nb.training.trainer import Trainer, open_images
 
 RESULTS = Path(__file__).resolve().parents[1] / "nbs" / "results" / "digits" / "averages.json"
-WORDS = ["gan.steps=0", "evaluate.n=0", "teacher.profiles=.05,.1", "distill.profiles=.05,.1", "run.sample_every=100000",
+WORDS = [*SOFT, "gan.steps=0", "evaluate.n=0", "teacher.profiles=.05,.1", "distill.profiles=.05,.1",
+         "run.sample_every=100000",
          "run.log_every=100"]
 LENGTHS = (.02, .04, .06, .09, .13, .2)
 SCALES = (1.5, 2., 3.)
@@ -32,6 +35,7 @@ STUDENTS = {"w = 2": ["distill.guidance=2"], "w = 2, no denoising loss": ["disti
             "w = 1, no denoising loss": ["distill.dsm=false"]}
 TEACHER = dict(solver="dpmpp_2m", steps=12)
 STUDENT = {n: dict(solver="ctm", steps=n) for n in (1, 2)}
+DRAWN: dict[str, dict] = {"teacher": {12: TEACHER}, "ctm": STUDENT}
 
 
 def trained(folder, *words):
@@ -44,7 +48,7 @@ def trained(folder, *words):
 def lengths(base, own):
     "Name of each result and a function that computes it: model and sampler, or what is known at once."
     yield "train", lambda: dict(seconds=trained(base, *own))
-    for who, ways in {"teacher": {12: TEACHER}, "ctm": STUDENT}.items():
+    for who, ways in DRAWN.items():
         for n, how in ways.items():
             yield f"{who}, {n} evaluations, fixed rate", lambda: (load(base, which=who), how)
             for s in LENGTHS:

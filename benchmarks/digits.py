@@ -1,9 +1,9 @@
 """Measurements behind the digits preset. Results are JSON files that the notebooks read.
 
     python benchmarks/digits.py seeds --seeds 0 1 2
-        the command itself, timed, once for each seed (nothing else should run meanwhile)
+        the command itself, timed, once for each seed (nothing else should run meanwhile); --runs keeps them
     python benchmarks/digits.py ablation --seeds 0
-        one change at a time from the preset, same teacher, same number of steps
+        one change at a time from soft matching alone, same teacher, same number of steps
 
 Both write under nbs/results/digits/ and keep what is already there for other seeds.
 """
@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parents[1] / "nbs" / "results" / "digits"
+# one phase, from the start to the end, told the truth: what one change at a time is compared with, here and elsewhere
+SOFT = ["distill.phases=", "distill.anchor_rows=none", "distill.sigma_init=published"]
 PUBLISHED = [
     "distill.solver=heun",
     "distill.max_evals=none",
@@ -38,7 +40,8 @@ PUBLISHED = [
     "distill.K=17",
 ]
 VARIANTS = {
-    "preset": [],
+    "soft matching": [],
+    "as the preset": ["distill.phases=trajectories:.8,soft:.2", "distill.anchor_rows=4", "distill.sigma_init=auto"],
     "Heun on the full grid": ["distill.solver=heun", "distill.max_evals=none"],
     "2M on the full grid": ["distill.max_evals=none"],
     "2M, at most 2 evaluations": ["distill.max_evals=2"],
@@ -72,11 +75,12 @@ def hardware():
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}, {gpu}"
 
 
-def run_seed(seed):
-    "The whole command in an empty folder; its scores, log and wall-clock time are kept."
+def run_seed(seed, runs):
+    "The whole command in an empty folder, or a new one of `runs`; its scores, log and wall-clock time are kept."
     import torch
 
-    with tempfile.TemporaryDirectory() as d:
+    with tempfile.TemporaryDirectory() as empty:
+        d, name = (runs, f"digits{seed}") if runs else (empty, "digits")
         started = time.perf_counter()
         subprocess.run(
             [
@@ -84,14 +88,14 @@ def run_seed(seed):
                 "--runs",
                 d,
                 "--name",
-                "digits",
+                name,
                 "--set",
                 f"run.seed={seed}",
             ],
             check=True,
         )
         minutes = (time.perf_counter() - started) / 60
-        out, run = RESULTS / f"seed{seed}", Path(d) / "digits"
+        out, run = RESULTS / f"seed{seed}", Path(d) / name
         out.mkdir(parents=True, exist_ok=True)
         for name in ("scores.json", "metrics.jsonl", "config.json"):
             shutil.copy(run / name, out / name)
@@ -118,24 +122,25 @@ def one_variant(name, seed, teacher, out):
 
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as d:
-        t = Trainer(make_config("digits", [f"run.seed={seed}", *VARIANTS[name]]), Path(d) / "run")
+        t = Trainer(make_config("digits", [f"run.seed={seed}", *SOFT, *VARIANTS[name]]), Path(d) / "run")
         if teacher.exists():
             t.parts["teacher"].load_state_dict(torch.load(teacher))
-            t.step = t.config.teacher.steps
+            t.state.step = t.config.teacher.steps
         while t.stage == "teacher":
             t.train_step()
         if not teacher.exists():
             torch.save(t.parts["teacher"].state_dict(), teacher)
-        evals, before = [], t.seconds
+        evals, started = [], time.process_time()
         while t.step < t.ends["ctm_dsm"]:
             evals.append(t.train_step()["teacher_evals"])
+        spent = time.process_time() - started
         evaluator = run_evaluator({"train": t.data, "held_out": load_data("digits", "held_out")})
         n = t.config.evaluate.n
         y = t.data.labels[torch.arange(n) * len(t.data) // n]
         scores = {}
-        for name, (m, kw) in t.samplers().items():
+        for drawn, (m, kw) in t.samplers().items():
             x = sample(m, len(y), y=y, seed=seed + 1, batch_size=500, **kw)
-            scores[name] = evaluator.score(evaluator.collect(image_samples(x, y)))
+            scores[drawn] = evaluator.score(evaluator.collect(image_samples(x, y)))
         out.write_text(
             json.dumps(
                 {
@@ -143,7 +148,7 @@ def one_variant(name, seed, teacher, out):
                     "assignments": VARIANTS[name],
                     "seed": seed,
                     "steps": len(evals),
-                    "seconds": t.seconds - before,
+                    "seconds": spent,
                     "teacher_evals": sum(evals) / len(evals),
                     "scores": scores,
                 }
@@ -152,7 +157,7 @@ def one_variant(name, seed, teacher, out):
 
 
 def ablation(seeds, workers, only):
-    "All variants for all seeds, single-threaded, several at a time."
+    "All variants for all seeds, single-threaded, several at a time; seconds are those of the process."
     path = RESULTS / "ablation.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -197,10 +202,11 @@ if __name__ == "__main__":
     p.add_argument("what", choices=["seeds", "ablation"])
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of the ablation")
+    p.add_argument("--runs", help="folder in which the runs of `seeds` stay, as digits0, digits1, ...")
     p.add_argument("--only", nargs="*", help="variants to run")
     a = p.parse_args()
     if a.what == "seeds":
         for s in a.seeds:
-            run_seed(s)
+            run_seed(s, a.runs)
     else:
         ablation(a.seeds, a.workers, a.only)

@@ -55,7 +55,7 @@ def stage(section, optimizer, rate, steps):
 
 def trained(preset, shared, section, choice, seconds, folder):
     "A stage of so many seconds, begun or continued; its steps and what they took."
-    def plan(steps): return make_config(preset, [*shared, *stage(section, *choice, steps)])
+    def plan(steps): return make_config(preset, [*shared, *stage(section, *choice, steps=steps)])
     if not (folder / "config.json").exists():
         trial = Trainer(plan(TRIAL), folder.with_name("trial"))
         started = time.process_time()

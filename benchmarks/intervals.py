@@ -53,7 +53,7 @@ def interval_errors(D, x0, y, curve, student=None, N=18):
         x_t = perturb(x0, t.float(), torch.randn(x0.shape, generator=gen))
         def ends(x, at=(x_t, t, u, s)):
             x_t, *times = at
-            return ctm_pair(student, student, x_t, x, *(v.float() for v in times), y)[1]
+            return ctm_pair(student, student, x_t, x, *(v.float() for v in times), y=y)[1]
         exact = fine_solution(D, x_t, t, u, y)
         goal = ends(exact) if student else None
         for p, (method, most, spacing) in PLANS.items():

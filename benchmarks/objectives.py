@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from digits import SOFT
 
 from ctm_nb.checkpoints.store import atomic_write
 from ctm_nb.training.config import make_config
@@ -31,6 +32,7 @@ OBJECTIVES = {
     "eulerian": "matching=eulerian",
     "trajectories, then soft": "phases=trajectories:.6,soft:.4",
 }
+KEPT: dict = {}  # the classifier is trained once
 TRIAL = 30  # steps of a stage that is timed: five rounds of stored trajectories
 
 
@@ -42,7 +44,7 @@ def settings(section, optimizer, steps, words=""):
 
 def seconds_a_step(assignments, folder):
     "Of the process, for a step of a short stage."
-    t = Trainer(make_config("digits", assignments), folder)
+    t = Trainer(make_config("digits", [*SOFT, *assignments]), folder)
     start = time.process_time()
     for _ in range(TRIAL): t.train_step()
     spent = (time.process_time() - start) / TRIAL
@@ -58,20 +60,17 @@ def train(section, optimizer, seconds, folder, shared, words="", n=2000):
         each = seconds_a_step(plan(TRIAL), folder.with_name("trial"))
         steps = max(20, round(seconds / each))
     else: steps = json.loads((folder / "config.json").read_text())[section]["steps"]
-    t = Trainer(make_config("digits", plan(steps)), folder)
+    t = Trainer(make_config("digits", [*SOFT, *plan(steps), f"evaluate.n={n}"]), folder)
     start = time.process_time()
     while t.step < t.total: t.train_step()
     spent = time.process_time() - start
     t.save()
-    t.evaluator = train.evaluator
-    found = [r for r in t.evaluate(n) if r["metric"] == "frechet_distance" and r["sampler"]]
-    train.evaluator = t.evaluator
+    t.evaluator = KEPT.get("evaluator")
+    found = [r for r in t.evaluate() if r["metric"] == "frechet_distance" and r["sampler"]]
+    KEPT["evaluator"] = t.evaluator
     name = lambda s: f"{s['steps']}" if s["solver"] == "ctm" else "teacher"
     return {"optimizer": optimizer, "steps": steps, "seconds": round(spent, 1),
             "distance": {name(r["sampler"]): round(r["value"], 3) for r in found}}
-
-
-train.evaluator = None  # the classifier is trained once
 
 
 def main():

@@ -8,8 +8,8 @@ One thread a pass and two processes at a time. With `--seeds` several students o
 teacher's seed. Seconds are processor seconds of distillation (the thread in which the teacher works ahead counts
 too; scores don't), so that they mean the same on a busy machine. The published recipe has a constant learning rate:
 one run, scored on its way. The others end with their rate at zero: a run for each point. With `--only` some
-recipes; `--data` where the images are now. The search around the preset, a change at a time, each for the last but
-one of the `--seconds`:
+recipes; `--data` where the images are now. The search around `soft`, soft matching with the preset's numbers, a
+change at a time, each for the last but one of the `--seconds`:
 
     python benchmarks/quality.py --teachers runs/digits0 runs/digits1 runs/digits2 --seconds 100 150 --only search
         writes nbs/results/speed/search.json
@@ -26,11 +26,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from digits import PUBLISHED, hardware
+from digits import PUBLISHED, SOFT, hardware
 
 RESULTS = Path(__file__).resolve().parents[1] / "nbs" / "results" / "speed" / "quality.json"
 # results in the file beside these, even in log t and with several jumps an interval, are of settings that have gone
-RECIPES = {"published": PUBLISHED, "preset": [], "preset, 11 evaluations": ["distill.max_evals=11"]}
+RECIPES = {"published": PUBLISHED, "soft": [], "soft, 11 evaluations": ["distill.max_evals=11"]}
 CHANGES = {
     "none, another seed": "max_evals=5 run.seed=100",
     "none, a third seed": "max_evals=5 run.seed=200",  # 5 is the preset's own: how much do runs scatter?
@@ -58,7 +58,7 @@ CHANGES = {
     "global matching": "matching=global",
     "compared at s": "compare_at=s",
 }
-RECIPES |= {f"preset, {k}": f"distill.{v}".split() for k, v in CHANGES.items()}
+RECIPES |= {f"soft, {k}": f"distill.{v}".split() for k, v in CHANGES.items()}
 
 
 def distances(trainer, evaluator, seed, n):
@@ -94,11 +94,12 @@ def one(recipe, teacher, seed, seconds, n, data, out):
         stages.EMA = partial(stages.EMA, warmup=False)  # no setting does this
     about = json.loads((Path(teacher) / "config.json").read_text())
     preset = "digits" if about["data"]["source"] == "digits" else "mnist"
-    words = [f"run.seed={seed}", f"data.source={data or about['data']['source']}", "evaluate.n=0", *RECIPES[recipe]]
+    words = [f"run.seed={seed}", f"data.source={data or about['data']['source']}", "evaluate.n=0", *SOFT,
+             *RECIPES[recipe]]
 
     def begin(folder, steps):
         t = Trainer(make_config(preset, [*words, f"distill.steps={steps}"]), folder)
-        t.step = t.config.teacher.steps
+        t.state.step = t.config.teacher.steps
         t.begin("ctm_dsm", {"teacher": load(teacher, which="teacher")})
         return t
 
@@ -157,7 +158,7 @@ def main(a):
     results = RESULTS.with_name("search.json") if a.only == ["search"] else RESULTS
     rows = json.loads(results.read_text()) if results.exists() else []
     seeds = {t: a.seeds or [json.loads((Path(t) / "config.json").read_text())["run"]["seed"]] for t in a.teachers}
-    only = ["preset", *(f"preset, {k}" for k in CHANGES)] if a.only == ["search"] else a.only
+    only = ["preset", *(f"soft, {k}" for k in CHANGES)] if a.only == ["search"] else a.only
     jobs = [
         (r, t, s)
         for t in a.teachers

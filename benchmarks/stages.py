@@ -8,8 +8,8 @@ number of student updates, several seeds.
         writes nbs/results/digits/all.json: the wall-clock time of `ctm_nb_train --stage all` (nothing else
         should run meanwhile)
 
-Two regimes: the preset, whose teacher answers with up to 5 evaluations, and a coarse teacher with at most 2, whose
-mistakes an adversary could repair. The adversary is compared with its own control: the same student, number of
+Two regimes: a fine teacher, which answers with up to 5 evaluations, as in the preset, and a coarse one with at most 2,
+whose mistakes an adversary could repair. The adversary is compared with its own control: the same student, number of
 updates and learning rates, without adversary. The tries are further games of the same students; where rows are
 added to a file, the student that they start from is scored again and must be the stored one. One thread a process;
 the scores don't depend on the load of the machine, the seconds do.
@@ -27,8 +27,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from digits import SOFT
+
 RESULTS = Path(__file__).resolve().parents[1] / "nbs" / "results" / "digits" / "stages.json"
-REGIMES = {"preset": [], "coarse teacher": ["distill.max_evals=2"]}
+REGIMES = {"fine teacher": SOFT, "coarse teacher": [*SOFT, "distill.max_evals=2"]}
 STEPS = (1, 2, 4, 18)
 ADVERSARIES = {
     "CTM + DSM + GAN": [],
@@ -107,7 +109,7 @@ def finish(config, folder, parts):
         "loss_d": mean("loss_d"),
         "lambda_gan": mean("lambda_gan"),
         "updates": sum("loss_ctm" in r for r in rows),
-        "more_seconds": t.seconds,
+        "more_seconds": t.state.seconds,
     }
 
 
@@ -155,13 +157,13 @@ def one(regime, seed, n, wanted, steps):
         write("training images", {"floor": dict(floor)})
         while t.stage == "teacher":
             t.train_step()
-        teacher, before = t.parts["teacher"], t.seconds
+        teacher, before = t.parts["teacher"], t.state.seconds
         if "teacher" in wanted:
             write("teacher", scores_of(teacher, t.data, evaluator, n, seed, {"heun 18": dict(solver="heun", steps=18)}))
         while t.step < t.ends["ctm_dsm"]:
             t.train_step()
         if "CTM + DSM" in wanted:
-            student("CTM + DSM", t.parts["ctm"], updates=t.config.distill.steps, seconds=t.seconds - before)
+            student("CTM + DSM", t.parts["ctm"], updates=t.config.distill.steps, seconds=t.state.seconds - before)
         elif "CTM + DSM" in stored:
             found, before = (
                 r["1"]["frechet_distance"]
@@ -179,11 +181,11 @@ def one(regime, seed, n, wanted, steps):
 
         if "CTM" in wanted:
             alone = Trainer(make_config("digits", [*words, "distill.dsm=false"]), Path(d) / "alone")
-            alone.step = alone.config.teacher.steps
+            alone.state.step = alone.config.teacher.steps
             alone.begin("ctm_dsm", {"teacher": teacher})
             while alone.step < alone.ends["ctm_dsm"]:
                 alone.train_step()
-            student("CTM", alone.parts["ctm"], updates=alone.config.distill.steps, seconds=alone.seconds)
+            student("CTM", alone.parts["ctm"], updates=alone.config.distill.steps, seconds=alone.state.seconds)
 
         given = {"teacher": teacher, "ctm": t.parts["ctm"]}
 

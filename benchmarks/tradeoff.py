@@ -39,7 +39,7 @@ def measure(run, noise_seeds, n, rows, save):
     "All ways of one run; `rows` grows, and `save` is called after each."
     import torch
 
-    from ctm_nb.data.batches import load_data
+    from ctm_nb.data.images import digits
     from ctm_nb.checkpoints.models import find_checkpoint, load
     from ctm_nb.evaluation.evaluate import run_evaluator
     from ctm_nb.evaluation.reference import image_samples
@@ -48,8 +48,8 @@ def measure(run, noise_seeds, n, rows, save):
     torch.set_flush_denormal(True)
     seed = json.loads((Path(run) / "config.json").read_text())["run"]["seed"]
     models = {which: load(run, which=which) for which in ("ctm", "teacher")}
-    data = load_data("digits", "train")
-    evaluator = run_evaluator({"train": data, "held_out": load_data("digits", "held_out")})
+    data, held_out = digits("train"), digits("held_out")
+    evaluator = run_evaluator({"train": data, "held_out": held_out})
     about = {"features": evaluator.extractor.features_id, "reference": evaluator.reference.sha256}
     scores = lambda x, y: evaluator.score(evaluator.collect(image_samples(x, y)))
     y = data.labels[torch.arange(n) * len(data) // n]

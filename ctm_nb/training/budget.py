@@ -52,7 +52,7 @@ def recipe(teacher: bool = True) -> list:  # words
     "What serves a run of a few minutes, with a teacher or without."
     distance = "features" if teacher else "pseudo_huber"
     words = ["distill.phases=trajectories:.6,soft:.4", f"distill.distance={distance}"]
-    return [*MUON.split(), *words, *["distill.sigma_init=auto"] * teacher]
+    return [*MUON.split(), *words, "distill.sigma_init=auto", "distill.anchor_rows=none"]
 
 # %% ../../nbs/6_training/10_budget.ipynb #b0d9e008
 def _seconds(work, *args, **kwargs) -> float:

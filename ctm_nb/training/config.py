@@ -128,7 +128,7 @@ class DistillConfig(OptimConfig):
     pooling: str = need("max", one_of("max", "average"))  # in the network of "lpips"; "average" as published
     target_ema: float = need(.999, FRACTION)  # rate of the EMA inside the loss
     init: str = need("teacher", one_of("teacher", "random"))  # how the s-branch starts
-    sigma_init: str = need("published", LEVEL)  # told to a new student on the longest jump; "auto": its teacher's best
+    sigma_init: str = need("published", LEVEL)  # told a new student on the longest jump; auto: a teacher's best
     dsm: bool = True  # add the denoising loss
     dropout: float = need(0., FRACTION)  # of student and target, in this stage and the adversary's
     guidance: float | None = need(None, NOT_NEGATIVE)  # scale w of the teacher's guidance; None: as it is
@@ -290,6 +290,7 @@ def set_value(
         expected = e if f.type is bool else getattr(f.type, "__name__", f.type)
         raise ValueError(f"{key} must be {expected}, got {text!r}") from None
     setattr(section, f.name, solver_name(value) if key.endswith("solver") else value)
+    if key == "distill.matching": section.phases = ""  # one for the whole stage, whatever was said before
 
 # %% ../../nbs/6_training/02_config.ipynb #c303a7de
 def make_config(
@@ -321,9 +322,8 @@ def _uses_trajectories(c): return "trajectories" in (p.name for p in phases(c.di
 def _can_guide(c): return c.distill.guide or c.teacher.label_dropout or c.teacher.source
 
 def _can_tell(c):
-    "Is a level to be told one of the model, and one to be found a teacher's?"
-    if (level := c.distill.sigma_init) == "auto": return not teacherless(c)
-    return level == "published" or c.teacher.source or float(level) <= c.network.sigma_max
+    "Is a level to be told one of the model?"
+    return (v := c.distill.sigma_init) in ("published", "auto") or c.teacher.source or float(v) <= c.network.sigma_max
 
 def _dsm_first(first, *rest): return first == "dsm" and "trajectories" not in rest
 
@@ -352,7 +352,7 @@ TOGETHER += [
     ("distill.distance", lambda c: not teacherless(c) or c.distill.distance != "features",
      "another than features where there is no teacher"),
     ("distill.K", lambda c: c.distill.K < c.distill.N, "below distill.N"),
-    ("distill.sigma_init", _can_tell, "published, auto where there is a teacher, or a level up to network.sigma_max"),
+    ("distill.sigma_init", _can_tell, "published, auto, or a level up to network.sigma_max"),
     ("distill.label_dropout",
      lambda c: not c.distill.label_dropout or c.teacher.label_dropout or c.teacher.source,
      "0 for a teacher that has seen no image without its label (teacher.label_dropout=0)"),

@@ -92,9 +92,10 @@ DIGITS = [("measured on digits", """
     distill.steps=400 distill.batch=64 distill.optimizer=adamw distill.lr=1.6e-3 distill.warmup=50
     distill.decay=linear distill.beta2=.99 distill.ema=.99 distill.N=12 distill.K=11 distill.k_power=.5
     distill.solver=dpmpp_2m distill.max_evals=5 distill.distance=pseudo_huber distill.target_ema=.99
+    distill.phases=trajectories:.8,soft:.2 distill.anchor_rows=4 distill.sigma_init=auto evaluate.teacher_steps=12
     gan.steps=400 gan.batch=64 gan.optimizer=adamw gan.lr=1e-4 gan.decay=linear gan.beta2=.99 gan.ema=.99
     gan.target_ema=.99 gan.levels=.1 gan.strength=.3 gan.d_lr=4e-3 gan.head_start=200 gan.high=1"""),
-    ("small runs", "run.save_every=100 run.sample_every=200")]
+    ("small runs", "run.save_every=100 run.sample_every=200 evaluate.teacher_solver=dpmpp_2m")]
 
 EMOJI = [("ours, one run", """
     data.source=emoji network.model_channels=32 network.channel_mult=1,2,3 network.n_blocks=1 network.attention=8
@@ -112,8 +113,7 @@ TINY = """
     teacher.steps=30 teacher.batch=32 teacher.optimizer=adamw teacher.lr=2e-3 teacher.ema=.9
     distill.steps=20 distill.batch=32 distill.optimizer=adamw distill.ema=.9 distill.target_ema=.9
     distill.solver=dpmpp_2m distill.max_evals=2 distill.distance=pseudo_huber
-    evaluate.n=60 evaluate.steps=1,2 evaluate.teacher_steps=3
-    run.save_every=10 run.log_every=5 run.sample_every=10"""
+    evaluate.n=60 evaluate.steps=1,2 evaluate.teacher_steps=3 run.save_every=10 run.log_every=5 run.sample_every=10"""
 
 # %% ../../nbs/6_training/01_presets.ipynb #d48279e5
 YOURS = ("yours, with --data", "data.source=")
@@ -123,9 +123,8 @@ RECIPES = {
     "mnist": [YOURS, *DIGITS, ("ours, for 28 x 28", """
         network.channel_mult=1,2,2 network.attention=7 gan.steps=0
         teacher.steps=2100 teacher.batch=64 teacher.optimizer=muon teacher.lr=.02 teacher.ema=.995
-        distill.phases=trajectories:.6,soft:.4 distill.steps=700 distill.optimizer=muon distill.lr=.02
-        distill.distance=features distill.stored=3008 distill.ema=.985 distill.target_ema=.985 distill.sigma_init=auto
-        evaluate.teacher_solver=dpmpp_2m evaluate.teacher_steps=12""")],
+        distill.phases=trajectories:.6,soft:.4 distill.anchor_rows=none distill.steps=700 distill.optimizer=muon
+        distill.lr=.02 distill.distance=features distill.stored=3008 distill.ema=.985 distill.target_ema=.985""")],
     "emoji": EMOJI,
     "cifar10": [YOURS, *CIFAR10, ("CTM [R] default", "distill.target_ema=.999"),
                 (COMMANDS, "gan.target_ema=.9999 data.use_labels=false")],

@@ -295,7 +295,9 @@ def freeze(self: DistillStage, teacher: Denoiser, parts: dict):
 @patch
 def sigma_init(self: DistillStage) -> float | None:
     "The level that a new student's network is told on the longest jump: as configured, or the teacher's best."
-    if (level := self.config.distill.sigma_init) != "auto": return None if level == "published" else float(level)
+    level = self.config.distill.sigma_init
+    if level == "published" or level == "auto" and teacherless(self.config): return None
+    if level != "auto": return float(level)
     n, D = self.parts["teacher"].n_classes, self.teacher.D
     x = self.grid["sigma_max"] * noise(self.shape, self.config.run.seed, range(16)).to(self.device)
     y = torch.arange(16, device=self.device) * max(n, 16) // 16 % n if n else None

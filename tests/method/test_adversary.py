@@ -450,19 +450,31 @@ def test_the_slope_of_a_spectral_convolution_is_at_most_one():
     assert torch.isfinite(conv.weight.grad).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_published_discriminator_learns(dtype):
+def losses_of(steps, batch, dtype=torch.float32):
+    "Of the published discriminator, which learns to tell noise from a tenth of it."
     D, gen, losses = published(), GEN(), []
-    opt, real = radam(D, 1e-2), torch.rand(32, 1, 8, 8, generator=GEN()).round() * 2 - 1
-    for _ in range(30):
-        numbers = [D.draw(32, gen), D.draw(32, gen)]
+    opt, real = radam(D, 1e-2), torch.rand(batch, 1, 8, 8, generator=GEN()).round() * 2 - 1
+    for _ in range(steps):
+        numbers = [D.draw(batch, gen), D.draw(batch, gen)]
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = gan_loss_d(D, real, .1 * real, None, numbers).mean()
         opt.zero_grad()
         loss.backward()
         opt.step()
         losses.append(float(loss.detach()))
-    assert sum(losses[-5:]) / 5 < .85 * losses[0] and all(torch.isfinite(p).all() for p in D.parameters())
+    assert all(torch.isfinite(p).all() for p in D.parameters())
+    return losses
+
+
+def test_the_published_discriminator_learns():
+    losses = losses_of(30, 32)
+    assert sum(losses[-5:]) / 5 < .85 * losses[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_published_discriminator_learns_the_same_in_half(dtype):  # float16 may take a processor 100 times as long
+    found, expected = losses_of(10, 8, dtype), losses_of(10, 8)
+    assert expected[-1] < .96 * expected[0] and max(abs(a - b) for a, b in zip(found, expected)) < .05
 
 
 def test_maps_that_are_too_small_are_refused():

@@ -100,7 +100,8 @@ def test_rates_warm_ups_and_checkpoints_follow_the_steps(tmp_path):
 
 
 def test_the_recipe_fits_with_a_teacher_and_without():
-    assert make_config("digits", recipe()).distill.distance == "features"
+    d = make_config("digits", recipe()).distill
+    assert (d.distance, d.anchor_rows, d.phases) == ("features", None, "trajectories:.6,soft:.4")
     words = ["teacher.source=none", "gan.steps=0", *recipe(False), "distill.phases=dsm:.5,soft:.5"]
     assert make_config("digits", words).distill.distance == "pseudo_huber"
 
