@@ -236,8 +236,8 @@ def fit_memory(
          next(NAMES[k] for k, v in each(asked).items() if v == most),
          "whole batches" if wanted == "auto" else f"{wanted} images at a time", most / 2 ** 30, room / 2 ** 30,
          " for each process" * (here.world > 1), f"{n} images at a time{' fit' * (wanted != 'auto')}" if n > 0 else
-         "one image at a time, which may be too much as well: take smaller ones (--image-size) or a smaller network "
-         "(network.model_channels)")
+         "one image at a time, which may be too much as well: take smaller ones (--image-size), a smaller network "
+         "(network.model_channels) or, where trajectories are stored, fewer of them (distill.stored)")
     if wanted == "auto" and device.type == "cpu": config.run.micro_batch = str(max(1, n))
 
 # %% ../../nbs/6_training/09_costs.ipynb #dad3ebcd

@@ -183,7 +183,7 @@ def _scores(records):
     "The score table of a report: metrics, rows (sampler, step, n, value by metric), about (features and reference)."
     at = lambda r: (r.get("checkpoint") or "", r.get("n_samples") or 0, r.get("features") or "")
     rows = [dict(row, step=Path(key[0]).name.removeprefix("step_").lstrip("0"), n=number(key[1]))
-            for key in sorted(set(map(at, records)), reverse=True)
+            for key in sorted({at(r) for r in records if r["metric"] != "classifier_accuracy"}, reverse=True)
             for row in score_table([r for r in records if at(r) == key])]
     drawn = [r for r in records if r.get("sampler")]
     about = {f"{r.get('features')} against {(r.get('reference') or {}).get('name', '?')}" for r in drawn}

@@ -90,8 +90,11 @@ def test_copies_are_shown(pictures):
     assert "copies     2\n           a/x.png: pixel by pixel a/0.png\n" in report(facts)
 
 
+LARGE = ["data.image_size=256", "distill.matching=soft"]
+
+
 def test_a_batch_that_does_not_fit_is_taken_in_parts_on_a_cpu(tmp_path, caplog):
-    config = make_config("digits", ["data.image_size=256", "run.device=cpu"])
+    config = make_config("digits", [*LARGE, "run.device=cpu"])
     data = SimpleNamespace(channels=3, image_size=256, n_classes=0)
     whole, gib = max(memory(config, data).values()), 2 ** 30
     assert whole > 23 * gib
@@ -114,7 +117,7 @@ def test_processes_share_a_batch_and_take_what_the_one_with_least_room_can(tmp_p
     data, gib = SimpleNamespace(channels=3, image_size=256, n_classes=0), 2 ** 30
     most = lambda config, n, world=1: max(memory(config, data, n, world=world).values())
     for world in (1, 2, 4):
-        config, caplog.records[:] = make_config("digits", ["data.image_size=256", "run.device=cpu"]), []
+        config, caplog.records[:] = make_config("digits", [*LARGE, "run.device=cpu"]), []
         here = SimpleNamespace(world=world, main=True, least=lambda n: n - (world > 1) * 2 * gib)
         fit_memory(config, data, tmp_path, room=8 * gib, here=here)
         n, room = int(config.run.micro_batch), here.least(8 * gib)
@@ -136,10 +139,23 @@ def test_processes_share_a_batch_and_take_what_the_one_with_least_room_can(tmp_p
     ("cuda", "64", "a step of 64 images at a time would take"), ("cuda", "1", ""), ("mps", "auto", "")])
 def test_a_plan_that_does_not_fit_is_warned_of(tmp_path, caplog, monkeypatch, device, wanted, said):
     monkeypatch.setattr(costs, "pick_device", lambda _: torch.device(device))
-    config = make_config("digits", ["data.image_size=256", f"run.micro_batch={wanted}", "run.precision=fp32"])
+    config = make_config("digits", [*LARGE, f"run.micro_batch={wanted}", "run.precision=fp32"])
     fit_memory(config, SimpleNamespace(channels=3, image_size=256, n_classes=0), tmp_path, room=8 * 2 ** 30)
     assert bool(caplog.text) == bool(said) and re.search(said, caplog.text), caplog.text
     assert config.run.micro_batch == wanted  # a GPU finds out itself
+
+
+def test_trajectories_of_large_pictures_leave_room(tmp_path, caplog):
+    data = SimpleNamespace(channels=3, image_size=256, n_classes=0)
+    named, gib = make_config("digits", ["data.image_size=256"]), 2 ** 30
+    fit_memory(named, data, tmp_path, room=8 * gib)
+    assert "fewer of them (distill.stored)" in caplog.text
+    Image.new("RGB", (256, 256)).save(tmp_path / "a.png")
+    start, words, _ = choose(tmp_path, gpu=False, image_size=256)
+    chosen = make_config(start, [*words, "run.device=cpu"])
+    assert chosen.distill.stored == 256 and memory(chosen, data, 1)["ctm_dsm"] < 4 * gib
+    fit_memory(chosen, data, tmp_path, room=8 * gib)
+    assert int(chosen.run.micro_batch) > 5
 
 
 def test_all_stages_without_an_adversary_are_said(tmp_path, caplog):
