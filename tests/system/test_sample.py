@@ -97,15 +97,16 @@ def test_a_device_without_half_precision_is_named(run, tmp_path, monkeypatch, ca
 def test_torchrun_is_killed_and_continued(run, tmp_path):
     out, parts = tmp_path / "x.npz", tmp_path / "x.npz.parts"
     torchrun = "import os; os.setsid(); from torch.distributed.run import main; main()"
-    words = ["--standalone", "--nproc_per_node", "2", "-m", "ctm_nb", "sample", run, *WORDS, "--out", out]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    p = Python(torchrun, *words, env=env)
+    words, env = ["sample", run, *WORDS, "--out", out], {**os.environ, "OMP_NUM_THREADS": "1"}
+    (script := tmp_path / "command.py").write_text("from ctm_nb.commands.main import main; main()")
+    forks = "--standalone", "--nproc_per_node", "2", "--start-method", "fork", "--run-path", script
+    p = Python(torchrun, *forks, *words, env=env)  # whom it starts to be killed need not be two new Pythons
     while p.process.is_alive() and not list(parts.glob("part_*")): time.sleep(.005)
     os.killpg(p.process.pid, signal.SIGKILL)
     p.end()
     left = len(list(parts.glob("part_*")))
     assert 0 < left < 10 and not out.exists()
-    p = python(torchrun, *words, env=env)
+    p = python(torchrun, "--standalone", "--nproc_per_node", "2", "-m", "ctm_nb", *words, env=env)
     assert p.returncode == 0 and p.stdout.count("78 samples") == 1 and not parts.exists(), p.stderr
     ctm_nb_sample([str(run), *WORDS, "--out", str(tmp_path / "y.npz"), "--batch-size", "7"])
     with np.load(out) as a, np.load(tmp_path / "y.npz") as b:
