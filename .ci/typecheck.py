@@ -90,7 +90,7 @@ def main():
         wrong = [f"benchmarks/{l}" for l in scripts.stdout.splitlines() if re.match(OF_NAMES, l)]
     real = lambda m: f"ctm_nb/{m[1]}:{where[m[1]][int(m[2]) - 1]}:"
     sys.stdout.write(re.sub(r"^ctm_nb/([\w/]+\.py):(\d+):", real, done.stdout, flags=re.M))
-    sys.stdout.write("".join(f"{l}\n" for l in wrong))
+    sys.stdout.write("".join(f"{l}\n" for l in wrong) + scripts.stdout * (scripts.returncode > 1))
     sys.stderr.write(done.stderr + scripts.stderr)
     sys.exit(done.returncode or len(wrong) > 0 or scripts.returncode > 1)
 

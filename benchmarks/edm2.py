@@ -38,7 +38,8 @@ NETWORKS = {"ddpmpp": "network.family=ddpmpp",
 WIDTH = {"digits": {"ddpmpp": 16, "edm2": 16}, "mnist": {"ddpmpp": 16, "edm2": 16}, "cifar": {"ddpmpp": 24, "edm2": 24}}
 TEACHERS = {"ddpmpp": [("adamw", 4e-3), ("muon", .02)], "edm2": [("adamw", .1), ("muon", .2)]}
 STUDENTS = {"ddpmpp": [("adamw", 1.6e-3), ("muon", .02)], "edm2": [("adamw", .03), ("muon", .06), ("muon", .2)]}
-STAGE = """distill.phases=trajectories:.6,soft:.4 distill.distance=pseudo_huber distill.stored=3008 gan.steps=0
+STAGE = """distill.phases=trajectories:.6,soft:.4 distill.anchor_rows=none distill.sigma_init=published
+    distill.distance=pseudo_huber distill.stored=3008 gan.steps=0
     run.save_every=1000000 run.log_every=1000000 run.sample_every=1000000 evaluate.n=0"""
 LENGTHS = (.02, .04, .06, .09, .13, .2)
 WAYS = {"teacher": dict(solver="dpmpp_2m", steps=12), **{f"{k} steps": dict(solver="ctm", steps=k) for k in (1, 2, 4)}}

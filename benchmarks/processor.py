@@ -41,7 +41,7 @@ NETWORKS = {"32 x 32, 2.4 M": dict(image_size=32, channels=3, model_channels=32,
             "digits": dict(image_size=8, channel_mult=(1, 2), attention=(4,), **SMALL)}
 BATCH = {"digits": 64, "32 x 32, 2.4 M": 16, "mnist": 64}
 QUIET = "teacher.steps=1 gan.steps=0 run.save_every=1000000 run.sample_every=1000000 run.log_every=1000000 evaluate.n=0"
-STEPS = {"digits": "", "mnist": "data.image_size=28",
+STEPS = {"digits": "distill.phases= distill.anchor_rows=none", "mnist": "data.image_size=28",
          "cifar10": "network.model_channels=32 network.n_blocks=2 distill.batch=16 distill.distance=pseudo_huber "
                     "run.micro_batch=16"}
 

@@ -158,7 +158,7 @@ def main(a):
     results = RESULTS.with_name("search.json") if a.only == ["search"] else RESULTS
     rows = json.loads(results.read_text()) if results.exists() else []
     seeds = {t: a.seeds or [json.loads((Path(t) / "config.json").read_text())["run"]["seed"]] for t in a.teachers}
-    only = ["preset", *(f"soft, {k}" for k in CHANGES)] if a.only == ["search"] else a.only
+    only = ["soft", *(f"soft, {k}" for k in CHANGES)] if a.only == ["search"] else a.only
     jobs = [
         (r, t, s)
         for t in a.teachers
@@ -172,7 +172,7 @@ def main(a):
             out = Path(d) / f"{jobs.index(job)}.jsonl"
             times = {
                 "published": a.seconds[-1:],
-                "preset": a.seconds[:-1] if a.only != ["search"] else a.seconds[-2:-1],
+                "soft": a.seconds[:-1] if a.only != ["search"] else a.seconds[-2:-1],
             }.get(job[0], a.seconds[-2:-1])
             subprocess.run(
                 [sys.executable, __file__, "one", *map(str, job), json.dumps(times), str(a.n), a.data or "", str(out)],
@@ -206,8 +206,8 @@ if __name__ == "__main__":
         type=float,
         nargs="+",
         default=[15, 30, 60, 150],
-        help="processor seconds of distillation: the published recipe gets the last, the preset the others, "
-        "variants of the preset the last but one",
+        help="processor seconds of distillation: the published recipe gets the last, soft the others, "
+        "variants of soft the last but one",
     )
     p.add_argument("--only", nargs="*", help="recipes, or the word search")
     p.add_argument("--seeds", type=int, nargs="*", help="of the students (default: the teacher's)")

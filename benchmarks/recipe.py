@@ -90,6 +90,7 @@ def main():
     meter = None
     rows = json.loads(RESULT.read_text()) if RESULT.exists() else []
     given = [*QUIET, *MUON.split(), f"distill.sigma_init={a.told}", f"teacher.source={a.teacher}",
+             "distill.anchor_rows=none",
              *([f"data.source={a.data}"] if a.data else []), *a.set]
     for seed in a.seeds:
         for what in a.only:

@@ -38,8 +38,8 @@ QUIET = ["evaluate.n=0", "run.precision=fp32", "distill.K=1", "gan.K=1", "gan.he
          *(f"run.{k}_every=1000000" for k in ("save", "sample", "log"))]
 SMALL = [*(f"{s}.batch=2" for s in ("teacher", "distill", "gan")), "run.micro_batch=1", "distill.stored=2",
          "distill.balance_rows=1", "gan.balance_rows=1"]
-ONE = "distill.phases= distill.stored=64 distill.matching={}".format
-WORDS = {"mnist": ONE("soft").split(), "emoji": ONE("soft").split(), "cifar10": SMALL, "cifar10-cond": SMALL,
+ONE = "distill.phases= distill.anchor_rows=none distill.stored=64 distill.matching={}".format
+WORDS = {**{k: ONE("soft").split() for k in ("digits", "mnist", "emoji")}, "cifar10": SMALL, "cifar10-cond": SMALL,
          "imagenet64": SMALL, "imagenet64-edm2": [*SMALL, "teacher.source="]}
 MORE = {"digits, halves": ("digits", ["run.micro_batch=32"]), "digits, bf16": ("digits", ["run.precision=bf16"]),
         "mnist, trajectories": ("mnist", ONE("trajectories").split()),

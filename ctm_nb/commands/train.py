@@ -221,7 +221,7 @@ def _words(a):
     if a.steps and a.steps.count("+") not in (0, len(a.steps.split(","))):
         raise ValueError(f"--steps must have a + before each number or before none, got {a.steps}")
     if steps[0] and a.steps.startswith("+"): given["run.before"] = str(_finished(_folder(a)))
-    none = ["distill.phases=dsm:.5,soft:.5", "gan.steps=0"] if a.teacher == "none" else []
+    none = ["distill.phases=dsm:.5,soft:.5", "distill.anchor_rows=none", "gan.steps=0"] if a.teacher == "none" else []
     return [*none, *(f"{k}={v}" for k, v in given.items() if v), *a.set]
 
 def _config(a):
