@@ -156,7 +156,7 @@ def _network_words(n, gpu):
     if gpu: sides = sides[:3] if n <= 40 else sides[:4]
     wider = ",".join(["1", *["2"] * (len(sides) - 1)])  # twice the channels below the first level
     if not gpu:
-        stored = 64 * max(4, min(54, 2 ** 29 // (4 * 12 * 64 * 3 * n ** 2)))  # of twelve points: half a GiB at most
+        stored = 64 * max(4, min(54, 2 ** 29 // (4 * 12 * 64 * 3 * n ** 2)))  # half a GiB, or four batches
         return ([f"network.channel_mult={wider}", f"network.attention={sides[-1]}", f"distill.stored={stored}"],
                 f"a CPU gets the digits' network (16 channels), {len(sides)} levels: {' -> '.join(map(str, sides))}")
     if n <= 40:

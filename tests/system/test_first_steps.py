@@ -158,6 +158,19 @@ def test_trajectories_of_large_pictures_leave_room(tmp_path, caplog):
     assert int(chosen.run.micro_batch) > 5
 
 
+def test_words_take_the_place_of_what_the_preset_says(tmp_path, capsys):
+    def planned(*words):
+        ctm_nb_train(["--dry-run", "--runs", str(tmp_path), *words])
+        lines = (l.partition("=") for l in capsys.readouterr().out.splitlines() if l.startswith("distill."))
+        return {k.removeprefix("distill."): v for k, _, v in lines}
+    d = planned()
+    assert (d["phases"], d["anchor_rows"]) == ("trajectories:.8,soft:.2", "4")
+    d = planned("--set", "distill.matching=local")
+    assert (d["phases"], d["matching"]) == ("", "local")
+    d = planned("--teacher", "none")  # whose denoiser is trained by every row
+    assert (d["phases"], d["anchor_rows"]) == ("dsm:.5,soft:.5", "None")
+
+
 def test_all_stages_without_an_adversary_are_said(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     for words, said in (((), False), (("--stage", "all"), True), (("--stage", "all", "--set", "gan.steps=2"), False)):
