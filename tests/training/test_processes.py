@@ -1,8 +1,10 @@
 """Two processes, several micro-batches, a killed process, another number of processes: the same training."""
 import json
 import os
+import shutil
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,21 @@ leave()
 """
 
 
+def sharing(code, start):
+    """Two processes at work on a copy of a folder, once more if one died by a signal; that copy.
+
+    That happens in about one of a hundred such runs, and the peer then reports a lost connection. A core dump had the
+    thread of gloo in gloo::allgather, at the allocator's list of free pieces, cut short as if one was freed twice.
+    """
+    for again in (True, False):
+        shutil.copytree(start, folder := start.with_name(f"{start.name}-{again}"))
+        done = ranks(code, folder)
+        if not again or all(d.returncode not in (-signal.SIGABRT, -signal.SIGSEGV) for d in done): break
+        warnings.warn("a process died by a signal: " + "; ".join(d.stderr[-200:] for d in done))
+    assert not any(d.returncode for d in done), "\n".join(f"{d.returncode}: {d.stderr[-2000:]}" for d in done)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     compute_alike()
@@ -86,9 +103,9 @@ def alone(tmp_path_factory):
 
 
 def test_two_processes_are_one_in_every_stage(alone, tmp_path):
-    done = ranks(WORKER, tmp_path)
-    assert all(d.returncode == 0 for d in done), done
-    first, second = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
+    (tmp_path / "both").mkdir()
+    found = sharing(WORKER, tmp_path / "both")
+    first, second = (torch.load(found / f"{r}.pt") for r in range(2))
     for name, more in SHARED.items():
         assert_close(first[name], second[name], at=0, weights=0)  # the processes hold the same bits
         one = follow([*SHORT, *more[:-1]], tmp_path / f"{name}, alone") if FEW[0] in more else alone
@@ -129,17 +146,16 @@ def test_a_sharded_run_goes_on_alone_and_the_other_way_round(tmp_path, capsys):
     t = Trainer(make_config("tiny", RAW), tmp_path / "r")
     while t.step < 3: t.train_step()
     t.save()
-    done = ranks(SHARDED, tmp_path / "r")
-    assert not any(d.returncode for d in done), "\n".join(f"{d.returncode}: {d.stderr[-2000:]}" for d in done)
-    assert {p.name for p in (tmp_path / "r" / "samples").iterdir()} == {"step_00000004.png", "final.png"}
-    teacher = load_checkpoint(tmp_path / "r-new" / "checkpoints" / "step_00000002").models["teacher"]
+    r = sharing(SHARDED, tmp_path / "r")
+    assert {p.name for p in (r / "samples").iterdir()} == {"step_00000004.png", "final.png"}
+    teacher = load_checkpoint(Path(f"{r}-new") / "checkpoints" / "step_00000002").models["teacher"]
     for k, v in straight[1]["teacher"]["teacher"].items(): assert float((v - teacher[k]).abs().max()) <= 1e-6, k
-    assert load(tmp_path / "r").D(torch.zeros(1, 1, 8, 8), 1., 0).isfinite().all()
-    ctm_nb_sample([str(tmp_path / "r"), "-n", "2", "--out", str(tmp_path / "out")])
+    assert load(r).D(torch.zeros(1, 1, 8, 8), 1., 0).isfinite().all()
+    ctm_nb_sample([str(r), "-n", "2", "--out", str(tmp_path / "out")])
     assert any((tmp_path / "out").iterdir())
     with pytest.raises(ValueError, match="run.shard=true needs several processes .*; one has all"):
-        Trainer(make_config("tiny", [*RAW, "run.shard=true"]), tmp_path / "r")
-    log, ends = follow(RAW, tmp_path / "r")
+        Trainer(make_config("tiny", [*RAW, "run.shard=true"]), r)
+    log, ends = follow(RAW, r)
     assert len(log) == 2
     assert_close((straight[0][6:], {"ctm_dsm_gan": straight[1]["ctm_dsm_gan"]}), (log, ends))
 
