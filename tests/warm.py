@@ -59,7 +59,9 @@ class Python:
 def _become(code, words, cwd, env, largest_file, *files):
     gc.freeze()  # what was imported is no garbage, and need not be looked through
     os.fsync = os.fstat  # see conftest.py
-    logging.root.handlers.clear()  # pytest's
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        for h in [*getattr(logger, "handlers", ())]:  # pytest's write to a file whose number is another's here
+            if type(h).__module__.startswith("_pytest"): logger.removeHandler(h)
     if largest_file: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     for fd, name in enumerate((os.devnull, *files)): os.dup2(os.open(name, os.O_RDWR), fd)
     for fd, other in zip((1, 2), STREAMS): os.dup2(fd, other)
