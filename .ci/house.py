@@ -23,9 +23,11 @@ ROOMS = ("networks", "method", "data", "checkpoints", "evaluation", "training", 
 # adds a feature adds it here.
 NEW = {
     "Muon": "training.optimizers: NEWTON_SCHULZ orthogonalise MOMENTUM ADAM_SHARE TABLES _muon_groups Muon",
+    "one pass": """method.balance: OutputLosses WholeGradients
+        training.stages: Stage.in_one_pass DistillStage.in_one_pass""",
     "trajectories, eulerian, phases": """method.trajectories method.eulerian
         training.config: phases _phases_fit _uses_trajectories _dsm_first training.costs: student_cost
-        training.stages: DistillStage.phase DistillStage.kinds _path_numbers _path_example _anchor_losses _path_losses
+        training.stages: DistillStage.phase DistillStage.kinds _path_numbers _path_example _anchor _path_losses
         _tangent_numbers _tangent_example _tangent_losses Objective OBJECTIVES""",
     "kept trajectories": "training.stages: TrajectoryFolder commands.train: _paths",
     "a student without a teacher": "training.config: teacherless training.stages: _noise_example _noise_losses",

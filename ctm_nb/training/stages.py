@@ -36,7 +36,7 @@ from ..evaluation.draw import weights_hash
 from ..evaluation.features import LPIPSDistance, TimmFeatures, backbone_file, find_weights
 from ..evaluation.reference import launched
 from ..method.adversary import DISCRIMINATORS, TeacherFeatures, discriminator_loss, gan_loss_g, gan_turn
-from ..method.balance import ApartGradients, BalancedGradients
+from ..method.balance import ApartGradients, BalancedGradients, OutputLosses, WholeGradients
 from ..method.distances import make_distance
 from ..method.distill import (MATCHING, draw_interval, dsm_loss, dsm_sigma, interval_times, solve_interval,
                                     step_losses)
@@ -45,7 +45,7 @@ from ..method.flow import grid_time, noise, perturb, rho_grid
 from ..method.guidance import autoguide, guide_free
 from ..method.solvers import SOLVERS, solver_name
 from ..method.teacher import Denoiser, Model, edm_loss, lognormal_sigma, uncertainty_loss
-from ..method.trajectories import anchor_loss, draw_pair, stored_batch, trajectories_loss, trajectory
+from ..method.trajectories import OnePass, anchor_loss, draw_pair, stored_batch, trajectories_loss, trajectory
 from ..method.trajectory import CTM, find_sigma_init, student_from
 from ..networks.families import build_network
 from .config import SERVICES, STAGES, Config, DistillConfig, Span, phases, schedule, teacherless
@@ -99,7 +99,7 @@ class Stage:
         self.config, self.data, self.device = config, data, device
         self.shape = (data.channels, data.image_size, data.image_size)
         self.optim: Any = getattr(config, STAGES[self.name])  # an OptimConfig with the stage's own settings
-        self.parts, self.emas, self.optimizers = {}, {}, {}
+        self.parts, self.emas, self.optimizers, self.pieces = {}, {}, {}, 1  # micro-batches of the present step
         self.bounds: dict = {}  # lowest and highest weight of a loss, by name, where not (0, 1e4)
         torch.manual_seed(config.run.seed + list(STAGES).index(self.name))
         self.build(parts or {})
@@ -113,6 +113,7 @@ class Stage:
     def lr(self, n: int) -> float: return lr_at(self.optim, n)  # its learning rate
     def kinds(self) -> list: return [0]  # a step of each kind, for trying how much memory they take
     def works_ahead(self, n: int) -> bool: return False  # does `example` take half of the cores?
+    def in_one_pass(self, n: int) -> bool: return False  # do the losses of a step come from one pass of the network?
     def inherit(self, before: "Stage"): pass  # what goes on from the stage before, besides its networks
 
 # %% ../../nbs/6_training/05_stages.ipynb #39ed9d59
@@ -133,9 +134,10 @@ def gradients(self: Stage, n: int) -> BalancedGradients:
     "Where the gradients of a step are summed."
     module = self.parts[part := self.learner(n)]
     if part != "model": return BalancedGradients(module.parameters())
-    if part in self.sharded: return ShardedGradients(module.parameters(), module.net.balance_layer)
-    if not self.optim.balance_rows: return BalancedGradients(module.parameters(), module.net.balance_layer)
-    return ApartGradients(module.parameters(), module.net.balance_layer, **self.bounds)
+    kind: type = WholeGradients if self.in_one_pass(n) else BalancedGradients
+    if part in self.sharded: kind = ShardedGradients
+    if self.optim.balance_rows: kind = ApartGradients
+    return kind(module.parameters(), module.net.balance_layer, **self.bounds)
 
 # %% ../../nbs/6_training/05_stages.ipynb #5ba2e001
 @patch
@@ -271,6 +273,9 @@ class DistillStage(Stage):
 
     def kinds(self) -> list: return [p.first for p in phases(self.config.distill, self.optim.steps)]
     def works_ahead(self, n: int) -> bool: return self.phase(n).name != "trajectories" and not teacherless(self.config)
+    def in_one_pass(self, n: int) -> bool:
+        whole = self.pieces == 1 and not (self.sharded or self.optim.balance_rows)
+        return whole and self.name == "ctm_dsm" and self.optim.dsm and self.phase(n).name == "trajectories"
 
 # %% ../../nbs/6_training/05_stages.ipynb #e8c6d2b5
 @patch
@@ -442,24 +447,29 @@ def _path_example(stage: DistillStage, x0: Tensor, y: Tensor | None, numbers: di
     return e | {"teacher_evals": (d.N - 1) * SOLVERS[solver_name(d.solver)] * stage.evals if numbers["fresh"] else 0}
 
 # %% ../../nbs/6_training/05_stages.ipynb #80e63de0
-def _anchor_losses(stage, e, every, *points):
+def _anchor(stage, e, every, *points):
     "What holds g(x, t, t), in one row of so many; points: x_t, t, labels and, where it is known, D(x_t, t)."
-    d, student, teacher = stage.config.distill, stage.parts["model"], stage.teacher
+    d, teacher = stage.config.distill, stage.teacher
     few = lambda v: None if v is None else v[::d.anchor_rows or every]
     if not d.dsm: return {}
     if d.anchor == "dsm":
         x0, sigma, eps, y = (few(e[k]) for k in ("x0", "sigma", "eps", "y"))
-        return {"dsm": lambda: dsm_loss(student, x0, sigma, eps, y, student.sigma_data).mean()}
+        asked = perturb(x0, sigma, eps), sigma, y
+        return {"dsm": (asked, lambda student: dsm_loss(student, x0, sigma, eps, y, student.sigma_data).mean())}
     x_t, t, y, *known = map(few, points)
     with torch.no_grad(): D_x = known[0] if known else teacher.D(x_t, t, y)
-    return {"anchor": lambda: anchor_loss(student, x_t, t, D_x, y).mean()}
+    return {"anchor": ((x_t, t, y), lambda student: anchor_loss(student, x_t, t, D_x, y).mean())}
 
 def _path_losses(stage: DistillStage, e: dict, n: int) -> dict:
     "From one point of a trajectory to a later one."
-    path, i, y = e["path"], e["i"], e["y_path"]
-    each = torch.arange(len(path), device=path.device)
-    loss = trajectories_loss(stage.parts["model"], path, stage.times, i, e["j"], y, stage.distance)
-    return {"ctm": loss.mean()} | _anchor_losses(stage, e, 4, path[each, i], e["t"], y)
+    path, i, y, student = e["path"], e["i"], e["y_path"], stage.parts["model"]
+    x_t = path[torch.arange(len(path), device=path.device), i]
+    held = _anchor(stage, e, 4, x_t, e["t"], y)
+    loss = lambda m: trajectories_loss(m, path, stage.times, i, e["j"], y, stage.distance).mean()
+    if not stage.in_one_pass(n): return {"ctm": loss(student)} | {k: partial(f, student) for k, (_, f) in held.items()}
+    (name, (asked, anchor)), = held.items()
+    both = OnePass(student, (x_t, e["t"], e["s"], y), asked)
+    return OutputLosses({"ctm": loss(both), name: anchor(both)}, both.output, both.leaf)
 
 # %% ../../nbs/6_training/05_stages.ipynb #bfd42205
 def _tangent_numbers(stage: DistillStage, B: int, gen: torch.Generator, n: int) -> dict:
@@ -479,7 +489,8 @@ def _tangent_losses(stage: DistillStage, e: dict, n: int) -> dict:
     p, (x_t, t, y, D_x) = stage.phase(n), (e[k] for k in ("x_t", "t", "y", "D_x"))
     r = ramp((n - p.first) / (p.end - p.first))
     loss = eulerian_loss(stage.parts["model"], x_t, t, e["s"], D_x, y, r)
-    return {"ctm": loss.mean()} | _anchor_losses(stage, e, 1, x_t, t, y, D_x)
+    held = _anchor(stage, e, 1, x_t, t, y, D_x)
+    return {"ctm": loss.mean()} | {k: partial(anchor, stage.parts["model"]) for k, (_, anchor) in held.items()}
 
 # %% ../../nbs/6_training/05_stages.ipynb #e2247e7b
 def _noise_example(stage: DistillStage, x0: Tensor, y: Tensor | None, numbers: dict, n: int) -> dict:

@@ -33,13 +33,14 @@ def gradient(
     context=nullcontext,  # makes a context for the forward pass
 ) -> dict:  # "loss", "loss_*", "lambda_*", means over the processes; the gradient is in `.grad`
     "Gradient of a step from one or more micro-batches."
-    gradients, about, restart = stage.gradients(n), {}, same_start(stage)
+    stage.pieces, about, restart = len(shares), {}, same_start(stage)
+    gradients = stage.gradients(n)
     for e, share in zip(examples, shares, strict=True):
         about = {k: e[k] for k in ("teacher_evals",) if k in e}
         restart()
         with context(): losses = stage.losses(e, n)
         gradients.add(losses, share, context)
-    numbers = gradients.combine(**stage.bounds)
+    numbers = gradients.combine()
     total = sum(v * numbers.get(f"lambda_{k[5:]}", 1) for k, v in numbers.items() if k.startswith("loss_"))
     return {"loss": total, **numbers, **about}
 

@@ -500,12 +500,12 @@ def test_three_losses_have_the_plain_formulas_gradient(m, n_classes, distance, l
     lam = adaptive_weight(ctm, dsm, w), adaptive_weight(ctm, gan, w, low, high)
     params = list(student.parameters())
     plain = torch.autograd.grad(ctm + lam[0] * dsm + lam[1] * gan, params, allow_unused=True, materialize_grads=True)
-    gradients = BalancedGradients(params, w)
+    gradients = BalancedGradients(params, w, gan=(low, high))
     for part in torch.arange(4).tensor_split(m):
         row = {k: None if v is None else v[part] for k, v in e.items()}
         judge = judge_of(D, row["y"], select(numbers, part), loss)
         gradients.add(step_losses(student, target, **row, **options, adversary=judge), len(part) / 4)
-    out = gradients.combine(gan=(low, high))
+    out = gradients.combine()
     mine = torch.stack([out[k] for k in ("loss_ctm", "loss_dsm", "loss_gan", "lambda_dsm", "lambda_gan")])
     torch.testing.assert_close(mine, torch.stack([ctm, dsm, gan, *lam]).detach(), rtol=1e-3, atol=1e-5)
     assert not mine.requires_grad and low <= mine[4] <= high
@@ -518,14 +518,14 @@ def test_half_precision_finds_the_same_balance_of_three_losses():
     _, student, target, D, e = material(8)
     numbers = D.draw(8, GEN(5))
     def step(m, half):
-        gradients = BalancedGradients(student.parameters(), student.net.last_layer)
+        gradients = BalancedGradients(student.parameters(), student.net.last_layer, gan=(.01, 10.))
         for part in torch.arange(8).tensor_split(m):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
                 judge = judge_of(D, e["y"][part], select(numbers, part))
                 row = {k: v[part] for k, v in e.items()}
                 losses = step_losses(student, target, **row, distance=pseudo_huber, adversary=judge)
             gradients.add(losses, len(part) / 8)
-        out = gradients.combine(gan=(.01, 10.))
+        out = gradients.combine()
         return out, torch.cat([p.grad.flatten() for p in student.parameters()])
     full, g = step(1, False)
     assert .011 < full["lambda_gan"] < 9.9 and .011 < full["lambda_dsm"] < 9e3  # away from the clamps
@@ -572,10 +572,10 @@ def test_a_step_against_the_adversary_raises_the_logits_of_the_fakes():
         with torch.no_grad(): fake = to_end(target, student.G(e["x_t"], e["t"], e["s"], e["y"]), e["s"], e["y"])
         return float(torch.cat(D(fake, e["y"], numbers), 1).mean().detach())
     before, opt = logit(), torch.optim.SGD(student.parameters(), .05)
-    gradients = BalancedGradients(student.parameters(), student.net.last_layer)
+    gradients = BalancedGradients(student.parameters(), student.net.last_layer, gan=bounds)
     for _ in range(5):
         gradients.add(step_losses(student, target, **e, adversary=judge_of(D, e["y"], numbers)))
-        gradients.combine(gan=bounds)
+        gradients.combine()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.)
         opt.step()
     assert logit() > before

@@ -54,9 +54,9 @@ def test_micro_batches_make_the_whole(m, compare_at, distance, labelled):
 
 def test_a_third_loss_has_its_own_bounds():
     w = torch.nn.Parameter(torch.tensor([1., 2.]))
-    gradients = BalancedGradients([w], w)
+    gradients = BalancedGradients([w], w, gan=(.01, 10.))
     gradients.add({"ctm": 3 * w[0], "dsm": w[1] * 6, "gan": w[1] * 1e-3})
-    out = gradients.combine(gan=(.01, 10.))
+    out = gradients.combine()
     torch.testing.assert_close(w.grad, torch.tensor([3., 6 * float(out["lambda_dsm"]) + .01]), atol=1e-5, rtol=1e-4)
     assert out["lambda_gan"] == 10. and abs(out["lambda_dsm"] - .5) < 1e-4
     gradients.add({"ctm": 3 * w[0]})

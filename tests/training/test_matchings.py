@@ -80,6 +80,20 @@ def test_any_objective_holds_as_many_rows_as_are_asked_for(tmp_path):
     assert cost("none") == cost("1") == cost("2") + 1.5
 
 
+@pytest.mark.parametrize("anchor", ["dsm", "teacher"])
+def test_a_batch_in_one_piece_goes_through_the_student_once(tmp_path, anchor):
+    "Its jumps and the rows to denoise; and what the step says and learns is what two passes do."
+    found = {}
+    for m in ("auto", "8"):
+        words = [*SMALL, "distill.matching=trajectories", f"distill.anchor={anchor}", "teacher.steps=1",
+                 "distill.steps=2", "distill.batch=16", f"run.micro_batch={m}"]
+        t, sizes = walk(start(tmp_path / m, *words), 2), []
+        t.parts["model"].net.register_forward_hook(lambda net, args, out, sizes=sizes: sizes.append(len(out)))
+        found[m] = {k: float(v) for k, v in t.train_step().items() if k.startswith(("loss", "lambda", "grad"))}
+        assert sizes == {"auto": [20], "8": [8, 2, 8, 2]}[m]
+    assert found["auto"] == pytest.approx(found["8"], rel=1e-4, abs=1e-7)
+
+
 @pytest.mark.parametrize("matching", ["trajectories", "eulerian"])
 def test_micro_batches_make_the_gradient_of_the_batch(tmp_path, matching):
     ends = []

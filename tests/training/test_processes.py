@@ -91,7 +91,7 @@ def sharing(code, start):
         shutil.copytree(start, folder := start.with_name(f"{start.name}-{again}"))
         done = ranks(code, folder)
         if not again or all(d.returncode not in (-signal.SIGABRT, -signal.SIGSEGV) for d in done): break
-        warnings.warn("a process died by a signal: " + "; ".join(d.stderr[-200:] for d in done))
+        warnings.warn("a process died by a signal: " + "; ".join(d.stderr[-200:] for d in done), stacklevel=2)
     assert not any(d.returncode for d in done), "\n".join(f"{d.returncode}: {d.stderr[-2000:]}" for d in done)
     return folder
 
