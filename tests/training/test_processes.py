@@ -40,7 +40,9 @@ FEW = ["teacher.steps=1", "distill.steps=1", "gan.steps=2", "network.augment_dim
 SHARED = {"whole": [], "micro-batches": ["run.micro_batch=4"], "sharded": ["run.shard=true"],
           "adm": [*FEW, "network.family=adm", "run.shard=true"],
           "edm2": [*FEW, "network.family=edm2", "teacher.weighting=uncertainty", "teacher.lr=2", "distill.lr=1",
-                   "gan.lr=1", "run.shard=true"]}
+                   "gan.lr=1", "run.shard=true"],
+          "one pass": [*FEW, "gan.steps=0", "distill.steps=2", "distill.matching=trajectories", "distill.N=5",
+                       "distill.K=4", "distill.batch=16", "run.save_every=99"]}
 
 
 def follow(words, folder, spoil=None):
