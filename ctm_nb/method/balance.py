@@ -164,22 +164,25 @@ class OutputLosses(dict):
         self.output, self.leaf = output, leaf
 
 class WholeGradients(BalancedGradients):
-    "The same of a batch in one piece, in one backward pass; the last layer is the last before the output."
-    def add(self, losses: Any, share: float = 1., context=nullcontext):  # `OutputLosses` of the whole batch; emptied
-        "Differentiate the losses down to the output, weigh them, and differentiate the output."
+    "The same of a batch in one piece, in one backward pass and, for each loss, what lies behind the last layer."
+    def add(self, losses: Any, share: float = 1., context=nullcontext):  # `OutputLosses`, emptied; on each rank once
+        """Differentiate the losses down to the output, weigh them, and differentiate the output.
+
+        Raises ValueError for a part of a batch."""
+        if share != 1: raise ValueError(f"share must be 1, of a whole batch, got {share:g}")
         out, last, each = losses.output, self.params[self.place], []
         values = torch.stack([v.detach() for v in losses.values()])
         for loss in losses.values(): each += torch.autograd.grad(loss, losses.leaf)
         at_last = [at_least_float32(*torch.autograd.grad(out, last, g, retain_graph=True)) for g in each]
         values, *at_last = average(values, *at_last)
-        self.losses = {f"loss_{name}": v for name, v in zip(losses, values)}
+        self.numbers = {f"loss_{name}": v for name, v in zip(losses, values)}
         for name, b, g in [*zip(losses, at_last, each)][1:]:
-            self.losses[f"lambda_{name}"] = weight = balance(at_last[0], b, *self.bounds.get(name, (0., 1e4)))
-            each[0] = each[0] + (weight * g).to(g)
+            self.numbers[f"lambda_{name}"] = weight = balance(at_last[0], b, *self.bounds.get(name, (0., 1e4)))
+            each[0] = each[0] + weight * g
         losses.clear()
         self.total = [*torch.autograd.grad(out, self.params, each[0], allow_unused=True, materialize_grads=True)]
 
     def combine(self) -> dict:  # "loss_NAME" and "lambda_NAME", means over the ranks, no gradient
         "Leave the mean over the ranks in `.grad`."
         self.leave(self.total)
-        return self.losses
+        return self.numbers

@@ -51,12 +51,12 @@ class OnePass:
     "A student that has been asked already: its network saw the rows of a jump and rows to denoise together."
     def __init__(self,
         student,  # a CTM
-        jump: tuple,  # x_t (B, ...), t (B,), s (B,), labels (B,) or None, as of `trajectories_loss`
+        jumps: tuple,  # x_t (B, ...), t (B,), s (B,), labels (B,) or None, as of `trajectories_loss`
         noisy: tuple,  # x_t (b, ...), t (b,), labels (b,) or None, as of `anchor_loss` or `dsm_loss`
     ):
-        (x, *times, y), (x_b, t_b, y_b) = jump, noisy
-        t, s = (torch.cat([v.to(t_b), t_b]) for v in times)
-        self.output = student.g(torch.cat([x, x_b.to(x)]), t, s, None if y is None else torch.cat([y, y_b]))
+        (x, t, s, y), (x_b, t_b, y_b) = jumps, noisy
+        x_both, t, s = (torch.cat(v) for v in ((x, x_b), (t, t_b), (s, t_b)))
+        self.output = student.g(x_both, t, s, None if y is None else torch.cat([y, y_b]))
         self.leaf, self.sigma_data = self.output.detach().requires_grad_(), student.sigma_data
         self.jumped, self.denoised = self.leaf.split([len(x), len(x_b)])
 

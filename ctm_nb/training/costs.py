@@ -27,6 +27,7 @@ from .config import STAGES, Config, _uses_trajectories, phases, schedule, stage_
 from ..data.batches import available_memory
 from ..data.images import Images
 from ..evaluation.reference import launched, pick_device
+from ..method.balance import alone
 from ..method.distill import MATCHING, draw_interval
 from ..method.solvers import SOLVERS, solver_name
 from ..method.trajectory import student_from
@@ -97,6 +98,7 @@ def _prime(n): return next(p for p in count(max(101, int(n))) if all(p % k for k
 
 def _rows(stage, n, N):
     "Of the images, those that move between N times: in student and target for the goal, in both for the estimate."
+    if stage.in_one_pass(n): return IMAGES, IMAGES + len(range(0, IMAGES, stage.config.distill.anchor_rows or 4))
     if not N or stage.name == "teacher" or stage.phase(n).name not in MATCHING: return (IMAGES,)
     i, k, j = draw_interval(8192, N, 1, torch.Generator(), stage.phase(n).name)  # of the shortest: most rows
     own, end = (_prime(IMAGES * float(moves.float().mean())) for moves in (j > i + k, j < N - 1))
@@ -112,7 +114,7 @@ def _peak_of(stage, n, N):
     x0, gradients = torch.empty(IMAGES, *stage.shape), stage.gradients(n)
     y = torch.empty(IMAGES, dtype=torch.int64) if stage.data.n_classes else None
     augment = torch.empty(IMAGES, stage.config.network.augment_dim) if stage.augment else None
-    with Meter(rows) as meter:
+    with alone(), Meter(rows) as meter:
         losses = stage.losses(stage.example(x0, y, numbers, n, augment), n)
         sets = len(losses)
         gradients.add(losses)

@@ -101,9 +101,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     "An optimizer by its name, without weight decay."
     params = _muon_groups(model, lr, last_layer) if name == "muon" else model.parameters()
-    device = next(model.parameters()).device.type
-    how = {"foreach": True, "capturable": device == "cuda"}
-    if (name, device) in (("adamw", "cuda"), ("adamw", "cpu"), ("muon", "cpu")): how = {"fused": True}
+    how = {"foreach": True}
+    if next(model.parameters()).is_cuda: how = {"fused": True} if name == "adamw" else {**how, "capturable": True}
     return OPTIMIZERS[name](params, lr=lr, betas=betas, **how)
 
 # %% ../../nbs/6_training/04_optimizers.ipynb #ab04c156

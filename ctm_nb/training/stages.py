@@ -99,7 +99,8 @@ class Stage:
         self.config, self.data, self.device = config, data, device
         self.shape = (data.channels, data.image_size, data.image_size)
         self.optim: Any = getattr(config, STAGES[self.name])  # an OptimConfig with the stage's own settings
-        self.parts, self.emas, self.optimizers, self.pieces = {}, {}, {}, 1  # micro-batches of the present step
+        self.parts, self.emas, self.optimizers = {}, {}, {}
+        self.pieces = 1  # micro-batches of the present step
         self.bounds: dict = {}  # lowest and highest weight of a loss, by name, where not (0, 1e4)
         torch.manual_seed(config.run.seed + list(STAGES).index(self.name))
         self.build(parts or {})
@@ -134,9 +135,8 @@ def gradients(self: Stage, n: int) -> BalancedGradients:
     "Where the gradients of a step are summed."
     module = self.parts[part := self.learner(n)]
     if part != "model": return BalancedGradients(module.parameters())
-    kind: type = WholeGradients if self.in_one_pass(n) else BalancedGradients
-    if part in self.sharded: kind = ShardedGradients
-    if self.optim.balance_rows: kind = ApartGradients
+    one: type = WholeGradients if self.in_one_pass(n) else BalancedGradients
+    kind = ApartGradients if self.optim.balance_rows else ShardedGradients if part in self.sharded else one
     return kind(module.parameters(), module.net.balance_layer, **self.bounds)
 
 # %% ../../nbs/6_training/05_stages.ipynb #5ba2e001
@@ -274,8 +274,9 @@ class DistillStage(Stage):
     def kinds(self) -> list: return [p.first for p in phases(self.config.distill, self.optim.steps)]
     def works_ahead(self, n: int) -> bool: return self.phase(n).name != "trajectories" and not teacherless(self.config)
     def in_one_pass(self, n: int) -> bool:
-        whole = self.pieces == 1 and not (self.sharded or self.optim.balance_rows)
-        return whole and self.name == "ctm_dsm" and self.optim.dsm and self.phase(n).name == "trajectories"
+        d, run = self.config.distill, self.config.run
+        return (self.phase(n).name == "trajectories" and d.dsm and self.pieces == 1
+                and not (self.sharded or d.balance_rows or run.compile))
 
 # %% ../../nbs/6_training/05_stages.ipynb #e8c6d2b5
 @patch

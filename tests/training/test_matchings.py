@@ -92,6 +92,8 @@ def test_a_batch_in_one_piece_goes_through_the_student_once(tmp_path, anchor):
         found[m] = {k: float(v) for k, v in t.train_step().items() if k.startswith(("loss", "lambda", "grad"))}
         assert sizes == {"auto": [20], "8": [8, 2, 8, 2]}[m]
     assert found["auto"] == pytest.approx(found["8"], rel=1e-4, abs=1e-7)
+    need = costs.step_needs(t.config, t.data)["ctm_dsm"]
+    assert need.fixed < 100 * need.each  # nearly all of it grows with the batch
 
 
 @pytest.mark.parametrize("matching", ["trajectories", "eulerian"])

@@ -42,7 +42,7 @@ SHARED = {"whole": [], "micro-batches": ["run.micro_batch=4"], "sharded": ["run.
           "edm2": [*FEW, "network.family=edm2", "teacher.weighting=uncertainty", "teacher.lr=2", "distill.lr=1",
                    "gan.lr=1", "run.shard=true"],
           "one pass": [*FEW, "gan.steps=0", "distill.steps=2", "distill.matching=trajectories", "distill.N=5",
-                       "distill.K=4", "distill.batch=16", "run.save_every=99"]}
+                       "distill.K=4", "distill.batch=16", "run.shard=false"]}
 
 
 def follow(words, folder, spoil=None):
@@ -175,14 +175,15 @@ from ctm_nb.commands.train import ctm_nb_train
 from ctm_nb.evaluation.reference import launched
 from ctm_nb.training import costs
 costs.available_memory = lambda: int(sys.argv[2 + launched()[0]])
-ctm_nb_train(["--preset", "tiny", "--runs", sys.argv[1], "--name", "r", "--set", "teacher.steps=1", "distill.steps=1",
+ctm_nb_train(["--preset", "tiny", "--runs", sys.argv[1], "--name", "r", "--set", "teacher.steps=1", "distill.steps=2",
               "teacher.batch=12", "distill.batch=12", "evaluate.n=0", "run.device=cpu", "run.precision=fp32",
-              "network.attention=4,2"])
+              "network.attention=4,2", "distill.phases=trajectories:.5,soft:.5"])
 """
 
 
 def test_two_processes_with_little_memory_take_as_many_images_as_the_poorer_one_can(tmp_path):
-    config = make_config("tiny", ["teacher.steps=1", "distill.steps=1", "teacher.batch=12", "distill.batch=12"])
+    config = make_config("tiny", ["teacher.steps=1", "distill.steps=2", "teacher.batch=12", "distill.batch=12",
+                                  "distill.phases=trajectories:.5,soft:.5"])
     need = lambda n: max(memory(config, digits(), n, world=2).values())
     rooms = [str(int((need(n) + need(n + 1)) / 2 / .8)) for n in (4, 3)]
     done = ranks(ROOMS, tmp_path, *rooms)

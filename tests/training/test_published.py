@@ -146,7 +146,7 @@ def test_stages_weigh_at_that_layer(tmp_path, rows):
         gradients, net = t.now.gradients(1), t.parts["model"].net
         assert t.now.learner(1) == "model" and gradients.params[gradients.place] is net.balance_layer, stage
         assert net.balance_layer is not net.last_layer
-    assert t.now.bounds == {"gan": (.01, 10.)} and getattr(gradients, "bounds", t.now.bounds) == t.now.bounds
+    assert t.now.bounds == {"gan": (.01, 10.)} and gradients.bounds == t.now.bounds
 
 
 def test_half_of_the_stretches_run_along_the_axes():
