@@ -26,12 +26,13 @@ import IPython.core.interactiveshell  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
 import scipy.integrate  # noqa: F401
 import sklearn.datasets  # noqa: F401
-import torch._dynamo  # noqa: F401
+import torch._dynamo
 import torchvision  # noqa: F401
 from nbdev.test import nbdev_test
 
 
 def one(path):
+    torch.manual_seed(0)  # which else is another in each process
     nbdev_test.__wrapped__(path, timing=True, do_print=True)  # leaves with 1 if the notebook fails
 
 

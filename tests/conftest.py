@@ -48,6 +48,13 @@ def what_others_imported_is_no_garbage():
 atexit.register(gc.unfreeze)  # or libraries would report leaks at the end
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    "torch's numbers, which else are others in each process."
+    import torch
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def untrained_run():
     "A function of folder, channels, classes and network that writes a run with an untrained teacher and student."
