@@ -60,7 +60,7 @@ def test_bfloat16_autocast_is_finite_at_both_ends(family):
 
 
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)
-@pytest.mark.parametrize("dtype, least", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("dtype, least", [(torch.float16, 4e-3), (torch.bfloat16, 4e-2)])  # NCSN++: random frequencies
 def test_half_precision_weights_stay_near_float32(family, dtype, least):
     m = student_from(Denoiser(lively(family(8, 3, 10, **WIDE))), "random").eval()
     t, s, y = torch.tensor([80., 1., .002]), torch.tensor([.5, .01, .002]), torch.tensor([1, 2, 3])
