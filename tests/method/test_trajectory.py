@@ -60,7 +60,7 @@ def test_bfloat16_autocast_is_finite_at_both_ends(family):
 
 
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)
-@pytest.mark.parametrize("dtype, least", [(torch.float16, 4e-3), (torch.bfloat16, 4e-2)])  # NCSN++: random frequencies
+@pytest.mark.parametrize("dtype, least", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 def test_half_precision_weights_stay_near_float32(family, dtype, least):
     m = student_from(Denoiser(lively(family(8, 3, 10, **WIDE))), "random").eval()
     t, s, y = torch.tensor([80., 1., .002]), torch.tensor([.5, .01, .002]), torch.tensor([1, 2, 3])
@@ -68,6 +68,7 @@ def test_half_precision_weights_stay_near_float32(family, dtype, least):
     with torch.no_grad():
         exact = m.g(x.to(dtype).float(), t, s, y)
         half = m.to(dtype).g(x.to(dtype), t, s, y)
+    least *= 1 + (family is NCSNpp)  # whose random frequencies are rounded as well
     assert half.dtype == dtype and (half.float() - exact).norm() < least * exact.norm()
 
 
