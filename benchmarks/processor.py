@@ -13,7 +13,7 @@ convolutions alone, and beside them a bare matrix product's operations a second.
 checkout of their repository (sony/ctm), with our weights, by ours, without gradient and with. Sampling: 64 samples in
 one evaluation, against the network alone; and 256 of the 32 x 32 network in parts, written to files meanwhile, by one
 process and by two at once. Each section is a process of its own, in which glibc keeps what is freed, as training and
-sampling have it today; it is written to nbs/results/speed/processor.json.
+sampling have it today; it is written to nbs/results/speed/processor.json, or to the file --out.
 """
 import argparse
 import importlib
@@ -377,10 +377,10 @@ def measure(what, a):
     if what not in OWN_HEAP: sides["after"]("evaluation.draw").keep_memory()
     more = {"folder": a.released} if what == "released" else {}
     rows = SECTIONS[what](sides, a.repeats, **more)
-    found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    found = json.loads(a.out.read_text()) if a.out.exists() else {}
     found[what] = rows
     found.setdefault("made", {})[what] = made(a.before)
-    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    a.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main():
@@ -389,6 +389,7 @@ def main():
     p.add_argument("--repeats", type=int, default=20)
     p.add_argument("--released", metavar="FOLDER", help="a checkout of the authors' repository, sony/ctm")
     p.add_argument("--only", nargs="+", choices=SECTIONS)
+    p.add_argument("--out", type=Path, default=RESULT, help="where the results go (default: %(default)s)")
     a = p.parse_args()
     if a.released is None and "released" in (a.only or ()): p.error("the section released needs --released FOLDER")
     torch.set_num_threads(1)
