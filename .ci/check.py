@@ -1,8 +1,12 @@
-"""Fail if `make export` would change a file, and show which and how.
+"""Fail if `make export` would change a file, and show which and how; if a line in a fenced block of Markdown would be
+cut off; if a statement behind a colon goes on in the next line.
 
-The work happens in a temporary copy: the checkout is not touched, and uncommitted work is checked as it stands.
+The export happens in a temporary copy: the checkout is not touched, and uncommitted work is checked as it stands.
 """
+import ast
 import difflib
+import json
+import re
 import shutil
 import sys
 import tempfile
@@ -12,6 +16,7 @@ from pathlib import Path
 from export import export
 
 ROOT = Path(__file__).resolve().parents[1]
+FENCED = 112  # columns of a fenced block that a window of 1280 pixels shows
 
 
 def snapshot(root, lib, nbs):
@@ -43,6 +48,44 @@ def difference(name, old, new, lines=12):
     return "\n    ".join([f"{name}: would change"] + diff[2:2 + lines] + ["..."]*(len(diff) > 2 + lines))
 
 
+def fenced(text):
+    "Numbers and lines of what stands in fenced blocks of Markdown."
+    fence = ""
+    for n, line in enumerate(text.splitlines(), 1):
+        mark = re.match(r"\s*(`{3,}|~{3,})", line)
+        if mark and not fence: fence = mark[1]
+        elif mark and line.strip().startswith(fence): fence = ""
+        elif fence: yield n, line
+
+
+def cut_off(root, nbs):
+    "Complaints about lines in fenced blocks, of notebooks and of Markdown files, that are too wide."
+    texts = {p.relative_to(root): p.read_text(encoding="utf-8") for d in ("", "docker") for p in (root/d).glob("*.md")}
+    for p in sorted((root/nbs).rglob("[!_.]*.ipynb")):
+        cells = enumerate(json.loads(p.read_text(encoding="utf-8"))["cells"])
+        about = p.relative_to(root)
+        texts |= {f"{about}, cell {i}": "".join(c["source"]) for i, c in cells if c["cell_type"] == "markdown"}
+    wide = [(where, n, line) for where, text in texts.items() for n, line in fenced(text) if len(line) > FENCED]
+    return [f"{where}, line {n}: {len(line)} columns in a fenced block, at most {FENCED}" for where, n, line in wide]
+
+
+def goes_on(text):
+    "Numbers of lines with a statement behind the colon of `if`, `for`, `def` and so on that does not end there."
+    lines = text.splitlines()
+    bodies = [getattr(n, k, None) for n in ast.walk(ast.parse(text)) for k in ("body", "orelse", "finalbody")]
+    firsts = [b[0] for b in bodies if isinstance(b, list) and b and isinstance(b[0], ast.stmt)]
+    behind = lambda s: lines[s.lineno - 1].encode()[:s.col_offset].decode().rstrip().endswith(":")
+    return sorted(s.lineno for s in firsts if s.end_lineno > s.lineno and behind(s))
+
+
+def run_on(root, lib):
+    "Complaints about such lines in the package, tests, benchmarks and builders."
+    files = [p for d in (lib, "tests", "benchmarks", "docs", ".ci") for p in sorted((root/d).rglob("*.py"))]
+    advice = "a statement behind a colon ends in its line, or stands in lines of its own"
+    found = {p.relative_to(root): goes_on(p.read_text(encoding="utf-8")) for p in files}
+    return [f"{p}, line {n}: {advice}" for p, numbers in found.items() for n in numbers]
+
+
 def main():
     cfg = ConfigParser(delimiters=["="])
     cfg.read(ROOT/"settings.ini", encoding="utf-8")
@@ -63,6 +106,7 @@ def main():
     if changed:
         advice = "files are not what the notebooks make: run `make export` and look at `git diff`"
         sys.exit("\n".join(changed) + f"\n{len(changed)} {advice}")
+    if complaints := cut_off(ROOT, nbs) + run_on(ROOT, lib): sys.exit("\n".join(complaints))
     sys.stdout.write(f"{len(before)} files are what the notebooks make\n")
 
 

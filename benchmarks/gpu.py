@@ -1015,8 +1015,9 @@ def table(found):
     for recipe, how, r in rows:
         failed = "; ".join(failures(r, how).values())
         if "share" not in r: lines.append(f"| {recipe} | {how} | {failed} | | |")
-        else: lines.append(f"| {recipe} | {how}{failed and f' ({failed})'} | {r['images_per_sec']:.1f} | "
-                           f"{memory_of(r)} | {r['share']:.1%} |")
+        else:
+            lines.append(f"| {recipe} | {how}{failed and f' ({failed})'} | {r['images_per_sec']:.1f} | "
+                         f"{memory_of(r)} | {r['share']:.1%} |")
     lines += ["", *(f"{k}: {v}." for k, v in ABOUT.items())]
     lines += ["", "| sampler | Fréchet distance | features | samples |", "|---|---|---|---|"]
     for r in found.get("run", {}).get("scores", {}).get("records", []):

@@ -250,8 +250,8 @@ def catalogue_table() -> str: # three lines a file
     "All public files: name, kind, format, size if cached, licence, what and where it is."
     lines = []
     for e in CATALOGUE.values():
-        path = cache_folder()/e.file
-        here = _size(path.stat().st_size) if path.exists() else "-" if e.url else "by browser"
+        path, absent = cache_folder()/e.file, "-" if e.url else "by browser"
+        here = _size(path.stat().st_size) if path.exists() else absent
         lines.append(f"{e.name:32}  {e.kind:9}  {e.loads_as:33}  {here}")
         lines += [f"    {e.what}; {e.licence}", f"    {e.url or e.how}"]
     return "\n".join([*lines, f"cache: {cache_folder()}"])

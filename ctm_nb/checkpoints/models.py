@@ -45,7 +45,7 @@ def describe(
     "All that is needed to rebuild a model, but its weights."
     kind = next(k for k, cls in KINDS.items() if type(m) is cls)
     numbers = dict(sigma_data=m.sigma_data, sigma_min=m.sigma_min, sigma_max=m.sigma_max)
-    if level := getattr(m, "sigma_init", None): numbers["sigma_init"] = level
+    if m.sigma_init: numbers["sigma_init"] = m.sigma_init
     classes = list(m.classes if classes is None else classes)
     return dict(kind=kind, network=network_config(m.net), **numbers, preconditioning=m.kind, classes=classes)
 
@@ -348,7 +348,7 @@ def _foreign_state(m):
     family = network_config(m.net)["family"]
     if m.net.config.get("conventions") or family not in ("ddpmpp", "ncsnpp", "adm", "openai", "edm2"):
         raise ValueError(f"no other program has this network ({family}); write a .safetensors file")
-    numbers = (m.kind, m.sigma_data, m.sigma_min, m.sigma_max, getattr(m, "sigma_init", None))
+    numbers = (m.kind, m.sigma_data, m.sigma_min, m.sigma_max, m.sigma_init)
     if numbers != (theirs := ("edm", .5, .002, 80., None)):
         raise ValueError("a state dict can't say preconditioning, sigma_data, sigma_min, sigma_max, sigma_init: other "
                          f"programs take {theirs}, and this model has {numbers}; write a .safetensors file")

@@ -28,8 +28,8 @@ def _until(config, stage):
 def _stage(a, config):
     "Where to stop: as asked for; else after the student, if that has steps, with --student after the adversary."
     from ctm_nb.training.config import schedule
-    usual = "ctm_dsm_gan" if a.student else "ctm_dsm" if "ctm_dsm" in schedule(config) else "all"
-    _until(config, stage := a.stage or usual)
+    last = "ctm_dsm" if "ctm_dsm" in schedule(config) else "all"
+    _until(config, stage := a.stage or ("ctm_dsm_gan" if a.student else last))
     if a.stage == "all" and not config.gan.steps: logging.info("no adversary: gan.steps is 0 (--set gan.steps=N)")
     return stage
 
@@ -257,9 +257,9 @@ def _minutes(a, config, folder):
     typed = [w for w in _words(a) if w.partition("=")[0].endswith(".steps") and not w.startswith("evaluate")]
     default = not saved and not typed and _own(a, config)
     if launched()[1] == 1: return minutes or 30 * default
-    if minutes: raise ValueError("--minutes is kept by one process; with several give the numbers of steps, "
-                                 "teacher.steps and distill.steps")
-    return 0
+    if not minutes: return 0
+    raise ValueError("--minutes is kept by one process; with several give the numbers of steps, teacher.steps and "
+                     "distill.steps")
 
 # %% ../../nbs/7_commands/01_train.ipynb #a8534125
 def _finished(folder):

@@ -41,8 +41,8 @@ def _remarks(source, clear, frames, tops)->list: # of str
     dark, notes = {top: n for top, n in tops.items() if top < 2**14}, []
     if clear[True]: notes.append(f"{clear[True]} images have transparent pixels, put on {source.background}")
     if frames[True]: notes.append(f"{frames[True]} images have several frames or pages, the first of which is used")
-    if dark: notes.append(f"{sum(dark.values())} images of 16 bits have grey levels 0..{max(dark)} of 65535, nearly "
-                          "black: multiply those of 12 bits by 16 first")
+    shade = "nearly black: multiply those of 12 bits by 16 first"
+    if dark: notes.append(f"{sum(dark.values())} images of 16 bits have grey levels 0..{max(dark)} of 65535, {shade}")
     return notes
 
 # %% ../../nbs/3_data/06_convert.ipynb #9a3eb5a0

@@ -161,8 +161,8 @@ def guided_model(m, guidance: float | None, guide: str | None):  # as for `make_
 def _warn_unsuited(m, guidance: float | None, guide: str | None, checkpoint: str | Path, classes: list | None = None):
     "Warn of what the model was never trained to do; as for `make_recipe`, indices of classes; when nothing is wrong."
     stage, file = "distill" if is_ctm(m) else "teacher", Path(checkpoint) / "config.json"
-    asked = "classes none" if -1 in (classes or ()) else "" if guidance is None or guide else "guidance"
-    if not asked or not file.is_file(): return
+    asked = "classes none" if -1 in (classes or ()) else "guidance"
+    if (asked == "guidance" and (guidance is None or guide)) or not file.is_file(): return
     with reading(file): dropped = json.loads(file.read_text()).get(stage, {}).get("label_dropout")
     if dropped == 0:
         warnings.warn(f"{asked} needs a model that was trained with labels dropped, and this one was not: its run has "
@@ -196,13 +196,13 @@ def make_recipe(
     if len(m.data_shape) != 3: raise ValueError(f"only pictures can be written, this model draws shape {m.data_shape}")
     noise((), seed, ())  # raises what a seed can't be
     drawn = guided_model(m, guidance, guide)
-    solver = solver_name(solver, ("ctm", "edm")) if solver else "ctm" if is_ctm(drawn) else "heun"
+    solver = solver_name(solver or ("ctm" if is_ctm(drawn) else "heun"), ("ctm", "edm"))
     t, gamma = timesteps_of(m, checkpoint, solver, steps, gamma, times)
     check_request(drawn, n, 1 if steps is None else steps, gamma, solver, torch.tensor(t, dtype=torch.float64))
     if bytes is None: bytes = _bytes_of(checkpoint)
     if bytes not in BYTES: raise ValueError(f"bytes must be one of {', '.join(BYTES)}, got {bytes!r}")
     if precision not in ("fp32", "bf16"): raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
-    names = [str(c) for c in getattr(m, "classes", None) or range(m.n_classes)]
+    names = [str(c) for c in m.classes or range(m.n_classes)]
     return {"checkpoint": _very_checkpoint(checkpoint), "n": n, "solver": solver, "times": t, "gamma": gamma,
             "seed": seed, "classes": _class_list(classes, m.n_classes, names), "class_names": names,
             "guidance": guidance, "guide": guide and _very_checkpoint(guide), "bytes": bytes, "precision": precision,

@@ -312,8 +312,7 @@ def _finished(r: Request) -> Subject:
     s = open_samples(r.what, r.n)
     if s.n < (r.n or 6): raise ValueError(f"{r.what} has too few samples: {r.n or 'at least 6'} are needed, got {s.n}")
     shape = tuple(s.read(slice(0, 1)).shape[1:])
-    read = {"image_size": shape[2], "skip_broken": r.skip_broken}
-    return Subject(r.what, shape, s, reading=read)
+    return Subject(r.what, shape, s, reading={"image_size": shape[2], "skip_broken": r.skip_broken})
 
 # %% ../../nbs/5_evaluation/07_evaluate.ipynb #4de58ad9
 def _model(r: Request) -> Subject:

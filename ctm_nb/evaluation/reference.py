@@ -192,7 +192,7 @@ def _extract(extractor: Extractor, batches, total: int | None = None, keep=True)
             if extractor.channels == 1 and x.shape[1] == 3 and (x == x[:, :1]).all(): x = x[:, :1]  # grey, from a PNG
             f, shape = extractor(x), tuple(x.shape[1:])
             stats = (stats or FeatureStats(f.pooled.shape[1])).update(f.pooled)
-            kept = slice(None) if keep is True else keep if keep is False else keep[n:n + len(x)]
+            kept = slice(None) if isinstance(keep, bool) else keep[n:n + len(x)]
             if keep is not False: parts["points"].append(f.pooled.float().cpu()[kept])
             if f.probs is not None: parts["probs"].append(f.probs.float().cpu())
             if y is not None: parts["labels"].append(y)

@@ -89,6 +89,8 @@ class Model(Protocol):
 # %% ../../nbs/1_method/03_teacher.ipynb #aeac77f5
 class Preconditioned(nn.Module):
     "A raw network with the preconditioning around it; `Denoiser` and `CTM` share it."
+    sigma_init: float | None = None  # level that a CTM's network is told on the longest jump; None: sigma_max
+
     def __init__(self,
         net: nn.Module,  # F(x, c_noise_t, c_noise_s, y), with a `config`
         sigma_data: float = SIGMA_DATA,  # standard deviation of the data
@@ -101,8 +103,7 @@ class Preconditioned(nn.Module):
         if str(kind).startswith("ddpm"): ddpm_levels(kind)
         elif kind not in ("edm", "vp", "ve", "iddpm", "cm"):
             raise ValueError(f"kind of preconditioning must be one of edm, vp, ve, iddpm, cm, ddpm ..., got {kind!r}")
-        self.net, self.kind, self.classes = net, kind, list(classes)
-        self.about = ""  # where `load` found it, and what it is
+        self.net, self.kind, self.classes, self.about = net, kind, list(classes), ""  # `load` tells what it is
         self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, sigma_min, sigma_max
         c = net.config
         self.n_classes, self.image_size, self.channels = c["n_classes"], c.get("image_size"), c.get("channels")

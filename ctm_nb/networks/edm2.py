@@ -22,10 +22,10 @@ EPS = 1e-4  # against a division by zero
 
 def unit(
     x: Tensor,  # any shape
-    dim: int | Sequence[int] | None = None,  # axes over which the mean is taken; None: all but the first
+    dim: Sequence[int] | None = None,  # axes over which the mean is taken; None: all but the first
 ) -> Tensor:  # like x
     "x over its root mean square."
-    axes = list(range(1, x.ndim)) if dim is None else [dim] if isinstance(dim, int) else dim
+    axes = list(range(1, x.ndim) if dim is None else dim)
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=wide)
     size = norm * math.sqrt(1 / math.prod([x.shape[a] for a in axes]))  # root mean square
@@ -111,7 +111,7 @@ class UnitBlock(nn.Module):
 def _attention(self: UnitBlock, x: Tensor) -> Tensor:  # (B, C, H, W)
     "Cosine attention of every pixel to every pixel."
     B, C, H, W = x.shape
-    qkv = unit(self.attn_qkv(x).reshape(B, self.heads, C // self.heads, 3, H, W), 2)
+    qkv = unit(self.attn_qkv(x).reshape(B, self.heads, C // self.heads, 3, H, W), [2])
     return self.attn_proj(pixel_attention(qkv.reshape(B, 3 * C, H, W), self.heads))
 
 # %% ../../nbs/2_networks/03_edm2.ipynb #82979597
@@ -124,7 +124,7 @@ def forward(self: UnitBlock,
     if self.how == "down": x = F.avg_pool2d(x, 2)
     if self.how == "up": x = F.interpolate(x, scale_factor=2., mode="nearest")
     skip = x if self.conv_skip is None else self.conv_skip(x)  # (B, c_out, H', W')
-    if self.encoder: x = skip = unit(skip, 1)
+    if self.encoder: x = skip = unit(skip, [1])
     with _whole(x): c = 1 + self.emb_linear(emb, self.emb_gain)  # (B, c_out), float32
     y = mp_silu(self.conv_res0(mp_silu(x)) * c[:, :, None, None].to(x.dtype))
     y = self.conv_res1(F.dropout(y, self.dropout, self.training))

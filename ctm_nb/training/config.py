@@ -267,8 +267,7 @@ def _parse_value(text, kind):
     return options[0](text)
 
 # %% ../../nbs/6_training/02_config.ipynb #ac7923c0
-def _settings(config): return {f"{s.name}.{f.name}": (getattr(config, s.name), f) for s in fields(config)
-                               for f in fields(getattr(config, s.name))}
+def _settings(config): return {f"{name}.{f.name}": (s, f) for name, s in vars(config).items() for f in fields(s)}
 
 def set_value(
     config: Config,  # changed in place

@@ -303,10 +303,10 @@ def estimate(
     "Memory and time as lines of a plan."
     todo, first, world = schedule(config), stage_at(config, 0).name, launched()[1]
     each = "; ".join(f"{NAMES[s]} {v / 2**30:.2f} GiB" for s, v in memory(config, data, world=world).items())
-    batch = "the whole batch" if world == 1 else f"its share of the batch, one in {world},"
+    batch, cut = "the whole batch", " needs several processes (torchrun --nproc_per_node N)"
+    if world > 1: batch, cut = f"its share of the batch, one in {world},", ": all but the teacher is divided among them"
     what = f"with {batch} at once on one device in float32, libraries not counted (micro-batches need less)"
-    if config.run.shard: what += ("; run.shard=true needs several processes (torchrun --nproc_per_node N)" if world == 1
-                                  else "; run.shard=true: all networks but the teacher are divided among them")
+    if config.run.shard: what += f"; run.shard=true{cut}"
     out = [f"memory    {each} {what}"]
     if images_per_sec is None: return [*out, "time      unknown; --measure times two steps here"]
     def line(s, v): return f"{NAMES[s]} {duration(v)} ({v / (todo[s].end - todo[s].first):.2g} s a step)"

@@ -141,9 +141,9 @@ def markdown_table(
     rows: list[dict],  # from `score_table`
 ) -> str:
     "The usual metrics that are there as a Markdown table."
-    columns = [c for c in USUAL if any(c in r for r in rows)]
-    head = ["sampler", *(c.replace("_", " ") for c in columns)]
-    cells = lambda row: [f"{row[c]:.{2 if c in DISTANCES_OF_FRECHET else 3}f}" if c in row else "" for c in columns]
+    places = {c: 2 if c in DISTANCES_OF_FRECHET else 3 for c in USUAL if any(c in r for r in rows)}
+    head = ["sampler", *(c.replace("_", " ") for c in places)]
+    cells = lambda row: [f"{row[c]:.{n}f}" if c in row else "" for c, n in places.items()]
     lines = [head, ["---"] * len(head), *([row["sampler"], *cells(row)] for row in rows)]
     return "\n".join("| " + " | ".join(l) + " |" for l in lines)
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..evaluation.features import keep_memory
 from ..evaluation.reference import NO_HALF, Ranks, launched, pick_device, unpacks
+from ..method.trajectory import CTM
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Here(Ranks):
         "Give the weights of the first process's networks to all."
         for m in modules if self.world > 1 else ():
             for v in (*m.parameters(), *m.buffers()): dist.broadcast(v.data, 0)
-            if hasattr(m, "sigma_init"): m.sigma_init = self.send(m.sigma_init)
+            if isinstance(m, CTM): m.sigma_init = self.send(m.sigma_init)
 
 ALONE = Here()
 

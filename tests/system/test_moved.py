@@ -30,8 +30,8 @@ HELD = dict(word.split("=") for word in (
 
 @pytest.mark.parametrize("old", [m for m in MOVED if m not in (*WORKING, *ROOMS)])
 def test_an_old_path_names_the_new_one(old):
-    with pytest.raises(ImportError, match=f"ctm_nb.{old} is now ctm_nb.{MOVED[old]}$"):
-        importlib.import_module(f"ctm_nb.{old}")
+    for code in (f"import ctm_nb.{old}", f"from ctm_nb import {old}"):
+        with pytest.raises(ImportError, match=f"^ctm_nb.{old} is now ctm_nb.{MOVED[old]}$"): exec(code, {})
     importlib.import_module(f"ctm_nb.{MOVED[old]}")
 
 
@@ -42,7 +42,8 @@ def test_the_new_place_holds_what_the_old_module_held():
 
 @pytest.mark.parametrize("old", GONE)
 def test_an_old_path_that_left_the_package_says_where_its_code_went(old):
-    with pytest.raises(ImportError, match=GONE[old]): importlib.import_module(f"ctm_nb.{old}")
+    for code in (f"import ctm_nb.{old}", f"from ctm_nb import {old}"):
+        with pytest.raises(ImportError, match=GONE[old]): exec(code, {})
 
 
 @pytest.mark.parametrize("old", WORKING)

@@ -1,6 +1,7 @@
 """The project around the code: one version, commands that exist, nobody's machine in the text."""
 import ast
 import importlib
+import json
 import os
 import re
 import shutil
@@ -106,6 +107,30 @@ def test_ci_can_be_run():
     run = ROOT/".ci"/"run"
     assert os.access(run, os.X_OK)
     subprocess.run(["bash", "-n", run], check=True)
+
+
+@pytest.fixture
+def rules(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT/".ci")
+    return importlib.import_module("check")
+
+
+def test_a_line_in_a_fenced_block_that_a_window_cuts_off_is_found(rules, tmp_path):
+    wide, note = "x" * 113, "````md\n```\n" + "x" * 112 + "\n```\n"
+    (tmp_path/"nbs").mkdir()
+    (tmp_path/"README.md").write_text(f"{wide}\n```sh\n{wide}\n```\n{wide}\n")
+    cells = [dict(cell_type="code", source=f"'''```\n{wide}\n'''"),
+             dict(cell_type="markdown", source=[note, wide + "\n````\n", wide])]
+    (tmp_path/"nbs"/"a.ipynb").write_text(json.dumps({"cells": cells}))
+    assert rules.cut_off(tmp_path, "nbs") == [
+        "README.md, line 3: 113 columns in a fenced block, at most 112",
+        "nbs/a.ipynb, cell 1, line 5: 113 columns in a fenced block, at most 112"]
+
+
+def test_a_statement_behind_a_colon_that_goes_on_is_found(rules):
+    fine = "if a: b()\nfor c in (\n    1,\n): d()\nwith e:\n    f(\n    )\ntry: g()\nfinally: h()\n"
+    assert rules.goes_on(fine) == []
+    assert rules.goes_on("def é(): return i(\n)\nif j: pass\nelse: k(\n)\ntry: l()\nfinally: m(\n)\n") == [1, 4, 7]
 
 
 def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
