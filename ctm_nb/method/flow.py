@@ -67,13 +67,12 @@ def noise(
     for name, value in dict(seed=seed, draw=draw, ids=min(ids, default=0)).items():
         if not isinstance(value, (int, np.integer)) or not 0 <= value < 2 ** 64:
             raise ValueError(f"{name} must be a whole number in [0, 2**64), got {name}={value}")
-    out, (key, counter) = np.empty((len(ids), *shape_of_one), dtype=np.float32), _PHILOX.words
+    rows, (key, counter) = np.empty((len(ids), math.prod(shape_of_one)), dtype=np.float32), _PHILOX.words
     key[0], counter[2] = seed, draw
-    for row, i in enumerate(ids):
-        key[1] = i
+    for key[1], row in zip(ids, rows):
         _PHILOX.bits.state = _PHILOX.fresh
-        _PHILOX.normal(dtype=np.float32, out=out[row, ...])
-    return torch.from_numpy(out)
+        _PHILOX.normal(dtype=np.float32, out=row)
+    return torch.from_numpy(rows).view(len(ids), *shape_of_one)
 
 # %% ../../nbs/1_method/01_flow.ipynb #c8c248bc
 NO_DOUBLE = {"mps"}  # devices without float64: Apple's GPUs

@@ -156,7 +156,8 @@ def _place(m):
 
 def _sample_numbers(ids, n):
     "Numbers of the samples, (n,); ValueError for what is none, and for another n."
-    ids = torch.arange(n or 16) if ids is None else torch.as_tensor(ids)
+    if ids is None: return torch.arange(n or 16)
+    ids = torch.as_tensor(ids)
     if ids.ndim != 1 or ids.is_floating_point():
         raise ValueError(f"ids must be (n,) whole numbers, got {str(ids.dtype)[6:]} of shape {tuple(ids.shape)}")
     if n not in (None, len(ids)): raise ValueError(f"n must be the {len(ids)} of ids, or be left out, got n={n}")
@@ -192,12 +193,13 @@ def sample(
     _check_counts(n=n, steps=steps, batch_size=batch_size)
     solver = solver_name(solver, tuple(SAMPLERS))
     ids = _sample_numbers(ids, n)
-    try: times = torch.as_tensor(default_times(m, steps, solver) if times is None else times, dtype=torch.float64).cpu()
+    try: times = default_times(m, steps, solver) if times is None else torch.as_tensor(times, dtype=torch.float64).cpu()
     except (TypeError, ValueError): raise ValueError(f"times must be decreasing numbers, got {times!r}") from None
     check_request(m, len(ids), steps, gamma, solver, times)
     y = ids % m.n_classes if y is None and m.n_classes else check_labels(y, len(ids), m.n_classes)
     place, out, size = _place(m), [], len(ids) if noise_fn or not batch_size else batch_size
-    for numbers, labels in zip(ids.split(size), [None] * len(ids) if y is None else y.to(place[0]).split(size)):
+    for first in range(0, len(ids), size):
+        numbers, labels = ids[first:first + size], None if y is None else y[first:first + size].to(place[0])
         shape, rows = (len(numbers), *m.data_shape), numbers.tolist()
         def draw(i):
             z = torch.as_tensor(noise_fn(i, shape)) if noise_fn else noise(m.data_shape, seed, rows, draw=i)
