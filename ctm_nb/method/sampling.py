@@ -198,8 +198,7 @@ def sample(
     check_request(m, len(ids), steps, gamma, solver, times)
     y = ids % m.n_classes if y is None and m.n_classes else check_labels(y, len(ids), m.n_classes)
     place, out, size = _place(m), [], len(ids) if noise_fn or not batch_size else batch_size
-    for first in range(0, len(ids), size):
-        numbers, labels = ids[first:first + size], None if y is None else y[first:first + size].to(place[0])
+    for numbers, labels in zip(ids.split(size), [None] * len(ids) if y is None else y.to(place[0]).split(size)):
         shape, rows = (len(numbers), *m.data_shape), numbers.tolist()
         def draw(i):
             z = torch.as_tensor(noise_fn(i, shape)) if noise_fn else noise(m.data_shape, seed, rows, draw=i)
