@@ -116,7 +116,7 @@ def pixel_attention(
     d = C3 // (3 * heads)
     shape, order = ((3, heads, d), (1, 0, 2, 4, 3)) if three_first else ((heads, d, 3), (3, 0, 1, 4, 2))
     q, k, v = qkv.reshape(B, *shape, H * W).permute(order).contiguous()  # each (B, heads, HW, d)
-    slow = qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu"
+    slow = qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu" and (H * W <= 256 or channels_last_pays(qkv))
     if slow: a = (q @ (k.mT / math.sqrt(d))).softmax(-1) @ v
     else: a = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, d)
     a = a.transpose(2, 3).reshape(B, C3 // 3, H, W)  # as they lie, a pixel's channels side by side
