@@ -115,9 +115,12 @@ def made(before):
     "Where and against what a section was measured."
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
-    commit = subprocess.run(["git", "-C", before, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    def commit(where):
+        done = subprocess.run(["git", "-C", where, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        return done.stdout.strip()
     return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(),
-            "torch": torch.__version__, "threads": torch.get_num_threads(), "before": commit.stdout.strip()}
+            "torch": torch.__version__, "threads": torch.get_num_threads(), "before": commit(before),
+            "after": commit(HERE)}
 
 
 def forward_section(sides, repeats):

@@ -69,8 +69,8 @@ def noise(
             raise ValueError(f"{name} must be a whole number in [0, 2**64), got {name}={value}")
     rows, (key, counter) = np.empty((len(ids), math.prod(shape_of_one)), dtype=np.float32), _PHILOX.words
     key[0], counter[2] = seed, draw
-    for key[1], row in zip(ids, rows):
-        _PHILOX.bits.state = _PHILOX.fresh
+    for i, row in zip(ids, rows):
+        key[1], _PHILOX.bits.state = i, _PHILOX.fresh
         _PHILOX.normal(dtype=np.float32, out=row)
     return torch.from_numpy(rows).view(len(ids), *shape_of_one)
 

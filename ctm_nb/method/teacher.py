@@ -103,7 +103,7 @@ class Preconditioned(nn.Module):
         if str(kind).startswith("ddpm"): ddpm_levels(kind)
         elif kind not in ("edm", "vp", "ve", "iddpm", "cm"):
             raise ValueError(f"kind of preconditioning must be one of edm, vp, ve, iddpm, cm, ddpm ..., got {kind!r}")
-        self.net, self.kind, self.classes, self.about = net, kind, list(classes), ""  # `load` tells what it is
+        self.net, self.kind, self.classes, self.about = net, kind, list(classes), ""  # where `load` found it
         self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, sigma_min, sigma_max
         c = net.config
         self.n_classes, self.image_size, self.channels = c["n_classes"], c.get("image_size"), c.get("channels")

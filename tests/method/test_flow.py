@@ -29,6 +29,9 @@ def test_noise_values_are_pinned():
     assert np.array_equal(z[1].numpy(), again)
     expected = torch.tensor([[1.08549106, -3.12412834, 0.114351571], [-0.177954286, -0.797393143, -1.85201597]])
     assert torch.equal(z, expected)
+    third = np.random.Philox(key=np.array([7, 5], np.uint64), counter=np.array([0, 0, 2, 0], np.uint64))
+    later = np.random.Generator(third).standard_normal(3, dtype=np.float32)
+    assert np.array_equal(noise((3,), 7, [5], draw=2)[0].numpy(), later)
 
 
 @pytest.mark.parametrize("ids", [range(8), [7, 3, 0], torch.tensor([2, 6]), np.array([1])])

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from ctm_nb.networks.blocks import pixel_attention
 from ctm_nb.networks.families import build_network
 from ctm_nb.networks.unet import ADM, DDPMpp, MLP, NCSNpp, OpenAIUNet, openai_names
 
@@ -140,3 +141,20 @@ def test_without_gradient_another_order_of_the_numbers_and_the_same_result(preci
         with torch.no_grad(): got = net(x, t, y=y).float()
     assert torch.equal(x, given) and not torch.equal(got, expected)  # another order indeed
     assert float((got - expected).norm() / expected.norm()) < most
+
+
+@pytest.mark.parametrize("side", [4, 16, 17])
+def test_attention_in_bfloat16_is_that_in_float32_and_keeps_no_more_than_pays(side):
+    "With its gradient; the weights of every pixel for every pixel are kept up to 16 x 16."
+    qkv, kept = torch.randn(2, 3 * 64, side, side), []
+    def keep(t):
+        kept.append(t.numel())
+        return t
+    def both(x):
+        x = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): out = pixel_attention(x, heads=2)
+        return out.detach().float(), torch.autograd.grad(out.float().square().sum(), x)[0].float()
+    exact = both(qkv)
+    kept.clear()
+    for a, b in zip(both(qkv.bfloat16()), exact): assert (a - b).norm() < .02 * b.norm()
+    assert (max(kept) >= 2 * 2 * side ** 4) == (side <= 16)
